@@ -1,0 +1,45 @@
+# make reproduce   the published comparison, and the fair one, on this machine
+# make test        formatting, linting, unit tests, real servers, notebooks
+# make lab         JupyterLab at the front notebook
+# make env         only prepare the environment
+#
+# ENV=cpu|gpu overrides the choice of environment (default: gpu where an NVIDIA GPU is visible).
+# PYTHON=...  the interpreter to build on: 3.11 or later for cpu, 3.12 for gpu.
+
+ENV ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PYTHON ?= python3
+VENV := .venv/$(ENV)
+STAMP := $(VENV)/.ready
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help env reproduce steps test lab lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+
+env: $(STAMP)
+
+$(STAMP): env/$(ENV).txt env/extra.txt env/setup.sh pyproject.toml
+	PYTHON="$(PYTHON)" bash env/setup.sh "$(ENV)" "$(VENV)"
+	@touch $@
+
+reproduce: $(STAMP)
+	$(BIN)/fp8lab reproduce $(ARGS)
+
+steps: $(STAMP)
+	$(BIN)/fp8lab reproduce --notebook steps $(ARGS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab project_reproduce.ipynb $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify project_reproduce.ipynb notebooks/*.ipynb
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv

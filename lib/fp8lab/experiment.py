@@ -1,0 +1,233 @@
+"""The only orchestrator: for each variant, for each level not yet measured, serve, load, store."""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from .errors import BadInput
+from .load.generator import Sent, self_check, send_load
+from .load.stream import Endpoint
+from .profiles import Level, Profile
+from .progress import StatusLine
+from .runs import LevelResult, Run
+from .server import launch
+from .server.launch import Server
+from .tables import Table
+from .traces import Trace, arrival_times, sharegpt_like
+
+
+class RecordedServer:
+    """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
+
+    def __init__(self, profile: Profile, variant: str, run: Run):
+        profile.variant_flags(variant)
+        self.profile, self.variant, self.run = profile, variant, run
+        held = [s["server"] for s in run.summaries().values() if s["level"]["variant"] == variant]
+        if not held:
+            raise BadInput(f"recorded run {run.path.name} holds no level of variant {variant!r}")
+        self.info = held[0]
+
+    def stop(self) -> None:
+        """Nothing runs, nothing ends."""
+
+    def __enter__(self) -> "RecordedServer":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+    def _table(self) -> Table:
+        info = self.info
+        rows = [
+            ("state", "recorded: no server is running"),
+            ("KV cache", f"{info['kv_cache_tokens']:,} tokens"),
+            ("model memory", f"{info['model_memory_gib']:.2f} GiB"),
+            ("start-up", f"{info['startup_s']:.0f} s"),
+        ]
+        emulated = " (EMULATED GPU)" if self.run.emulated else ""
+        return Table(
+            f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows
+        )
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:
+    """Starts a server and returns when it is ready; stop it with `stop()`.
+
+    With a `run` its log goes into the run folder; with a recorded run nothing is started. Further
+    `options` are those of `fp8lab.server.launch.start_server` (port, log_path).
+    """
+    if run is None:
+        return launch.start_server(profile, variant, **options)
+    if run.read_only:
+        return RecordedServer(profile, variant, run)
+    return launch.start_server(profile, variant, **{"log_path": run.log_path(variant)} | options)
+
+
+@contextlib.contextmanager
+def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Iterator[Server | RecordedServer]:
+    """`start_server` for a `with` statement: ready inside the block, gone after it."""
+    server = start_server(profile, variant, run=run, **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def trace_for(profile: Profile, level: Level) -> Trace:
+    """The trace of a level: every variant gets the same one, each repeat its own seed."""
+    if profile.workload.trace != "sharegpt-like":
+        raise BadInput(f"profile {profile.name}: no trace {profile.workload.trace!r} (there is: sharegpt-like)")
+    return sharegpt_like(level.requests, seed=_seed(profile, level))
+
+
+def load_test(
+    server: Server | RecordedServer,
+    trace: Trace | None = None,
+    *,
+    rate: float,
+    requests: int | None = None,
+    repeat: int = 1,
+    run: Run | None = None,
+    workers: int | None = None,
+) -> LevelResult:
+    """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
+
+    `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
+    stored there, and a level that the run already holds is returned instead of measured.
+    """
+    count = requests or (len(trace) if trace else 1000)
+    level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
+    if isinstance(server, RecordedServer):
+        return server.run.read(level)
+    if run is not None and run.has(level):
+        StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
+        return run.read(level)
+    result = _measure_level(server, level, trace.head(count) if trace else trace_for(server.profile, level), workers)
+    if run is not None:
+        run.write(result)
+    return result
+
+
+def warm_up(server: Server | RecordedServer) -> None:
+    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation."""
+    profile = server.profile
+    if isinstance(server, RecordedServer) or not profile.workload.warmup_requests:
+        return
+    trace = sharegpt_like(profile.workload.warmup_requests, seed=profile.workload.seed + 10_000)
+    short = dataclasses.replace(trace, output_tokens=tuple(min(n, 16) for n in trace.output_tokens))
+    send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
+
+
+def measure(
+    run: Run, profile: Profile, protocol: str | Sequence[str] = "as published", *, workers: int | None = None
+) -> list[LevelResult]:
+    """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
+
+    One server a variant, in the order of the protocol; a finished level is stored at once, so that an
+    interrupted call goes on where it stopped. On a recorded run this only reads.
+    """
+    run.check_profile(profile)
+    names = [protocol] if isinstance(protocol, str) else protocol
+    levels = list(dict.fromkeys(level for name in names for level in profile.levels(name)))
+    missing = [level for level in levels if not run.has(level)]
+    if missing and run.read_only:
+        raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(level.id for level in missing)}")
+    missing.sort(key=lambda level: list(profile.variants).index(level.variant))
+    for variant, group in itertools.groupby(missing, key=lambda level: level.variant):
+        with serve(profile, variant, run=run) as server:
+            warm_up(server)
+            for level in group:
+                load_test(
+                    server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers
+                )
+    return [run.read(level) for level in levels]
+
+
+def _measure_level(server: Server, level: Level, trace: Trace, workers: int | None) -> LevelResult:
+    from .load.records import to_tables
+    from .measure.metrics import latencies, summarize
+
+    profile = server.profile
+    due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    status = StatusLine()
+    sent = send_load(
+        _endpoint(server),
+        trace,
+        due,
+        workers=workers,
+        time_dilation=profile.time_dilation,
+        on_progress=lambda progress: status.update(level.id, str(progress)),
+    )
+    records, tokens = to_tables(sent, trace, profile.time_dilation)
+    each = latencies(records)
+    problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
+    problems += _server_problems(server, sent)
+    summary = summarize(records, tokens) | _client_columns(sent, tokens)
+    summary |= {
+        "valid": not problems,
+        "invalid_reason": "; ".join(problems) or None,
+        "failures": dict(Counter(o.error for o in sent.outcomes if o.error).most_common(10)),
+        "level": dataclasses.asdict(level) | {"trace": trace.name},
+        "started": started,
+        "emulated": profile.emulated,
+        "time_dilation": profile.time_dilation,
+        "server": dataclasses.asdict(server.info),
+    }
+    result = LevelResult(level, summary, records, tokens)
+    status.done(_one_line(result))
+    if problems:
+        warnings.warn(f"level {level.id} is INVALID: {summary['invalid_reason']}", stacklevel=2)
+    return result
+
+
+def _server_problems(server: Server, sent: Sent) -> list[str]:
+    if not server.alive:
+        return [f"the server died during the level; its log: {server.log_path.name}"]
+    if all(outcome.error for outcome in sent.outcomes):
+        return [f"no request completed; the first failed with: {sent.outcomes[0].error}"]
+    return []
+
+
+def _client_columns(sent: Sent, tokens) -> dict:
+    client = sent.client
+    return {
+        "workers": client.workers,
+        "closed_loop": client.closed_loop,
+        "client_busiest_core": client.busiest_core,
+        "client_cpu_us_per_chunk": 1e6 * client.cpu_s / len(tokens) if len(tokens) else None,
+        "client_stall_max_ms": client.stall_max_ms,
+    }
+
+
+def _one_line(result: LevelResult) -> str:
+    s = result.summary
+    if not s["completed"]:
+        return f"{result.level.id}: no request completed"
+    rate = "all at once" if math.isinf(result.level.rate) else f"{result.level.rate:g} req/s offered"
+    failed = f", {s['failed']} FAILED" if s["failed"] else ""
+    return (
+        f"{result.level.id}: {rate}, {s['request_throughput']:.1f} completed/s{failed}, "
+        f"{s['output_token_throughput']:,.0f} tok/s, peak {s['peak_concurrent_requests_vllm']} in flight, "
+        f"TTFT {s['mean_ttft_ms']:.0f} ms, TPOT {s['mean_tpot_ms'] or math.nan:.1f} ms"
+        f"{'' if s['valid'] else ' - INVALID'}"
+    )
+
+
+def _endpoint(server: Server) -> Endpoint:
+    return Endpoint(server.base_url, server.model, server.api_key)
+
+
+def _seed(profile: Profile, level: Level) -> int:
+    return profile.workload.seed + level.repeat - 1

@@ -1,0 +1,252 @@
+"""One load worker: a process that sends its share of a schedule and writes down what comes back.
+
+It is started by the generator as `python -m fp8lab.load.worker`, takes a pickled Job on standard input,
+answers with JSON lines (ready, progress, end) on standard output, and appends pickled batches of outcomes
+to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from time import monotonic
+
+import uvloop
+
+from .stream import Connection, Endpoint, Outcome, connect
+
+TICK_S = 0.25
+# libuv's timers count milliseconds: a request is sent when it is due within half of one.
+_EARLY_S = 0.0005
+_STALL_S = 0.005
+
+
+@dataclass(frozen=True)
+class Job:
+    """A worker's share. `due_s` are wall seconds from the shared start; `requests` the bytes to send."""
+
+    endpoint: Endpoint
+    indices: list[int]
+    requests: list[bytes]
+    asked_tokens: list[int]
+    due_s: list[float]
+    max_concurrency: int | None
+    connections: int
+    exact_tokens: bool
+    idle_timeout_s: float
+    deadline_s: float
+    spool: str
+
+
+class Worker:
+    def __init__(self, job: Job):
+        self.job = job
+        self.idle: list[Connection] = []
+        self.busy: set[Connection] = set()
+        self.opening = 0
+        self.ended: list[Outcome] = []
+        self.counts = dict.fromkeys(("sent", "done", "failed", "tokens", "first_tokens"), 0)
+        self.ttft_sum = 0.0
+        self.stalls: list[float] = []
+        self.slot = asyncio.Event()
+        self.all_done = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.spool = open(job.spool, "ab", buffering=1 << 20)  # noqa: SIM115 - closed in run()
+
+    async def run(self) -> None:
+        await self.open_connections()
+        tell("ready")
+        start = await self.wait_for_start()
+        if start is None:
+            return
+        cpu = time.process_time()
+        # A collection in the middle of a level would stall every stream; the records have no cycles.
+        gc.disable()
+        ticker = asyncio.create_task(self.tick(start))
+        pulse = asyncio.create_task(self.pulse())
+        try:
+            await self.send_all(start)
+            await self.first_of(self.all_done, self.stopping, timeout=start + self.job.deadline_s - monotonic())
+            for connection in list(self.busy):
+                connection.fail("not finished when the level ended")
+        finally:
+            ticker.cancel()
+            pulse.cancel()
+            self.flush()
+            self.spool.close()
+            end = {
+                "cpu_s": time.process_time() - cpu,
+                "wall_s": monotonic() - start,
+                "stalls_s": sorted(self.stalls)[-20:],
+            }
+            tell("end", **self.counts, **end)
+            for connection in self.idle:
+                connection.close()
+
+    async def open_connections(self) -> None:
+        """Opens what the level will need at once; a refusal here shows again at the first request."""
+        for begin in range(0, self.job.connections, 128):
+            batch = range(begin, min(begin + 128, self.job.connections))
+            opened = await asyncio.gather(
+                *(connect(self.job.endpoint, self.on_end) for _ in batch), return_exceptions=True
+            )
+            self.idle += [connection for connection in opened if isinstance(connection, Connection)]
+            if len(self.idle) < begin + len(batch):
+                return
+
+    async def wait_for_start(self) -> float | None:
+        """The shared start instant, or None when the generator went away."""
+        loop = asyncio.get_running_loop()
+        line = await loop.run_in_executor(None, sys.stdin.buffer.readline)
+        if not line:
+            return None
+        os.set_blocking(0, False)
+        loop.add_reader(0, self.on_stdin)
+        return float(line)
+
+    def on_stdin(self) -> None:
+        if not os.read(0, 4096):
+            asyncio.get_running_loop().remove_reader(0)
+            self.stopping.set()
+
+    async def send_all(self, start: float) -> None:
+        job, limit = self.job, self.job.max_concurrency
+        burst = 0
+        for index, request, asked, due in zip(job.indices, job.requests, job.asked_tokens, job.due_s, strict=True):
+            while (wait := start + due - monotonic()) > _EARLY_S and not self.stopping.is_set():
+                await self.first_of(self.stopping, timeout=wait) if wait > 1.0 else await asyncio.sleep(wait)
+                burst = 0
+            while limit and len(self.busy) + self.opening >= limit and not self.stopping.is_set():
+                self.slot.clear()
+                await self.first_of(self.slot, self.stopping)
+            if self.stopping.is_set():
+                self.finish_unsent(index)
+                return
+            self.start_request(request, Outcome(index, asked))
+            burst += 1
+            if burst % 64 == 0:
+                await asyncio.sleep(0)  # a burst must not keep the answers waiting
+
+    def finish_unsent(self, index: int) -> None:
+        for unsent in self.job.indices[self.job.indices.index(index) :]:
+            self.record(Outcome(unsent, 0, error="not sent: the level was stopped"))
+
+    def start_request(self, request: bytes, outcome: Outcome) -> None:
+        self.counts["sent"] += 1
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.usable:
+                self.busy.add(connection)
+                connection.send(request, outcome)
+                return
+            connection.close()
+        outcome.sent = monotonic()
+        self.opening += 1
+        self.connecting = asyncio.ensure_future(self.send_on_new(request, outcome))
+
+    async def send_on_new(self, request: bytes, outcome: Outcome) -> None:
+        try:
+            connection = await connect(self.job.endpoint, self.on_end)
+        except OSError as error:
+            outcome.error = f"no connection: {error.strerror or error}"
+            self.record(outcome)
+        else:
+            self.busy.add(connection)
+            connection.send(request, outcome)
+        finally:
+            self.opening -= 1
+
+    def on_end(self, connection: Connection, outcome: Outcome, retry: bytes | None) -> None:
+        self.busy.discard(connection)
+        if retry is not None:
+            self.opening += 1
+            self.connecting = asyncio.ensure_future(self.send_on_new(retry, outcome))
+            return
+        if connection.usable:
+            self.idle.append(connection)
+        self.record(outcome)
+
+    def record(self, outcome: Outcome) -> None:
+        outcome.error = outcome.verdict(self.job.exact_tokens)
+        self.ended.append(outcome)
+        self.counts["failed" if outcome.error else "done"] += 1
+        self.counts["tokens"] += max(outcome.output_tokens, len(outcome.chunks))
+        if outcome.chunks:
+            self.counts["first_tokens"] += 1
+            self.ttft_sum += outcome.chunks[0] - outcome.sent
+        self.slot.set()
+        if self.counts["done"] + self.counts["failed"] == len(self.job.indices):
+            self.all_done.set()
+
+    async def tick(self, start: float) -> None:
+        """Four times a second: progress, what ended to the spool, streams that fell silent."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = monotonic()
+            for connection in [c for c in self.busy if now - c.last_bytes > self.job.idle_timeout_s]:
+                connection.fail(f"no bytes for {self.job.idle_timeout_s:g} s")
+            self.flush()
+            streaming = sum(len(c.outcome.chunks) for c in self.busy if c.outcome)
+            live = {"in_flight": len(self.busy) + self.opening, "streaming": streaming, "ttft_sum": self.ttft_sum}
+            tell("progress", at=now - start, cpu_s=time.process_time(), **self.counts, **live)
+
+    async def pulse(self) -> None:
+        """Notes how late the event loop wakes up: its stalls are what timestamps cannot be trusted in."""
+        while True:
+            due = monotonic() + 0.01
+            await asyncio.sleep(0.01)
+            late = monotonic() - due
+            if late > _STALL_S:
+                self.stalls.append(late)
+
+    def flush(self) -> None:
+        if self.ended:
+            batch, self.ended = self.ended, []
+            payload = pickle.dumps(batch, protocol=5)
+            self.spool.write(struct.pack("<I", len(payload)) + payload)
+            self.spool.flush()
+
+    @staticmethod
+    async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+
+def read_spool(path: str) -> list[Outcome]:
+    """Every whole batch of a spool file; a half-written last one is left out."""
+    outcomes: list[Outcome] = []
+    with open(path, "rb") as file:
+        while len(head := file.read(4)) == 4:
+            payload = file.read(struct.unpack("<I", head)[0])
+            try:
+                outcomes += pickle.loads(payload)
+            except (pickle.UnpicklingError, EOFError):
+                break
+    return outcomes
+
+
+def tell(kind: str, **values) -> None:
+    sys.stdout.write(json.dumps({"kind": kind, **values}) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the generator's to handle
+    job = pickle.load(sys.stdin.buffer)
+
+    async def run():
+        await Worker(job).run()
+
+    uvloop.run(run())
+
+
+if __name__ == "__main__":
+    main()

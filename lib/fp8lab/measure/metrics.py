@@ -1,0 +1,175 @@
+"""From records to metrics. Pure functions on tables; units are in the names.
+
+TTFT, TPOT, ITL, E2EL, throughput and the per-second peak concurrency are those of `vllm bench serve`
+(vllm/benchmarks/serve.py, calculate_metrics), so that numbers can be set beside the published ones.
+Failed requests are counted and add nothing to a numerator; they stay in every denominator.
+"""
+
+import numpy as np
+import pandas as pd
+
+PERCENTILES = (50, 90, 99)
+_STEADY = (0.2, 0.8)
+
+
+def latencies(records: pd.DataFrame) -> pd.DataFrame:
+    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms.
+
+    TPOT = (E2EL - TTFT) / (output tokens - 1). The lag is how late the client sent the request.
+    """
+    done = completed(records)
+    ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
+    e2el = (done["last_token_s"] - done["sent_s"]) * 1e3
+    lag = (done["sent_s"] - done["scheduled_s"]) * 1e3
+    gaps = (done["output_tokens"] - 1).where(done["output_tokens"] > 1)
+    return pd.DataFrame(
+        {
+            "ttft_ms": ttft,
+            "e2el_ms": e2el,
+            "tpot_ms": (e2el - ttft) / gaps,
+            "ttft_from_schedule_ms": ttft + lag,
+            "lag_ms": lag,
+        }
+    )
+
+
+def completed(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of requests that ended as asked."""
+    return records[records["error"].isna()]
+
+
+def inter_token_ms(tokens: pd.DataFrame, records: pd.DataFrame) -> np.ndarray:
+    """ITL: the gaps between chunks of a request, pooled over completed requests, in ms."""
+    kept = tokens[tokens["request"].isin(completed(records)["request"])]
+    gaps = np.diff(kept["at_s"].to_numpy())
+    same = np.diff(kept["request"].to_numpy()) == 0
+    return gaps[same] * 1e3
+
+
+def peak_concurrency(records: pd.DataFrame) -> int:
+    """The most requests in flight at one instant: an exact sweep over sent and last token."""
+    begin, end = _spans(records)
+    times = np.concatenate([begin, end])
+    # At the same instant a request that begins meets one that ends: both count.
+    steps = np.concatenate([np.ones(begin.size), -np.ones(end.size)])[
+        np.lexsort((np.r_[begin * 0, end * 0 + 1], times))
+    ]
+    return int(np.cumsum(steps).max(initial=0))
+
+
+def peak_concurrency_per_second(records: pd.DataFrame) -> int:
+    """vLLM's peak: each request counts in every whole second it touches; the fullest second wins.
+
+    It is never below the exact sweep, and above it by the requests that come and go within a second.
+    """
+    begin, end = _spans(records)
+    if not begin.size:
+        return 0
+    first, last = (np.floor(t - begin.min()).astype(int) for t in (begin, end))
+    counts = np.zeros(last.max() + 2, dtype=int)
+    np.add.at(counts, first, 1)
+    np.add.at(counts, last + 1, -1)
+    return int(np.cumsum(counts).max())
+
+
+def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds, requests in flight from then on), for drawing as steps."""
+    begin, end = _spans(records)
+    times = np.concatenate([begin, end])
+    order = np.argsort(times, kind="stable")
+    return times[order], np.cumsum(np.concatenate([np.ones(begin.size), -np.ones(end.size)])[order])
+
+
+def steady_window(records: pd.DataFrame) -> tuple[float, float]:
+    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s.
+
+    It leaves out ramp and drain whatever the arrival process, and needs no tuning. A request's tokens are
+    taken as spread evenly between its first and last one, so that records alone suffice. (nan, nan) for none.
+    """
+    done = completed(records)
+    if done.empty:
+        return np.nan, np.nan
+    first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
+    width = np.maximum(last - first, 1e-9)
+
+    def instant(share: float) -> float:
+        low, high = first.min(), last.max()
+        for _ in range(60):
+            middle = (low + high) / 2
+            arrived = (tokens * np.clip((middle - first) / width, 0, 1)).sum()
+            low, high = (middle, high) if arrived < share * tokens.sum() else (low, middle)
+        return (low + high) / 2
+
+    return instant(_STEADY[0]), instant(_STEADY[1])
+
+
+def goodput(records: pd.DataFrame, *, ttft_ms: float, tpot_ms: float) -> float:
+    """Completed requests/s that met both limits, over the whole run."""
+    each = latencies(records)
+    good = (each["ttft_ms"] <= ttft_ms) & ~(each["tpot_ms"] > tpot_ms)
+    duration = _duration(records)
+    return float(good.sum() / duration) if duration else 0.0
+
+
+def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
+    """The metrics of a level, by name; what cannot be computed is None.
+
+    Whole run: first arrival to last token, drain tail included. Steady: see `steady_window`.
+    """
+    done, each = completed(records), latencies(records)
+    duration = _duration(records)
+    begin, end = steady_window(records)
+    output = int(done["output_tokens"].sum())
+    chunks = int(done["chunks"].sum())
+
+    def rate(amount: float) -> float | None:
+        return amount / duration if duration else None
+
+    summary = {
+        "requests": len(records),
+        "completed": len(done),
+        "failed": len(records) - len(done),
+        "duration_s": duration,
+        "prompt_tokens": int(done["prompt_tokens"].sum()),
+        "output_tokens": output,
+        "request_throughput": rate(len(done)),
+        "output_token_throughput": rate(output),
+        "total_token_throughput": rate(output + int(done["prompt_tokens"].sum())),
+        "steady_output_token_throughput": (_STEADY[1] - _STEADY[0]) * output / (end - begin) if end > begin else None,
+        "peak_output_tokens_per_s": _fullest_second(tokens, records),
+        "peak_concurrent_requests": peak_concurrency(records),
+        "peak_concurrent_requests_vllm": peak_concurrency_per_second(records),
+        "mean_concurrent_requests": rate(float(each["e2el_ms"].sum()) / 1e3),
+        "tokens_per_chunk": output / chunks if chunks else None,
+    }
+    pooled = {name: each[f"{name}_ms"] for name in ("ttft", "tpot", "e2el", "ttft_from_schedule")}
+    pooled["itl"] = inter_token_ms(tokens, records)
+    for name, values in pooled.items():
+        summary |= _spread(name, np.asarray(values, dtype=float))
+    lag = each["lag_ms"].to_numpy()
+    summary["schedule_lag_p99_ms"] = float(np.percentile(lag, 99)) if lag.size else None
+    return summary
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float | None]:
+    values = values[~np.isnan(values)]
+    known = values.size > 0
+    spread = {f"mean_{name}_ms": float(values.mean()) if known else None}
+    return spread | {f"p{p}_{name}_ms": float(np.percentile(values, p)) if known else None for p in PERCENTILES}
+
+
+def _spans(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    done = completed(records)
+    return done["sent_s"].to_numpy(float), done["last_token_s"].to_numpy(float)
+
+
+def _duration(records: pd.DataFrame) -> float | None:
+    done = completed(records)
+    return float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
+
+
+def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
+    kept = tokens[tokens["request"].isin(completed(records)["request"])]["at_s"].to_numpy()
+    if not kept.size:
+        return None
+    return int(np.bincount(np.floor(kept - records["sent_s"].min()).astype(int)).max())

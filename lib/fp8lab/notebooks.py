@@ -1,0 +1,122 @@
+"""Runs notebooks headless through papermill, strictly, and turns them into single-file pages."""
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import BadInput, Fp8labError
+from .paths import PROJECT
+from .progress import PROGRESS_FILE_VARIABLE, StatusLine
+
+FRONT = PROJECT / "project_reproduce.ipynb"
+STEPS = PROJECT / "notebooks"
+
+
+class NotebookFailed(Fp8labError):
+    """A cell raised an error; what was executed is kept."""
+
+
+def find(name: str) -> list[Path]:
+    """The notebooks that `name` means: "front", "steps" (all of them in order), a step's name, or a path."""
+    steps = sorted(STEPS.glob("*.ipynb"))
+    if name == "front":
+        return [FRONT]
+    if name == "steps":
+        return steps
+    named = [path for path in steps if name in (path.stem, path.stem.partition("_")[0])]
+    if not named and not Path(name).is_file():
+        known = ", ".join(["front", "steps", *(path.stem for path in steps)])
+        raise BadInput(f"no notebook {name!r} (there are: {known}; or give a path)")
+    return named or [Path(name)]
+
+
+def check_parameters(notebook: Path, parameters: Mapping) -> None:
+    """Raises BadInput for a parameter that the notebook does not declare; papermill itself only warns."""
+    import papermill
+
+    declared = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(parameters) - set(declared)):
+        raise BadInput(f"{notebook.name} has no parameter {', '.join(unknown)} (it declares: {', '.join(declared)})")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
+    """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
+
+    The source is never written to. Raises BadInput for undeclared parameters and NotebookFailed, with the
+    cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
+    """
+    import papermill
+
+    check_parameters(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failure = None
+    with _ForwardedProgress(output.with_suffix(".progress")):
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                cwd=str(PROJECT),
+                progress_bar=False,
+            )
+        except papermill.PapermillExecutionError as error:
+            failure = error
+    page = to_html(output)
+    if failure:
+        message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+        raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
+    return page
+
+
+def to_html(executed: Path) -> Path:
+    """A page in one file beside the executed notebook, with no request to any other host."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    title = executed.stem.replace("_", " ")
+    # Neither formulas nor widgets are used, so the scripts that would be fetched for them are left out.
+    resources = {"metadata": {"name": title, "path": str(executed.parent)}}
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
+    body, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4), resources=resources)
+    page = executed.with_suffix(".html")
+    page.write_text(body)
+    return page
+
+
+class _ForwardedProgress:
+    """Shows in this terminal what the notebook's kernel, whose output goes into cells, says of its progress."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._done = threading.Event()
+
+    def __enter__(self):
+        self._path.write_text("")
+        os.environ[PROGRESS_FILE_VARIABLE] = str(self._path)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_exc):
+        del os.environ[PROGRESS_FILE_VARIABLE]
+        self._done.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _follow(self):
+        status = StatusLine()
+        with self._path.open() as lines:
+            while True:
+                finished = self._done.is_set()
+                for line in lines:
+                    kind, _, text = line.rstrip("\n").partition(" ")
+                    if kind == "done":
+                        status.done(text)
+                    else:
+                        phase, _, detail = text.partition(": ")
+                        status.update(phase, detail)
+                if finished:
+                    return
+                self._done.wait(0.2)

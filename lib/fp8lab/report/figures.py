@@ -1,0 +1,166 @@
+"""The four headline figures, drawn from level summaries. Each answers the question in its title."""
+
+from dataclasses import dataclass
+
+from ..runs import Run
+from .claims import level_id, published
+
+# Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
+STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
+_INK, _GREY = "#222222", "#767676"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure with its words: `alt` says what is seen, `caption` what it means."""
+
+    name: str
+    canvas: object
+    alt: str
+    caption: str
+
+
+def throughput(run: Run) -> Figure:
+    """Output throughput, whole run: as published and at the other variant's rate."""
+    return _bars(
+        run, "C1", "throughput", "Does FP8 raise throughput, or does the offered load?", "output tokens/s, whole run"
+    )
+
+
+def concurrency(run: Run) -> Figure:
+    """Peak concurrent requests."""
+    return _bars(
+        run, "C2", "concurrency", "Does FP8 raise concurrency, or does the offered load?", "peak concurrent requests"
+    )
+
+
+def rate(run: Run) -> Figure:
+    """Offered against completed request rate, both variants."""
+    canvas, axes = _canvas(run, "How much of the offered rate is completed?")
+    claim = _claim("C3")["fp8"]
+    points, told = _points(run, "request_throughput"), []
+    top = max([claim["rate"], *(x for variant in points.values() for x, _ in variant)]) * 1.15
+    axes.plot([0, top], [0, top], color=_GREY, lw=1, ls=":")
+    axes.annotate(
+        "all completed", (top * 0.40, top * 0.42), color=_GREY, rotation=34, rotation_mode="anchor", fontsize=8
+    )
+    for variant, series in points.items():
+        color, marker = STYLE[variant]
+        axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
+        told += [f"{variant} completed {y:.1f} of {x:g} req/s" for x, y in series]
+    axes.plot(claim["rate"], claim["value"], marker="*", ms=13, mfc="white", mec=_INK, ls="", label="published (FP8)")
+    axes.set(
+        xlabel="offered rate, requests/s", ylabel="completed rate, requests/s", xlim=(0, top), ylim=(0, top * 0.85)
+    )
+    axes.legend(frameon=False, loc="upper left")
+    caption = f"Completed rate over the whole run, drain tail included. Published: {claim['value']} of {claim['rate']} req/s (FP8)."
+    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", _caption(run, caption))
+
+
+def tpot(run: Run) -> Figure:
+    """Mean time per output token."""
+    return _bars(run, "C4", "tpot", "What does a user wait for each token?", "mean time per output token, ms")
+
+
+def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
+    claim = _claim(claim_id)
+    metric, summaries = claim["metric"], run.summaries()
+    fp8_rate = claim["fp8"]["rate"]
+    bf16_rate = claim.get("bf16", {}).get("rate", 50)
+    canvas, axes = _canvas(run, title)
+    told, ticks = [], []
+    values = [s.get(metric) or 0 for s in summaries.values()]
+    top = max([*values, *(claim[side]["value"] for side in ("bf16", "fp8") if side in claim)])
+    for group, rate_ in enumerate((bf16_rate, fp8_rate)):
+        for offset, variant in ((-0.2, "bf16"), (0.2, "fp8")):
+            color, _ = STYLE[variant]
+            x = group + offset
+            value = summaries.get(level_id(variant, rate_), {}).get(metric)
+            if value is None:
+                axes.annotate("not run", (x, 0), **_above(_GREY))
+            else:
+                axes.bar(x, value, 0.36, color=color, label=variant if group == 0 else None)
+                told.append(f"{variant} at {rate_} req/s: {_number(value)}")
+                # Within the bar, clear of the published line at its top; above it where the bar is short.
+                high = value > 0.12 * top
+                axes.annotate(_number(value), (x, 0 if high else value), **_above("white" if high else _INK))
+            if claim.get(variant, {}).get("rate") == rate_:
+                said = claim[variant]["value"]
+                label_published = "published" if variant == "fp8" else None
+                axes.plot([x - 0.18, x + 0.18], [said, said], color=_INK, lw=2.4, label=label_published)
+                outward, side = (-1, "right") if offset < 0 else (1, "left")
+                axes.annotate(
+                    _number(said), (x + outward * 0.2, said), (outward * 3, 0),
+                    textcoords="offset points", ha=side, va="center", fontsize=9,
+                )  # fmt: skip
+                told.append(f"published {variant} at {rate_} req/s: {_number(said)}")
+        ticks.append(f"offered {rate_} req/s")
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(ylabel=label, xlim=(-0.75, 1.75), ylim=(0, top * 1.25))
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, frameon=False, loc="upper left")
+    crossed = (
+        f"The published comparison is BF16 at {bf16_rate} against FP8 at {fp8_rate} req/s"
+        if "bf16" in claim
+        else (f"The published value is FP8's at {fp8_rate} req/s")
+    )
+    caption = f"{crossed} (black lines); side by side stand the two variants at equal load."
+    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", _caption(run, caption))
+
+
+def _canvas(run: Run, title: str):
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(6.4, 3.8), layout="constrained")
+    axes = canvas.subplots()
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+    if run.profile.device != "cuda":
+        mark = "EMULATED" if run.emulated else "CPU"
+        axes.text(
+            0.5,
+            0.5,
+            mark,
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            rotation=20,
+            fontsize=44,
+            color="#bbbbbb",
+            alpha=0.45,
+        )
+    return canvas, axes
+
+
+def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, dict[float, float]] = {}
+    for summary in run.summaries().values():
+        level, offered = summary["level"], float(summary["level"]["rate"])
+        if (
+            level["variant"] in STYLE
+            and level["repeat"] == 1
+            and offered != float("inf")
+            and summary[metric] is not None
+        ):
+            found.setdefault(level["variant"], {})[offered] = summary[metric]
+    return {variant: sorted(series.items()) for variant, series in found.items()}
+
+
+def _claim(id: str) -> dict:
+    return next(claim for claim in published()["claims"] if claim["id"] == id)
+
+
+def _caption(run: Run, text: str) -> str:
+    emulated = "EMULATED GPU, nothing measured. " if run.emulated else ""
+    return f"{emulated}{text} Run {run.path.name}."
+
+
+def _above(color: str) -> dict:
+    return {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9, "color": color}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

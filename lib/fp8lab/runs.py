@@ -1,0 +1,231 @@
+"""The run folder: write, read, resume. Its layout is the same for a recorded run, which is read-only.
+
+run.json                          provenance and the resolved profile
+levels/<variant>-<rate>rps-r<n>/  records.parquet, tokens.parquet, summary.json (last: the level is complete)
+logs/<variant>.log                the server's own output
+rendered/                         executed notebooks and pages
+claims.json                       the verdicts
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import BadInput, RunDamaged, RunMismatch
+from .paths import DATA, RUNS
+from .profiles import Level, Profile, from_dict, load_profile
+from .provenance import collect
+from .tables import Table
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """A measured level: its summary and records. Shown as a table in a notebook."""
+
+    level: Level
+    summary: Mapping
+    records: pd.DataFrame
+    tokens: pd.DataFrame | None
+
+    @property
+    def valid(self) -> bool:
+        return self.summary["valid"]
+
+    def _table(self) -> Table:
+        s = self.summary
+
+        def show(key, digits=0, unit=""):
+            return "–" if s.get(key) is None else f"{s[key]:,.{digits}f}{unit}"
+
+        rows = [
+            ("completed", f"{s['completed']:,} of {s['requests']:,}"),
+            ("request throughput", show("request_throughput", 2, " req/s")),
+            ("output throughput, whole run", show("output_token_throughput", 0, " tok/s")),
+            ("output throughput, steady state", show("steady_output_token_throughput", 0, " tok/s")),
+            ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
+            ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', 0, ' ms')}"),
+            ("TPOT mean / p99", f"{show('mean_tpot_ms', 1)} / {show('p99_tpot_ms', 1, ' ms')}"),
+            ("the measurement is", "VALID" if self.valid else f"INVALID: {s['invalid_reason']}"),
+        ]
+        rate = "all at once" if math.isinf(self.level.rate) else f"{self.level.rate:g} req/s"
+        emulated = " (EMULATED GPU)" if s.get("emulated") else ""
+        return Table(f"{self.level.variant} at {rate}{emulated}", ("", "value"), rows)
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+class Run:
+    """An open run folder. Use `open_run` to get one."""
+
+    def __init__(self, path: Path, manifest: dict, read_only: bool):
+        self.path, self.manifest, self.read_only = path, manifest, read_only
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The profile that this run was made with, as resolved then."""
+        return from_dict(self.manifest["profile"])
+
+    @property
+    def emulated(self) -> bool:
+        return self.profile.emulated
+
+    def log_path(self, variant: str) -> Path:
+        """Where the next server of `variant` logs; logs of earlier starts are kept."""
+        names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
+        return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
+
+    def has(self, level: Level) -> bool:
+        """Whether the level is complete."""
+        return (self._folder(level.id) / "summary.json").is_file()
+
+    def summaries(self) -> dict[str, dict]:
+        """The summary of every complete level, by level id."""
+        folders = sorted(p.parent for p in self.path.glob("levels/*/summary.json"))
+        return {folder.name: _read_json(folder / "summary.json") for folder in folders}
+
+    def read(self, level: Level) -> LevelResult:
+        """A complete level. Raises BadInput when the run does not hold it, RunDamaged when it cannot be read."""
+        if not self.has(level):
+            held = ", ".join(self.summaries()) or "none"
+            raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
+        folder = self._folder(level.id)
+        tokens = folder / "tokens.parquet"
+        return LevelResult(
+            level,
+            _read_json(folder / "summary.json"),
+            _read_parquet(folder / "records.parquet"),
+            _read_parquet(tokens) if tokens.exists() else None,
+        )
+
+    def write(self, result: LevelResult) -> None:
+        """Stores a level; a half-written one from before is replaced. The summary comes last, atomically."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        folder = self._folder(result.level.id)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        result.records.to_parquet(folder / "records.parquet", compression="zstd", index=False)
+        if result.tokens is not None:
+            result.tokens.to_parquet(folder / "tokens.parquet", compression="zstd", index=False)
+        write_json(folder / "summary.json", result.summary)
+
+    def check_profile(self, profile: Profile) -> None:
+        """Raises RunMismatch unless this run was made with `profile`."""
+        if self.read_only:
+            return
+        mine, other = self.manifest["profile"], _plain(profile.as_dict())
+        if mine != other:
+            differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+            raise RunMismatch(
+                f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
+                f"(they differ in: {', '.join(differing)}); choose another --run folder, or that profile"
+            )
+
+    def _folder(self, level_id: str) -> Path:
+        return self.path / "levels" / level_id
+
+    def __repr__(self) -> str:
+        kind = "recorded run" if self.read_only else "run"
+        return f"{kind} {self.path.name}: {len(self.summaries())} complete levels, profile {self.profile.name}"
+
+
+def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "") -> Run:
+    """Opens a run folder to write to, or a recorded one to read from.
+
+    `run_dir` is resumed if it exists and made if not; empty makes `runs/<profile>-<date>-<time>`, "latest"
+    goes on with the last one. `profile` is a profile or the name of one; "auto" is the run's own, for a new
+    run the machine's. `source` opens that folder (or the name of one in `data/recorded/`) read-only instead.
+    Raises RunMismatch for a folder of another profile, BadInput for one that is no run folder.
+    """
+    if source:
+        path = Path(source)
+        path = path if path.is_dir() else DATA / "recorded" / str(source)
+        return Run(path, _manifest(path), read_only=True)
+    if str(run_dir) == "latest":
+        run_dir = (RUNS / "latest").resolve() if (RUNS / "latest").exists() else ""
+    if run_dir and (Path(run_dir) / "run.json").is_file():
+        run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
+        if profile != "auto":
+            run.check_profile(load_profile(profile) if isinstance(profile, str) else profile)
+        return run
+    profile = load_profile(profile) if isinstance(profile, str) else profile
+    path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
+    path.mkdir(parents=True, exist_ok=True)
+    manifest = _plain({"schema": SCHEMA, "profile": profile.as_dict()} | collect())
+    write_json(path / "run.json", manifest)
+    if path.resolve().parent == RUNS:
+        _point_latest_at(path)
+    return Run(path, manifest, read_only=False)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `value` beside `path` and renames: a reader sees the whole file or none."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w") as file:
+        json.dump(_plain(value), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _plain(value):
+    """`value` as JSON holds it: infinity as text, not-a-number as null, mappings and sequences as they are."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _manifest(path: Path) -> dict:
+    if not (path / "run.json").is_file():
+        recorded = ", ".join(sorted(p.name for p in (DATA / "recorded").glob("*") if p.is_dir())) or "none"
+        raise BadInput(f"no run folder at {str(path)!r}: it has no run.json (recorded runs: {recorded})")
+    manifest = _read_json(path / "run.json")
+    if manifest.get("schema") != SCHEMA:
+        raise BadInput(f"{path}/run.json has schema {manifest.get('schema')!r}; this version reads {SCHEMA}")
+    return manifest
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDamaged(f"{path} cannot be read ({error}); delete its folder to measure that level again") from None
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise RunDamaged(f"{path} cannot be read ({error}); delete its folder to measure that level again") from None
+
+
+def _point_latest_at(path: Path) -> None:
+    latest = RUNS / "latest"
+    scratch = RUNS / f".latest-{os.getpid()}"
+    scratch.symlink_to(path.name, target_is_directory=True)
+    scratch.replace(latest)

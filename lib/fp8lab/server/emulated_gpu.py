@@ -1,0 +1,176 @@
+"""A vLLM executor whose GPU is a roofline model. vLLM imports it; fp8lab only names it.
+
+    --distributed-executor-backend fp8lab.server.emulated_gpu.EmulatedGpuExecutor
+
+What is real: vLLM's command line, HTTP server, tokenizer, scheduler, KV block manager and metrics.
+What is modelled: the forward pass, as a wait. One step takes
+
+    max(weight bytes / HBM, tokens x FLOPs / peak) + KV bytes read / HBM + a constant,
+
+and never less than the tokens that it emits x the front end's serial cost a token. Overlap of scheduling
+and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
+last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU
+(see `settings`). Written against vLLM 0.32.0.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import Future
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes
+
+SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
+GIB = 2**30
+
+# Below vLLM's own package, so that its log configuration applies and the lines reach the server's log.
+logger = init_logger("vllm.fp8lab.emulated_gpu")
+
+
+class EmulatedGpuExecutor(UniProcExecutor):
+    """Answers what vLLM asks of its workers, without a worker."""
+
+    def _init_executor(self) -> None:
+        self.driver_worker = None
+        self.card = json.loads(os.environ[SETTINGS_VARIABLE])
+        self.shape = ModelShape(self.model_config.hf_text_config)
+        fp8_weights = self.model_config.quantization == "fp8"
+        self.kv_dtype = torch.uint8 if "fp8" in self.cache_config.cache_dtype else torch.bfloat16
+        self.weight_bytes = self.shape.weight_bytes(fp8_weights)
+        self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize)
+        self.hbm = self.card["hbm_bytes_per_s"] * self.card["hbm_fraction"]
+        peak = self.card["fp8_flops" if fp8_weights else "bf16_flops"]
+        self.flops = peak * self.card["flops_fraction"]
+        self.dilation = self.card["time_dilation"]
+        self.requests: dict[str, list[int]] = {}  # id -> [prompt tokens, computed tokens]
+        self.free_at = 0.0
+        logger.info("EMULATED GPU %s: Model loading took %.2f GiB", self.card["name"], self.weight_bytes / GIB)
+
+    def collective_rpc(
+        self, method, timeout=None, args=(), kwargs=None, non_block=False, single_value=False, **_ignored
+    ):
+        answer = getattr(self, f"_{method}")(*args, **(kwargs or {}))
+        result = answer if single_value else [answer]
+        if not non_block:
+            return result
+        future: Future = Future()
+        future.set_result(result)
+        return future
+
+    def check_health(self) -> None:
+        return
+
+    def shutdown(self) -> None:
+        return
+
+    # What a worker is asked once, at start.
+
+    def _get_supported_tasks(self):
+        return ("generate",)
+
+    def _get_kv_cache_spec(self):
+        spec = FullAttentionSpec(
+            block_size=self.cache_config.block_size,
+            num_kv_heads=self.shape.kv_heads,
+            head_size=self.shape.head_size,
+            dtype=self.kv_dtype,
+        )
+        return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
+
+    def _get_supported_kv_cache_layouts(self):
+        return ["LBHNC"]
+
+    def _determine_available_memory(self) -> int:
+        budget = self.card["memory_gib"] * GIB * self.cache_config.gpu_memory_utilization
+        available = budget - self.weight_bytes - self.card["reserved_gib"] * GIB
+        if available <= 0:
+            raise ValueError(f"the emulated card has no memory left for KV cache ({available / GIB:.1f} GiB)")
+        return int(available)
+
+    def _compile_or_warm_up_model(self):
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def _set_kv_cache_layout(self, _layout):
+        return None
+
+    def _initialize_from_config(self, _configs):
+        return None
+
+    def _reset_mm_cache(self):
+        return None
+
+    # What a worker is asked at every step.
+
+    def _execute_model(self, scheduled) -> ModelRunnerOutput:
+        for request in scheduled.finished_req_ids:
+            self.requests.pop(request, None)
+        for new in scheduled.scheduled_new_reqs:
+            self.requests[new.req_id] = [len(new.prompt_token_ids), new.num_computed_tokens]
+        cached = scheduled.scheduled_cached_reqs
+        for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self.requests[request][1] = computed
+        emitting, context = [], 0
+        for request, tokens in scheduled.num_scheduled_tokens.items():
+            state = self.requests[request]
+            state[1] += tokens
+            context += state[1]
+            if state[1] >= state[0]:  # its prompt is complete: this step yields a token
+                emitting.append(request)
+        if scheduled.num_scheduled_tokens:
+            self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, len(emitting)))
+        token = self.shape.some_token
+        return ModelRunnerOutput(
+            req_ids=emitting,
+            req_id_to_index={request: i for i, request in enumerate(emitting)},
+            sampled_token_ids=[[token] for _ in emitting],
+        )
+
+    def _sample_tokens(self, _grammar):
+        return None
+
+    def step_seconds(self, tokens: int, context_tokens: int, emitted: int) -> float:
+        """Model time of one step: `tokens` computed, `context_tokens` of KV read, `emitted` streamed."""
+        matrices = max(self.weight_bytes / self.hbm, tokens * self.shape.flops_per_token / self.flops)
+        attention = context_tokens * self.kv_bytes_per_token / self.hbm
+        gpu = matrices + attention + self.card["step_overhead_us"] * 1e-6
+        return max(gpu, emitted * self.card["frontend_us_per_token"] * 1e-6)
+
+    def _wait(self, seconds: float) -> None:
+        now = time.monotonic()
+        wall = seconds * self.dilation
+        # An engine that came back within the last step's time was overlapped with it; otherwise it was idle.
+        start = self.free_at if now - self.free_at < wall else now
+        self.free_at = max(now, start + wall)
+        time.sleep(self.free_at - now)
+
+
+class ModelShape:
+    """A Llama-like model's sizes, from its Hugging Face configuration."""
+
+    def __init__(self, config):
+        self.layers = config.num_hidden_layers
+        self.kv_heads = config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads * self.head_size
+        attention = config.hidden_size * (2 * heads + 2 * self.kv_heads * self.head_size)
+        mlp = 3 * config.hidden_size * config.intermediate_size
+        self.layer_parameters = self.layers * (attention + mlp)
+        self.vocabulary_parameters = config.vocab_size * config.hidden_size
+        self.embeddings = 1 if config.tie_word_embeddings else 2
+        self.some_token = min(1000, config.vocab_size - 1)
+
+    def weight_bytes(self, fp8: bool) -> int:
+        """FP8 quantises the layers' matrices; the embedding and the output head stay BF16."""
+        return self.layer_parameters * (1 if fp8 else 2) + self.embeddings * self.vocabulary_parameters * 2
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_size * itemsize
+
+    @property
+    def flops_per_token(self) -> float:
+        return 2.0 * (self.layer_parameters + self.vocabulary_parameters)

@@ -1,0 +1,78 @@
+"""What a vLLM server's log says: how far its start is, what it reports, why it failed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# In the order in which vLLM writes them (0.26 to 0.32).
+_PHASES = (
+    (r"non-default args|Resolved architecture", "reading the model's configuration"),
+    (r"Initializing a V1 LLM engine", "starting the engine process"),
+    (r"Starting to load model|Loading model|Loading safetensors", "loading weights"),
+    (r"Model loading took", "measuring memory"),
+    (r"torch\.compile|Dynamo bytecode|Compiling a graph", "compiling (torch.compile)"),
+    (r"KV cache size", "reserving the KV cache"),
+    (r"Capturing CUDA graphs|Graph capturing", "capturing CUDA graphs"),
+    (r"init engine", "starting the API server"),
+    (r"Application startup complete", "waiting for the first completion"),
+)
+
+# What went wrong (in the log), and what to do about it.
+_REMEDIES = (
+    (r"address already in use", "another process listens on this port; choose another port or end that process"),
+    (
+        r"out of memory|No available memory for the cache|less than desired GPU memory|larger than the available KV",
+        "the GPU has too little free memory; see `fp8lab status` and `nvidia-smi` for who holds it",
+    ),
+    (r"unrecognized arguments|invalid choice|expected one argument", "this vLLM version does not know that flag"),
+    (r"gated repo|401 Client|Access to model", "the checkpoint is gated: set HF_TOKEN, or use --weights random"),
+    (
+        r"not a valid model identifier|is not a local folder|Repository Not Found|can't load the configuration",
+        "no such model; check its name or path",
+    ),
+    (r"requires x86 with AVX-512", "this CPU cannot hold an FP8 KV cache; use the emulated profile"),
+    (r"Illegal instruction|SIGILL", "this CPU lacks the instructions that vLLM's build needs"),
+    (r"No module named", "the environment is incomplete; prepare it with `make env`"),
+)
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((INFO|WARNING|ERROR|DEBUG|CRITICAL) [\d-]+ [\d:]+ \[[^\]]+\] )?")
+_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|^.*\berror: .*", re.IGNORECASE)
+_SYMPTOM = re.compile(r"Engine core initialization failed|Engine core proc .* died|See root cause")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What vLLM reports of a start: KV-cache tokens, model memory in GiB; None where it said nothing."""
+
+    kv_cache_tokens: int | None
+    model_memory_gib: float | None
+
+
+def read(path: Path) -> str:
+    """The log's text; undecodable bytes are replaced."""
+    return Path(path).read_text(errors="replace") if Path(path).exists() else ""
+
+
+def phase(text: str) -> str:
+    """The last phase of the start that the log shows."""
+    reached = [name for pattern, name in _PHASES if re.search(pattern, text)]
+    return reached[-1] if reached else "importing vLLM"
+
+
+def reported(text: str) -> Reported:
+    tokens = re.search(r"KV cache size: ([\d,]+) tokens", text)
+    memory = re.search(r"Model loading took ([\d.]+) GiB", text)
+    return Reported(
+        int(tokens[1].replace(",", "")) if tokens else None,
+        float(memory[1]) if memory else None,
+    )
+
+
+def root_cause(text: str) -> tuple[list[str], str | None]:
+    """The log's telling lines (the first error that is no mere symptom of another) and a remedy, if known."""
+    lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines()]
+    errors = [line for line in lines if _ERROR.match(line) and not _SYMPTOM.search(line)]
+    telling = list(dict.fromkeys(errors))[:3] or [line for line in lines if line][-5:]
+    for pattern, remedy in _REMEDIES:
+        if any(re.search(pattern, line, re.IGNORECASE) for line in (*telling, *lines[-40:])):
+            return telling, remedy
+    return telling, None

@@ -1,0 +1,123 @@
+"""Runs one server and ends it, with everything that it started, when its owner is gone.
+
+    watchdog.py --log FILE [--grace SECONDS] -- COMMAND ...
+
+The owner holds the writing end of this process's standard input: when it closes, by a normal stop or
+because the owner died in whatever way, the server's process group gets SIGTERM, after the grace SIGKILL,
+and so does every process that descends from it, in other sessions too: the watchdog is a subreaper, so
+orphans become its own children. Standard output says `started PID` and at the end `exited CODE`.
+
+Standard library only, Linux only, and started by path: it must not fail because something else does.
+"""
+
+import argparse
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_CHILD_SUBREAPER = 36
+POLL_S = 0.1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="watchdog.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--log", required=True, help="file that takes the server's output")
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument("command", nargs="+", help="the server's command line, after --")
+    args = parser.parse_args()
+
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(ignored, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    with open(args.log, "ab", buffering=0) as log:
+        server = subprocess.Popen(
+            args.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # Ignored signals are inherited; the server must see them again.
+            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],  # noqa: PLW1509 - no threads here
+        )
+    tell(f"started {server.pid}")
+
+    owner = select.poll()
+    owner.register(sys.stdin, select.POLLIN | select.POLLHUP)
+    while server.poll() is None and not stopping:
+        if owner.poll(POLL_S * 1000) and not os.read(0, 4096):
+            stopping.append(True)
+    end_descendants(server, args.grace if stopping else 0.0)
+    tell(f"exited {server.returncode}")
+    return 0
+
+
+def end_descendants(server: subprocess.Popen, grace: float) -> None:
+    """SIGTERM to the server's group, SIGKILL to what is left after `grace` seconds, until nothing is."""
+    if server.poll() is None:
+        send(-server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while True:
+        reap(server)
+        left = descendants(os.getpid())
+        if not left:
+            return
+        if time.monotonic() >= deadline:
+            for pid in left:
+                send(pid, signal.SIGKILL)
+        time.sleep(POLL_S / 2)
+
+
+def reap(server: subprocess.Popen) -> None:
+    """Collects ended children; orphans of the server are children too."""
+    server.poll()
+    for pid in descendants(os.getpid(), direct=True):
+        if pid != server.pid:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+
+def descendants(ancestor: int, direct: bool = False) -> list[int]:
+    """Pids below `ancestor`, from /proc; with `direct` its children only."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as stat:
+                    # The command, in parentheses, may hold anything; what follows it is numbers.
+                    parents[int(entry)] = int(stat.read().rpartition(b")")[2].split()[1])
+            except OSError:
+                continue
+    if direct:
+        return [pid for pid, parent in parents.items() if parent == ancestor]
+    found, frontier = [], {ancestor}
+    while frontier:
+        frontier = {pid for pid, parent in parents.items() if parent in frontier}
+        found.extend(frontier)
+    return found
+
+
+def send(pid: int, signum: int) -> None:
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def tell(line: str) -> None:
+    try:
+        os.write(1, f"{line}\n".encode())
+    except OSError:
+        return  # the owner is gone; the work goes on without a listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

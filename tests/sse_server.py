@@ -1,0 +1,158 @@
+"""A streaming completions server whose chunk times are known, and which commits faults on request.
+
+    python tests/sse_server.py --ttft-ms 20 --itl-ms 10 [--truth FILE]
+
+It prints its port. The model's name chooses what happens: "ok", or one of the faults below. With --truth it
+writes, for every request, when its headers and body were complete and when its first chunk was written
+(CLOCK_MONOTONIC), as JSON lines, when it ends.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+from time import monotonic
+
+import httptools
+import uvloop
+
+FAULTS = (
+    "http-500",
+    "refused-auth",
+    "error-event",
+    "cut",
+    "silent",
+    "malformed",
+    "wrong-count",
+    "no-done",
+    "huge",
+    "die",
+)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+TOKEN = (
+    b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"ok","choices":[{"index":0,"text":" time",'
+    b'"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
+)
+LAST = TOKEN.replace(b'"finish_reason":null', b'"finish_reason":"length"')
+
+
+def http_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def usage(prompt: int, completion: int) -> bytes:
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return f'data: {{"id":"cmpl-1","choices":[],"usage":{json.dumps(counts)}}}\n\n'.encode()
+
+
+TOKEN_CHUNK, LAST_CHUNK = http_chunk(TOKEN), http_chunk(LAST)
+DONE_CHUNK, END = http_chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
+
+
+class Session(asyncio.Protocol):
+    """One connection. Chunk times are absolute, so that lateness does not add up."""
+
+    def __init__(self, options, truth):
+        self.options, self.truth = options, truth
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.parser = httptools.HttpRequestParser(self)
+        self.body = []
+
+    def data_received(self, data):
+        self.parser.feed_data(data)
+
+    def on_body(self, body):
+        self.body.append(body)
+
+    def on_message_complete(self):
+        body, self.body = json.loads(b"".join(self.body) or b"{}"), []
+        if self.parser.get_method() == b"GET":
+            names = json.dumps({"object": "list", "data": [{"id": "ok", "object": "model"}]}).encode()
+            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(names), names))
+            return
+        self.received = monotonic()
+        self.tokens, self.sent = body["max_tokens"], 0
+        self.fault = body["model"]
+        self.streaming = body.get("stream", False)
+        self.due = self.received + self.options.ttft_ms / 1e3
+        asyncio.get_running_loop().call_at(self.due, self.step)
+
+    def step(self):
+        if self.transport.is_closing():
+            return
+        if self.sent == 0 and not self.begin():
+            return
+        self.sent += 1
+        last = self.sent == self.tokens
+        if self.sent == 2 and not self.commit_fault():
+            return
+        if not last:
+            self.transport.write(TOKEN_CHUNK)
+            self.due += self.options.itl_ms / 1e3
+            asyncio.get_running_loop().call_at(self.due, self.step)
+            return
+        count = self.tokens - 1 if self.fault == "wrong-count" else self.tokens
+        done = b"" if self.fault == "no-done" else DONE_CHUNK
+        self.transport.write(LAST_CHUNK + http_chunk(usage(10, count)) + done + END)
+
+    def begin(self) -> bool:
+        if self.fault in ("http-500", "refused-auth"):
+            status, text = (
+                (b"500 Oops", b'{"error":"out of <luck>"}') if self.fault == "http-500" else (b"401 No", b"bad key")
+            )
+            self.transport.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n%s" % (status, len(text), text))
+            return False
+        if not self.streaming:
+            text = json.dumps({"choices": [{"text": " time"}], "usage": {"completion_tokens": self.tokens}}).encode()
+            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+            return False
+        self.transport.write(HEAD)
+        if self.truth is not None:
+            self.truth.append((self.received, monotonic()))
+        return True
+
+    def commit_fault(self) -> bool:
+        """Commits the fault at the second chunk; whether the stream goes on."""
+        if self.fault == "error-event":
+            self.transport.write(
+                http_chunk(b'data: {"error":{"message":"engine died","code":500}}\n\n') + DONE_CHUNK + END
+            )
+        elif self.fault == "cut":
+            self.transport.abort()
+        elif self.fault == "malformed":
+            self.transport.write(http_chunk(b'data: {"choices":[{"text":\n\n') + DONE_CHUNK + END)
+        elif self.fault == "huge":
+            self.transport.write(http_chunk(b"data: " + b"x" * (3 << 20)))
+        elif self.fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault != "silent":
+            return True
+        return False
+
+
+async def serve(options) -> None:
+    loop = asyncio.get_running_loop()
+    truth = [] if options.truth else None
+    server = await loop.create_server(lambda: Session(options, truth), "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    if options.truth:
+        with open(options.truth, "w") as file:
+            file.writelines(json.dumps({"received": r, "first": f}) + "\n" for r, f in truth)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ttft-ms", type=float, default=20)
+    parser.add_argument("--itl-ms", type=float, default=10)
+    parser.add_argument("--truth", help="file for the server's own times")
+    uvloop.run(serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
