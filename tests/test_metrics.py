@@ -1,10 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_records
 from fp8lab.measure import metrics
 
 # Three requests, worked by hand: sent at 0, 1, 2 s; first tokens after 0.1, 0.2, 0.3 s; 11, 21 and 1 tokens.

@@ -1,15 +1,14 @@
 """The command line. Results go to standard output, progress to standard error.
 
-Exit codes: 0 done, 1 the work failed, 2 the arguments cannot work, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 the arguments cannot work, 3 a level is invalid, 130 interrupted.
 """
 
 import argparse
-import math
 import signal
 import sys
 import textwrap
-import time
 
+from . import commands
 from .errors import BadInput, Fp8labError
 
 EXAMPLES = {
@@ -18,6 +17,7 @@ EXAMPLES = {
         fp8lab reproduce --notebook steps         the same, step by step, four notebooks
         fp8lab serve fp8 --print-command          the exact vLLM command of a variant
         fp8lab claims runs/latest                 the verdicts of a run
+        fp8lab load-test --base-url URL --model NAME --rate 50 --out DIR    measure any endpoint
         fp8lab status; fp8lab stop                what is left over, and its end
     """,
     "reproduce": """
@@ -31,6 +31,12 @@ EXAMPLES = {
         fp8lab serve bf16                          hold a server until Ctrl-C
         fp8lab serve fp8 --profile h100-80gb --port 8000
         fp8lab serve fp8 --print-command           show the vLLM command instead
+    """,
+    "load-test": """
+        fp8lab load-test --base-url http://127.0.0.1:8000 --model NAME --rate 50 --out results/50
+        fp8lab load-test --base-url https://HOST/v1 --model NAME --api-key-env MY_KEY --chat --rate 5 --out results/chat
+        fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
+        fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
     """,
     "claims": """
         fp8lab claims runs/latest
@@ -65,130 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _reproduce(args) -> None:
-    from .notebooks import check_parameters, execute, find
-    from .paths import RUNS, repository_relative
-    from .profiles import load_profile
-    from .report.claims import claims_table
-    from .runs import open_run
-
-    notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
-    chosen = {name: _value(text) for name, text in args.parameter}
-    for notebook in notebooks:
-        check_parameters(notebook, chosen)
-    profile = args.profile
-    if args.weights or args.model:
-        profile = load_profile(args.profile, weights=args.weights, model=args.model)
-    run = open_run(args.run, profile, source=args.source)
-    rendered = RUNS / f"redrawn-{run.path.resolve().name}" if run.read_only else run.path / "rendered"
-    where = {"source" if run.read_only else "run_dir": str(run.path.resolve())}
-    for notebook in notebooks:
-        try:
-            page = execute(notebook, rendered / notebook.name, where | chosen)
-        except (KeyboardInterrupt, Fp8labError):
-            if not run.read_only:
-                again = f"fp8lab reproduce --run {repository_relative(run.path)}"
-                print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
-            raise
-        print(repository_relative(page))
-    print(claims_table(run))
-
-
-def _serve(args) -> None:
-    from .profiles import load_profile, read_profile
-    from .server.launch import printable_command, start_server
-
-    if args.print_command:
-        from .gpu import gpu_names
-
-        # A command can be shown for a card that is not here.
-        needs_choice = args.profile == "auto" and not gpu_names()
-        print(
-            printable_command(
-                read_profile("h100-80gb" if needs_choice else args.profile), args.variant, args.port or 8000
-            )
-        )
-        return
-    with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
-        print(server)
-        print(f"\nmodel name  {server.model}\nlog         {server.log_path}")
-        print("API key     in the environment variable VLLM_API_KEY of the server's processes; --show-key prints it")
-        if args.show_key:
-            print(f"            {server.api_key}")
-        print("Ctrl-C stops the server.", flush=True)
-        while server.alive:
-            time.sleep(0.5)
-        raise Fp8labError(f"the server ended by itself; see {server.log_path}")
-
-
-def _claims(args) -> None:
-    from .report.claims import claims_table
-    from .runs import open_run
-
-    table = claims_table(open_run(source=args.run))
-    print(table.to_markdown() if args.markdown else table)
-
-
-def _profiles(args) -> None:
-    from .profiles import profile_names, read_profile
-
-    if not args.name:
-        for name in profile_names():
-            print(f"{name:<16}{read_profile(name).title}")
-        return
-    profile = read_profile(args.name)
-    print(f"{profile.name}: {profile.title}\n\nvariants")
-    for variant, flags in profile.variants.items():
-        print(f"  {variant:<12}{' '.join(flags)}")
-    print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
-    for protocol, levels in profile.protocols.items():
-        print(f"\nprotocol {protocol!r}")
-        for level in levels:
-            rate = "all at once" if math.isinf(level.rate) else f"{level.rate:g} req/s"
-            print(f"  {level.variant:<12}{rate:<14}{level.requests} requests, repeat {level.repeat}")
-
-
-def _status(_args) -> None:
-    from . import gpu
-    from .server import leftovers
-
-    found = leftovers.servers()
-    if not found:
-        print("no server of fp8lab is running")
-    for server in found:
-        owner = (
-            f"in use by pid {server.owner_pid}" if server.owned else f"LEFT OVER: its owner {server.owner_pid} is gone"
-        )
-        minutes = (time.time() - server.started) / 60
-        print(
-            f"{server.variant} ({server.profile}), port {server.port}, {minutes:.0f} min, {server.memory_gib:.1f} GiB, "
-            f"{owner}; pids {', '.join(map(str, server.pids))}"
-        )
-    used = gpu.memory_used_gib()
-    if used is not None:
-        print(f"GPU memory in use: {used:.1f} GiB")
-
-
-def _stop(args) -> None:
-    from .server import leftovers
-
-    found = [server for server in leftovers.servers() if args.all or not server.owned]
-    for server in found:
-        leftovers.stop(server)
-        print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
-    if not found:
-        print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _with_examples(argparse.ArgumentParser, "", prog="fp8lab", description=(
         "What does FP8 really buy when vLLM serves a model on a Hopper GPU? "
         "Runs the published comparison, and the fair one, and judges the claims."
     ))  # fmt: skip
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, function, text: str):
-        made = _with_examples(commands.add_parser, name, name, help=text, description=text)
+        made = _with_examples(subparsers.add_parser, name, name, help=text, description=text)
         made.set_defaults(command=function)
         return made
 
@@ -198,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "help": "a name (see `fp8lab profiles`), a .toml file, or auto (default)",
     }
 
-    reproduce = command("reproduce", _reproduce, "Run notebooks headless: measure, judge, render.")
+    reproduce = command("reproduce", commands.reproduce, "Run notebooks headless: measure, judge, render.")
     reproduce.add_argument("--profile", **profile)
     reproduce.add_argument(
         "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
@@ -223,22 +114,76 @@ def _parser() -> argparse.ArgumentParser:
     )
     reproduce.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
 
-    serve = command("serve", _serve, "Hold one server in this terminal until Ctrl-C.")
+    serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.")
     serve.add_argument("variant", metavar="VARIANT", help="bf16, fp8, fp8-weights, fp8-kv, or another of the profile's")
     serve.add_argument("--profile", **profile)
     serve.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one)")
     serve.add_argument("--print-command", action="store_true", help="print the vLLM command and exit")
     serve.add_argument("--show-key", action="store_true", help="print the API key of this start")
 
-    claims = command("claims", _claims, "Judge the published claims by a run.")
+    load = command("load-test", commands.load_test, (
+        "Measure any OpenAI-compatible endpoint under an open-loop load. Progress goes to standard error; the last "
+        "line of standard output is one JSON document. Exit code 0: the level is valid, 3: it is not, 2: bad arguments."
+    ))  # fmt: skip
+    load.add_argument("--base-url", required=True, metavar="URL", help="http(s)://HOST:PORT, with or without /v1")
+    load.add_argument("--model", required=True, metavar="NAME", help="the served model's name")
+    load.add_argument("--out", required=True, metavar="DIR", help="takes records.parquet, tokens.parquet, summary.json")
+    load.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
+    load.add_argument("--chat", action="store_true", help="/v1/chat/completions instead of /v1/completions")
+    load.add_argument(
+        "--natural-stop", action="store_true", help="let answers end by themselves (for endpoints without ignore_eos)"
+    )
+    load.add_argument(
+        "--trace",
+        default="sharegpt-like",
+        metavar="T",
+        help="sharegpt-like (default), random, a .csv of lengths, or a ShareGPT .json",
+    )
+    load.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count a ShareGPT file's tokens")
+    load.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (default 1024)")
+    load.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (default 128)")
+    load.add_argument("--requests", type=int, metavar="N", help="default 1000, or all of a file")
+    load.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="requests/s; inf (default) sends all at once; a .csv with times is replayed if no rate is given",
+    )
+    load.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="B",
+        help="1: Poisson arrivals (default), below: bursts, inf: constant gaps",
+    )
+    load.add_argument(
+        "--normalised",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
+    )
+    load.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="cap on requests in flight; makes the level closed-loop"
+    )
+    load.add_argument(
+        "--idle-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a stream without a byte for so long has failed (default 60)",
+    )
+    load.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+    load.add_argument("--seed", type=int, default=0, metavar="S")
+
+    claims = command("claims", commands.claims, "Judge the published claims by a run.")
     claims.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
     claims.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
-    profiles = command("profiles", _profiles, "Show the profiles, or one of them.")
+    profiles = command("profiles", commands.profiles, "Show the profiles, or one of them.")
     profiles.add_argument("name", nargs="?", metavar="P")
 
-    command("status", _status, "Show servers that are running or left over.")
-    stop = command("stop", _stop, "End servers that are left over.")
+    command("status", commands.status, "Show servers that are running or left over.")
+    stop = command("stop", commands.stop, "End servers that are left over.")
     stop.add_argument("--all", action="store_true", help="also end servers whose owner still runs")
     return parser
 
@@ -246,16 +191,6 @@ def _parser() -> argparse.ArgumentParser:
 def _with_examples(make, name: str, *positional, **options):
     examples = "examples:\n" + textwrap.indent(textwrap.dedent(EXAMPLES[name]).strip(), "  ")
     return make(*positional, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-
-def _value(text: str):
-    """A parameter's value as TOML reads it (numbers, true, lists), else as text."""
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 if __name__ == "__main__":

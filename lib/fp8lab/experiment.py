@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
-import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .errors import BadInput
-from .load.generator import Sent, self_check, send_load
+from .load.generator import send_load
+from .load.level import measure_level
 from .load.stream import Endpoint
 from .profiles import Level, Profile
 from .progress import StatusLine
@@ -155,74 +154,25 @@ def measure(
 
 
 def _measure_level(server: Server, level: Level, trace: Trace, workers: int | None) -> LevelResult:
-    from .load.records import to_tables
-    from .measure.metrics import latencies, summarize
-
     profile = server.profile
     due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    status = StatusLine()
-    sent = send_load(
-        _endpoint(server),
-        trace,
-        due,
-        workers=workers,
-        time_dilation=profile.time_dilation,
-        on_progress=lambda progress: status.update(level.id, str(progress)),
+    summary, records, tokens = measure_level(
+        _endpoint(server), trace, due, name=level.id, time_dilation=profile.time_dilation, workers=workers
     )
-    records, tokens = to_tables(sent, trace, profile.time_dilation)
-    each = latencies(records)
-    problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
-    problems += _server_problems(server, sent)
-    summary = summarize(records, tokens) | _client_columns(sent, tokens)
+    if not server.alive:
+        reasons = [summary["invalid_reason"], f"the server died during the level; its log: {server.log_path.name}"]
+        summary |= {"valid": False, "invalid_reason": "; ".join(filter(None, reasons))}
     summary |= {
-        "valid": not problems,
-        "invalid_reason": "; ".join(problems) or None,
-        "failures": dict(Counter(o.error for o in sent.outcomes if o.error).most_common(10)),
         "level": dataclasses.asdict(level) | {"trace": trace.name},
         "started": started,
         "emulated": profile.emulated,
         "time_dilation": profile.time_dilation,
         "server": dataclasses.asdict(server.info),
     }
-    result = LevelResult(level, summary, records, tokens)
-    status.done(_one_line(result))
-    if problems:
-        warnings.warn(f"level {level.id} is INVALID: {summary['invalid_reason']}", stacklevel=2)
-    return result
-
-
-def _server_problems(server: Server, sent: Sent) -> list[str]:
-    if not server.alive:
-        return [f"the server died during the level; its log: {server.log_path.name}"]
-    if all(outcome.error for outcome in sent.outcomes):
-        return [f"no request completed; the first failed with: {sent.outcomes[0].error}"]
-    return []
-
-
-def _client_columns(sent: Sent, tokens) -> dict:
-    client = sent.client
-    return {
-        "workers": client.workers,
-        "closed_loop": client.closed_loop,
-        "client_busiest_core": client.busiest_core,
-        "client_cpu_us_per_chunk": 1e6 * client.cpu_s / len(tokens) if len(tokens) else None,
-        "client_stall_max_ms": client.stall_max_ms,
-    }
-
-
-def _one_line(result: LevelResult) -> str:
-    s = result.summary
-    if not s["completed"]:
-        return f"{result.level.id}: no request completed"
-    rate = "all at once" if math.isinf(result.level.rate) else f"{result.level.rate:g} req/s offered"
-    failed = f", {s['failed']} FAILED" if s["failed"] else ""
-    return (
-        f"{result.level.id}: {rate}, {s['request_throughput']:.1f} completed/s{failed}, "
-        f"{s['output_token_throughput']:,.0f} tok/s, peak {s['peak_concurrent_requests_vllm']} in flight, "
-        f"TTFT {s['mean_ttft_ms']:.0f} ms, TPOT {s['mean_tpot_ms'] or math.nan:.1f} ms"
-        f"{'' if s['valid'] else ' - INVALID'}"
-    )
+    if not summary["valid"]:
+        warnings.warn(f"level {level.id} is INVALID: {summary['invalid_reason']}", stacklevel=3)
+    return LevelResult(level, summary, records, tokens)
 
 
 def _endpoint(server: Server) -> Endpoint:

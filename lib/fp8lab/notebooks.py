@@ -82,7 +82,7 @@ def to_html(executed: Path) -> Path:
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
     body, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4), resources=resources)
     page = executed.with_suffix(".html")
-    page.write_text(body)
+    page.write_text(body.replace('<script src=""></script>', ""))
     return page
 
 

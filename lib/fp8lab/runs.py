@@ -120,9 +120,7 @@ class Run:
         folder = self._folder(result.level.id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        result.records.to_parquet(folder / "records.parquet", compression="zstd", index=False)
-        if result.tokens is not None:
-            result.tokens.to_parquet(folder / "tokens.parquet", compression="zstd", index=False)
+        write_tables(folder, result.records, result.tokens)
         write_json(folder / "summary.json", result.summary)
 
     def check_profile(self, profile: Profile) -> None:
@@ -174,6 +172,13 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     if path.resolve().parent == RUNS:
         _point_latest_at(path)
     return Run(path, manifest, read_only=False)
+
+
+def write_tables(folder: Path, records: pd.DataFrame, tokens: pd.DataFrame | None) -> None:
+    """records.parquet and, if given, tokens.parquet into `folder`."""
+    records.to_parquet(folder / "records.parquet", compression="zstd", index=False)
+    if tokens is not None:
+        tokens.to_parquet(folder / "tokens.parquet", compression="zstd", index=False)
 
 
 def write_json(path: Path, value) -> None:

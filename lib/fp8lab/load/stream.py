@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import httptools
 import orjson
 
+from ..errors import BadInput
+
 _ORDINARY = b'"finish_reason":null'
 _MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 2000
@@ -59,12 +61,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: an OpenAI-compatible completions (or chat) endpoint."""
+    """Where requests go: an OpenAI-compatible completions (or chat) endpoint.
+
+    With `ignore_eos` (an extension of vLLM and its kin) answers have exactly the length asked for.
+    """
 
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
     chat: bool = False
+    ignore_eos: bool = True
+
+    def __post_init__(self):
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise BadInput(f"base URL {self.base_url!r} is not http(s)://HOST[:PORT]")
 
     @property
     def path(self) -> str:
@@ -73,10 +84,11 @@ class Endpoint:
         return prefix + ("/chat/completions" if self.chat else "/completions")
 
     def request_bytes(self, prompt: str, output_tokens: int) -> bytes:
-        """The whole HTTP request. Sampling is greedy and the end-of-sequence token ignored."""
+        """The whole HTTP request; sampling is greedy."""
         content = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         body = orjson.dumps(
-            {"model": self.model, **content, "max_tokens": output_tokens, "temperature": 0.0, "ignore_eos": True}
+            {"model": self.model, **content, "max_tokens": output_tokens, "temperature": 0.0}
+            | ({"ignore_eos": True} if self.ignore_eos else {})
             | {"stream": True, "stream_options": {"include_usage": True}}
         )
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""

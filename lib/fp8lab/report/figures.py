@@ -163,4 +163,4 @@ def _above(color: str) -> dict:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.1f}"

@@ -1,0 +1,183 @@
+"""What each command of the command line does; `cli.py` says what they are called and take.
+
+Each function takes the parsed arguments and returns an exit code or None. Imports are local: `--help` and
+bad arguments answer at once.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+from .errors import BadInput, Fp8labError
+
+
+def reproduce(args) -> None:
+    from .notebooks import check_parameters, execute, find
+    from .paths import RUNS, repository_relative
+    from .profiles import load_profile
+    from .report.claims import claims_table
+    from .runs import open_run
+
+    notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
+    chosen = {name: _value(text) for name, text in args.parameter}
+    for notebook in notebooks:
+        check_parameters(notebook, chosen)
+    profile = args.profile
+    if args.weights or args.model:
+        profile = load_profile(args.profile, weights=args.weights, model=args.model)
+    run = open_run(args.run, profile, source=args.source)
+    rendered = RUNS / f"redrawn-{run.path.resolve().name}" if run.read_only else run.path / "rendered"
+    where = {"source" if run.read_only else "run_dir": repository_relative(run.path)}
+    for notebook in notebooks:
+        try:
+            page = execute(notebook, rendered / notebook.name, where | chosen)
+        except (KeyboardInterrupt, Fp8labError):
+            if not run.read_only:
+                again = f"fp8lab reproduce --run {repository_relative(run.path)}"
+                print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
+            raise
+        print(repository_relative(page))
+    print(claims_table(run))
+
+
+def serve(args) -> None:
+    from .profiles import load_profile, read_profile
+    from .server.launch import printable_command, start_server
+
+    if args.print_command:
+        from .gpu import gpu_names
+
+        # A command can be shown for a card that is not here.
+        needs_choice = args.profile == "auto" and not gpu_names()
+        print(
+            printable_command(
+                read_profile("h100-80gb" if needs_choice else args.profile), args.variant, args.port or 8000
+            )
+        )
+        return
+    with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
+        print(server)
+        print(f"\nmodel name  {server.model}\nlog         {server.log_path}")
+        print("API key     in the environment variable VLLM_API_KEY of the server's processes; --show-key prints it")
+        if args.show_key:
+            print(f"            {server.api_key}")
+        print("Ctrl-C stops the server.", flush=True)
+        while server.alive:
+            time.sleep(0.5)
+        raise Fp8labError(f"the server ended by itself; see {server.log_path}")
+
+
+def load_test(args) -> int:
+    from .load.level import measure_level
+    from .load.stream import Endpoint
+    from .traces import arrival_times
+
+    if args.api_key_env and args.api_key_env not in os.environ:
+        raise BadInput(f"--api-key-env {args.api_key_env}: no such environment variable")
+    out = Path(args.out)
+    if (out / "records.parquet").exists():
+        raise BadInput(f"{out} already holds a result; choose another --out folder")
+    key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    endpoint = Endpoint(args.base_url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop)
+    trace = _trace(args)
+    if trace.arrival_s and args.rate is None:
+        due, name = trace.arrival_s, "replay"
+    else:
+        rate = math.inf if args.rate is None else args.rate
+        due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
+        name = "all at once" if math.isinf(rate) else f"{rate:g} req/s"
+    if args.max_concurrency:
+        name = f"{name}, closed loop at {args.max_concurrency}"
+    out.mkdir(parents=True, exist_ok=True)
+    summary, records, tokens = measure_level(
+        endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
+        exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout,
+    )  # fmt: skip
+    from .runs import write_json, write_tables
+
+    write_tables(out, records, tokens)
+    write_json(out / "summary.json", summary)
+    print(json.dumps(summary))
+    return 0 if summary["valid"] else 3
+
+
+def _trace(args):
+    from .traces import fixed_length, from_file, sharegpt_like
+
+    if args.trace == "sharegpt-like":
+        return sharegpt_like(args.requests or 1000, args.seed)
+    if args.trace == "random":
+        lengths = {"input_tokens": args.input_tokens, "output_tokens": args.output_tokens}
+        return fixed_length(args.requests or 1000, seed=args.seed, **lengths)
+    return from_file(args.trace, requests=args.requests, seed=args.seed, tokenizer=args.tokenizer)
+
+
+def claims(args) -> None:
+    from .report.claims import claims_table
+    from .runs import open_run
+
+    table = claims_table(open_run(source=args.run))
+    print(table.to_markdown() if args.markdown else table)
+
+
+def profiles(args) -> None:
+    from .profiles import profile_names, read_profile
+
+    if not args.name:
+        for name in profile_names():
+            print(f"{name:<16}{read_profile(name).title}")
+        return
+    profile = read_profile(args.name)
+    print(f"{profile.name}: {profile.title}\n\nvariants")
+    for variant, flags in profile.variants.items():
+        print(f"  {variant:<12}{' '.join(flags)}")
+    print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
+    for protocol, levels in profile.protocols.items():
+        print(f"\nprotocol {protocol!r}")
+        for level in levels:
+            rate = "all at once" if math.isinf(level.rate) else f"{level.rate:g} req/s"
+            print(f"  {level.variant:<12}{rate:<14}{level.requests} requests, repeat {level.repeat}")
+
+
+def status(_args) -> None:
+    from . import gpu
+    from .server import leftovers
+
+    found = leftovers.servers()
+    if not found:
+        print("no server of fp8lab is running")
+    for server in found:
+        owner = (
+            f"in use by pid {server.owner_pid}" if server.owned else f"LEFT OVER: its owner {server.owner_pid} is gone"
+        )
+        minutes = (time.time() - server.started) / 60
+        print(
+            f"{server.variant} ({server.profile}), port {server.port}, {minutes:.0f} min, {server.memory_gib:.1f} GiB, "
+            f"{owner}; pids {', '.join(map(str, server.pids))}"
+        )
+    used = gpu.memory_used_gib()
+    if used is not None:
+        print(f"GPU memory in use: {used:.1f} GiB")
+
+
+def stop(args) -> None:
+    from .server import leftovers
+
+    found = [server for server in leftovers.servers() if args.all or not server.owned]
+    for server in found:
+        leftovers.stop(server)
+        print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
+    if not found:
+        print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")
+
+
+def _value(text: str):
+    """A parameter's value as TOML reads it (numbers, true, lists), else as text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

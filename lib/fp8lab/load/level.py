@@ -1,0 +1,75 @@
+"""One level against any endpoint: send the load, make the tables, sum up, judge the client."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..progress import StatusLine
+from ..traces import Trace
+from .generator import Sent, self_check, send_load
+from .stream import Endpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def measure_level(
+    endpoint: Endpoint, trace: Trace, due_s: Sequence[float], *, name: str, time_dilation: float = 1.0, **options
+) -> tuple[dict, "pd.DataFrame", "pd.DataFrame"]:
+    """Sends `trace` at `due_s` under a live status line called `name`; (summary, records, tokens).
+
+    `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
+    level is valid; records and tokens are described in `records.to_tables`. Raises what `send_load` raises.
+    """
+    status = StatusLine()
+    sent = send_load(
+        endpoint,
+        trace,
+        due_s,
+        time_dilation=time_dilation,
+        on_progress=lambda progress: status.update(name, str(progress)),
+        **options,
+    )
+    # Imported here: the first request must not wait for pandas.
+    from ..measure.metrics import latencies, summarize
+    from .records import to_tables
+
+    records, tokens = to_tables(sent, trace, time_dilation)
+    each = latencies(records)
+    problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
+    if all(outcome.error for outcome in sent.outcomes):
+        problems.append(f"no request completed; the first failed with: {sent.outcomes[0].error}")
+    summary = summarize(records, tokens) | _client(sent, len(tokens))
+    summary |= {
+        "failures": dict(Counter(outcome.error for outcome in sent.outcomes if outcome.error).most_common(10)),
+        "valid": not problems,
+        "invalid_reason": "; ".join(problems) or None,
+    }
+    status.done(one_line(name, summary))
+    return summary, records, tokens
+
+
+def one_line(name: str, summary: dict) -> str:
+    """A level in one line."""
+    verdict = "" if summary["valid"] else f" - INVALID: {summary['invalid_reason']}"
+    if not summary["completed"]:
+        return f"{name}: no request completed{verdict}"
+    failed = f", {summary['failed']} FAILED" if summary["failed"] else ""
+    tpot = f", TPOT {summary['mean_tpot_ms']:.1f} ms" if summary["mean_tpot_ms"] is not None else ""
+    return (
+        f"{name}: {summary['request_throughput']:.1f} req/s completed{failed}, "
+        f"{summary['output_token_throughput']:,.0f} tok/s, peak {summary['peak_concurrent_requests_vllm']} in flight, "
+        f"TTFT {summary['mean_ttft_ms']:.0f} ms{tpot}{verdict}"
+    )
+
+
+def _client(sent: Sent, chunks: int) -> dict:
+    client = sent.client
+    return {
+        "workers": client.workers,
+        "closed_loop": client.closed_loop,
+        "client_busiest_core": client.busiest_core,
+        "client_cpu_us_per_chunk": 1e6 * client.cpu_s / chunks if chunks else None,
+        "client_stall_max_ms": client.stall_max_ms,
+        "seconds_to_first_request": client.start_delay_s,
+    }

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+
+from fp8lab.profiles import read_profile
+from fp8lab.report import claims, figures, show
+from fp8lab.runs import open_run, write_json
+
+# What the published experiment reports, as if a run had measured just that.
+PUBLISHED = {
+    ("bf16", 50): {"output_token_throughput": 7437, "peak_concurrent_requests_vllm": 170, "request_throughput": 39.4, "mean_tpot_ms": 15},
+    ("fp8", 100): {"output_token_throughput": 11921, "peak_concurrent_requests_vllm": 1033, "request_throughput": 63.15, "mean_tpot_ms": 38.75},
+}  # fmt: skip
+EQUAL = {
+    ("bf16", 100): PUBLISHED[("fp8", 100)] | {"output_token_throughput": 11500, "peak_concurrent_requests_vllm": 1100},
+    ("fp8", 50): PUBLISHED[("bf16", 50)] | {"output_token_throughput": 7500, "peak_concurrent_requests_vllm": 120},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An empty run of a GPU profile: made without a GPU, for the verdicts' logic alone."""
+    return open_run(tmp_path / "run", read_profile("h100-80gb"))
+
+
+def fill(run, levels, **common):
+    for (variant, rate), values in levels.items():
+        folder = run.path / "levels" / f"{variant}-{rate}rps-r1"
+        folder.mkdir(parents=True, exist_ok=True)
+        level = {"variant": variant, "rate": rate, "requests": 1000, "repeat": 1}
+        summary = {
+            "valid": True,
+            "invalid_reason": None,
+            "emulated": False,
+            "level": level,
+            "requests": 1000,
+            "completed": 1000,
+        }
+        rest = dict.fromkeys(("steady_output_token_throughput", "mean_ttft_ms", "p99_ttft_ms"), 1.0)
+        write_json(folder / "summary.json", summary | rest | values | common)
+    return {v.id: v for v in claims.judge(run)}
+
+
+def test_an_empty_run_judges_nothing(run):
+    assert {v.verdict for v in claims.judge(run)} == {"not run"}
+
+
+def test_the_published_numbers_alone_are_reproduced(run):
+    verdicts = fill(run, PUBLISHED)
+    assert {v.verdict for v in verdicts.values()} == {"reproduced"}
+    assert verdicts["C1"].measured == pytest.approx(11921 / 7437)
+    assert verdicts["C2"].measured == pytest.approx(1033 / 170)
+
+
+def test_an_effect_that_is_gone_at_equal_load_has_another_cause(run):
+    verdicts = fill(run, PUBLISHED | EQUAL)
+    assert verdicts["C1"].verdict == verdicts["C2"].verdict == "reproduced, other cause"
+    assert "1.01x at 50 req/s and 1.04x at 100 req/s" in verdicts["C1"].reason
+
+
+def test_an_effect_that_stays_at_equal_load_is_reproduced(run):
+    slow = {("bf16", 100): PUBLISHED[("bf16", 50)], ("fp8", 50): PUBLISHED[("bf16", 50)]}
+    assert fill(run, PUBLISHED | slow)["C1"].verdict == "reproduced"
+
+
+def test_other_numbers_are_not_reproduced(run):
+    other = {
+        key: {name: value * (2 if key[0] == "fp8" else 1) for name, value in v.items()} for key, v in PUBLISHED.items()
+    }
+    assert {v.verdict for v in fill(run, other).values()} == {"not reproduced"}
+
+
+def test_an_invalid_level_spoils_what_rests_on_it(run):
+    verdicts = fill(run, PUBLISHED, valid=False, invalid_reason="the client fell behind")
+    assert {v.verdict for v in verdicts.values()} == {"invalid run"}
+    assert "the client fell behind" in verdicts["C3"].reason
+
+
+def test_emulated_numbers_get_no_verdict(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    verdicts = fill(run, PUBLISHED, emulated=True)
+    assert {v.verdict for v in verdicts.values()} == {"not run"}
+    assert all("EMULATED" in v.reason and v.measured for v in verdicts.values())
+    assert "EMULATED" in repr(claims.claims_table(run))
+
+
+def test_claims_json_holds_all_that_a_verdict_needs(run):
+    fill(run, PUBLISHED)
+    stored = json.loads((run.path / "claims.json").read_text())["claims"]
+    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4"]
+    for claim in stored:
+        assert {"published", "measured", "unit", "protocol", "verdict", "reason", "levels"} <= claim.keys()
+        assert claim["protocol"] == "as published"
+
+
+@pytest.mark.parametrize("draw", [show.throughput_figure, show.concurrency_figure, show.rate_figure, show.tpot_figure])
+@pytest.mark.parametrize("levels", [{}, PUBLISHED, PUBLISHED | EQUAL])
+def test_figures_draw_what_there_is(run, draw, levels):
+    fill(run, levels)
+    shown = draw(run)
+    page = shown._repr_html_()
+    assert page.startswith("<figure><img src=") and 'alt="' in page and "<figcaption>" in page
+    assert "published" in shown.alt.lower() or "published" in shown.caption.lower()
+
+
+def test_emulated_figures_say_so(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    fill(run, PUBLISHED | EQUAL, emulated=True)
+    for draw in (figures.throughput, figures.concurrency, figures.rate, figures.tpot):
+        drawn = draw(run)
+        assert "EMULATED" in drawn.caption
+        assert any("EMULATED" in text.get_text() for text in drawn.canvas.axes[0].texts)
+
+
+def test_tables_escape_what_they_show():
+    from fp8lab.tables import Table
+
+    table = Table("<b>", ("a|b",), [("<script>",)])
+    assert "<script>" not in table._repr_html_() and "a\\|b" in table.to_markdown()

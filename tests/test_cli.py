@@ -1,0 +1,106 @@
+"""The command line as a user types it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fp8lab import cli
+from fp8lab.profiles import read_profile
+from fp8lab.runs import open_run
+
+
+def fp8lab(*arguments, timeout=120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fp8lab.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.EXAMPLES if name)])
+def test_help_teaches_by_example(command):
+    done = fp8lab(*command, "--help")
+    assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout
+
+
+def test_importing_is_quick():
+    code = "import sys, fp8lab, fp8lab.cli; print([m for m in ('pandas', 'numpy', 'httpx', 'matplotlib') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["reproduce", "--profile", "h101"], "no profile 'h101'"),
+        (["reproduce", "--notebook", "05_dreams"], "no notebook '05_dreams'"),
+        (["reproduce", "-p", "speed", "fast"], "no parameter speed"),
+        (["reproduce", "--source", "nowhere"], "no run folder at"),
+        (["reproduce", "--profile", "emulated-h100", "--model", "/no/such/model"], "no model at '/no/such/model'"),
+        (["serve", "fp4", "--profile", "emulated-h100"], "no variant 'fp4'"),
+        (["serve", "fp4", "--print-command"], "no variant 'fp4'"),
+        (["claims", "nowhere"], "no run folder at"),
+        (["profiles", "h101"], "no profile 'h101'"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path):
+    done = fp8lab(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_folder_of_another_profile_is_refused(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("tiny-cpu"))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    done = fp8lab("reproduce", "--profile", "emulated-h100", "--run", str(run.path))
+    assert done.returncode == 2 and "made with profile 'tiny-cpu'" in done.stderr
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+def test_a_taken_port_is_refused():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = fp8lab("serve", "bf16", "--profile", "tiny-cpu", "--port", str(port))
+    assert done.returncode == 2 and f"port {port} is taken" in done.stderr
+
+
+def test_print_command_is_the_published_one():
+    done = fp8lab("serve", "fp8", "--profile", "h100-80gb", "--print-command")
+    assert done.returncode == 0
+    assert "--quantization fp8 --kv-cache-dtype fp8" in done.stdout and "--host 127.0.0.1" in done.stdout
+    assert "distributed-executor-backend" not in done.stdout
+
+
+def test_serve_holds_a_server_until_interrupted():
+    import signal
+
+    command = [sys.executable, "-m", "fp8lab.cli", "serve", "bf16", "--profile", "tiny-cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serving:
+        for line in serving.stdout:
+            if "Ctrl-C stops" in line:
+                break
+        status = fp8lab("status").stdout
+        assert "bf16 (tiny-cpu)" in status and f"in use by pid {serving.pid}" in status
+        assert "LEFT OVER" not in status
+        serving.send_signal(signal.SIGINT)
+        assert serving.wait(30) == 130
+    assert f"pid {serving.pid}" not in fp8lab("status").stdout
+
+
+def test_stop_ends_what_nobody_owns():
+    """A stand-in server that carries the mark of an owner that is gone."""
+    import json
+    import os
+
+    from fp8lab.server import leftovers
+
+    mark = json.loads(leftovers.mark(id="lost-1", variant="fp8", profile="lost", port=1)) | {"owner_pid": 2**22 + 1}
+    environment = os.environ | {leftovers.MARK: json.dumps(mark)}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment) as lost:
+        time.sleep(0.3)
+        assert "LEFT OVER" in fp8lab("status").stdout
+        assert "ended fp8 (lost), 1 processes" in fp8lab("stop").stdout
+        assert lost.wait(5) != 0
+    assert "nothing" in fp8lab("stop").stdout

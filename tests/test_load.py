@@ -1,0 +1,226 @@
+"""The load generator against a server whose times are known and which commits faults."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from conftest import streaming_server
+from fp8lab.errors import BadInput
+from fp8lab.load import generator
+from fp8lab.load.generator import ClientReport, default_workers, self_check, send_load
+from fp8lab.load.records import to_tables
+from fp8lab.load.stream import Endpoint
+from fp8lab.measure.metrics import latencies, summarize
+from fp8lab.traces import arrival_times, fixed_length, sharegpt_like
+
+TRACE = fixed_length(20, input_tokens=5, output_tokens=10)
+
+
+def send(url, trace=TRACE, due=None, model="ok", chat=False, **options):
+    return send_load(Endpoint(url, model, chat=chat), trace, np.zeros(len(trace)) if due is None else due, **options)
+
+
+def test_every_token_is_counted_and_timed(sse_url):
+    sent = send(sse_url, due=arrival_times(20, 200))
+    records, tokens = to_tables(sent, TRACE)
+    assert records["error"].isna().all()
+    assert (records["chunks"] == 10).all() and (records["output_tokens"] == 10).all() and len(tokens) == 200
+    assert (records["prompt_tokens"] == 10).all()  # the server's own count
+    each = latencies(records)
+    assert each["ttft_ms"].median() == pytest.approx(20, abs=8)
+    assert each["tpot_ms"].median() == pytest.approx(2, abs=0.8)
+    assert each["lag_ms"].abs().median() < 5
+
+
+def test_time_dilation_is_undone_when_recording(sse_url):
+    sent = send(sse_url, due=arrival_times(20, 200), time_dilation=4.0)
+    records, _ = to_tables(sent, TRACE, 4.0)
+    assert records["scheduled_s"].max() == pytest.approx(0.1)
+    assert latencies(records)["ttft_ms"].median() == pytest.approx(5, abs=2.5)
+    assert latencies(records)["tpot_ms"].median() == pytest.approx(0.5, abs=0.25)
+
+
+def test_the_schedule_is_open_loop(sse_url):
+    """Requests that take 20 ms each leave every 2 ms all the same."""
+    sent = send(sse_url, due=arrival_times(20, 500, burstiness=np.inf))
+    summary = summarize(*to_tables(sent, TRACE))
+    assert summary["peak_concurrent_requests"] > 5
+    assert not sent.client.closed_loop
+
+
+def test_a_cap_makes_the_level_closed_loop(sse_url):
+    sent = send(sse_url, max_concurrency=3, workers=1)
+    summary = summarize(*to_tables(sent, TRACE))
+    assert summary["completed"] == 20 and summary["peak_concurrent_requests"] <= 3
+    assert sent.client.closed_loop
+
+
+def test_workers_share_the_schedule_and_the_start(sse_url):
+    due = arrival_times(20, 100)
+    sent = send(sse_url, due=due, workers=3)
+    records, _ = to_tables(sent, TRACE)
+    assert sent.client.workers == 3
+    assert records["request"].tolist() == list(range(20)) and records["error"].isna().all()
+    assert (records["sent_s"] - due).abs().median() < 0.01
+
+
+def test_chat_streams_are_read_too(sse_url):
+    sent = send(sse_url, chat=True)
+    assert all(outcome.error is None for outcome in sent.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "chunks"),
+    [
+        ("http-500", 'HTTP 500: {"error":"out of <luck>"}', 0),
+        ("refused-auth", "HTTP 401: bad key", 0),
+        ("error-event", "error in the stream: engine died", 1),
+        ("cut", "connection closed by the server after 1 chunks", 1),
+        ("silent", "no bytes for 1 s", 1),
+        ("malformed", "malformed chunk (JSONDecodeError)", 1),
+        ("wrong-count", "9 output tokens instead of the 10 asked for", 10),
+        ("no-done", "the stream ended without [DONE] after 10 chunks", 10),
+        ("huge", "an event of more than 1 MiB", 1),
+    ],
+)
+def test_each_fault_is_a_failed_record_with_its_reason(sse_url, fault, reason, chunks):
+    sent = send(sse_url, fixed_length(4, input_tokens=5, output_tokens=10), model=fault, idle_timeout_s=1.0)
+    records, tokens = to_tables(sent, TRACE)
+    assert records["error"].str.startswith(reason).all(), records["error"].tolist()
+    assert (records["chunks"] == chunks).all() and len(tokens) == 4 * chunks
+    summary = summarize(records, tokens)
+    assert (summary["requests"], summary["failed"]) == (4, 4)
+
+
+def test_failures_do_not_spoil_the_connections_of_others(sse_url):
+    """Every second stream is cut; the others, on kept-alive connections, complete."""
+    for _ in range(3):
+        assert all(o.error for o in send(sse_url, model="cut", due=arrival_times(20, 200)).outcomes)
+        assert not any(o.error for o in send(sse_url, due=arrival_times(20, 200)).outcomes)
+
+
+def test_nobody_listens():
+    sent = send("http://127.0.0.1:9", fixed_length(3))
+    assert all("no connection" in outcome.error for outcome in sent.outcomes)
+
+
+def test_a_server_that_dies_ends_the_level_with_what_was_recorded():
+    with streaming_server() as url:
+        sent = send(url, fixed_length(6, output_tokens=100), due=np.array([0, 0, 0, 0, 0, 0.5]))
+        assert not any(outcome.error for outcome in sent.outcomes)
+        sent = send(url, model="die")
+    assert all(outcome.error for outcome in sent.outcomes)
+    assert any(outcome.chunks for outcome in sent.outcomes)
+
+
+def test_the_level_ends_at_its_deadline():
+    with streaming_server("--itl-ms", "500") as url:
+        began = time.monotonic()
+        sent = send(url, fixed_length(4, output_tokens=1000), drain_timeout_s=1.0)
+    assert time.monotonic() - began < 6
+    assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in sent.outcomes)
+
+
+def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch):
+    killed = []
+
+    def kill_one(progress):
+        if progress.done and not killed:
+            killed.append(True)
+            victims = subprocess.run(
+                ["pgrep", "-P", str(os.getpid()), "-f", "fp8lab.load.worker"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            os.kill(int(victims.stdout.split()[0]), signal.SIGKILL)
+
+    trace = fixed_length(200, input_tokens=5, output_tokens=10)
+    sent = send(sse_url, trace, due=arrival_times(200, 100), workers=2, on_progress=kill_one)
+    errors = [outcome.error for outcome in sent.outcomes if outcome.error]
+    assert len(sent.outcomes) == 200 and 0 < len(errors) < 150
+    assert all("load worker" in error for error in errors)
+    assert sent.client.lost_workers and self_check(np.zeros(1), np.ones(1), sent.client)
+
+
+def test_an_interrupt_ends_the_workers(sse_url):
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        send(sse_url, fixed_length(100, output_tokens=10), due=np.linspace(0, 60, 100))
+    left = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "fp8lab.load.worker"], capture_output=True, check=False
+    )
+    assert left.returncode == 1
+
+
+def test_a_client_pinned_to_a_busy_core_is_caught():
+    """The scheduler gives the client what is left of one core; the lag shows it."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    core = {min(os.sched_getaffinity(0))}
+    before = os.sched_getaffinity(0)
+    try:
+        for hog in hogs:
+            os.sched_setaffinity(hog.pid, core)
+        with streaming_server("--itl-ms", "1") as url:
+            os.sched_setaffinity(0, core)
+            trace = sharegpt_like(600)
+            sent = send(url, trace, due=arrival_times(600, 200), workers=1)
+    finally:
+        os.sched_setaffinity(0, before)
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    each = latencies(to_tables(sent, trace)[0])
+    problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
+    assert problems and "--workers 2" in problems[-1]
+
+
+def report(**changes) -> ClientReport:
+    healthy = {
+        "workers": 1,
+        "closed_loop": False,
+        "cpu_s": 1,
+        "busiest_core": 0.2,
+        "stall_max_ms": 0,
+        "start_delay_s": 0.3,
+    }
+    return ClientReport(**healthy | changes)
+
+
+def test_self_check_limits():
+    on_time, slow = np.zeros(100), np.full(100, 100.0)
+    assert self_check(on_time, slow, report()) == []
+    assert self_check(np.full(100, 4.9), slow, report()) == []
+    assert "5.1 ms late" in self_check(np.full(100, 5.1), slow, report())[0]
+    assert self_check(np.full(100, 5.1), np.full(100, 1000.0), report()) == []
+    assert "91% of its core" in self_check(on_time, slow, report(busiest_core=0.91))[0]
+
+
+def test_busiest_second_finds_a_burst():
+    marks = [(t / 4, min(t / 4, 2) if t < 8 else 2.0) for t in range(41)]
+    assert generator._busiest_second(marks) == pytest.approx(1.0)
+    assert generator._busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
+
+
+def test_default_workers_follow_rate_and_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)))
+    assert [default_workers(rate) for rate in (10, 9_000, 25_000, 1e6)] == [1, 1, 3, 8]
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"max_concurrency": 0}, {"due": [0.0]}])
+def test_bad_arguments(sse_url, bad):
+    with pytest.raises(BadInput):
+        send(sse_url, **bad)
+
+
+def test_the_key_is_sent_and_not_shown():
+    endpoint = Endpoint("http://h:1/v1", "m", "sk-secret")
+    assert b"Authorization: Bearer sk-secret\r\n" in endpoint.request_bytes(" hi", 3)
+    assert endpoint.path == "/v1/completions" and "sk-secret" not in repr(endpoint)

@@ -1,0 +1,119 @@
+"""The notebooks as users run them: through papermill, on real vLLM servers with the emulated GPU."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from fp8lab import notebooks
+from fp8lab.runs import open_run
+
+ALL = [notebooks.FRONT, *notebooks.find("steps")]
+
+
+def reproduce(*arguments, timeout=900):
+    command = [sys.executable, "-m", "fp8lab.cli", "reproduce", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The front notebook on the short profile, measured once; (run folder, finished process)."""
+    from conftest import SHORT
+
+    folder = tmp_path_factory.mktemp("front")
+    (folder / "short.toml").write_text(SHORT)
+    done = reproduce("--profile", folder / "short.toml", "--run", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_notebooks_keep_the_house_rules(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata.tags == ["parameters"]
+    assert max(len(cell.source.splitlines()) for cell in code) <= 12
+    assert notebook.metadata.kernelspec.name == "python3"
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+
+
+def test_the_front_notebook_tells_the_whole_story(measured):
+    run_dir, done = measured
+    page = (run_dir / "rendered" / "project_reproduce.html").read_text()
+    figures = re.findall(r'<figure><img alt="([^"]+)" src="data:image/svg\+xml;base64,', page)
+    assert len(figures) == 4 and all(len(alt) > 40 for alt in figures)
+    assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == 4
+    assert "EMULATED GPU: nothing here was measured on a GPU" in page
+    claims = json.loads((run_dir / "claims.json").read_text())["claims"]
+    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4"]
+    for claim in claims:
+        assert claim["verdict"] == "not run" and "EMULATED" in claim["reason"] and claim["measured"] > 0
+        assert claim["protocol"] == "as published" and claim["unit"]
+    assert "C1" in done.stdout and "project_reproduce.html" in done.stdout
+    assert "bf16 ready after" in done.stderr  # the kernel's progress reaches the terminal
+
+
+def test_the_page_asks_no_other_host(measured):
+    page = (measured[0] / "rendered" / "project_reproduce.html").read_text()
+    fetched = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?!data:)([^"#]+)"', page)
+    assert fetched == [] and "@import" not in page
+
+
+def test_the_servers_were_vllm(measured):
+    run_dir, _ = measured
+    for variant, tokens in (("bf16", 431_568), ("fp8", 969_648)):
+        log = (run_dir / "logs" / f"{variant}.log").read_text()
+        assert "Initializing a V1 LLM engine" in log and f"KV cache size: {tokens:,} tokens" in log
+        assert "EMULATED GPU" in log and "Application startup complete" in log
+
+
+def test_measuring_again_measures_nothing(measured):
+    run_dir, _ = measured
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("levels/*/summary.json")}
+    done = reproduce("--run", run_dir, timeout=120)
+    assert done.returncode == 0 and "ready after" not in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.glob("levels/*/summary.json")}
+
+
+def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
+    run_dir, _ = measured
+    before = {path: path.read_bytes() for path in [*run_dir.glob("levels/*/*"), *ALL]}
+    output = tmp_path / "project_reproduce.ipynb"
+    page = notebooks.execute(notebooks.FRONT, output, {"source": str(run_dir)}).read_text()
+    assert page.count("<figure>") == 4 and "recorded" not in (run_dir / "run.json").read_text()
+    for step in notebooks.find("steps"):
+        notebooks.execute(step, tmp_path / step.name, {"source": str(run_dir)} | short_load(step))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def short_load(step) -> dict:
+    return {"02_bf16_baseline": {"requests": 40}, "03_fp8": {"requests": 80}}.get(step.stem, {})
+
+
+def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
+    run_dir = tmp_path / "run"
+    open_run(run_dir, str(short_profile))
+    for step in notebooks.find("steps"):
+        page = notebooks.execute(step, run_dir / "rendered" / step.name, {"run_dir": str(run_dir)} | short_load(step))
+    run = open_run(source=run_dir)
+    assert sorted(run.summaries()) == ["bf16-100rps-r1", "bf16-50rps-r1", "fp8-100rps-r1", "fp8-50rps-r1"]
+    assert all(summary["failed"] == 0 for summary in run.summaries().values())
+    assert page.read_text().count("<figure>") == 4
+
+
+def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
+    broken = nbformat.read(notebooks.FRONT, as_version=4)
+    broken.cells[3].source = "raise RuntimeError('out of <luck>')"
+    nbformat.write(broken, tmp_path / "broken.ipynb")
+    with pytest.raises(notebooks.NotebookFailed, match="RuntimeError: out of <luck>"):
+        notebooks.execute(tmp_path / "broken.ipynb", tmp_path / "out" / "broken.ipynb", {})
+    assert "<luck>" not in (tmp_path / "out" / "broken.html").read_text()

@@ -1,0 +1,124 @@
+import json
+import math
+
+import pytest
+
+from conftest import make_records
+from fp8lab import runs
+from fp8lab.errors import BadInput, RunDamaged, RunMismatch
+from fp8lab.measure.metrics import summarize
+from fp8lab.profiles import Level, read_profile
+from fp8lab.runs import LevelResult, open_run
+
+LEVEL = Level(variant="bf16", rate=50, requests=3)
+
+
+def make_result(level=LEVEL) -> LevelResult:
+    records = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
+    tokens = records[["request"]].assign(at_s=records["first_token_s"])
+    summary = summarize(records, tokens) | {"valid": True, "invalid_reason": None, "emulated": True}
+    return LevelResult(level, summary, records, tokens)
+
+
+@pytest.fixture
+def profile():
+    return read_profile("emulated-h100")
+
+
+@pytest.fixture
+def run(tmp_path, profile):
+    return open_run(tmp_path / "run", profile)
+
+
+def test_a_level_comes_back_as_it_was_written(run):
+    result = make_result()
+    assert not run.has(LEVEL)
+    run.write(result)
+    back = run.read(LEVEL)
+    assert back.records.equals(result.records)
+    assert back.summary["mean_ttft_ms"] == pytest.approx(200)
+    assert list(run.summaries()) == ["bf16-50rps-r1"]
+
+
+def test_a_half_written_level_is_not_complete_and_is_replaced(run):
+    folder = run.path / "levels" / LEVEL.id
+    folder.mkdir(parents=True)
+    (folder / "records.parquet").write_bytes(b"PAR1 half")
+    assert not run.has(LEVEL) and run.summaries() == {}
+    run.write(make_result())
+    assert run.has(LEVEL) and len(run.read(LEVEL).records) == 3
+
+
+def test_a_run_resumes_with_its_own_profile(run, profile):
+    again = open_run(run.path)
+    assert again.profile == profile and again.manifest == run.manifest
+
+
+def test_a_run_of_another_profile_is_refused_and_untouched(run):
+    before = (run.path / "run.json").read_bytes()
+    with pytest.raises(RunMismatch, match="made with profile 'emulated-h100', not with this 'tiny-cpu'"):
+        open_run(run.path, read_profile("tiny-cpu"))
+    assert (run.path / "run.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, profile):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match=r"no run\.json"):
+        open_run(tmp_path / "mine", profile)
+    with pytest.raises(BadInput, match="no run folder"):
+        open_run(source=tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_recorded_run_is_read_only(run):
+    run.write(make_result())
+    recorded = open_run(source=run.path)
+    assert recorded.read(LEVEL).summary["completed"] == 3
+    with pytest.raises(BadInput, match="read-only"):
+        recorded.write(make_result())
+
+
+def test_damage_names_the_file_and_the_remedy(run):
+    run.write(make_result())
+    records = run.path / "levels" / LEVEL.id / "records.parquet"
+    records.write_bytes(records.read_bytes()[:100])
+    with pytest.raises(RunDamaged, match=r"records\.parquet.*delete its folder"):
+        run.read(LEVEL)
+    (records.parent / "summary.json").write_text('{"half": ')
+    with pytest.raises(RunDamaged, match=r"summary\.json"):
+        run.summaries()
+
+
+def test_a_missing_level_lists_what_there_is(run):
+    run.write(make_result())
+    with pytest.raises(BadInput, match="no complete level fp8-100rps-r1.*bf16-50rps-r1"):
+        run.read(Level(variant="fp8", rate=100, requests=1))
+
+
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "x.json"
+    runs.write_json(path, {"rate": math.inf, "value": math.nan, "level": LEVEL})
+    back = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert back == {
+        "rate": "inf",
+        "value": None,
+        "level": {"variant": "bf16", "rate": 50.0, "requests": 3, "repeat": 1},
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_latest_points_at_the_newest_run(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    first, second = open_run(tmp_path / "a", profile), open_run(tmp_path / "b", profile)
+    assert (tmp_path / "latest").resolve() == second.path
+    assert open_run("latest").path == second.path != first.path
+
+
+def test_provenance_names_no_host_and_no_user(run):
+    import getpass
+    import socket
+
+    text = (run.path / "run.json").read_text()
+    assert {"machine", "software", "source", "profile", "created"} <= run.manifest.keys()
+    assert socket.gethostname() not in text and f'"{getpass.getuser()}"' not in text

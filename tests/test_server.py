@@ -1,0 +1,154 @@
+"""Real vLLM servers: the tiny model computed on the CPU, and starts that fail."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+
+import fp8lab as lab
+from fp8lab.errors import BadInput, ServerFailed
+from fp8lab.profiles import read_profile
+from fp8lab.server import launch, leftovers, log
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    profile = lab.load_profile("tiny-cpu")
+    path = tmp_path_factory.mktemp("tiny") / "bf16.log"
+    with lab.serve(profile, "bf16", log_path=path) as server:
+        yield server
+
+
+def test_it_streams_real_tokens(tiny):
+    result = lab.load_test(tiny, lab.sharegpt_like(8), rate=8)
+    assert result.summary["completed"] == 8 and result.summary["failed"] == 0
+    assert result.summary["output_tokens"] == sum(lab.sharegpt_like(8).output_tokens)
+    assert result.summary["mean_tpot_ms"] > 0
+    assert "8 of 8" in repr(result) and "<table>" in result._repr_html_()
+
+
+def test_its_metrics_are_vllms_own(tiny):
+    assert f'vllm:generation_tokens_total{{engine="0",model_name="{tiny.model}"}}' in tiny.metrics()
+
+
+def test_it_reports_what_vllm_reports(tiny):
+    assert tiny.info.kv_cache_tokens > 100_000 and tiny.info.startup_s > 1
+    assert tiny.info.command[0] == "python3" and not any(
+        str(os.path.expanduser("~")) in part for part in tiny.info.command
+    )
+    assert "running" in repr(tiny)
+
+
+def test_a_request_without_the_key_is_refused(tiny):
+    url = f"{tiny.base_url}/v1/models"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": f"Bearer {tiny.api_key}"}).status_code == 200
+
+
+def test_it_listens_on_this_machine_only(tiny):
+    listening = {
+        c.laddr.ip for pid in tiny.pids() for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_the_key_is_nowhere_to_be_read(tiny):
+    assert tiny.api_key not in tiny.log_path.read_text()
+    assert tiny.api_key not in repr(tiny) + repr(tiny.info) + tiny._repr_html_()
+    assert not any(tiny.api_key in part for pid in tiny.pids() for part in psutil.Process(pid).cmdline())
+
+
+def test_status_sees_it_and_a_taken_port_is_refused(tiny):
+    (mine,) = [server for server in leftovers.servers() if server.id == tiny.model]
+    assert mine.owned and mine.owner_pid == os.getpid() and len(mine.pids) >= 3
+    with pytest.raises(BadInput, match=f"port {mine.port} is taken"):
+        lab.start_server(tiny.profile, "bf16", port=mine.port)
+
+
+@pytest.mark.parametrize("port", [0.5, -1, 70000])
+def test_a_port_must_be_one(port):
+    with pytest.raises((BadInput, TypeError)):
+        lab.start_server(read_profile("tiny-cpu"), "bf16", port=port)
+
+
+def test_an_unknown_variant_is_refused_before_anything_starts():
+    with pytest.raises(BadInput, match="no variant 'fp4'"):
+        lab.start_server(read_profile("tiny-cpu"), "fp4")
+
+
+def test_a_start_that_dies_says_why_and_leaves_nothing(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text('extends = "tiny-cpu"\n[variants]\nbad = ["--dtype", "bfloat16", "--no-such-flag"]')
+    with pytest.raises(ServerFailed) as failed:
+        lab.start_server(lab.load_profile(str(path)), "bad", log_path=tmp_path / "bad.log")
+    text = str(failed.value)
+    assert "unrecognized arguments: --no-such-flag" in text and "what to do: this vLLM version" in text
+    assert "exit code 2" in text and str(tmp_path / "bad.log") in text
+    assert not [server for server in leftovers.servers() if server.variant == "bad"]
+
+
+def test_a_start_that_takes_too_long_ends(tmp_path):
+    path = tmp_path / "slow.toml"
+    path.write_text('extends = "tiny-cpu"\n[server]\nstart_timeout_s = 2')
+    with pytest.raises(ServerFailed, match="not ready within 2 s"):
+        lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "slow.log")
+    assert not [
+        server for server in leftovers.servers() if server.owner_pid == os.getpid() and server.profile == "slow"
+    ]
+
+
+def test_a_killed_owner_takes_the_server_along(tmp_path):
+    code = (
+        "import fp8lab as lab; s = lab.start_server(lab.load_profile('tiny-cpu'), 'bf16', "
+        f"log_path={str(tmp_path / 'x.log')!r}); print(s.model, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        model = owner.stdout.readline().strip()
+        assert any(server.id == model for server in leftovers.servers())
+        owner.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(server.id == model for server in leftovers.servers()):
+        assert time.monotonic() < deadline, "the server outlived its owner"
+        time.sleep(0.2)
+
+
+def test_stop_may_happen_twice_and_frees_the_port(tmp_path):
+    server = lab.start_server(lab.load_profile("tiny-cpu"), "bf16", log_path=tmp_path / "y.log")
+    port = int(server.base_url.rpartition(":")[2])
+    pids = server.pids()
+    server.stop()
+    server.stop()
+    assert not server.alive and not any(psutil.pid_exists(pid) for pid in pids)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+    assert "stopped" in repr(server)
+
+
+def test_emulated_is_the_gpus_command_plus_one_flag():
+    real = launch.build_command(read_profile("h100-80gb"), "fp8", port=1)
+    emulated = launch.build_command(read_profile("emulated-h100"), "fp8", port=1)
+    assert emulated == [*real, "--distributed-executor-backend", launch.EXECUTOR]
+
+
+def test_the_log_says_how_far_a_start_is_and_why_it_failed():
+    text = "(EngineCore pid=1) INFO 11-23 22:52:39 [core.py:133] Initializing a V1 LLM engine (v0.32.0)\n"
+    assert log.phase("") == "importing vLLM" and log.phase(text) == "starting the engine process"
+    text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] GPU KV cache size: 431,568 tokens, Maximum\n"
+    text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] Model loading took 14.96 GiB memory\n"
+    assert log.reported(text) == log.Reported(431568, 14.96)
+    text += (
+        "(EngineCore pid=1) ERROR 11-23 22:52:40 [core.py:900] EngineCore failed to start.\n"
+        "(EngineCore pid=1) ERROR 11-23 22:52:40 [core.py:900] torch.OutOfMemoryError: CUDA out of memory.\n"
+        "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    telling, remedy = log.root_cause(text)
+    assert telling == ["torch.OutOfMemoryError: CUDA out of memory."] and "fp8lab status" in remedy
