@@ -205,8 +205,8 @@ def test_self_check_limits():
 
 def test_busiest_second_finds_a_burst():
     marks = [(t / 4, min(t / 4, 2) if t < 8 else 2.0) for t in range(41)]
-    assert generator._busiest_second(marks) == pytest.approx(1.0)
-    assert generator._busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
+    assert generator.busiest_second(marks) == pytest.approx(1.0)
+    assert generator.busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
 
 
 def test_default_workers_follow_rate_and_cores(monkeypatch):

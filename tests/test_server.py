@@ -51,6 +51,18 @@ def test_a_request_without_the_key_is_refused(tiny):
     assert httpx.get(url, headers={"Authorization": f"Bearer {tiny.api_key}"}).status_code == 200
 
 
+def test_telemetry_knows_its_processes(tiny):
+    from fp8lab.load.telemetry import Telemetry
+
+    with Telemetry(tiny.pids(), tiny.metrics) as telemetry:
+        start = time.monotonic()
+        time.sleep(2.5)
+    table = telemetry.table(start)
+    for column in ("frontend_cpu", "engine_cpu", "running", "generation_tokens"):
+        assert table[column].notna().any(), column
+    assert telemetry.cpu_share < 0.2  # what it costs is measured by the benchmark; this catches a runaway
+
+
 def test_it_listens_on_this_machine_only(tiny):
     listening = {
         c.laddr.ip for pid in tiny.pids() for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"

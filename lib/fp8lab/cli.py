@@ -27,6 +27,15 @@ EXAMPLES = {
         fp8lab reproduce --source runs/latest                  redraw everything from a run, measure nothing
         fp8lab reproduce --notebook 02_bf16_baseline -p rate 25
     """,
+    "measure": """
+        fp8lab measure --profile h200-80gb --run runs/h200       every protocol of the profile
+        fp8lab measure --run runs/h200                           goes on where it stopped
+        fp8lab measure --protocol "as published" --protocol ablation
+    """,
+    "plan": """
+        fp8lab plan --profile h200-80gb                          levels and minutes
+        fp8lab plan --run runs/h200                              what is left of a run
+    """,
     "serve": """
         fp8lab serve bf16                          hold a server until Ctrl-C
         fp8lab serve fp8 --profile h100-80gb --port 8000
@@ -113,6 +122,20 @@ def _parser() -> argparse.ArgumentParser:
         help="random weights of the true shapes, or the profile's checkpoints",
     )
     reproduce.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
+
+    protocol = {"action": "append", "metavar": "NAME", "help": "a protocol of the profile; repeatable (default: all)"}
+    measure = command("measure", commands.measure, "Measure a profile's levels without a notebook.")
+    measure.add_argument("--profile", **profile)
+    measure.add_argument(
+        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
+    )
+    measure.add_argument("--protocol", **protocol)
+    measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+
+    plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
+    plan.add_argument("--profile", **profile)
+    plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
+    plan.add_argument("--protocol", **protocol)
 
     serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.")
     serve.add_argument("variant", metavar="VARIANT", help="bf16, fp8, fp8-weights, fp8-kv, or another of the profile's")

@@ -44,6 +44,34 @@ def reproduce(args) -> None:
     print(claims_table(run))
 
 
+def measure(args) -> None:
+    from .experiment import measure as measure_levels
+    from .paths import repository_relative
+    from .report.show import levels_table
+    from .runs import open_run
+
+    run = open_run(args.run, args.profile)
+    protocols = args.protocol or list(run.profile.protocols)
+    try:
+        measure_levels(run, run.profile, protocols, workers=args.workers)
+    except (KeyboardInterrupt, Fp8labError):
+        again = f"fp8lab measure --run {repository_relative(run.path)}"
+        print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
+        raise
+    print(levels_table(run))
+    print(repository_relative(run.path))
+
+
+def plan(args) -> None:
+    from .plan import plan_table
+    from .profiles import read_profile
+    from .runs import open_run
+
+    run = open_run(source=args.run) if args.run else None
+    profile = run.profile if run else read_profile(args.profile)
+    print(plan_table(profile, args.protocol or list(profile.protocols), run))
+
+
 def serve(args) -> None:
     from .profiles import load_profile, read_profile
     from .server.launch import printable_command, start_server
@@ -93,13 +121,13 @@ def load_test(args) -> int:
     if args.max_concurrency:
         name = f"{name}, closed loop at {args.max_concurrency}"
     out.mkdir(parents=True, exist_ok=True)
-    summary, records, tokens = measure_level(
+    summary, records, tokens, _ = measure_level(
         endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
         exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout,
     )  # fmt: skip
     from .runs import write_json, write_tables
 
-    write_tables(out, records, tokens)
+    write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
     print(json.dumps(summary))
     return 0 if summary["valid"] else 3

@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .errors import BadInput
+from .load import vllm_bench
 from .load.generator import send_load
 from .load.level import measure_level
 from .load.stream import Endpoint
+from .load.telemetry import Telemetry
+from .models import model_folder
 from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
@@ -128,38 +131,91 @@ def warm_up(server: Server | RecordedServer) -> None:
     send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
 
 
+def missing_work(run: Run | None, profile: Profile, protocols: Sequence[str]) -> list[tuple[str, list[Level]]]:
+    """What is still to be done: (variant, its levels), one entry a server, in the order of the profile.
+
+    Without a run that is everything.
+    """
+    todo = _levels(profile, protocols)
+    if run:
+        checked = run.cross_checks()
+        todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
+    todo.sort(key=lambda level: list(profile.variants).index(level.variant))
+    return [(variant, list(group)) for variant, group in itertools.groupby(todo, key=lambda level: level.variant)]
+
+
 def measure(
     run: Run, profile: Profile, protocol: str | Sequence[str] = "as published", *, workers: int | None = None
 ) -> list[LevelResult]:
     """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
 
-    One server a variant, in the order of the protocol; a finished level is stored at once, so that an
+    One server a variant, in the order of the profile; a finished level is stored at once, so that an
     interrupted call goes on where it stopped. On a recorded run this only reads.
     """
     run.check_profile(profile)
-    names = [protocol] if isinstance(protocol, str) else protocol
-    levels = list(dict.fromkeys(level for name in names for level in profile.levels(name)))
-    missing = [level for level in levels if not run.has(level)]
-    if missing and run.read_only:
-        raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(level.id for level in missing)}")
-    missing.sort(key=lambda level: list(profile.variants).index(level.variant))
-    for variant, group in itertools.groupby(missing, key=lambda level: level.variant):
+    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    work = missing_work(run, profile, protocols)
+    if work and run.read_only:
+        lacking = [level.id for _, levels in work for level in levels if not run.has(level)]
+        if lacking:
+            raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}")
+        work = []
+    for variant, levels in work:
         with serve(profile, variant, run=run) as server:
             warm_up(server)
-            for level in group:
+            for level in levels:
                 load_test(
                     server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers
                 )
-    return [run.read(level) for level in levels]
+                if level.cross_check:
+                    cross_check(server, level, run)
+    return [run.read(level) for level in _levels(profile, protocols)]
+
+
+def cross_check(server: Server, level: Level, run: Run) -> dict:
+    """The same load once more with `vllm bench serve`, stored beside the level; returns its result."""
+    profile = server.profile
+    if level.id in run.cross_checks():
+        return run.cross_checks()[level.id]
+    status = StatusLine()
+    status.update(f"{level.id}: cross-check with vllm bench serve")
+    tokenizer = (
+        model_folder(profile.model.shapes)
+        if profile.model.weights == "random"
+        else profile.model.checkpoint(level.variant)
+    )
+    result = vllm_bench.run(
+        _endpoint(server), trace_for(profile, level), level.rate,
+        tokenizer=str(tokenizer), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+    )  # fmt: skip
+    run.write_cross_check(level, result)
+    status.done(
+        f"{level.id}: vllm bench serve: {result['request_throughput']:.1f} req/s completed, "
+        f"{result['output_token_throughput']:,.0f} tok/s, TPOT {result['mean_tpot_ms']:.1f} ms, "
+        f"its client at {result['client_busiest_core']:.0%} of a core"
+    )
+    return result
+
+
+def _levels(profile: Profile, protocols: Sequence[str]) -> list[Level]:
+    return list(dict.fromkeys(level for name in protocols for level in profile.levels(name)))
 
 
 def _measure_level(server: Server, level: Level, trace: Trace, workers: int | None) -> LevelResult:
     profile = server.profile
     due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    summary, records, tokens = measure_level(
-        _endpoint(server), trace, due, name=level.id, time_dilation=profile.time_dilation, workers=workers
+    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation)
+    measured = measure_level(
+        _endpoint(server),
+        trace,
+        due,
+        name=level.id,
+        time_dilation=profile.time_dilation,
+        telemetry=telemetry,
+        workers=workers,
     )
+    summary = measured.summary
     if not server.alive:
         reasons = [summary["invalid_reason"], f"the server died during the level; its log: {server.log_path.name}"]
         summary |= {"valid": False, "invalid_reason": "; ".join(filter(None, reasons))}
@@ -172,7 +228,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     }
     if not summary["valid"]:
         warnings.warn(f"level {level.id} is INVALID: {summary['invalid_reason']}", stacklevel=3)
-    return LevelResult(level, summary, records, tokens)
+    return LevelResult(level, summary, *measured[1:])
 
 
 def _endpoint(server: Server) -> Endpoint:

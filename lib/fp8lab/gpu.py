@@ -38,6 +38,39 @@ def memory_used_gib() -> float | None:
     return gpus[0][1] if gpus else None
 
 
+class GpuReader:
+    """Reads the first GPU's state again and again, with NVML initialised once. Without a GPU it reads nothing."""
+
+    COLUMNS = ("gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_energy_j", "gpu_memory_gib", "gpu_sm_mhz")
+
+    def __enter__(self) -> "GpuReader":
+        self._stack = contextlib.ExitStack()
+        self._nvml = self._stack.enter_context(_nvml())
+        self._handle = self._nvml.nvmlDeviceGetHandleByIndex(0) if self._nvml else None
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+    def read(self) -> dict[str, float]:
+        """`COLUMNS` that this card answers: shares 0 to 1, W, J since the driver was loaded, GiB, MHz."""
+        nvml, handle, row = self._nvml, self._handle, {}
+        if not nvml:
+            return row
+        with contextlib.suppress(nvml.NVMLError):
+            util = nvml.nvmlDeviceGetUtilizationRates(handle)
+            row |= {"gpu_util": util.gpu / 100, "gpu_memory_util": util.memory / 100}
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_power_w"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_energy_j"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_memory_gib"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_sm_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        return row
+
+
 def _gpus() -> list[tuple[str, float]]:
     with _nvml() as nvml:
         if not nvml:

@@ -20,12 +20,16 @@ WEIGHTS = ("random", "checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once."""
+    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once.
+
+    With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result.
+    """
 
     variant: str
     rate: float
     requests: int
     repeat: int = 1
+    cross_check: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "rate", float(self.rate))
@@ -106,7 +110,8 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One experiment, resolved. `device` is cuda, emulated or cpu."""
+    """One experiment, resolved. `device` is cuda, emulated or cpu; `variant_env` holds the environment
+    variables that a variant needs beside its flags."""
 
     name: str
     title: str
@@ -116,6 +121,7 @@ class Profile:
     variants: Mapping[str, tuple[str, ...]]
     workload: Workload
     protocols: Mapping[str, tuple[Level, ...]]
+    variant_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     gpu: Card | None = None
     emulation: Emulation | None = None
 
@@ -157,11 +163,6 @@ def load_profile(name: str = "auto", *, weights: str | None = None, model: str |
     `weights` ("random" or "checkpoint") overrides the profile's; `model` serves that checkpoint
     (hub name or path) for every variant. Raises BadInput, also for a GPU profile without a GPU.
     """
-    if name == "auto":
-        from .gpu import gpu_names
-
-        gpus = gpu_names()
-        name = ("h200-80gb" if "H200" in gpus[0] else "h100-80gb") if gpus else "emulated-h100"
     profile = read_profile(name)
     check_device(profile)
     overrides = {"weights": weights} if weights else {}
@@ -176,6 +177,11 @@ def load_profile(name: str = "auto", *, weights: str | None = None, model: str |
 
 def read_profile(name: str) -> Profile:
     """The profile `name` as written, whether or not this machine can run it."""
+    if name == "auto":
+        from .gpu import gpu_names
+
+        gpus = gpu_names()
+        name = ("h200-80gb" if "H200" in gpus[0] else "h100-80gb") if gpus else "emulated-h100"
     return _parse(_read(name), Path(name).stem)
 
 
@@ -245,6 +251,8 @@ def _parse(table: dict, name: str) -> Profile:
         raise BadInput(f"profile {name}: an emulated device needs the tables [gpu] and [emulation]")
     if profile.emulation and not (profile.time_dilation >= 1 and math.isfinite(profile.time_dilation)):
         raise BadInput(f"profile {name}: time_dilation {profile.time_dilation} must be a number from 1 up")
+    for variant in profile.variant_env:
+        profile.variant_flags(variant)
     for level in (level for levels in protocols.values() for level in levels):
         profile.variant_flags(level.variant)
     return profile

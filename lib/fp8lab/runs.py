@@ -1,7 +1,7 @@
 """The run folder: write, read, resume. Its layout is the same for a recorded run, which is read-only.
 
 run.json                          provenance and the resolved profile
-levels/<variant>-<rate>rps-r<n>/  records.parquet, tokens.parquet, summary.json (last: the level is complete)
+levels/<variant>-<rate>rps-r<n>/  records, tokens, telemetry .parquet; summary.json (last: the level is complete)
 logs/<variant>.log                the server's own output
 rendered/                         executed notebooks and pages
 claims.json                       the verdicts
@@ -38,6 +38,7 @@ class LevelResult:
     summary: Mapping
     records: pd.DataFrame
     tokens: pd.DataFrame | None
+    telemetry: pd.DataFrame | None = None
 
     @property
     def valid(self) -> bool:
@@ -105,12 +106,13 @@ class Run:
             held = ", ".join(self.summaries()) or "none"
             raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
         folder = self._folder(level.id)
-        tokens = folder / "tokens.parquet"
+        tokens, telemetry = (folder / f"{name}.parquet" for name in ("tokens", "telemetry"))
         return LevelResult(
             level,
             _read_json(folder / "summary.json"),
             _read_parquet(folder / "records.parquet"),
             _read_parquet(tokens) if tokens.exists() else None,
+            _read_parquet(telemetry) if telemetry.exists() else None,
         )
 
     def write(self, result: LevelResult) -> None:
@@ -120,8 +122,16 @@ class Run:
         folder = self._folder(result.level.id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_tables(folder, result.records, result.tokens)
+        write_tables(folder, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
         write_json(folder / "summary.json", result.summary)
+
+    def write_cross_check(self, level: Level, result: Mapping) -> None:
+        """What another client measured of the same load, beside ours."""
+        write_json(self._folder(level.id) / "vllm_bench.json", result)
+
+    def cross_checks(self) -> dict[str, dict]:
+        """The cross-check of every level that has one, by level id."""
+        return {path.parent.name: _read_json(path) for path in sorted(self.path.glob("levels/*/vllm_bench.json"))}
 
     def check_profile(self, profile: Profile) -> None:
         """Raises RunMismatch unless this run was made with `profile`."""
@@ -174,11 +184,11 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     return Run(path, manifest, read_only=False)
 
 
-def write_tables(folder: Path, records: pd.DataFrame, tokens: pd.DataFrame | None) -> None:
-    """records.parquet and, if given, tokens.parquet into `folder`."""
-    records.to_parquet(folder / "records.parquet", compression="zstd", index=False)
-    if tokens is not None:
-        tokens.to_parquet(folder / "tokens.parquet", compression="zstd", index=False)
+def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
+    """Each table that is not None as <name>.parquet into `folder`."""
+    for name, table in tables.items():
+        if table is not None:
+            table.to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
 
 
 def write_json(path: Path, value) -> None:

@@ -52,9 +52,13 @@ class Trace:
         parts = self.prompts, self.prompt_tokens, self.output_tokens
         return Trace(self.name, *(part[:requests] for part in parts), arrival)
 
-    def to_sharegpt(self) -> list[dict]:
-        """The trace in ShareGPT's form, for tools that read it (`vllm bench serve --dataset-name sharegpt`)."""
-        words = _word_prompts(np.asarray(self.output_tokens), np.random.default_rng(1))
+    def to_sharegpt(self, begin_tokens: int = 0) -> list[dict]:
+        """The trace in ShareGPT's form, for tools that read it (`vllm bench serve --dataset-name sharegpt`).
+
+        Answers are words, `begin_tokens` fewer than asked for: readers count the BOS token that a tokenizer adds.
+        """
+        lengths = np.maximum(np.asarray(self.output_tokens) - begin_tokens, 1)
+        words = _word_prompts(lengths, np.random.default_rng(1))
         return [
             {"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": w}]}
             for p, w in zip(self.prompts, words, strict=True)

@@ -273,14 +273,14 @@ class _Team:
             workers=len(self.processes),
             closed_loop=self.max_concurrency is not None,
             cpu_s=sum(end["cpu_s"] for end in ends),
-            busiest_core=max((_busiest_second(marks) for marks in self.cpu_marks), default=0.0),
+            busiest_core=max((busiest_second(marks) for marks in self.cpu_marks), default=0.0),
             stall_max_ms=1e3 * max((s for end in ends for s in end["stalls_s"]), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(self.lost),
         )
 
 
-def _busiest_second(marks: list[tuple[float, float]]) -> float:
+def busiest_second(marks: list[tuple[float, float]]) -> float:
     """The largest share of a core over a window of at least a second, from (time, CPU seconds) marks."""
     best, begin = 0.0, 0
     for at, cpu in marks:

@@ -1,35 +1,54 @@
 """One level against any endpoint: send the load, make the tables, sum up, judge the client."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..progress import StatusLine
 from ..traces import Trace
 from .generator import Sent, self_check, send_load
 from .stream import Endpoint
+from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+class Measured(NamedTuple):
+    """A level's summary and tables; see `records.to_tables` and `Telemetry.table` for the columns."""
+
+    summary: dict
+    records: "pd.DataFrame"
+    tokens: "pd.DataFrame"
+    telemetry: "pd.DataFrame | None"
+
+
 def measure_level(
-    endpoint: Endpoint, trace: Trace, due_s: Sequence[float], *, name: str, time_dilation: float = 1.0, **options
-) -> tuple[dict, "pd.DataFrame", "pd.DataFrame"]:
-    """Sends `trace` at `due_s` under a live status line called `name`; (summary, records, tokens).
+    endpoint: Endpoint,
+    trace: Trace,
+    due_s: Sequence[float],
+    *,
+    name: str,
+    time_dilation: float = 1.0,
+    telemetry: Telemetry | None = None,
+    **options,
+) -> Measured:
+    """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid; records and tokens are described in `records.to_tables`. Raises what `send_load` raises.
+    level is valid. Raises what `send_load` raises.
     """
     status = StatusLine()
-    sent = send_load(
-        endpoint,
-        trace,
-        due_s,
-        time_dilation=time_dilation,
-        on_progress=lambda progress: status.update(name, str(progress)),
-        **options,
-    )
+    with telemetry or contextlib.nullcontext():
+        sent = send_load(
+            endpoint,
+            trace,
+            due_s,
+            time_dilation=time_dilation,
+            on_progress=lambda progress: status.update(name, str(progress)),
+            **options,
+        )
     # Imported here: the first request must not wait for pandas.
     from ..measure.metrics import latencies, summarize
     from .records import to_tables
@@ -45,8 +64,14 @@ def measure_level(
         "valid": not problems,
         "invalid_reason": "; ".join(problems) or None,
     }
+    sampled = None
+    if telemetry:
+        from ..measure.usage import summarize_usage
+
+        sampled = telemetry.table(sent.start)
+        summary |= summarize_usage(sampled, records) | {"telemetry_cpu_share": telemetry.cpu_share}
     status.done(one_line(name, summary))
-    return summary, records, tokens
+    return Measured(summary, records, tokens, sampled)
 
 
 def one_line(name: str, summary: dict) -> str:

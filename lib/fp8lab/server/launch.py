@@ -62,9 +62,10 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     return [*command, *profile.server.flags, *address, *name, *executor]
 
 
-def build_environment(profile: Profile) -> dict[str, str]:
+def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     """The variables that the server needs beyond this process's own; no secret among them."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **profile.server.env}
+    environment |= profile.variant_env.get(variant, {})
     if profile.model.weights == "random":
         environment["HF_HUB_OFFLINE"] = "1"
     if profile.emulated:
@@ -75,7 +76,7 @@ def build_environment(profile: Profile) -> dict[str, str]:
 
 def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
     """The command with its environment, to be pasted into a shell."""
-    environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile).items()]
+    environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
     return " ".join([*environment, shlex.join(build_command(profile, variant, port=port))])
 
 
@@ -97,8 +98,11 @@ class Server:
         )
 
     def metrics(self) -> str:
-        """vLLM's own counters, in Prometheus' text format."""
-        return self._http.get("/metrics").raise_for_status().text
+        """vLLM's own counters, in Prometheus' text format. Raises OSError when the server does not answer."""
+        try:
+            return self._http.get("/metrics").raise_for_status().text
+        except httpx.HTTPError as error:
+            raise OSError(f"no metrics from {self.base_url}: {error}") from error
 
     @property
     def alive(self) -> bool:
@@ -155,7 +159,7 @@ class Server:
 
     def _start(self, status: StatusLine) -> None:
         command = build_command(self.profile, self.variant, port=self._port, served_name=self.model)
-        extra = build_environment(self.profile)
+        extra = build_environment(self.profile, self.variant)
         mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self._port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self.log_path.write_bytes(b"")
@@ -166,7 +170,8 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # The key travels in the environment: vLLM prints its arguments into the log.
-            env={**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark},
+            # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
+            env={**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"},
             start_new_session=True,
         )
         atexit.register(self.stop)

@@ -1,0 +1,149 @@
+"""What the GPU, the server and the client did while a level ran: sampled by one thread, in one table.
+
+GPU (NVML) and CPU times are read five times a second, the server's own counters (`/metrics`) once. The thread
+measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ..gpu import GpuReader
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PERIOD_S = 0.2
+METRICS_PERIOD_S = 1.0
+
+# vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
+SERVER_COLUMNS = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_usage",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "generation_tokens",
+}
+ROLES = ("frontend", "engine", "client")
+
+
+class Telemetry:
+    """Samples while its `with` block runs; `table(start)` is what it saw.
+
+    `server_pids` are the server's processes, `metrics` returns its `/metrics` text (or raises OSError).
+    """
+
+    def __init__(
+        self, server_pids: Iterable[int], metrics: Callable[[], str] | None = None, time_dilation: float = 1.0
+    ):
+        self._server = _by_role(server_pids)
+        self._metrics = metrics
+        self._dilation = time_dilation
+        self._rows: list[dict] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._last_cpu: dict[int, tuple[float, float]] = {}
+        self.cpu_share = 0.0
+
+    def __enter__(self) -> "Telemetry":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def table(self, start: float) -> "pd.DataFrame":
+        """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
+        gpu_energy_j (a counter), gpu_memory_gib, gpu_sm_mhz; running, waiting, kv_cache_usage (0 to 1),
+        preemptions, prompt_tokens, generation_tokens (counters); for frontend, engine and client:
+        <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
+        """
+        import pandas as pd
+
+        columns = ["at_s", *GpuReader.COLUMNS, *SERVER_COLUMNS.values()]
+        columns += [f"{role}_{what}" for role in ROLES for what in ("cpu", "cpu_max")]
+        table = pd.DataFrame(self._rows, columns=columns).astype("float64")
+        table["at_s"] = (table["at_s"] - start) / self._dilation
+        return table
+
+    def _run(self) -> None:
+        began, next_metrics = time.monotonic(), 0.0
+        with GpuReader() as gpu:
+            while True:
+                now = time.monotonic()
+                row = {"at_s": now} | gpu.read() | self._cpu(now)
+                if self._metrics and now >= next_metrics:
+                    next_metrics = now + METRICS_PERIOD_S
+                    row |= self._server_counters()
+                self._rows.append(row)
+                if self._stop.wait(max(0.0, PERIOD_S - (time.monotonic() - now))):
+                    break
+        self.cpu_share = time.thread_time() / max(time.monotonic() - began, 1e-9)
+
+    def _server_counters(self) -> dict[str, float]:
+        try:
+            return parse_metrics(self._metrics())
+        except OSError:
+            return {}
+
+    def _cpu(self, now: float) -> dict[str, float]:
+        row = {}
+        for role, processes in (*self._server.items(), ("client", _load_workers())):
+            shares = [share for share in (self._share(process, now) for process in processes) if share is not None]
+            if shares:
+                row |= {f"{role}_cpu": sum(shares), f"{role}_cpu_max": max(shares)}
+        return row
+
+    def _share(self, process: psutil.Process, now: float) -> float | None:
+        """Cores used since the last sample; None at the first one and after the process has ended."""
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            return None
+        used = times.user + times.system
+        before = self._last_cpu.get(process.pid)
+        # CPU time is counted in ticks of 10 ms: below half a second their rounding would dominate.
+        if before is None or now - before[0] >= 0.5:
+            self._last_cpu[process.pid] = (now, used)
+        return (used - before[1]) / (now - before[0]) if before and now - before[0] >= 0.5 else None
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """The columns of `SERVER_COLUMNS` that a Prometheus text holds, summed over its label sets."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("vllm:"):
+            column = SERVER_COLUMNS.get(line.partition("{")[0])
+            if column:
+                found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+def _by_role(pids: Iterable[int]) -> dict[str, list[psutil.Process]]:
+    """The server's processes by what they do, from the titles that vLLM gives them."""
+    roles: dict[str, list[psutil.Process]] = {"frontend": [], "engine": []}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        roles["engine" if "EngineCore" in title or "Worker" in title else "frontend"].append(process)
+    return roles
+
+
+def _load_workers() -> list[psutil.Process]:
+    workers = []
+    for child in psutil.Process(os.getpid()).children():
+        try:
+            if any("fp8lab.load.worker" in part for part in child.cmdline()):
+                workers.append(child)
+        except psutil.Error:
+            continue
+    return workers

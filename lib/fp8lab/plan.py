@@ -1,0 +1,42 @@
+"""How long a measurement will take, before it starts."""
+
+import math
+from collections.abc import Sequence
+
+from .experiment import missing_work, trace_for
+from .profiles import Level, Profile
+from .runs import Run
+from .tables import Table
+
+# Rough and on the long side: starts as seen on two cores and on an H200 (compiling included), the rate at which one
+# front-end process drains what has piled up, and vLLM's client, which imports for long before it sends.
+_START_S = {"cuda": 100, "emulated": 35, "cpu": 45}
+_DRAIN_TOKENS_PER_S = 12_000
+_TAIL_S = 4
+_CROSS_CHECK_START_S = 20
+
+
+def level_seconds(profile: Profile, level: Level) -> float:
+    """About how many wall seconds one level takes, its cross-check included."""
+    tokens = sum(trace_for(profile, level).output_tokens)
+    arrivals = 0.0 if math.isinf(level.rate) else level.requests / level.rate
+    load = (max(arrivals, tokens / _DRAIN_TOKENS_PER_S) + _TAIL_S) * profile.time_dilation
+    return 2 * load + _CROSS_CHECK_START_S if level.cross_check else load
+
+
+def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = None) -> Table:
+    """What is to be measured, server by server, with minutes; with a `run`, only what it lacks."""
+    work = missing_work(run, profile, protocols)
+    rows, total = [], 0.0
+    for variant, levels in work:
+        seconds = _START_S[profile.device] + sum(level_seconds(profile, level) for level in levels)
+        total += seconds
+        rates = ", ".join(
+            f"{'all at once' if math.isinf(level.rate) else f'{level.rate:g}'}"
+            f"{f' (seed {level.repeat})' if level.repeat > 1 else ''}{' + cross-check' if level.cross_check else ''}"
+            for level in levels
+        )
+        rows.append((variant, f"{len(levels)}", rates, f"{seconds / 60:.1f}"))
+    rows.append(("together", f"{sum(len(levels) for _, levels in work)}", "", f"{total / 60:.1f}"))
+    columns = ("variant (one server each)", "levels", "offered rates, requests/s", "minutes")
+    return Table(f"Plan of profile {profile.name}: {', '.join(protocols)}", columns, rows)
