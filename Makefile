@@ -1,6 +1,8 @@
 # make reproduce   the published comparison, and the fair one, on this machine
 # make test        formatting, linting, unit tests, real servers, notebooks
 # make lab         JupyterLab at the front notebook
+# make bench       the load generator beside other clients
+# make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
 #
 # ENV=cpu|gpu overrides the choice of environment (default: gpu where an NVIDIA GPU is visible).
@@ -13,10 +15,10 @@ STAMP := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help env reproduce steps test lab lint clean
+.PHONY: help env reproduce steps test lab lint bench bundle clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
 
 env: $(STAMP)
 
@@ -40,6 +42,13 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/bench_client.py $(ARGS)
+
+# COMPILE_CACHE=... packs a vLLM compile cache along.
+bundle:
+	PYTHON="$(PYTHON)" bash env/bundle/build.sh bundle $(COMPILE_CACHE)
 
 clean:
 	rm -rf .venv

@@ -36,6 +36,9 @@ EXAMPLES = {
         fp8lab plan --profile h200-80gb                          levels and minutes
         fp8lab plan --run runs/h200                              what is left of a run
     """,
+    "record": """
+        fp8lab record runs/h200 h200-80gb --tokens bf16-50rps-r1 --tokens fp8-100rps-r1
+    """,
     "serve": """
         fp8lab serve bf16                          hold a server until Ctrl-C
         fp8lab serve fp8 --profile h100-80gb --port 8000
@@ -136,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--profile", **profile)
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
     plan.add_argument("--protocol", **protocol)
+
+    record = command("record", commands.record, "Keep a run in data/recorded, trimmed: no logs, few token timestamps.")
+    record.add_argument("run", metavar="RUN", help="a run folder")
+    record.add_argument("name", metavar="NAME", help="what it is to be called; an earlier one of that name is replaced")
+    record.add_argument(
+        "--tokens", action="append", metavar="LEVEL", help="keep this level's token timestamps; repeatable"
+    )
 
     serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.")
     serve.add_argument("variant", metavar="VARIANT", help="bf16, fp8, fp8-weights, fp8-kv, or another of the profile's")

@@ -72,6 +72,13 @@ def plan(args) -> None:
     print(plan_table(profile, args.protocol or list(profile.protocols), run))
 
 
+def record(args) -> None:
+    from .paths import repository_relative
+    from .runs import open_run
+
+    print(repository_relative(open_run(source=args.run).record(args.name, args.tokens or ())))
+
+
 def serve(args) -> None:
     from .profiles import load_profile, read_profile
     from .server.launch import printable_command, start_server

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,12 +138,37 @@ class Run:
         if self.read_only:
             return
         mine, other = self.manifest["profile"], _plain(profile.as_dict())
-        if mine != other:
-            differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+        differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
+        # A run may take in more levels; what a level is must not change.
+        if differing := sorted(differing - {"protocols", "title"}):
             raise RunMismatch(
                 f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
                 f"(they differ in: {', '.join(differing)}); choose another --run folder, or that profile"
             )
+
+    def adopt(self, profile: Profile) -> None:
+        """Goes on with `profile`, which may name other protocols than when the run was made."""
+        self.check_profile(profile)
+        if not self.read_only and profile != self.profile:
+            self.manifest["profile"] = _plain(profile.as_dict())
+            write_json(self.path / "run.json", self.manifest)
+            del self.profile
+
+    def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
+        """Copies what a recorded run needs to `data/recorded/<name>`: provenance, and of every complete level its
+        summary, records, telemetry and cross-check; token timestamps of the levels `tokens` only. No logs."""
+        target = DATA / "recorded" / name
+        if unknown := sorted(set(tokens) - set(self.summaries())):
+            raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
+        shutil.rmtree(target, ignore_errors=True)
+        for level_id in self.summaries():
+            folder = target / "levels" / level_id
+            folder.mkdir(parents=True)
+            for file in sorted(self._folder(level_id).iterdir()):
+                if file.stem != "tokens" or level_id in tokens:
+                    shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(self.path / "run.json", target / "run.json")
+        return target
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
@@ -170,7 +195,7 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     if run_dir and (Path(run_dir) / "run.json").is_file():
         run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
         if profile != "auto":
-            run.check_profile(load_profile(profile) if isinstance(profile, str) else profile)
+            run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
     path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -1,6 +1,6 @@
 """What the GPU, the server and the client did while a level ran: sampled by one thread, in one table.
 
-GPU (NVML) and CPU times are read five times a second, the server's own counters (`/metrics`) once. The thread
+The GPU (NVML) is read five times a second, CPU times twice, the server's own counters (`/metrics`) once. The thread
 measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PERIOD_S = 0.2
+CPU_PERIOD_S = 0.5
 METRICS_PERIOD_S = 1.0
 
 # vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
@@ -48,6 +49,7 @@ class Telemetry:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._last_cpu: dict[int, tuple[float, float]] = {}
+        self._workers: list[psutil.Process] = []
         self.cpu_share = 0.0
 
     def __enter__(self) -> "Telemetry":
@@ -73,11 +75,15 @@ class Telemetry:
         return table
 
     def _run(self) -> None:
-        began, next_metrics = time.monotonic(), 0.0
+        began, next_metrics, next_cpu = time.monotonic(), 0.0, 0.0
         with GpuReader() as gpu:
             while True:
                 now = time.monotonic()
-                row = {"at_s": now} | gpu.read() | self._cpu(now)
+                row = {"at_s": now} | gpu.read()
+                # Twice a second and no oftener: CPU time is counted in ticks of 10 ms.
+                if now >= next_cpu:
+                    next_cpu = now + CPU_PERIOD_S
+                    row |= self._cpu(now)
                 if self._metrics and now >= next_metrics:
                     next_metrics = now + METRICS_PERIOD_S
                     row |= self._server_counters()
@@ -94,24 +100,24 @@ class Telemetry:
 
     def _cpu(self, now: float) -> dict[str, float]:
         row = {}
-        for role, processes in (*self._server.items(), ("client", _load_workers())):
+        # Looking for them reads all of /proc; they start before the level and stay.
+        self._workers = self._workers or _load_workers()
+        for role, processes in (*self._server.items(), ("client", self._workers)):
             shares = [share for share in (self._share(process, now) for process in processes) if share is not None]
             if shares:
                 row |= {f"{role}_cpu": sum(shares), f"{role}_cpu_max": max(shares)}
         return row
 
     def _share(self, process: psutil.Process, now: float) -> float | None:
-        """Cores used since the last sample; None at the first one and after the process has ended."""
+        """Cores used since the last look; None at the first one and after the process has ended."""
         try:
             times = process.cpu_times()
         except psutil.Error:
             return None
         used = times.user + times.system
         before = self._last_cpu.get(process.pid)
-        # CPU time is counted in ticks of 10 ms: below half a second their rounding would dominate.
-        if before is None or now - before[0] >= 0.5:
-            self._last_cpu[process.pid] = (now, used)
-        return (used - before[1]) / (now - before[0]) if before and now - before[0] >= 0.5 else None
+        self._last_cpu[process.pid] = (now, used)
+        return (used - before[1]) / (now - before[0]) if before else None
 
 
 def parse_metrics(text: str) -> dict[str, float]:
