@@ -1,5 +1,6 @@
 """The command line as a user types it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -38,11 +39,48 @@ def test_importing_is_quick():
         (["serve", "fp4", "--profile", "emulated-h100"], "no variant 'fp4'"),
         (["serve", "fp4", "--print-command"], "no variant 'fp4'"),
         (["claims", "nowhere"], "no run folder at"),
+        (
+            ["reproduce", "--notebook", "02_bf16_baseline", "-p", "rate", "0", "--run", "{tmp}/run"],
+            "rate 0.0 is not above 0",
+        ),
+        (
+            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--rate", "0", "--out", "{tmp}/o"],
+            "rate 0.0 is not above 0",
+        ),
+        (["load-test", "--base-url", "ftp://h", "--model", "m", "--out", "{tmp}/o"], "base URL 'ftp://h'"),
+        (["load-test", "--base-url", "http://no.such.host.invalid", "--model", "m", "--out", "{tmp}/o"], "no host"),
+        (
+            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--requests", "0", "--out", "{tmp}/o"],
+            "empty",
+        ),
+        (
+            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--trace", "no.csv", "--out", "{tmp}/o"],
+            "no trace file",
+        ),
+        (
+            [
+                "load-test",
+                "--base-url",
+                "http://127.0.0.1:9",
+                "--model",
+                "m",
+                "--api-key-env",
+                "NO_SUCH",
+                "--out",
+                "{tmp}/o",
+            ],
+            "NO_SUCH",
+        ),
+        (
+            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--workers", "0", "--out", "{tmp}/o"],
+            "workers 0",
+        ),
+        (["record", "nowhere", "x"], "no run folder at"),
         (["profiles", "h101"], "no profile 'h101'"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path):
-    done = fp8lab(*arguments)
+    done = fp8lab(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
 
@@ -64,6 +102,30 @@ def test_a_taken_port_is_refused():
         port = taken.getsockname()[1]
         done = fp8lab("serve", "bf16", "--profile", "tiny-cpu", "--port", str(port))
     assert done.returncode == 2 and f"port {port} is taken" in done.stderr
+
+
+def test_load_test_ends_with_one_json_line_and_says_when_it_is_invalid(tmp_path):
+    from conftest import streaming_server
+
+    common = ["--model", "ok", "--trace", "random", "--input-tokens", "5", "--output-tokens", "10", "--requests", "50"]
+    with streaming_server() as url:
+        done = fp8lab("load-test", "--base-url", url, *common, "--rate", "100", "--out", str(tmp_path / "good"))
+        again = fp8lab("load-test", "--base-url", url, *common, "--out", str(tmp_path / "good"))
+        broken = fp8lab("load-test", "--base-url", url, "--model", "cut", *common[2:], "--out", str(tmp_path / "bad"))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.keys() >= SAID and said["completed"] == 50 and said["valid"] and said["invalid_reason"] is None
+    assert {"records.parquet", "summary.json"} <= {path.name for path in (tmp_path / "good").iterdir()}
+    assert again.returncode == 2 and "already holds a result" in again.stderr
+    assert broken.returncode == 3 and "no request completed" in json.loads(broken.stdout)["invalid_reason"]
+
+
+SAID = {
+    "completed", "failed", "duration_s", "request_throughput", "output_token_throughput",
+    "steady_output_token_throughput", "mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms",
+    "mean_itl_ms", "p99_itl_ms", "mean_e2el_ms", "peak_concurrent_requests", "peak_concurrent_requests_vllm",
+    "tokens_per_chunk", "schedule_lag_p99_ms", "client_cpu_us_per_chunk", "workers", "valid", "invalid_reason",
+}  # fmt: skip
 
 
 def test_print_command_is_the_published_one():
@@ -91,7 +153,6 @@ def test_serve_holds_a_server_until_interrupted():
 
 def test_stop_ends_what_nobody_owns():
     """A stand-in server that carries the mark of an owner that is gone."""
-    import json
     import os
 
     from fp8lab.server import leftovers

@@ -110,6 +110,21 @@ def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
     assert page.read_text().count("<figure>") == 4
 
 
+def test_the_front_notebook_shows_the_recorded_run(tmp_path):
+    """Its committed outputs are what the recorded data gives today: `make front` brings them up to date."""
+    output = tmp_path / "front.ipynb"
+    notebooks.execute(notebooks.FRONT, output, {"source": "h200-80gb"})
+    fresh = {cell.id: cell for cell in nbformat.read(output, as_version=4).cells}
+
+    def shown(cell):
+        return [out.get("data", out).get("text/plain") for out in cell.outputs]
+
+    for cell in nbformat.read(notebooks.FRONT, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert shown(cell) == shown(fresh[cell.id]), cell.source
+            assert not any(out.output_type in ("error", "stream") for out in cell.outputs)
+
+
 def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
     broken = nbformat.read(notebooks.FRONT, as_version=4)
     broken.cells[3].source = "raise RuntimeError('out of <luck>')"

@@ -143,11 +143,12 @@ def load_test(args) -> int:
 def _trace(args):
     from .traces import fixed_length, from_file, sharegpt_like
 
+    requests = 1000 if args.requests is None else args.requests
     if args.trace == "sharegpt-like":
-        return sharegpt_like(args.requests or 1000, args.seed)
+        return sharegpt_like(requests, args.seed)
     if args.trace == "random":
         lengths = {"input_tokens": args.input_tokens, "output_tokens": args.output_tokens}
-        return fixed_length(args.requests or 1000, seed=args.seed, **lengths)
+        return fixed_length(requests, seed=args.seed, **lengths)
     return from_file(args.trace, requests=args.requests, seed=args.seed, tokenizer=args.tokenizer)
 
 

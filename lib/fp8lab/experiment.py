@@ -108,7 +108,7 @@ def load_test(
     `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
     stored there, and a level that the run already holds is returned instead of measured.
     """
-    count = requests or (len(trace) if trace else 1000)
+    count = requests if requests is not None else len(trace) if trace else 1000
     level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
     if isinstance(server, RecordedServer):
         return server.run.read(level)

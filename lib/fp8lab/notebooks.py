@@ -43,7 +43,7 @@ def check_parameters(notebook: Path, parameters: Mapping) -> None:
 def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
-    The source is never written to. Raises BadInput for undeclared parameters and NotebookFailed, with the
+    The source is never written to. Raises BadInput for undeclared or impossible parameters and NotebookFailed, with the
     cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
     """
     import papermill
@@ -65,6 +65,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
             failure = error
     page = to_html(output)
     if failure:
+        if failure.ename in ("BadInput", "RunMismatch"):
+            raise BadInput(f"{notebook.name}: {failure.evalue}") from failure
         message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
     return page
@@ -84,6 +86,21 @@ def to_html(executed: Path) -> Path:
     page = executed.with_suffix(".html")
     page.write_text(body.replace('<script src=""></script>', ""))
     return page
+
+
+def keep_outputs(executed: Path, source: Path = FRONT) -> None:
+    """Writes the outputs of an executed copy into the notebook itself, which is to be committed with them."""
+    import nbformat
+
+    fresh = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.from_dict({**out, "metadata": {}}) for out in fresh[cell.id].outputs]
+            for out in cell.outputs:
+                if out.output_type == "execute_result":
+                    out.execution_count = None
+    nbformat.write(notebook, source)
 
 
 class _ForwardedProgress:

@@ -156,7 +156,8 @@ class Run:
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
         """Copies what a recorded run needs to `data/recorded/<name>`: provenance, and of every complete level its
-        summary, records, telemetry and cross-check; token timestamps of the levels `tokens` only. No logs."""
+        summary, records, telemetry and cross-check; token timestamps of the levels `tokens` only; the figures as
+        SVG. No logs."""
         target = DATA / "recorded" / name
         if unknown := sorted(set(tokens) - set(self.summaries())):
             raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
@@ -168,6 +169,9 @@ class Run:
                 if file.stem != "tokens" or level_id in tokens:
                     shutil.copyfile(file, folder / file.name)
         shutil.copyfile(self.path / "run.json", target / "run.json")
+        for figure in self.path.glob("figures/*.svg"):
+            (target / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(figure, target / "figures" / figure.name)
         return target
 
     def _folder(self, level_id: str) -> Path:

@@ -1,9 +1,12 @@
 """One small table, for a notebook cell and for a terminal."""
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
+_NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
 _NUMERIC = "text-align:right;font-variant-numeric:tabular-nums"
 _TEXT = "text-align:left;white-space:normal"
 
@@ -18,7 +21,7 @@ class Table:
 
     def _numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column] not in ("", "–")]
-        return bool(cells) and all(cell.lstrip("+-−~")[:1].isdigit() for cell in cells)
+        return bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
 
     def _repr_html_(self) -> str:
         styles = [_NUMERIC if self._numeric(i) else _TEXT for i in range(len(self.columns))]

@@ -45,7 +45,8 @@ class Trace:
         return len(self.prompts)
 
     def head(self, requests: int) -> "Trace":
-        """The first `requests` requests. Raises BadInput when the trace is shorter."""
+        """The first `requests` requests. Raises BadInput when the trace is shorter, or none are asked for."""
+        _check_requests(requests)
         if requests > len(self):
             raise BadInput(f"the trace {self.name!r} has {len(self)} requests, {requests} were asked for")
         arrival = self.arrival_s and self.arrival_s[:requests]
@@ -107,7 +108,7 @@ def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, t
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path.name}: not a trace: {type(error).__name__}: {error}") from None
-    return trace.head(requests) if requests else trace
+    return trace if requests is None else trace.head(requests)
 
 
 def arrival_times(

@@ -168,6 +168,7 @@ class _Team:
         self.indices: list[list[int]] = []
         self.lost: list[str] = []
         self.deadline = deadline
+        address = endpoint.resolve()
         burst = int((due_wall < due_wall[0] + 0.5).sum())
         # All processes start before the first job is written: a job is larger than a pipe holds, and
         # writing it waits for its reader.
@@ -180,6 +181,7 @@ class _Team:
             share = None if max_concurrency is None else len(range(worker, max_concurrency, workers))
             job = Job(
                 endpoint=endpoint,
+                address=address,
                 indices=list(mine),
                 requests=[endpoint.request_bytes(trace.prompts[i], trace.output_tokens[i]) for i in mine],
                 asked_tokens=[trace.output_tokens[i] for i in mine],

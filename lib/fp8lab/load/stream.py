@@ -8,6 +8,7 @@ Definitions follow vllm/benchmarks/lib/endpoint_request_func.py: the first token
 """
 
 import asyncio
+import socket
 import ssl
 from array import array
 from dataclasses import dataclass, field
@@ -82,6 +83,15 @@ class Endpoint:
         prefix = urlsplit(self.base_url).path.rstrip("/")
         prefix = prefix if prefix.endswith("/v1") else f"{prefix}/v1"
         return prefix + ("/chat/completions" if self.chat else "/completions")
+
+    def resolve(self) -> tuple[str, int]:
+        """(address, port) of the host, looked up once for a level. Raises BadInput for an unknown host."""
+        url = urlsplit(self.base_url)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            return socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)[0][4][:2]
+        except OSError as error:
+            raise BadInput(f"no host {url.hostname!r} (from base URL {self.base_url!r}): {error.strerror}") from None
 
     def request_bytes(self, prompt: str, output_tokens: int) -> bytes:
         """The whole HTTP request; sampling is greedy."""
@@ -247,12 +257,11 @@ class ChatConnection(Connection):
     _first_needs_decoding = True
 
 
-async def connect(endpoint: Endpoint, on_end) -> Connection:
-    """A new connection to the endpoint. Raises OSError when it is refused."""
+async def connect(endpoint: Endpoint, address: tuple[str, int], on_end) -> Connection:
+    """A new connection to the endpoint at `address`. Raises OSError when it is refused."""
     url = urlsplit(endpoint.base_url)
-    tls = ssl.create_default_context() if url.scheme == "https" else None
+    tls = {"ssl": ssl.create_default_context(), "server_hostname": url.hostname} if url.scheme == "https" else {}
     kind = ChatConnection if endpoint.chat else Connection
     loop = asyncio.get_running_loop()
-    port = url.port or (443 if tls else 80)
-    _, connection = await loop.create_connection(lambda: kind(on_end), url.hostname, port, ssl=tls)
+    _, connection = await loop.create_connection(lambda: kind(on_end), *address, **tls)
     return connection

@@ -20,9 +20,18 @@ _TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 
 
 def run(
-    endpoint: Endpoint, trace: Trace, rate: float, *, tokenizer: str, seed: int = 0, time_dilation: float = 1.0
+    endpoint: Endpoint,
+    trace: Trace,
+    rate: float,
+    *,
+    tokenizer: str,
+    seed: int = 0,
+    burstiness: float = 1.0,
+    time_dilation: float = 1.0,
 ) -> dict:
     """Offers `trace` at `rate` requests/s with vLLM's client; its result in this project's names, in model time.
+
+    Its arrival times come from its own random numbers; a `burstiness` of inf makes them the same as ours.
 
     Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens,
     mean/p99 of ttft, tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a
@@ -35,7 +44,7 @@ def run(
             sys.executable, "-c", _RUN, "--backend", "openai", "--base-url", endpoint.base_url,
             "--endpoint", endpoint.path, "--model", endpoint.model, "--tokenizer", tokenizer,
             "--dataset-name", "sharegpt", "--dataset-path", str(dataset), "--disable-shuffle",
-            "--num-prompts", str(len(trace)), "--request-rate", str(rate / time_dilation), "--seed", str(seed),
+            "--num-prompts", str(len(trace)), "--request-rate", str(rate / time_dilation), "--seed", str(seed), "--burstiness", str(burstiness),
             "--ignore-eos", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el",
             "--save-result", "--result-dir", folder, "--result-filename", "result.json",
         ]  # fmt: skip

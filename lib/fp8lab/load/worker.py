@@ -32,6 +32,7 @@ class Job:
     """A worker's share. `due_s` are wall seconds from the shared start; `requests` the bytes to send."""
 
     endpoint: Endpoint
+    address: tuple[str, int]
     indices: list[int]
     requests: list[bytes]
     asked_tokens: list[int]
@@ -94,7 +95,7 @@ class Worker:
         for begin in range(0, self.job.connections, 128):
             batch = range(begin, min(begin + 128, self.job.connections))
             opened = await asyncio.gather(
-                *(connect(self.job.endpoint, self.on_end) for _ in batch), return_exceptions=True
+                *(connect(self.job.endpoint, self.job.address, self.on_end) for _ in batch), return_exceptions=True
             )
             self.idle += [connection for connection in opened if isinstance(connection, Connection)]
             if len(self.idle) < begin + len(batch):
@@ -152,7 +153,7 @@ class Worker:
 
     async def send_on_new(self, request: bytes, outcome: Outcome) -> None:
         try:
-            connection = await connect(self.job.endpoint, self.on_end)
+            connection = await connect(self.job.endpoint, self.job.address, self.on_end)
         except OSError as error:
             outcome.error = f"no connection: {error.strerror or error}"
             self.record(outcome)

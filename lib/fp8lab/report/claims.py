@@ -108,7 +108,7 @@ def _verdict(claim, ids, parts, value, measured, summaries, run) -> tuple[str, s
         return "invalid run", f"no {claim['metric']} was measured: nothing completed"
     change = measured / value - 1
     beside = " against ".join(
-        f"{parts[side]:,.4g} {claim['unit']} ({side} at {claim[side]['rate']} req/s)" for side in reversed(parts)
+        f"{_number(parts[side])} {claim['unit']} ({side} at {claim[side]['rate']} req/s)" for side in reversed(parts)
     )
     near = f"{beside}: {abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
     load = _equal_load(claim, summaries)
@@ -152,4 +152,9 @@ def _equal_load(claim: dict, summaries: dict) -> str:
 def _show(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}×" if unit == "x" else f"{value:,.4g} {unit}"
+    return f"{value:.2f}×" if unit == "x" else f"{_number(value)} {unit}"
+
+
+def _number(value: float) -> str:
+    """Four digits that count, and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

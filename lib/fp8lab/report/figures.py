@@ -69,7 +69,8 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     bf16_rate = claim.get("bf16", {}).get("rate", 50)
     canvas, axes = _canvas(run, title)
     told, ticks = [], []
-    values = [s.get(metric) or 0 for s in summaries.values()]
+    shown = [level_id(variant, rate_) for variant in ("bf16", "fp8") for rate_ in (bf16_rate, fp8_rate)]
+    values = [summaries.get(level, {}).get(metric) or 0 for level in shown]
     top = max([*values, *(claim[side]["value"] for side in ("bf16", "fp8") if side in claim)])
     for group, rate_ in enumerate((bf16_rate, fp8_rate)):
         for offset, variant in ((-0.2, "bf16"), (0.2, "fp8")):

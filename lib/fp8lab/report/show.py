@@ -92,7 +92,10 @@ def environment_table(run: Run) -> Table:
 
 def flags_table(profile: Profile) -> Table:
     """The variants and the vLLM flags that make them."""
-    rows = [(variant, " ".join(flags)) for variant, flags in profile.variants.items()]
+    rows = [
+        (variant, " ".join([*(f"{k}={v}" for k, v in profile.variant_env.get(variant, {}).items()), *flags]))
+        for variant, flags in profile.variants.items()
+    ]
     return Table(
         f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}",
         ("variant", "flags"),
