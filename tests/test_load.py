@@ -12,10 +12,10 @@ import pytest
 
 from conftest import streaming_server
 from fp8lab.errors import BadInput
-from fp8lab.load import generator
-from fp8lab.load.generator import ClientReport, default_workers, self_check, send_load
+from fp8lab.load.generator import default_workers, self_check, send_load
 from fp8lab.load.records import to_tables
 from fp8lab.load.stream import Endpoint
+from fp8lab.load.team import ClientReport, busiest_second
 from fp8lab.measure.metrics import latencies, summarize
 from fp8lab.traces import arrival_times, fixed_length, sharegpt_like
 
@@ -205,8 +205,8 @@ def test_self_check_limits():
 
 def test_busiest_second_finds_a_burst():
     marks = [(t / 4, min(t / 4, 2) if t < 8 else 2.0) for t in range(41)]
-    assert generator.busiest_second(marks) == pytest.approx(1.0)
-    assert generator.busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
+    assert busiest_second(marks) == pytest.approx(1.0)
+    assert busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
 
 
 def test_default_workers_follow_rate_and_cores(monkeypatch):

@@ -103,7 +103,7 @@ def test_json_is_strict_and_whole(tmp_path):
     assert back == {
         "rate": "inf",
         "value": None,
-        "level": {"variant": "bf16", "rate": 50.0, "requests": 3, "repeat": 1},
+        "level": {"variant": "bf16", "rate": 50.0, "requests": 3, "repeat": 1, "cross_check": False},
     }
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
@@ -113,6 +113,40 @@ def test_latest_points_at_the_newest_run(tmp_path, profile, monkeypatch):
     first, second = open_run(tmp_path / "a", profile), open_run(tmp_path / "b", profile)
     assert (tmp_path / "latest").resolve() == second.path
     assert open_run("latest").path == second.path != first.path
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(run, monkeypatch):
+    run.write(make_result())
+    assert "continued" not in run.manifest
+    monkeypatch.setattr(
+        runs, "collect", lambda: {"created": "later", "machine": {"gpus": ["other"]}, "software": {}, "source": {}}
+    )
+    again = open_run(run.path)
+    again.write(make_result(Level(variant="fp8", rate=50, requests=3)))
+    again.write(make_result(Level(variant="fp8", rate=100, requests=3)))
+    assert [place["machine"]["gpus"] for place in open_run(run.path).manifest["continued"]] == [["other"]]
+
+
+def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
+    import dataclasses
+
+    more = dataclasses.replace(profile, protocols=dict(profile.protocols) | {"mine": (LEVEL,)})
+    assert "mine" in open_run(run.path, more).profile.protocols
+    assert "mine" in open_run(run.path).profile.protocols
+    other = dataclasses.replace(profile, variants=dict(profile.variants) | {"bf16": ("--dtype", "float16")})
+    with pytest.raises(RunMismatch, match="variants"):
+        open_run(run.path, other)
+
+
+def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "DATA", tmp_path)
+    run.write(make_result())
+    run.write(make_result(Level(variant="fp8", rate=50, requests=3)))
+    target = run.record("kept", tokens=["fp8-50rps-r1"])
+    assert open_run(source=target).read(LEVEL).tokens is None
+    assert open_run(source="kept").read(Level(variant="fp8", rate=50, requests=3)).tokens is not None
+    with pytest.raises(BadInput, match="no complete level x"):
+        run.record("kept", tokens=["x"])
 
 
 def test_provenance_names_no_host_and_no_user(run):

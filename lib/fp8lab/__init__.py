@@ -18,10 +18,13 @@ _HOMES = {
     "report.claims": ("claims_table", "judge"),
     "report.show": (
         "concurrency_figure",
+        "cross_check_table",
         "environment_table",
         "flags_table",
         "levels_table",
+        "memory_table",
         "rate_figure",
+        "resources_table",
         "throughput_figure",
         "tpot_figure",
     ),

@@ -18,7 +18,7 @@ from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
 from .server import launch
-from .server.launch import Server
+from .server.launch import Server, ServerInfo
 from .tables import Table
 from .traces import Trace, arrival_times, sharegpt_like
 
@@ -32,7 +32,7 @@ class RecordedServer:
         held = [s["server"] for s in run.summaries().values() if s["level"]["variant"] == variant]
         if not held:
             raise BadInput(f"recorded run {run.path.name} holds no level of variant {variant!r}")
-        self.info = held[0]
+        self.info = ServerInfo(**held[0])
 
     def stop(self) -> None:
         """Nothing runs, nothing ends."""
@@ -44,13 +44,7 @@ class RecordedServer:
         self.stop()
 
     def _table(self) -> Table:
-        info = self.info
-        rows = [
-            ("state", "recorded: no server is running"),
-            ("KV cache", f"{info['kv_cache_tokens']:,} tokens"),
-            ("model memory", f"{info['model_memory_gib']:.2f} GiB"),
-            ("start-up", f"{info['startup_s']:.0f} s"),
-        ]
+        rows = [("state", "recorded: no server is running"), *self.info.rows()]
         emulated = " (EMULATED GPU)" if self.run.emulated else ""
         return Table(
             f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows

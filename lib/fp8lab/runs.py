@@ -119,6 +119,7 @@ class Run:
         """Stores a level; a half-written one from before is replaced. The summary comes last, atomically."""
         if self.read_only:
             raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        self._note_place()
         folder = self._folder(result.level.id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -153,6 +154,14 @@ class Run:
             self.manifest["profile"] = _plain(profile.as_dict())
             write_json(self.path / "run.json", self.manifest)
             del self.profile
+
+    def _note_place(self) -> None:
+        """Adds this machine and its software to `continued` when the run was begun elsewhere or otherwise."""
+        here = _plain(collect())
+        known = [self.manifest, *self.manifest.get("continued", [])]
+        if not any(all(place.get(key) == here[key] for key in ("machine", "software", "source")) for place in known):
+            self.manifest.setdefault("continued", []).append(here)
+            write_json(self.path / "run.json", self.manifest)
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
         """Copies what a recorded run needs to `data/recorded/<name>`: provenance, and of every complete level its

@@ -77,7 +77,7 @@ def _cpu_marks(process: subprocess.Popen) -> list[tuple[float, float]]:
 
 
 def _in_our_names(said: dict, marks: list[tuple[float, float]], dilation: float) -> dict:
-    from .generator import busiest_second
+    from .team import busiest_second
 
     # What ran before the load (imports, tokenizing) is not the client at work.
     ended = marks[-1][0] if marks else 0.0

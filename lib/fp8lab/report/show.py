@@ -3,9 +3,11 @@
 import base64
 import html
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..paths import repository_relative
+from ..paths import DATA, repository_relative
 from ..profiles import Profile
 from ..runs import Run
 from ..tables import Table
@@ -66,6 +68,77 @@ def levels_table(run: Run) -> Table:
     columns += ("TTFT ms", "TTFT p99 ms", "TPOT ms", "measurement")
     emulated = "EMULATED GPU. " if run.emulated else ""
     return Table(f"{emulated}The levels of run {run.path.name}", columns, rows)
+
+
+def resources_table(run: Run) -> Table:
+    """What each level used: shares over its steady window, energy over the whole run."""
+    rows = []
+    for level_id, s in run.summaries().items():
+        if "gpu_util_steady" not in s:
+            continue
+        cells = [
+            _cell(s.get(key), pattern)
+            for key, pattern in (
+                ("gpu_util_steady", "{:.0%}"), ("gpu_power_w_steady", "{:,.0f}"), ("joules_per_output_token", "{:.3f}"),
+                ("joules_per_request", "{:.1f}"), ("frontend_cpu_max_steady", "{:.2f}"), ("engine_cpu_max_steady", "{:.2f}"),
+                ("client_cpu_max_steady", "{:.2f}"), ("kv_cache_usage_max", "{:.0%}"), ("preemptions", "{:.0f}"),
+                ("tokens_per_chunk", "{:.2f}"),
+            )
+        ]  # fmt: skip
+        rows.append((level_id, *cells))
+    columns = ("level", "GPU busy", "GPU W", "J/token", "J/request", "front end, cores", "engine, cores")
+    columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk")
+    note = "EMULATED GPU: no GPU was sampled. " if run.emulated else ""
+    caption = f"{note}What the levels of run {run.path.name} used; cores are those of the busiest process of each kind"
+    return Table(caption, columns, rows)
+
+
+def memory_table(run: Run) -> Table:
+    """What vLLM made of the card's memory, variant by variant, against the arithmetic of the KV cache."""
+    shape = json.loads((DATA / "models" / run.profile.model.shapes / "config.json").read_text())
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head
+    servers = {s["server"]["variant"]: s["server"] for s in run.summaries().values()}
+    rows = []
+    for variant in run.profile.variants:
+        server = servers.get(variant)
+        if server and server["kv_cache_tokens"]:
+            itemsize = 1 if "fp8" in _flag(server["command"], "--kv-cache-dtype") else 2
+            kv_gib = server["kv_cache_tokens"] * numbers * itemsize / 2**30
+            cells = (server["model_memory_gib"], server["kv_cache_tokens"], numbers * itemsize / 1024, kv_gib)
+            patterns = ("{:.2f}", "{:,}", "{:.0f}", "{:.1f}")
+            rows.append((variant, *(_cell(value, pattern) for value, pattern in zip(cells, patterns, strict=True))))
+    columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
+    note = "EMULATED GPU. " if run.emulated else ""
+    caption = f"{note}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
+    return Table(caption, columns, rows)
+
+
+def cross_check_table(run: Run) -> Table:
+    """This client beside `vllm bench serve`, on the same servers with the same trace."""
+    rows, summaries = [], run.summaries()
+    for level_id, theirs in run.cross_checks().items():
+        ours = summaries[level_id]
+        for client, s, cpu in (
+            ("fp8lab", ours, ours["client_busiest_core"]),
+            ("vllm bench serve", theirs, theirs["client_busiest_core"]),
+        ):
+            numbers = (s["output_token_throughput"], s["request_throughput"], s["mean_ttft_ms"], s["mean_tpot_ms"], cpu)
+            patterns = ("{:,.0f}", "{:.1f}", "{:.0f}", "{:.1f}", "{:.0%}")
+            rows.append((level_id, client, *map(_cell, numbers, patterns)))
+    columns = ("level", "client", "tok/s", "req/s", "TTFT ms", "TPOT ms", "busiest second of a client process")
+    if not rows:
+        return Table(f"Run {run.path.name} holds no cross-check", ("level", "client"), [])
+    return Table(f"Two clients, run {run.path.name}; each drew its own Poisson arrivals", columns, rows)
+
+
+def _cell(value: float | None, pattern: str) -> str:
+    return "–" if value is None else pattern.format(value)
+
+
+def _flag(command: Sequence[str], name: str) -> str:
+    """The value of a command's flag; "auto" if it is not given."""
+    return command[command.index(name) + 1] if name in command else "auto"
 
 
 def environment_table(run: Run) -> Table:

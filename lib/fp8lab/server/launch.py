@@ -47,6 +47,14 @@ class ServerInfo:
     model_memory_gib: float | None
     emulated: bool
 
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table: what the start came to."""
+        return [
+            ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
+            ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
+            ("start-up", f"{self.startup_s:.0f} s"),
+        ]
+
 
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
     """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag."""
@@ -139,14 +147,8 @@ class Server:
         self.stop()
 
     def _table(self) -> Table:
-        info = self.info
         rows = [("state", "running" if self.alive else "stopped"), ("address", self.base_url)]
-        if info:
-            rows += [
-                ("KV cache", f"{info.kv_cache_tokens:,} tokens" if info.kv_cache_tokens else "not reported"),
-                ("model memory", f"{info.model_memory_gib:.2f} GiB" if info.model_memory_gib else "not reported"),
-                ("start-up", f"{info.startup_s:.0f} s"),
-            ]
+        rows += self.info.rows() if self.info else []
         emulated = " (EMULATED GPU)" if self.profile.emulated else ""
         caption = f"vLLM server, variant {self.variant}, profile {self.profile.name}{emulated}"
         return Table(caption, ("", "as vLLM reports it"), rows)

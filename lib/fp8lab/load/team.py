@@ -1,0 +1,170 @@
+"""The worker processes of one level: started together, started at one instant, followed to their ends."""
+
+import contextlib
+import json
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import LevelFailed
+from .stream import Outcome
+from .worker import Job, read_spool
+
+_SPARE_CONNECTIONS = 64
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """How the client itself fared. CPU is the share of one core in the busiest second of the busiest worker."""
+
+    workers: int
+    closed_loop: bool
+    cpu_s: float
+    busiest_core: float
+    stall_max_ms: float
+    start_delay_s: float
+    lost_workers: tuple[str, ...] = ()
+
+
+class Team:
+    """The worker processes of one level."""
+
+    def __init__(self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, deadline):
+        self.requests = len(trace)
+        self.max_concurrency = max_concurrency
+        self.processes: list[subprocess.Popen] = []
+        self.spools: list[Path] = []
+        self.last: list[dict] = [{} for _ in range(workers)]
+        self.ends: list[dict | None] = [None] * workers
+        self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
+        self.indices: list[list[int]] = []
+        self.lost: list[str] = []
+        self.deadline = deadline
+        address = endpoint.resolve()
+        burst = int((due_wall < due_wall[0] + 0.5).sum())
+        # All processes start before the first job is written: a job is larger than a pipe holds, and
+        # writing it waits for its reader.
+        for _ in range(workers):
+            command = [sys.executable, "-c", "from fp8lab.load.worker import main; main()"]
+            self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        for worker, process in enumerate(self.processes):
+            mine = range(worker, len(trace), workers)
+            spool = Path(scratch) / f"worker-{worker}.spool"
+            share = None if max_concurrency is None else len(range(worker, max_concurrency, workers))
+            job = Job(
+                endpoint=endpoint,
+                address=address,
+                indices=list(mine),
+                requests=[endpoint.request_bytes(trace.prompts[i], trace.output_tokens[i]) for i in mine],
+                asked_tokens=[trace.output_tokens[i] for i in mine],
+                due_s=[float(due_wall[i]) for i in mine],
+                max_concurrency=share,
+                connections=min(len(mine), share or len(mine), burst // workers + _SPARE_CONNECTIONS),
+                exact_tokens=exact,
+                idle_timeout_s=idle_timeout,
+                deadline_s=deadline,
+                spool=str(spool),
+            )
+            self.spools.append(spool)
+            self.indices.append(job.indices)
+            with contextlib.suppress(BrokenPipeError):
+                pickle.dump(job, process.stdin, protocol=5)
+                process.stdin.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+    def wait_until_ready(self):
+        for number, process in enumerate(self.processes):
+            if not process.stdout.readline():
+                raise LevelFailed(f"load worker {number} ended with exit code {process.wait()} before it was ready")
+
+    def start(self) -> float:
+        start = time.monotonic() + 0.02
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                process.stdin.write(f"{start!r}\n".encode())
+                process.stdin.flush()
+        return start
+
+    def follow(self, start: float, on_tick) -> None:
+        """Reads the workers' lines until each has ended or died."""
+        selector = selectors.DefaultSelector()
+        for number, process in enumerate(self.processes):
+            os.set_blocking(process.stdout.fileno(), False)
+            selector.register(process.stdout, selectors.EVENT_READ, number)
+        pending = [b""] * len(self.processes)
+        while selector.get_map():
+            for key, _ in selector.select(timeout=1.0):
+                number = key.data
+                data = key.fileobj.read()
+                if data is None:
+                    continue
+                *lines, pending[number] = (pending[number] + data).split(b"\n")
+                for line in lines:
+                    self._line(number, json.loads(line))
+                if not data:
+                    selector.unregister(key.fileobj)
+                    if self.ends[number] is None:
+                        code = self.processes[number].wait()
+                        self.lost.append(f"load worker {number} died (exit code {code})")
+            now = time.monotonic() - start
+            on_tick(now, self.last)
+            if now > self.deadline + 30:
+                raise LevelFailed("the load workers did not end after the level's deadline")
+
+    def _line(self, number: int, message: dict) -> None:
+        if message["kind"] == "end":
+            self.ends[number] = message
+            message = message | {"in_flight": 0, "streaming": 0, "ttft_sum": self.last[number].get("ttft_sum", 0.0)}
+        elif "cpu_s" in message:
+            self.cpu_marks[number].append((message["at"], message["cpu_s"]))
+        self.last[number] = message
+
+    def outcomes(self) -> list[Outcome]:
+        """One outcome for every request, also for those whose worker died."""
+        found = {o.index: o for spool in self.spools if spool.exists() for o in read_spool(str(spool))}
+        for number, indices in enumerate(self.indices):
+            for index in indices:
+                found.setdefault(index, Outcome(index, 0, error=f"load worker {number} died before it ended"))
+        return [found[index] for index in sorted(found)]
+
+    def report(self, start_delay_s: float) -> ClientReport:
+        ends = [end for end in self.ends if end]
+        return ClientReport(
+            workers=len(self.processes),
+            closed_loop=self.max_concurrency is not None,
+            cpu_s=sum(end["cpu_s"] for end in ends),
+            busiest_core=max((busiest_second(marks) for marks in self.cpu_marks), default=0.0),
+            stall_max_ms=1e3 * max((s for end in ends for s in end["stalls_s"]), default=0.0),
+            start_delay_s=start_delay_s,
+            lost_workers=tuple(self.lost),
+        )
+
+
+def busiest_second(marks: list[tuple[float, float]]) -> float:
+    """The largest share of a core over a window of at least a second, from (time, CPU seconds) marks."""
+    best, begin = 0.0, 0
+    for at, cpu in marks:
+        while begin + 1 < len(marks) and at - marks[begin + 1][0] >= 1.0:
+            begin += 1
+        if at - marks[begin][0] >= 1.0:
+            best = max(best, (cpu - marks[begin][1]) / (at - marks[begin][0]))
+    return best
