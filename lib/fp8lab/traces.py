@@ -44,6 +44,10 @@ class Trace:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __repr__(self) -> str:
+        mean_in, mean_out = (sum(tokens) / len(self) for tokens in (self.prompt_tokens, self.output_tokens))
+        return f"trace {self.name}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
+
     def head(self, requests: int) -> "Trace":
         """The first `requests` requests. Raises BadInput when the trace is shorter, or none are asked for."""
         _check_requests(requests)
