@@ -1,6 +1,7 @@
 """Shared fixtures: a streaming server with known times, a short emulated profile, a run made of whole cloth."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ import pandas as pd
 import pytest
 
 HERE = Path(__file__).parent
+
+# A shell's background job (and many a CI) starts with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHORT = """
 extends = "emulated-h100"

@@ -147,7 +147,10 @@ def test_serve_holds_a_server_until_interrupted():
         assert "bf16 (tiny-cpu)" in status and f"in use by pid {serving.pid}" in status
         assert "LEFT OVER" not in status
         serving.send_signal(signal.SIGINT)
-        assert serving.wait(30) == 130
+        try:
+            assert serving.wait(30) == 130
+        finally:
+            serving.kill()
     assert f"pid {serving.pid}" not in fp8lab("status").stdout
 
 
