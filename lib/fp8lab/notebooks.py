@@ -60,6 +60,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
                 kernel_name="python3",
                 cwd=str(PROJECT),
                 progress_bar=False,
+                # The kernel's own log goes to this terminal; what cells print and raise goes into the notebook.
+                extra_arguments=["--log-level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
             failure = error
