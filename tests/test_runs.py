@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,7 @@ def make_result(level=LEVEL) -> LevelResult:
     records = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
     tokens = records[["request"]].assign(at_s=records["first_token_s"])
     summary = summarize(records, tokens) | {"valid": True, "invalid_reason": None, "emulated": True}
+    summary["level"] = dataclasses.asdict(level)
     return LevelResult(level, summary, records, tokens)
 
 
@@ -86,8 +88,15 @@ def test_damage_names_the_file_and_the_remedy(run):
     with pytest.raises(RunDamaged, match=r"records\.parquet.*delete its folder"):
         run.read(LEVEL)
     (records.parent / "summary.json").write_text('{"half": ')
-    with pytest.raises(RunDamaged, match=r"summary\.json"):
-        run.summaries()
+    for look in (run.summaries, lambda: run.has(LEVEL)):
+        with pytest.raises(RunDamaged, match=r"summary\.json"):
+            look()
+
+
+def test_the_same_level_with_other_requests_is_refused(run):
+    run.write(make_result())
+    with pytest.raises(RunMismatch, match="with 3 requests, not 30"):
+        run.has(dataclasses.replace(LEVEL, requests=30))
 
 
 def test_a_missing_level_lists_what_there_is(run):
@@ -128,8 +137,6 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, monkeypatch):
 
 
 def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
-    import dataclasses
-
     more = dataclasses.replace(profile, protocols=dict(profile.protocols) | {"mine": (LEVEL,)})
     assert "mine" in open_run(run.path, more).profile.protocols
     assert "mine" in open_run(run.path).profile.protocols

@@ -221,7 +221,10 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         "server": dataclasses.asdict(server.info),
     }
     if not summary["valid"]:
-        warnings.warn(f"level {level.id} is INVALID: {summary['invalid_reason']}", stacklevel=3)
+        warnings.warn(
+            f"level {level.id} is INVALID: {summary['invalid_reason']} (delete its folder to measure it again)",
+            stacklevel=3,
+        )
     return LevelResult(level, summary, *measured[1:])
 
 

@@ -92,8 +92,17 @@ class Run:
         return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
 
     def has(self, level: Level) -> bool:
-        """Whether the level is complete."""
-        return (self._folder(level.id) / "summary.json").is_file()
+        """Whether the level is complete. Raises RunMismatch when it was measured with other requests."""
+        path = self._folder(level.id) / "summary.json"
+        if not path.is_file():
+            return False
+        held = _read_json(path)["level"]["requests"]
+        if held != level.requests:
+            raise RunMismatch(
+                f"run {self.path.name} holds level {level.id} with {held} requests, not {level.requests}; "
+                "choose another run folder, or delete that level's folder to measure it anew"
+            )
+        return True
 
     def summaries(self) -> dict[str, dict]:
         """The summary of every complete level, by level id."""
