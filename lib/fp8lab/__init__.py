@@ -11,20 +11,47 @@ Names are imported when they are first used, so that `import fp8lab` takes no ti
 
 import importlib
 
+# The room `measure/` and the function `measure` share a name. The room (empty by itself) is loaded now and its name given
+# back: loading it later would put the room where `lab.measure` is the function.
+from . import measure as _room
+
+del _room, measure  # noqa: F821 - loading the room bound its name here
+
 _HOMES = {
     "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
-    "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
+    "experiment": ("find_limit", "load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
+    "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),
+    "report.fair": (
+        "ablation_table",
+        "attainment_table",
+        "capacity_plan",
+        "equal_load_table",
+        "kv_table",
+        "limit_table",
+        "limits_table",
+        "paging_table",
+        "roofline_table",
+        "throughputs_table",
+        "validity_table",
+    ),
     "report.show": (
+        "ablation_figure",
         "concurrency_figure",
         "cross_check_table",
+        "equal_load_figure",
         "environment_table",
         "flags_table",
+        "kv_capacity_figure",
         "levels_table",
+        "littles_law_figure",
         "memory_table",
+        "objective_figure",
         "rate_figure",
         "resources_table",
+        "roofline_figure",
+        "saturation_figure",
         "throughput_figure",
         "tpot_figure",
     ),

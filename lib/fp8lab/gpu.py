@@ -52,8 +52,11 @@ class GpuReader:
     def __exit__(self, *exc) -> None:
         self._stack.close()
 
-    def read(self) -> dict[str, float]:
-        """`COLUMNS` that this card answers: shares 0 to 1, W, J since the driver was loaded, GiB, MHz."""
+    def read(self, slow: bool = True) -> dict[str, float]:
+        """`COLUMNS` that this card answers: shares 0 to 1, W, J since the driver was loaded, GiB, MHz.
+
+        Without `slow` only what changes quickly, shares and power: each question costs the driver's time.
+        """
         nvml, handle, row = self._nvml, self._handle, {}
         if not nvml:
             return row
@@ -62,6 +65,8 @@ class GpuReader:
             row |= {"gpu_util": util.gpu / 100, "gpu_memory_util": util.memory / 100}
         with contextlib.suppress(nvml.NVMLError):
             row["gpu_power_w"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+        if not slow:
+            return row
         with contextlib.suppress(nvml.NVMLError):
             row["gpu_energy_j"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         with contextlib.suppress(nvml.NVMLError):

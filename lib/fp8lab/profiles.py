@@ -167,7 +167,8 @@ def load_profile(name: str = "auto", *, weights: str | None = None, model: str |
     check_device(profile)
     overrides = {"weights": weights} if weights else {}
     if model:
-        overrides = {"weights": "checkpoint", "checkpoints": {"default": model}}
+        # Another model has other shapes than the profile's.
+        overrides = {"weights": "checkpoint", "checkpoints": {"default": model}, "shapes": ""}
     profile = dataclasses.replace(profile, model=dataclasses.replace(profile.model, **overrides))
     if profile.model.weights == "checkpoint":
         for variant in profile.variants:

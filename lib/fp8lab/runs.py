@@ -105,9 +105,16 @@ class Run:
         return True
 
     def summaries(self) -> dict[str, dict]:
-        """The summary of every complete level, by level id."""
-        folders = sorted(p.parent for p in self.path.glob("levels/*/summary.json"))
-        return {folder.name: _read_json(folder / "summary.json") for folder in folders}
+        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat."""
+        variants = list(self.profile.variants)
+        found = {path.parent.name: _read_json(path) for path in self.path.glob("levels/*/summary.json")}
+
+        def place(item: tuple[str, dict]):
+            level = item[1]["level"]
+            known = level["variant"] in variants
+            return (variants.index(level["variant"]) if known else len(variants), float(level["rate"]), level["repeat"])
+
+        return dict(sorted(found.items(), key=place))
 
     def read(self, level: Level) -> LevelResult:
         """A complete level. Raises BadInput when the run does not hold it, RunDamaged when it cannot be read."""

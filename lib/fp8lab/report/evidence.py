@@ -1,0 +1,106 @@
+"""What the report asks of a run, level by level: values by seed, what limited it, how far it was from the card's limit."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+from ..measure.bottleneck import Limit, what_limited
+from ..measure.compare import Cells, Noise, Seeds, pooled_noise
+from ..measure.roofline import Roofline, roofline
+from ..profiles import Level
+from ..runs import LevelResult, Run
+from ..shapes import fp8_kv, fp8_weights, model_shape
+
+# How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end.
+FRONT_ENDS = {"": "one Python process", "-api4": "four Python processes", "-rust": "Rust"}
+
+
+class Evidence:
+    """One run's levels, read once. Made by `evidence(run)`."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.summaries: Mapping[str, dict] = run.summaries()
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - an Evidence lives as long as its run is shown
+    def level(self, level_id: str) -> LevelResult | None:
+        """The level with its tables; None when the run holds no records of it."""
+        if not (self.run.path / "levels" / level_id / "records.parquet").exists():
+            return None
+        asked = self.summaries[level_id]["level"]
+        return self.run.read(Level(**{key: asked[key] for key in ("variant", "rate", "requests", "repeat")}))
+
+    def limit(self, level_id: str) -> Limit:
+        """What limited a level."""
+        level = self.level(level_id)
+        if level is None:
+            return Limit("unknown", "the run holds no records of it")
+        # On an emulated card neither the GPU nor the front end is what it seems; only the client is real.
+        found = what_limited(level.summary, level.records, level.telemetry, self.roofline(level_id))
+        if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
+            return Limit("emulated card", f"EMULATED: the model of the card and of its front end; {found.evidence}")
+        return found
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def roofline(self, level_id: str) -> Roofline | None:
+        """What the level needed of the card; None without a datasheet, known shapes, or records."""
+        profile, level = self.run.profile, self.level(level_id)
+        shape = model_shape(profile.model.shapes)
+        if level is None or shape is None or profile.gpu is None or not level.summary["completed"]:
+            return None
+        command = level.summary["server"]["command"]
+        return roofline(level.records, shape, profile.gpu, fp8_weights=fp8_weights(command), fp8_kv=fp8_kv(command))
+
+    def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
+        """A metric of every valid repeat of a level, by repeat."""
+        return {
+            s["level"]["repeat"]: s[metric]
+            for s in self.summaries.values()
+            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == rate and s["valid"] and s.get(metric)
+        }
+
+    def cells(self, variants, rate: float, metric: str) -> Cells:
+        """The same for several variants; those without a level are left out."""
+        found = {variant: self.seeds(variant, rate, metric) for variant in variants}
+        return {variant: values for variant, values in found.items() if values}
+
+    def rates(self, *variants: str) -> list[float]:
+        """The rates at which each of `variants` has a valid level, ascending."""
+        sets = [
+            {float(s["level"]["rate"]) for s in self.summaries.values() if s["level"]["variant"] == v and s["valid"]}
+            for v in variants
+        ]
+        return sorted(set.intersection(*sets))
+
+    def variants(self) -> list[str]:
+        """The variants that the run holds levels of, in the profile's order."""
+        held = {s["level"]["variant"] for s in self.summaries.values()}
+        return [variant for variant in self.run.profile.variants if variant in held]
+
+    def pairs(self) -> Iterator[tuple[str, str, str]]:
+        """(BF16 variant, FP8 variant, front end) for each front end that the run holds both behind."""
+        held = set(self.variants())
+        for suffix, front_end in FRONT_ENDS.items():
+            if {f"bf16{suffix}", f"fp8{suffix}"} <= held:
+                yield f"bf16{suffix}", f"fp8{suffix}", front_end
+
+    def noise(self, metric: str) -> Noise | None:
+        """The repeat-to-repeat noise of a metric, pooled over every rate and front end with repeats."""
+        return pooled_noise(
+            [self.cells((bf16, fp8), rate, metric) for bf16, fp8, _ in self.pairs() for rate in self.rates(bf16, fp8)]
+        )
+
+
+def evidence(run: Run) -> Evidence:
+    """The evidence of a run as it is now: levels that are measured later need a new one."""
+    return _evidence(run.path.resolve(), len(run.summaries()), run)
+
+
+@functools.lru_cache(maxsize=4)
+def _evidence(_path, _levels: int, run: Run) -> Evidence:
+    return Evidence(run)
+
+
+def rate_name(rate: float) -> str:
+    """A rate as text: "50 req/s", "all at once"."""
+    return "all at once" if math.isinf(rate) else f"{rate:g} req/s"
