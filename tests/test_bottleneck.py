@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.measure.bottleneck import CAUSES, backlog_growth, keeps_up, what_limited
+from fp8lab.measure.bottleneck import CAUSES, backlog_growth, keeps_up, long_enough, what_limited
 from fp8lab.measure.kv import held_tokens, paging_waste, reserving_waste
 from fp8lab.measure.roofline import roofline
 from fp8lab.profiles import read_profile
 from fp8lab.report.evidence import evidence
 from fp8lab.runs import open_run
-from fp8lab.shapes import model_shape
+from fp8lab.shapes import fp8_kv, fp8_weights, model_shape
+from fp8lab.traces import arrival_times, sharegpt_like
 
 IDLE = {
     "gpu_util_steady": 0.99,
@@ -42,6 +43,24 @@ def test_backlogs_grow_by_what_is_not_served():
     assert math.isnan(backlog_growth(burst)) and not keeps_up(burst)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ramp_is_no_backlog(seed):
+    """A server without any limit: long answers still join long after the start, and none of it is a backlog."""
+    trace, sent = sharegpt_like(2000, seed), arrival_times(2000, 100, seed=seed)
+    tokens = np.asarray(trace.output_tokens)
+    assert backlog_growth(make_records(sent, sent + 0.02, sent + 0.02 * tokens, tokens)) < 0.05
+
+
+def test_failed_requests_are_no_backlog():
+    records = served(50, 100)
+    records.loc[::10, ["error", "last_token_s", "first_token_s"]] = ["HTTP 500", np.nan, np.nan]
+    assert keeps_up(records)
+
+
+def test_short_levels_do_not_show_whether_a_backlog_stays():
+    assert long_enough(served(50, 100)) and not long_enough(served(50, 100, requests=100))
+
+
 @pytest.mark.parametrize("capacity, changed, cause, said", [
     (100, {}, "offered load", "no backlog grew"),
     (60, {"valid": False, "invalid_reason": "requests left late"}, "unknown", "requests left late"),
@@ -49,8 +68,9 @@ def test_backlogs_grow_by_what_is_not_served():
     (60, {"frontend_cpu_max_steady": 1.02, "gpu_util_steady": 0.69}, "front end", "no kernel running 31%"),
     (100, {"frontend_cpu_max_steady": 1.02}, "front end", "just kept up"),
     (60, {"gpu_util_steady": 0.6, "engine_cpu_max_steady": 1.0}, "engine", "engine 1.00"),
+        (60, {"gpu_util_steady": 0.6}, "unknown", "no kernel running 40%"),
     (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
-    (60, {"gpu_util_steady": 0.99}, "GPU compute", "grew by 40%"),
+    (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
     (60, {"preemptions": 12.0}, "KV capacity", "12 requests were preempted"),
     (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
 ])  # fmt: skip
@@ -62,7 +82,7 @@ def test_constructed_levels_are_attributed(capacity, changed, cause, said):
 def test_waiting_for_kv_blocks_is_told_from_waiting_for_a_seat():
     full = pd.DataFrame({"at_s": range(10), "waiting": 30.0, "kv_cache_usage": 0.99})
     assert judged(served(100, 60), full).cause == "KV capacity"
-    assert judged(served(100, 60), full.assign(kv_cache_usage=0.4)).cause == "GPU compute"
+    assert judged(served(100, 60), full.assign(kv_cache_usage=0.4)).cause == "GPU, nearer compute"
 
 
 @pytest.mark.parametrize("name", ["h200-80gb", "emulated-h100"])
@@ -82,20 +102,28 @@ def test_every_recorded_level_is_attributed(name):
 
 
 def test_the_roofline_is_the_arithmetic():
-    """One request alone, in a long steady stream: every step reads the weights and its context."""
+    """200 requests run all the time, 50 steps a second, a tenth of a cache of 400,000 tokens in use."""
     card, shape = read_profile("h200-80gb").gpu, model_shape("llama-3-8b")
-    tokens, gap = 1001, 0.01
-    records = make_records([0.0], [1.0], [1.0 + (tokens - 1) * gap], [tokens])
-    found = roofline(records, shape, card, fp8_weights=False, fp8_kv=False)
-    assert found.steps_per_s == pytest.approx(1 / gap, rel=0.01)
+    seconds = np.arange(0.0, 31.0)
+    telemetry = pd.DataFrame(
+        {
+            "at_s": seconds, "running": 200.0, "kv_cache_usage": 0.1,
+            "prompt_tokens": 8_000 * seconds, "generation_tokens": 10_000 * seconds,
+        }
+    )  # fmt: skip
+    options = {"kv_cache_tokens": 400_000, "shape": shape, "card": card}
+    found = roofline(telemetry, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options)
+    assert found.steps_per_s == pytest.approx(50)
     weights = shape.layer_parameters * 2 + shape.vocabulary_parameters * 2
-    context = 10 + tokens / 2  # the prompt and half of the answer, on average in the middle of the run
-    assert found.bytes_per_s == pytest.approx((weights + context * 131072) / gap, rel=0.01)
-    assert found.memory == pytest.approx(found.bytes_per_s / card.hbm_bytes_per_s)
-    assert found.flops_per_s == pytest.approx(shape.flops_per_token / gap, rel=0.01)
-    half = roofline(records, shape, card, fp8_weights=True, fp8_kv=True)
-    assert 0.5 < half.bytes_per_s / found.bytes_per_s < 0.6 and half.compute < found.compute
-    assert found.nearest == "memory"
+    assert found.bytes_per_s == pytest.approx(50 * (weights + 40_000 * 131072))
+    assert found.memory == pytest.approx(found.bytes_per_s / 4.8e12)
+    flops = 2 * (18_000 * shape.layer_parameters + 10_000 * shape.vocabulary_parameters)
+    assert found.flops_per_s == pytest.approx(flops) and found.compute == pytest.approx(flops / 989e12)
+    half = roofline(telemetry, (5.0, 25.0), fp8_weights=True, fp8_kv=True, **options)
+    assert half.bytes_per_s < 0.6 * found.bytes_per_s and half.compute < 0.6 * found.compute
+    assert found.nearest == "compute" and found.intensity == pytest.approx(found.flops_per_s / found.bytes_per_s)
+    empty = telemetry.assign(running=np.nan)
+    assert roofline(empty, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options) is None
 
 
 def test_llamas_shape_is_the_public_arithmetic():
@@ -104,6 +132,16 @@ def test_llamas_shape_is_the_public_arithmetic():
     assert shape.layer_parameters + 2 * shape.vocabulary_parameters + norms == 8_030_261_248
     assert shape.kv_bytes_per_token(2) == 128 * 1024 and shape.kv_bytes_per_token(1) == 64 * 1024
     assert model_shape("") is None and model_shape("no-such-model") is None
+
+
+@pytest.mark.parametrize("flags, weights, kv", [
+    (["--quantization", "fp8", "--kv-cache-dtype", "fp8"], True, True),
+    (["--quantization=fp8", "--kv-cache-dtype=fp8_e4m3"], True, True),
+    (["-q", "fp8"], True, False),
+    (["--dtype", "bfloat16", "--quantization"], False, False),
+])  # fmt: skip
+def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
+    assert (fp8_weights(flags), fp8_kv(flags)) == (weights, kv)
 
 
 def test_paging_wastes_the_end_of_the_last_block():

@@ -34,7 +34,7 @@ def test_the_rule_is_that_of_mlperf():
 
 
 def test_a_level_that_keeps_within_its_limits_meets_them():
-    assert attains(level(50, 100, 662), TIGHT) == Attainment("met", "0 of 662 requests were outside", 0, 662)
+    assert attains(level(50, 100, 662), TIGHT) == Attainment("met", "0 of 662 requests were outside its limits", 0, 662)
 
 
 def test_too_few_requests_decide_nothing():
@@ -45,7 +45,9 @@ def test_too_few_requests_decide_nothing():
 def test_a_growing_backlog_misses_any_objective():
     generous = SLO("generous", 1e9, 1e9)
     found = attains(level(60, 50, 1000), generous)
-    assert found.state == "missed" and "backlog" in found.reason
+    assert found.state == "missed" and "backlog grew" in found.reason
+    short = attains(level(100, 20, 1000), generous)  # its last requests took longer than its arrivals
+    assert short.state == "undecided" and "longer level" in short.reason
 
 
 def test_failed_requests_are_violations():
@@ -80,6 +82,10 @@ def test_the_search_ends_when_nothing_meets_or_everything_does():
 def test_contradicting_repeats_count_as_missed():
     assert bracket([(25, "met"), (50, "met"), (50, "missed"), (75, "met")]) == (25, 50)
     assert str(bracket([])) == "not tried"
+
+
+def test_what_no_level_decided_bounds_nothing():
+    assert bracket([(25, "undecided"), (50, "met"), (75, "missed")]) == (50, 75)
 
 
 @pytest.mark.parametrize("values", [{"ttft_ms": 0}, {"tpot_ms": -1}, {"share": 1.0}, {"share": 99}])

@@ -21,6 +21,7 @@ _HOMES = {
     "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
     "experiment": ("find_limit", "load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
+    "plan": ("plan_table",),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),
     "report.fair": (
@@ -38,6 +39,7 @@ _HOMES = {
     ),
     "report.show": (
         "ablation_figure",
+        "batching_figure",
         "concurrency_figure",
         "cross_check_table",
         "equal_load_figure",
@@ -46,6 +48,7 @@ _HOMES = {
         "kv_capacity_figure",
         "levels_table",
         "littles_law_figure",
+        "memory_figure",
         "memory_table",
         "objective_figure",
         "rate_figure",

@@ -36,6 +36,27 @@ EXAMPLES = {
         fp8lab plan --profile h200-80gb                          levels and minutes
         fp8lab plan --run runs/h200                              what is left of a run
     """,
+    "share": """
+        fp8lab share runs/latest                         a page and an archive, in shared/
+        fp8lab share runs/h200 --notebook front --notebook 05_fair_comparison --out ~/outbox
+        fp8lab reproduce --source h200.zip               what the other side runs
+    """,
+    "batch": """
+        fp8lab batch matrix.toml                         all of it; again: goes on where it stopped
+        fp8lab batch matrix.toml --out runs/overnight
+
+        matrix.toml:
+          profiles  = ["h200-80gb", "mine.toml"]
+          variants  = ["bf16", "fp8"]                      # default: all that the protocols name
+          protocols = ["equal load"]                       # default: as published, equal load
+          notebook  = "front"                              # default
+          [workloads.chat]                                 # default: each profile's own
+          trace = "sharegpt-like"
+          [workloads.summaries]
+          trace = "random"
+          input_tokens = 2048
+          output_tokens = 128
+    """,
     "record": """
         fp8lab record runs/h200 h200-80gb --tokens bf16-50rps-r1 --tokens fp8-100rps-r1
     """,
@@ -139,6 +160,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--profile", **profile)
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
     plan.add_argument("--protocol", **protocol)
+
+    share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.")
+    share.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
+    share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")
+    share.add_argument("--notebook", action="append", metavar="N", help="as in reproduce (default: front); repeatable")
+    share.add_argument("--tokens", action="store_true", help="keep every token's timestamp in the archive")
+
+    batch = command("batch", commands.batch, (
+        "Run a matrix of profiles and workloads through papermill, one after the other on each GPU. The queue survives "
+        "a crash: run it again. index.html and comparison.html show all runs. Exit code 1: a run failed."
+    ))  # fmt: skip
+    batch.add_argument("matrix", metavar="MATRIX.toml", help="what to run (see below)")
+    batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")
 
     record = command("record", commands.record, "Keep a run in data/recorded, trimmed: no logs, few token timestamps.")
     record.add_argument("run", metavar="RUN", help="a run folder")

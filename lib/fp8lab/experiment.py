@@ -22,7 +22,7 @@ from .runs import LevelResult, Run
 from .server import launch
 from .server.launch import Server, ServerInfo
 from .tables import Table
-from .traces import Trace, arrival_times, sharegpt_like
+from .traces import Trace, arrival_times, named_trace, sharegpt_like
 
 
 class RecordedServer:
@@ -84,9 +84,14 @@ def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) 
 
 def trace_for(profile: Profile, level: Level) -> Trace:
     """The trace of a level: every variant gets the same one, each repeat its own seed."""
-    if profile.workload.trace != "sharegpt-like":
-        raise BadInput(f"profile {profile.name}: no trace {profile.workload.trace!r} (there is: sharegpt-like)")
-    return sharegpt_like(level.requests, seed=_seed(profile, level))
+    workload = profile.workload
+    tokenizer = workload.tokenizer or None
+    if workload.trace.endswith(".json") and not tokenizer:
+        tokenizer = _tokenizer(profile, level.variant)
+    return named_trace(
+        workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
+        input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
+    )  # fmt: skip
 
 
 def load_test(
@@ -217,14 +222,9 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
         return run.cross_checks()[level.id]
     status = StatusLine()
     status.update(f"{level.id}: cross-check with vllm bench serve")
-    tokenizer = (
-        model_folder(profile.model.shapes)
-        if profile.model.weights == "random"
-        else profile.model.checkpoint(level.variant)
-    )
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=str(tokenizer), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=_tokenizer(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(
@@ -248,7 +248,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         _endpoint(server),
         trace,
         due,
-        name=level.id,
+        name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
         time_dilation=profile.time_dilation,
         telemetry=telemetry,
         workers=workers,
@@ -270,6 +270,13 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
             stacklevel=3,
         )
     return LevelResult(level, summary, *measured[1:])
+
+
+def _tokenizer(profile: Profile, variant: str) -> str:
+    """The folder or hub name of the tokenizer that a variant is served with."""
+    if profile.model.weights == "random":
+        return str(model_folder(profile.model.shapes))
+    return profile.model.checkpoint(variant)
 
 
 def _endpoint(server: Server) -> Endpoint:

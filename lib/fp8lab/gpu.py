@@ -1,6 +1,7 @@
 """The NVIDIA GPUs of this machine, through NVML. No GPU, or no driver, is an ordinary answer."""
 
 import contextlib
+import os
 
 
 @contextlib.contextmanager
@@ -46,7 +47,8 @@ class GpuReader:
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
         self._nvml = self._stack.enter_context(_nvml())
-        self._handle = self._nvml.nvmlDeviceGetHandleByIndex(0) if self._nvml else None
+        handles = _handles(self._nvml) if self._nvml else []
+        self._handle = handles[0] if handles else None
         return self
 
     def __exit__(self, *exc) -> None:
@@ -58,7 +60,7 @@ class GpuReader:
         Without `slow` only what changes quickly, shares and power: each question costs the driver's time.
         """
         nvml, handle, row = self._nvml, self._handle, {}
-        if not nvml:
+        if not handle:
             return row
         with contextlib.suppress(nvml.NVMLError):
             util = nvml.nvmlDeviceGetUtilizationRates(handle)
@@ -80,5 +82,21 @@ def _gpus() -> list[tuple[str, float]]:
     with _nvml() as nvml:
         if not nvml:
             return []
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        return [(nvml.nvmlDeviceGetName(h), nvml.nvmlDeviceGetMemoryInfo(h).used / 2**30) for h in handles]
+        return [(nvml.nvmlDeviceGetName(h), nvml.nvmlDeviceGetMemoryInfo(h).used / 2**30) for h in _handles(nvml)]
+
+
+def _handles(nvml) -> list:
+    """The GPUs that a server started here would see, in its order: NVML itself ignores CUDA_VISIBLE_DEVICES."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    handles = []
+    for name in filter(None, (part.strip() for part in chosen.split(","))):
+        try:
+            by_index = name.isdigit()
+            handles.append(
+                nvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else nvml.nvmlDeviceGetHandleByUUID(name)
+            )
+        except nvml.NVMLError:
+            break  # as CUDA does: what follows a name that is not there is not visible
+    return handles

@@ -101,11 +101,16 @@ class ServerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The trace's name, its seed, and how many requests warm a fresh server up, unmeasured."""
+    """The trace ("sharegpt-like", "random", or a .csv or .json file), its seed, and how many requests warm a fresh
+    server up, unmeasured. The lengths are those of "random"; `tokenizer` counts a ShareGPT file's tokens (default: the
+    model's own)."""
 
     trace: str = "sharegpt-like"
     seed: int = 0
     warmup_requests: int = 32
+    input_tokens: int = 1024
+    output_tokens: int = 128
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,9 +154,14 @@ class Run:
         """Raises RunMismatch unless this run was made with `profile`."""
         if self.read_only:
             return
-        mine, other = self.manifest["profile"], _plain(profile.as_dict())
+        # Read back and written again, so that a run from before a key existed has its default.
+        mine, other = (_plain(one.as_dict()) for one in (self.profile, profile))
         differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
-        # A run may take in more levels; what a level is must not change.
+        # A run may take in more levels and variants; what a level is must not change.
+        shared = mine["variants"].keys() & other["variants"].keys()
+        for key in ("variants", "variant_env"):
+            if all(mine[key].get(variant) == other[key].get(variant) for variant in shared):
+                differing.discard(key)
         if differing := sorted(differing - {"protocols", "title"}):
             raise RunMismatch(
                 f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
@@ -180,24 +185,25 @@ class Run:
             write_json(self.path / "run.json", self.manifest)
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
-        """Copies what a recorded run needs to `data/recorded/<name>`: provenance, and of every complete level its
-        summary, records, telemetry and cross-check; token timestamps of the levels `tokens` only; the figures as
-        SVG. No logs."""
+        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced."""
         target = DATA / "recorded" / name
         if unknown := sorted(set(tokens) - set(self.summaries())):
             raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
         shutil.rmtree(target, ignore_errors=True)
-        for level_id in self.summaries():
-            folder = target / "levels" / level_id
-            folder.mkdir(parents=True)
-            for file in sorted(self._folder(level_id).iterdir()):
-                if file.stem != "tokens" or level_id in tokens:
-                    shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(self.path / "run.json", target / "run.json")
-        for figure in self.path.glob("figures/*.svg"):
-            (target / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(figure, target / "figures" / figure.name)
+        for file in self.files(tokens):
+            copy = target / file.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         return target
+
+    def files(self, tokens: Sequence[str] = ()) -> list[Path]:
+        """What another reader of this run needs: provenance, every complete level, figures as SVG. No logs, and
+        token timestamps of the levels `tokens` only."""
+        found = [self.path / "run.json", *sorted(self.path.glob("figures/*.svg"))]
+        for level_id in self.summaries():
+            files = sorted(self._folder(level_id).iterdir())
+            found += [file for file in files if file.stem != "tokens" or level_id in tokens]
+        return found
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
@@ -217,6 +223,10 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     """
     if source:
         path = Path(source)
+        if path.suffix == ".zip" and path.is_file():
+            from .sharing import unpacked
+
+            path = unpacked(path)
         path = path if path.is_dir() else DATA / "recorded" / str(source)
         return Run(path, _manifest(path), read_only=True)
     if str(run_dir) == "latest":

@@ -1,5 +1,6 @@
 """A Llama-like model's sizes, by arithmetic: what its weights and its KV cache take, what a token costs to compute."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def model_shape(name: str) -> ModelShape | None:
 
 def fp8_weights(command: Sequence[str]) -> bool:
     """Whether a vLLM command (or a variant's flags) quantises the weights to FP8."""
-    return _flag(command, "--quantization").startswith("fp8")
+    return _flag(command, "--quantization", "-q").startswith("fp8")
 
 
 def fp8_kv(command: Sequence[str]) -> bool:
@@ -55,7 +56,7 @@ def fp8_kv(command: Sequence[str]) -> bool:
     return _flag(command, "--kv-cache-dtype").startswith("fp8")
 
 
-def _flag(command: Sequence[str], name: str) -> str:
-    """The value of a command's flag; "auto" if it is not given."""
-    command = list(command)
-    return command[command.index(name) + 1] if name in command else "auto"
+def _flag(command: Sequence[str], *names: str) -> str:
+    """The value of a command's flag, given as `--flag value` or `--flag=value`; "auto" if it is not given."""
+    words = [part for word in command for part in (word.split("=", 1) if word.startswith("-") else [word])]
+    return next((value for name, value in itertools.pairwise(words) if name in names), "auto")

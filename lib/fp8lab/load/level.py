@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..progress import StatusLine
 from ..traces import Trace
 from .generator import Sent, self_check, send_load
+from .live import LiveChart
 from .stream import Endpoint
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# A level of which more than this share failed did not carry the load that it stands for.
+_FAILED_SHARE = 0.01
 
 
 class Measured(NamedTuple):
@@ -39,14 +44,14 @@ def measure_level(
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
     level is valid. Raises what `send_load` raises.
     """
-    status = StatusLine()
+    status, chart = StatusLine(), LiveChart(name)
     with telemetry or contextlib.nullcontext():
         sent = send_load(
             endpoint,
             trace,
             due_s,
             time_dilation=time_dilation,
-            on_progress=lambda progress: status.update(name, str(progress)),
+            on_progress=lambda progress: status.update(name, str(progress), chart.add(progress)),
             **options,
         )
     # Imported here: the first request must not wait for pandas.
@@ -58,6 +63,8 @@ def measure_level(
     problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
     if all(outcome.error for outcome in sent.outcomes):
         problems.append(f"no request completed; the first failed with: {sent.outcomes[0].error}")
+    elif (failed := sum(bool(outcome.error) for outcome in sent.outcomes)) > _FAILED_SHARE * len(sent.outcomes):
+        problems.append(f"{failed:,} of {len(sent.outcomes):,} requests failed: what completed is another load")
     summary = summarize(records, tokens) | _client(sent, len(tokens))
     summary |= {
         "failures": dict(Counter(outcome.error for outcome in sent.outcomes if outcome.error).most_common(10)),
@@ -69,8 +76,8 @@ def measure_level(
         from ..measure.usage import summarize_usage
 
         sampled = telemetry.table(sent.start)
-        summary |= summarize_usage(sampled, records) | {"telemetry_cpu_share": telemetry.cpu_share}
-    status.done(one_line(name, summary))
+        summary |= summarize_usage(sampled, records, tokens) | {"telemetry_cpu_share": telemetry.cpu_share}
+    status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 
 

@@ -14,13 +14,20 @@ import pandas as pd
 from .metrics import completed
 from .roofline import Roofline
 
-CAUSES = ("offered load", "client", "front end", "engine", "GPU and engine", "GPU compute", "GPU memory", "KV capacity")
+CAUSES = (
+    "offered load", "client", "front end", "engine", "GPU and engine", "GPU, nearer compute", "GPU, nearer memory",
+    "KV capacity",
+)  # fmt: skip
 
 # In flight may grow by this share of the offered rate and still count as keeping up: Poisson arrivals do that much.
 _GROWTH = 0.05
+# A level this many times as long as its slow requests shows whether a backlog stays.
+_LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
+# The engine process also hands over and waits for the GPU, so it is never quite full.
+_ENGINE_FULL = 0.90
 # NVML counts time with a kernel on the GPU. Above the first the GPU never waited; below the second the steps' host
 # side is the longer one, since vLLM prepares the next step while the GPU computes this one.
 _GPU_FULL, _GPU_WAITS = 0.95, 0.85
@@ -37,17 +44,32 @@ class Limit:
 def backlog_growth(records: pd.DataFrame) -> float:
     """How fast requests in flight grew while they still arrived, as a share of the offered rate.
 
-    The slope of a line through the number in flight over the second half of the arrivals, divided by their rate:
-    0 for a server that keeps up, 1 - capacity / rate for one that does not. nan when all are sent at once.
+    The slope of a line through the number in flight over the second half of the arrivals, divided by their rate, less
+    what belongs to the ramp: requests that take long are still joining then, whatever the server. About 0 for a server
+    that keeps up, 1 - capacity / rate for one that does not. Failed requests are left out. nan for all at once.
     """
-    arrivals = np.sort(records["scheduled_s"].to_numpy(float))
+    done = completed(records)
+    arrivals = np.sort(done["scheduled_s"].to_numpy(float))
     duration = arrivals[-1] if arrivals.size else 0.0
     if duration <= 0:
         return math.nan
     at = np.linspace(duration / 2, duration, 400)
-    left = np.sort(completed(records)["last_token_s"].to_numpy(float))
+    left = np.sort(done["last_token_s"].to_numpy(float))
     in_flight = np.searchsorted(arrivals, at, side="right") - np.searchsorted(left, at, side="right")
-    return float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
+    slope = float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
+    # In flight after t seconds of a stationary server: rate x integral of P(stay > u), u up to t. Its slope is what a
+    # ramp alone would give; stays are taken from requests that came early, before a backlog lengthened them.
+    early = done["scheduled_s"] <= duration / 3
+    stay = np.sort((done["last_token_s"] - done["sent_s"])[early].to_numpy(float))
+    ramp = float((1 - np.searchsorted(stay, at, side="right") / stay.size).mean()) if stay.size else 0.0
+    return slope - ramp
+
+
+def long_enough(records: pd.DataFrame) -> bool:
+    """Whether arrivals went on for three times as long as the slowest requests (p99) took."""
+    done = completed(records)
+    stay = (done["last_token_s"] - done["sent_s"]).to_numpy(float)
+    return bool(stay.size and done["scheduled_s"].max() >= _LONG * np.quantile(stay, 0.99))
 
 
 def keeps_up(records: pd.DataFrame) -> bool:
@@ -82,10 +104,10 @@ def what_limited(
     if used.gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
     if used.gpu < _GPU_WAITS:
-        return Limit("engine", evidence)
+        return Limit("engine" if used.full("engine", _ENGINE_FULL) else "unknown", evidence)
     if used.gpu < _GPU_FULL:
         return Limit("GPU and engine", evidence)
-    return Limit(f"GPU {roofline.nearest}" if roofline else "GPU compute", evidence)
+    return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
 
 
 class _Used:
@@ -95,8 +117,8 @@ class _Used:
         self.gpu = summary.get("gpu_util_steady")
         self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
 
-    def full(self, role: str) -> bool:
-        return (self.cores[role] or 0) >= _FULL
+    def full(self, role: str, share: float = _FULL) -> bool:
+        return (self.cores[role] or 0) >= share
 
     def __str__(self) -> str:
         names = {"frontend": "front end", "engine": "engine", "client": "client"}
@@ -121,4 +143,4 @@ def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:
 def _distance(roofline: Roofline | None) -> str:
     if roofline is None:
         return ""
-    return f"; the tokens needed at least {roofline.compute:.0%} of its matrix peak and {roofline.memory:.0%} of its bandwidth"
+    return f"; the tokens needed about {roofline.compute:.0%} of its matrix peak and {roofline.memory:.0%} of its bandwidth"

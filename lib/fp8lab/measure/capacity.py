@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..errors import BadInput
-from .bottleneck import keeps_up
+from .bottleneck import keeps_up, long_enough
 from .metrics import latencies
 
 CONFIDENCE = 0.99
@@ -61,19 +61,23 @@ class Attainment(NamedTuple):
 
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
     """Whether a level meets `slo`. A failed request violates it, and so does a backlog that grows: such a level
-    would miss any limit if it only lasted longer."""
+    would miss any limit if it only lasted longer. A level too short for either is undecided."""
     each = latencies(records)
     good = (each["ttft_ms"] <= slo.ttft_ms) & ~(each["tpot_ms"] > slo.tpot_ms)
     requests, violations = len(records), int(len(records) - good.sum())
-    counted = f"{violations:,} of {requests:,} requests were outside"
-    if not keeps_up(records):
-        return Attainment("missed", f"the backlog grew ({counted})", violations, requests)
-    if violations <= allowed_violations(requests, slo.share):
+    counted = f"{violations:,} of {requests:,} requests were outside its limits"
+    if violations > allowed_violations(requests, slo.share):
+        if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:
+            return Attainment("missed", counted, violations, requests)
+        need = required_requests(violations, slo.share)
+        return Attainment("undecided", f"{counted}: too close to call without {need:,} requests", violations, requests)
+    if keeps_up(records):
         return Attainment("met", counted, violations, requests)
-    if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:
-        return Attainment("missed", counted, violations, requests)
-    need = required_requests(violations, slo.share)
-    return Attainment("undecided", f"{counted}: too close to call without {need:,} requests", violations, requests)
+    if long_enough(records):
+        return Attainment("missed", f"{counted}, but the backlog grew to the end", violations, requests)
+    return Attainment(
+        "undecided", f"{counted}, but the backlog still grew when arrivals ended: it takes a longer level", violations, requests
+    )  # fmt: skip
 
 
 def allowed_violations(requests: int, share: float = 0.99) -> int:
@@ -112,7 +116,7 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 class Bracket(NamedTuple):
-    """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that does not.
+    """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it.
 
     0 and inf: no such rate was tried.
     """
@@ -127,9 +131,10 @@ class Bracket(NamedTuple):
 
 
 def bracket(tried: Iterable[tuple[float, str]]) -> Bracket:
-    """The bracket that (rate, state) pairs give; where they contradict each other (noise), the missed rate counts."""
+    """The bracket that (rate, state) pairs give. Where they contradict each other (noise), a rate that missed counts;
+    a rate that no level decided does not."""
     tried = list(tried)
-    high = min((rate for rate, state in tried if state != "met"), default=math.inf)
+    high = min((rate for rate, state in tried if state == "missed"), default=math.inf)
     low = max((rate for rate, state in tried if state == "met" and rate < high), default=0.0)
     return Bracket(low, high)
 
@@ -139,7 +144,7 @@ def search(
 ) -> tuple[Bracket, list[tuple[float, str]]]:
     """Finds the limit by doubling (or halving) from `start`, then by bisection; (bracket, what was tried in order).
 
-    `probe(rate)` measures one level and returns its attainment's state. It ends when the bracket is within
+    `probe(rate)` measures one level and returns its attainment's state. The search ends when the bracket is within
     `tolerance` (high / low - 1), or after `max_probes`. Eight probes suffice for any limit from a half to eight
     times `start`.
     """
@@ -148,7 +153,8 @@ def search(
     tried: list[tuple[float, str]] = []
     rate = start
     while len(tried) < max_probes:
-        tried.append((rate, probe(rate)))
+        # What a probe of full length leaves undecided is at the limit: it was not shown to be met.
+        tried.append((rate, "met" if probe(rate) == "met" else "missed"))
         found = bracket(tried)
         if found.high / max(found.low, 1e-9) - 1 <= tolerance:
             break

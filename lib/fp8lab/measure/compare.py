@@ -2,6 +2,8 @@
 
 Variants answer the same requests at the same instants when they share a rate and a seed, so they are compared
 within a seed. On the log scale a difference is a ratio, and the noise of a fast level and of a slow one compare.
+
+Repeats share one start of a server: what differs from start to start is in no interval.
 """
 
 import functools
@@ -78,7 +80,7 @@ def contrast(cells: Cells, weights: Mapping[str, float], noise: Noise | None = N
     """exp(sum of weight x log value) over the seeds that all weighted cells share; None when they share none.
 
     With three seeds or more the interval is Student's from the contrasts themselves. With fewer the spread is
-    taken to be `noise`, the same for all levels: a stated model, and the best there is.
+    taken to be `noise`, that of comparable levels: a stated model, and the best there is.
     """
     used = {name: cells[name] for name, weight in weights.items() if weight}
     seeds = _common_seeds(used)
@@ -91,7 +93,7 @@ def contrast(cells: Cells, weights: Mapping[str, float], noise: Noise | None = N
         model = f"Student's t from {pairs} seeds"
     elif noise:
         half = student_t(noise.freedom) * noise.sigma * math.sqrt(sum(w * w for w in weights.values()) / pairs)
-        model = f"{pairs} seed{'s' if pairs > 1 else ''}; noise of {noise.sigma:.1%} pooled from all repeats ({noise.freedom} degrees of freedom)"
+        model = f"{pairs} seed{'s' if pairs > 1 else ''}; noise of {noise.sigma:.1%} pooled from comparable levels ({noise.freedom} degrees of freedom)"
     else:
         half, model = math.nan, "one pair, no repeats anywhere"
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), pairs, model)

@@ -4,25 +4,27 @@
 `reproduced, other cause`   it is, but the stated cause is not: the effect is gone at equal load, or something
                             else than the stated cause was the limit
 `not reproduced`            it is not
+`undecided`                 measured, and its interval or its length allows both answers
 `invalid run`               a level that the claim rests on was not measured properly
 `not run`                   a level is missing, or the GPU was emulated: nothing was measured
 
-Judged is the level of the first seed, as published. The other seeds give the interval, and the reason says when the
-published value lies inside it.
+Judged is the (geometric) mean of all seeds that were measured as published: a single seed can be an odd one, and which
+one comes first is chance. Each seed's value is told beside it.
 """
 
 import math
 import tomllib
 from dataclasses import dataclass
+from statistics import geometric_mean
 
-from ..measure.compare import Ratio, contrast, ratio
+from ..measure.compare import Ratio, contrast
 from ..paths import DATA
 from ..runs import Run, write_json
 from ..tables import Table
 from .evidence import Evidence, evidence
 
-# An effect counts as gone at equal load when less than this share of it is left there.
-_EFFECT_GONE = 1 / 3
+# The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
+_MOST = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,20 @@ def claims_table(run: Run) -> Table:
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
-            _interval(v), v.verdict, v.reason, ", ".join(f"{level} ({v.limits.get(level, 'missing')})" for level in v.levels),
+            _interval(v), v.verdict, v.reason, _rests_on(v),
         )
         for v in judge(run)
     ]  # fmt: skip
     emulated = "EMULATED GPU: nothing here was measured on a GPU. " if run.emulated else ""
-    caption = f"{emulated}The published claims against run {run.path.name} (profile {run.profile.name})"
+    caption = f"{emulated}The published claims against run {run.path.name}: {run.profile.title}"
     this_run = "this run (EMULATED)" if run.emulated else "this run"
     columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "reason", "rests on (limited by)")
     return Table(caption, columns, rows)
 
 
-def level_id(variant: str, rate: float) -> str:
-    """The id of the first repeat of a level, as claims and figures refer to it."""
-    return f"{variant}-{rate:g}rps-r1"
+def level_id(variant: str, rate: float, repeat: int = 1) -> str:
+    """The id of a level, as claims and figures refer to it."""
+    return f"{variant}-{rate:g}rps-r{repeat}"
 
 
 def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:
@@ -116,77 +118,91 @@ def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
 
 
 def _judge(claim: dict, protocol: str, seen: Evidence) -> Verdict:
-    sides = [side for side in ("bf16", "fp8") if side in claim]
-    ids = {side: level_id(side, claim[side]["rate"]) for side in sides}
-    metric = claim["metric"]
-    parts = {side: seen.summaries.get(ids[side], {}).get(metric) for side in sides}
-    is_ratio = claim["quantity"] == "ratio"
+    sides = [side for side in ("fp8", "bf16") if side in claim]
+    is_ratio, metric = claim["quantity"] == "ratio", claim["metric"]
     said = {side: claim[side]["value"] for side in sides}
-    measured = interval = None
-    if all(part is not None for part in parts.values()):
-        measured = parts["fp8"] / parts["bf16"] if is_ratio else parts["fp8"]
-        seeds = {side: seen.seeds(side, claim[side]["rate"], metric) for side in sides}
-        interval = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
-    value = said["fp8"] / said["bf16"] if is_ratio else said["fp8"]
-    word, reason = _verdict(claim, ids, value, measured, interval, seen)
+    seeds = {side: seen.seeds(side, claim[side]["rate"], metric) for side in sides}
+    shared = sorted(set.intersection(*(set(values) for values in seeds.values())))
+    ids = [level_id(side, claim[side]["rate"], seed) for side in reversed(sides) for seed in shared or [1]]
+    value, measured, mean = said["fp8"] / said.get("bf16", 1.0) if is_ratio else said["fp8"], None, None
+    if shared:
+        mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
+        measured = mean.value
+    word, reason = _verdict(claim, ids, value, mean, seeds, seen)
     return verdict(
-        claim, seen, list(ids.values()),
+        claim, seen, ids,
         protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
-        interval=(interval.low, interval.high) if interval and not math.isnan(interval.low) else None,
-        published_parts=said, measured_parts=parts, verdict=word, reason=reason,
+        interval=(mean.low, mean.high) if mean and not math.isnan(mean.low) else None,
+        published_parts=said, verdict=word, reason=reason,
+        measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
     )  # fmt: skip
 
 
-def _verdict(claim, ids, value, measured, interval, seen: Evidence) -> tuple[str, str]:
-    if unjudged := not_judged(seen, list(ids.values())):
+def _verdict(claim: dict, ids: list[str], value: float, mean: Ratio | None, seeds, seen: Evidence) -> tuple[str, str]:
+    if unjudged := not_judged(seen, ids):
         return unjudged
-    if measured is None:
+    if mean is None:
         return "invalid run", f"no {claim['metric']} was measured: nothing completed"
-    change = measured / value - 1
+    change = mean.value / value - 1
     near = f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
-    behind = "; ".join(filter(None, (_holds(interval, value), _equal_load(claim, seen))))
-    behind = behind and f"; {behind}"
+    behind = "".join(f"; {text}" for text in (_each_seed(claim, seeds, value), _causes(claim, seen)) if text)
     if why := without_gpu(seen):
         return "not run", f"{why}; {near}{behind}"
-    if abs(change) > claim["tolerance"]:
+    if not _within(claim, change):
         return "not reproduced", f"{near}, outside the tolerance of {claim['tolerance']:.0%}{behind}"
-    left = _effect_left(claim, seen, measured)
-    if left is not None and left < _EFFECT_GONE:
-        return "reproduced, other cause", f"{near}; the offered load did it, not {claim['cause']}{behind}"
-    limit = seen.limit(ids["fp8"]).cause
+    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
+        floor = load.value if math.isnan(load.low) else load.low
+        if mean.value > 1 and floor - 1 >= _MOST * (mean.value - 1):
+            return "reproduced, other cause", f"{near}; the offered load did it, not {claim['cause']}{behind}"
+    limit = seen.limit(ids[-1]).cause
     if claim["cause"] == "the card" and not limit.startswith(("GPU", "unknown")):
         return "reproduced, other cause", f"{near}; the limit was the {limit}, not {claim['cause']}{behind}"
     return "reproduced", f"{near}{behind}"
 
 
-def _holds(interval: Ratio | None, value: float) -> str:
-    """Where the published value lies for the other seeds, as text; empty without them."""
-    if interval is None or math.isnan(interval.low):
+def _within(claim: dict, change: float) -> bool:
+    """Whether a relative change from the published value is one that the claim allows."""
+    low = -math.inf if claim["direction"] == "at most" else -claim["tolerance"]
+    high = math.inf if claim["direction"] == "at least" else claim["tolerance"]
+    return low <= change <= high
+
+
+def _each_seed(claim: dict, seeds, value: float) -> str:
+    """What each seed gave, as text, with a word when they disagree about the claim; empty for a single one."""
+    over, under = seeds["fp8"], seeds.get("bf16")
+    each = {seed: over[seed] / (under[seed] if under else 1.0) for seed in over if not under or seed in under}
+    if len(each) < 2:
         return ""
-    where = "inside" if interval.low <= value <= interval.high else "outside"
-    return f"the published value lies {where} the interval of {interval.pairs} seeds"
+    answers = {_within(claim, one / value - 1) for one in each.values()}
+    shown = ", ".join(f"{one:.2f}×" if under else number(one) for one in each.values())
+    return f"seeds {shown}{'' if len(answers) == 1 else ' (they disagree about the tolerance)'}"
 
 
-def _equal_load_ratios(claim: dict, seen: Evidence) -> dict[float, Ratio]:
-    """FP8 over BF16 at each published rate at which the run holds valid levels of both."""
-    noise = seen.noise(claim["metric"])
+def _causes(claim: dict, seen: Evidence) -> str:
+    """What the load alone does to BF16, and what FP8 does at equal load, as text."""
+    parts = []
+    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
+        parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
     rates = sorted({claim[side]["rate"] for side in ("bf16", "fp8") if side in claim})
-    found = {
-        rate: ratio(seen.seeds("fp8", rate, claim["metric"]), seen.seeds("bf16", rate, claim["metric"]), noise)
-        for rate in rates
-    }
-    return {rate: one for rate, one in found.items() if one}
+    found = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
+    each = [f"{one} at {rate} req/s" for rate, one in found.items() if one]
+    parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
+    return "; ".join(parts)
 
 
-def _effect_left(claim: dict, seen: Evidence, measured: float) -> float | None:
-    """The largest share of the effect (ratio - 1) that is left at equal load; None when it was not measured."""
-    ratios = _equal_load_ratios(claim, seen) if claim["quantity"] == "ratio" else {}
-    return max((r.value - 1) / (measured - 1) for r in ratios.values()) if ratios and measured != 1 else None
+def _load_alone(claim: dict, seen: Evidence) -> Ratio | None:
+    """What the same step in offered load does without FP8: BF16 at FP8's rate over BF16 at its own."""
+    cells = {side: seen.seeds("bf16", claim[side]["rate"], claim["metric"]) for side in ("fp8", "bf16")}
+    return contrast(cells, {"fp8": 1.0, "bf16": -1.0})
 
 
-def _equal_load(claim: dict, seen: Evidence) -> str:
-    each = [f"{one} at {rate} req/s" for rate, one in _equal_load_ratios(claim, seen).items()]
-    return f"at equal load FP8 over BF16 is {' and '.join(each)}" if each else ""
+def _rests_on(v: Verdict) -> str:
+    """The levels behind a verdict by what limited them: "fp8-100rps r1 r2 (front end)"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for level in v.levels:
+        stem, _, repeat = level.rpartition("-")
+        groups.setdefault((stem, v.limits.get(level, "missing")), []).append(repeat)
+    return ", ".join(f"{stem} {' '.join(repeats)} ({cause})" for (stem, cause), repeats in groups.items())
 
 
 def _with_parts(value: float | None, parts: dict, v: Verdict) -> str:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ..measure.bottleneck import Limit, what_limited
-from ..measure.compare import Cells, Noise, Seeds, pooled_noise
+from ..measure.compare import Cells, Noise, Ratio, Seeds, pooled_noise, ratio
+from ..measure.metrics import steady_window
 from ..measure.roofline import Roofline, roofline
 from ..profiles import Level
 from ..runs import LevelResult, Run
@@ -43,13 +44,31 @@ class Evidence:
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def roofline(self, level_id: str) -> Roofline | None:
-        """What the level needed of the card; None without a datasheet, known shapes, or records."""
+        """What the level needed of the card; None without a datasheet, known shapes, or the server's counters."""
         profile, level = self.run.profile, self.level(level_id)
         shape = model_shape(profile.model.shapes)
-        if level is None or shape is None or profile.gpu is None or not level.summary["completed"]:
+        if level is None or shape is None or profile.gpu is None or level.telemetry is None:
             return None
-        command = level.summary["server"]["command"]
-        return roofline(level.records, shape, profile.gpu, fp8_weights=fp8_weights(command), fp8_kv=fp8_kv(command))
+        server = level.summary["server"]
+        if not (level.summary["completed"] and server["kv_cache_tokens"]):
+            return None
+        return roofline(
+            level.telemetry, steady_window(level.records, level.tokens, level.telemetry), shape, profile.gpu,
+            fp8_weights=fp8_weights(server["command"]), fp8_kv=fp8_kv(server["command"]),
+            kv_cache_tokens=server["kv_cache_tokens"],
+        )  # fmt: skip
+
+    def kv_tokens_a_request(self) -> float | None:
+        """KV tokens that a running request held, over all samples of all levels; None when none was sampled."""
+        held = running = 0.0
+        for level_id in self.summaries:
+            level = self.level(level_id)
+            tokens = level and level.summary["server"]["kv_cache_tokens"]
+            if tokens and level.telemetry is not None:
+                known = level.telemetry[["running", "kv_cache_usage"]].dropna()
+                held += known["kv_cache_usage"].sum() * tokens
+                running += known["running"].sum()
+        return held / running if running else None
 
     def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
         """A metric of every valid repeat of a level, by repeat."""
@@ -84,20 +103,44 @@ class Evidence:
             if {f"bf16{suffix}", f"fp8{suffix}"} <= held:
                 yield f"bf16{suffix}", f"fp8{suffix}", front_end
 
-    def noise(self, metric: str) -> Noise | None:
-        """The repeat-to-repeat noise of a metric, pooled over every rate and front end with repeats."""
-        return pooled_noise(
-            [self.cells((bf16, fp8), rate, metric) for bf16, fp8, _ in self.pairs() for rate in self.rates(bf16, fp8)]
-        )
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def saturated(self, *variants: str, rate: float) -> bool:
+        """Whether some level of `variants` at `rate` was limited by something else than the offered load."""
+        ids = [
+            level_id
+            for level_id, s in self.summaries.items()
+            if s["level"]["variant"] in variants and float(s["level"]["rate"]) == rate
+        ]
+        return any(self.limit(level_id).cause not in ("offered load", "unknown") for level_id in ids)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def noise(self, metric: str, *, saturated: bool) -> Noise | None:
+        """The repeat-to-repeat noise of a metric, pooled over all rates and front ends with repeats.
+
+        Below saturation it is some tenths of a percent, beyond it several percent, so each has its own.
+        """
+        groups = [
+            self.cells((bf16, fp8), rate, metric)
+            for bf16, fp8, _ in self.pairs()
+            for rate in self.rates(bf16, fp8)
+            if self.saturated(bf16, fp8, rate=rate) == saturated
+        ]
+        return pooled_noise(groups)
+
+    def compare(self, over: str, under: str, rate: float, metric: str) -> Ratio | None:
+        """`over` / `under` at one rate, paired by seed; None when they share none."""
+        noise = self.noise(metric, saturated=self.saturated(over, under, rate=rate))
+        return ratio(self.seeds(over, rate, metric), self.seeds(under, rate, metric), noise)
 
 
 def evidence(run: Run) -> Evidence:
-    """The evidence of a run as it is now: levels that are measured later need a new one."""
-    return _evidence(run.path.resolve(), len(run.summaries()), run)
+    """The evidence of a run as it is now: a level that is measured (again) later needs a new one."""
+    stamps = tuple(sorted((p.parent.name, p.stat().st_mtime_ns) for p in run.path.glob("levels/*/summary.json")))
+    return _evidence(run.path.resolve(), stamps, run)
 
 
 @functools.lru_cache(maxsize=4)
-def _evidence(_path, _levels: int, run: Run) -> Evidence:
+def _evidence(_path, _stamps: tuple, run: Run) -> Evidence:
     return Evidence(run)
 
 

@@ -5,8 +5,8 @@ from statistics import fmean
 
 from ..errors import BadInput
 from ..measure.capacity import OBJECTIVES, SLO, attains, bracket
-from ..measure.compare import ABLATION, Ratio, contrast, ratio
-from ..measure.kv import held_tokens, paging_waste, reserving_waste
+from ..measure.compare import ABLATION, Ratio, contrast
+from ..measure.kv import paging_waste, reserving_waste
 from ..runs import Run
 from ..tables import Table
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
@@ -53,12 +53,11 @@ def validity_table(run: Run) -> Table:
 
 def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Ratio]]:
     """(front end, rate, FP8 over BF16) for every rate and front end at which both were measured."""
-    noise = seen.noise(metric)
     return [
-        (front_end, rate, ratio(seen.seeds(fp8, rate, metric), seen.seeds(bf16, rate, metric), noise))
+        (front_end, rate, one)
         for bf16, fp8, front_end in seen.pairs()
         for rate in seen.rates(bf16, fp8)
-        if seen.cells((bf16, fp8), rate, metric).keys() == {bf16, fp8}
+        if (one := seen.compare(fp8, bf16, rate, metric))
     ]
 
 
@@ -76,7 +75,7 @@ def equal_load_table(run: Run) -> Table:
 
 def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str, Ratio]]:
     """(front end, rate, effect, ratio) for every rate and front end at which all four variants were measured."""
-    noise, found = seen.noise(metric), []
+    found = []
     for suffix, front_end in FRONT_ENDS.items():
         names = {f"{variant}{suffix}": variant for variant in ABLATION["interaction"]}
         if not set(names) <= set(seen.variants()):
@@ -84,6 +83,7 @@ def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str,
         for rate in seen.rates(*names):
             cells = {names[name]: values for name, values in seen.cells(names, rate, metric).items()}
             if len(cells) == len(names):
+                noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate))
                 for effect, weights in ABLATION.items():
                     if one := contrast(cells, weights, noise):
                         found.append((front_end, rate, effect, one))
@@ -120,32 +120,32 @@ def throughputs_table(run: Run) -> Table:
     return Table(f"{emulated_note(run)}Two throughputs, run {run.path.name}", columns, rows)
 
 
+def kv_room(seen: Evidence) -> list[tuple[str, int, float, float, float | None]]:
+    """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
+    each, rows = seen.kv_tokens_a_request(), []
+    for variant in seen.variants() if each else ():
+        held = [s for s in seen.summaries.values() if s["level"]["variant"] == variant]
+        tokens = held[0]["server"]["kv_cache_tokens"]
+        most, fullest = (
+            max((s[key] for s in held if s.get(key) is not None), default=None)
+            for key in ("running_max", "kv_cache_usage_max")
+        )
+        if tokens and most is not None:
+            rows.append((variant, tokens, tokens / each, most, fullest))
+    return rows
+
+
 def kv_table(run: Run) -> Table:
-    """What the KV cache can hold of this trace, against what was ever in flight."""
-    seen, rows = evidence(run), []
-    for variant in seen.variants():
-        levels = [level for level, s in seen.summaries.items() if s["level"]["variant"] == variant]
-        tokens = seen.summaries[levels[0]]["server"]["kv_cache_tokens"]
-        held = [level for level in map(seen.level, levels) if level is not None]
-        if not (tokens and held):
-            continue
-        each = held_tokens(held[0].records)
-        most, fullest = (_most(levels, seen, key) for key in ("running_max", "kv_cache_usage_max"))
-        rows.append(
-            (
-                variant, f"{tokens:,}", f"{each:.0f}", f"{tokens / each:,.0f}",
-                "–" if most is None else f"{most:,.0f}", "–" if fullest is None else f"{fullest:.0%}",
-            )
-        )  # fmt: skip
-    columns = (
-        "variant",
-        "KV cache, tokens",
-        "held by a request, mean",
-        "requests it can hold",
-        "most running",
-        "fullest",
-    )
-    return Table(f"{emulated_note(run)}Was the KV cache ever the limit? Run {run.path.name}", columns, rows)
+    """What the KV cache can hold of this trace, against what ever ran at once."""
+    seen = evidence(run)
+    rows = [
+        (variant, f"{tokens:,}", f"{room:,.0f}", f"{most:,.0f}", "–" if fullest is None else f"{fullest:.0%}")
+        for variant, tokens, room, most, fullest in kv_room(seen)
+    ]
+    each = seen.kv_tokens_a_request()
+    held = f"; a running request held {each:.0f} tokens on average" if each else ""
+    columns = ("variant", "KV cache, tokens", "requests it can hold", "most running", "fullest")
+    return Table(f"{emulated_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
 
 
 def paging_table(run: Run) -> Table:
@@ -177,7 +177,7 @@ def roofline_table(run: Run) -> Table:
     columns = ("level", "of bandwidth", "of matrix peak", "nearer limit", "FLOP/byte", "TB/s", "TFLOP/s", "steps/s")
     card = run.profile.gpu.name if run.profile.gpu else "no card"
     return Table(
-        f"{emulated_note(run)}How far from the physical limit ({card}, datasheet): at least this much was needed in the steady window",
+        f"{emulated_note(run)}How far from the physical limit ({card}, datasheet): what the tokens of the steady window needed, estimated",
         columns,
         rows,
     )
@@ -199,7 +199,8 @@ def attainment_table(run: Run, slo: SLO) -> Table:
     for level_id, s in seen.summaries.items():
         if math.isfinite(float(s["level"]["rate"])) and (level := seen.level(level_id)):
             found = attains(level.records, slo)
-            rows.append((level_id, f"{s['p99_ttft_ms']:,.0f}", f"{s['p99_tpot_ms']:.1f}", found.state, found.reason))
+            ttft, tpot = (show_number(s[key], digits) for key, digits in (("p99_ttft_ms", 0), ("p99_tpot_ms", 1)))
+            rows.append((level_id, ttft, tpot, found.state, found.reason))
     columns = ("level", "TTFT p99 ms", "TPOT p99 ms", "objective", "because")
     return Table(f"{emulated_note(run)}{slo}, run {run.path.name}", columns, rows)
 
@@ -220,7 +221,7 @@ def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
 def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2) -> Table:
     """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free.
 
-    Planned with the highest rate that was shown to meet the objective; energy and tokens are those of that level.
+    Planned with the highest rate that was shown to meet the objective; tokens a joule are those measured at that rate.
     Raises BadInput for a rate or a headroom that cannot be.
     """
     if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
@@ -234,7 +235,11 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
             rows.append((variant, "none shown", "–", "–", "–", "–"))
             continue
         usable = low * (1 - headroom)
-        tokens = fmean(seen.seeds(variant, low, "output_token_throughput").values()) / low
+        tokens = fmean(
+            s["output_tokens"] / s["completed"]
+            for s in seen.summaries.values()
+            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == low and s["completed"]
+        )
         joules = seen.seeds(variant, low, "joules_per_output_token")
         rows.append(
             (
@@ -254,8 +259,8 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
     return Table(caption, columns, rows)
 
 
-def _most(levels: list[str], seen: Evidence, key: str) -> float | None:
-    return max((value for level in levels if (value := seen.summaries[level].get(key)) is not None), default=None)
+def show_number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def _interval(one: Ratio) -> str:

@@ -2,15 +2,11 @@
 
 import math
 
-import numpy as np
-
 from ..measure.capacity import SLO
 from ..measure.compare import Ratio
-from ..measure.kv import held_tokens
-from ..measure.metrics import completed, steady_window
 from ..runs import Run
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
-from .fair import METRICS, ablation_effects, equal_load_ratios
+from .fair import METRICS, ablation_effects, equal_load_ratios, kv_room
 from .figures import GREY, INK, STYLE, Figure, caption_of, new_canvas
 
 
@@ -117,67 +113,56 @@ def _forest(run: Run, name: str, title: str, rows: list[tuple[str, Ratio]], labe
 
 
 def littles_law(run: Run) -> Figure:
-    """Arrival rate x time in the system against what the server counted in flight, level by level."""
+    """Throughput x mean time in the system against what the server counted in flight, level by level."""
     seen, told = evidence(run), []
     canvas, axes = new_canvas(run, "Does Little's law explain the concurrency?")
     top, drawn = 1.0, set()
     for level_id, s in seen.summaries.items():
-        counted = s.get("running_steady")
-        level = seen.level(level_id)
-        if counted is None or level is None or math.isinf(float(s["level"]["rate"])):
+        level, expected = seen.level(level_id), s["mean_concurrent_requests"]
+        if level is None or level.telemetry is None or not expected:
             continue
-        counted += s.get("waiting_steady") or 0
-        expected = _in_flight(level.records)
-        style = _style(s["level"]["variant"])
-        label = s["level"]["variant"] if s["level"]["variant"] not in drawn else None
-        drawn.add(s["level"]["variant"])
-        axes.plot(expected, counted, label=label, **style | {"ls": ""})
+        sampled = level.telemetry[level.telemetry["at_s"].between(0, s["duration_s"])]
+        counted = float((sampled["running"] + sampled["waiting"]).mean())
+        if math.isnan(counted):
+            continue
+        variant = s["level"]["variant"]
+        axes.plot(expected, counted, label=None if variant in drawn else variant, **_style(variant) | {"ls": ""})
+        drawn.add(variant)
         told.append(f"{level_id}: {expected:,.0f} by the law, {counted:,.0f} counted in the engine")
         top = max(top, expected, counted)
     axes.plot([1, top * 1.2], [1, top * 1.2], color=GREY, lw=1, ls=":")
     axes.set(xscale="log", yscale="log", xlim=(10, top * 1.3), ylim=(10, top * 1.3))
-    axes.set(xlabel="in flight for the client: arrival rate × time in the system", ylabel="counted by vLLM's engine")
+    axes.set(xlabel="completed requests/s × mean time in the system", ylabel="running + waiting in vLLM's engine, mean")
     axes.xaxis.set_major_formatter(_plainly)
     axes.yaxis.set_major_formatter(_plainly)
     _legend(axes, "upper left")
     caption = (
-        "Steady window of each level. On the line: the engine held all requests that were in flight. Below it: some "
-        "waited before the engine, in the front-end process."
+        "Whole run of each level. On the line: the engine held all requests that were in flight. Below it: some "
+        "waited before the engine, in the front-end process, or their last tokens in it."
     )
     return Figure("littles_law", canvas, f"Scatter chart, log axes. {_told(told)}.", caption_of(run, caption))
 
 
 def kv_capacity(run: Run) -> Figure:
     """Requests of this trace that the KV cache can hold, against the most that ran at once."""
-    seen, told, names = evidence(run), [], []
-    variants = [v for v in seen.variants() if not _split(v)[1]]
-    canvas, axes = new_canvas(run, "Was the KV cache ever full?", height=0.9 + 0.55 * max(1, len(variants)))
+    seen, told = evidence(run), []
+    rows = [row for row in kv_room(seen) if not _split(row[0])[1]]
+    canvas, axes = new_canvas(run, "Was the KV cache ever full?", height=0.9 + 0.55 * max(1, len(rows)))
     axes.grid(axis="y", visible=False)
-    for variant in variants:
-        levels = [level for level, s in seen.summaries.items() if s["level"]["variant"] == variant]
-        held = next((one for one in map(seen.level, levels) if one is not None), None)
-        tokens = seen.summaries[levels[0]]["server"]["kv_cache_tokens"]
-        if held is None or not tokens:
-            continue
-        y, holds = len(names), tokens / held_tokens(held.records)
-        names.append(variant)
-        most = max((s.get("running_max") or 0 for level, s in seen.summaries.items() if level in levels), default=0)
+    for y, (variant, _, holds, most, fullest) in enumerate(rows):
         axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
-        axes.barh(y, most, 0.34, color=STYLE[variant][0])
-        axes.annotate(
-            f"room for {holds:,.0f}, most running {most:,.0f}",
-            (holds, y),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
+        axes.barh(y, most, 0.34, color=_style(variant)["color"])
+        said = f"room for {holds:,.0f}, most running {most:,.0f}" + (
+            "" if fullest is None else f", fullest {fullest:.0%}"
         )
-        told.append(f"{variant}: room for {holds:,.0f} requests, at most {most:,.0f} ran")
+        axes.annotate(said, (holds, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        told.append(f"{variant}: {said}")
+    names = [row[0] for row in rows]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.55)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.7)
     axes.set_xlabel("requests of this trace")
-    caption = "Frame: what the cache holds at the mean context of a running request. Filled: the most that ran at once, over all levels."
+    caption = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran at once, over all levels."
     return Figure("kv_capacity", canvas, f"Bar chart. {_told(told)}.", caption_of(run, caption))
 
 
@@ -210,14 +195,14 @@ def roofline(run: Run) -> Figure:
         drawn.add(variant)
         told.append(f"{level_id}: {one.compute:.0%} of the matrix peak, {one.memory:.0%} of the bandwidth")
     axes.set(
-        xscale="log", yscale="log", xlabel="FLOP for each byte that must be read", ylabel="TFLOP/s needed at least"
+        xscale="log", yscale="log", xlabel="FLOP for each byte that must be read", ylabel="TFLOP/s needed, estimated"
     )
     axes.set_xlim(*xs)
     axes.xaxis.set_major_formatter(_plainly)
     axes.yaxis.set_major_formatter(_plainly)
     _legend(axes, "lower right")
     name = card.name if card else "no card"
-    caption = f"Lines: what the datasheet of {name} allows. Points: what the tokens of each level needed at least, first seed."
+    caption = f"Lines: what the datasheet of {name} allows. Points: what the tokens of each level needed, estimated from vLLM's counters, first seed."
     return Figure("roofline", canvas, f"Roofline chart, log axes. {_told(told)}.", caption_of(run, caption))
 
 
@@ -265,11 +250,3 @@ def _legend(axes, where: str) -> None:
 def _tokens_a_request(seen: Evidence) -> float:
     some = next((s for s in seen.summaries.values() if s["completed"]), None)
     return some["output_tokens"] / some["completed"] if some else 0.0
-
-
-def _in_flight(records) -> float:
-    """Mean requests in flight over the steady window, from the client's records: Little's law's right-hand side."""
-    begin, end = steady_window(records)
-    done = completed(records)
-    inside = np.minimum(done["last_token_s"], end) - np.maximum(done["sent_s"], begin)
-    return float(inside.clip(lower=0).sum() / (end - begin))

@@ -11,7 +11,7 @@ from ..profiles import Profile
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
 from ..tables import Table
-from . import fair_figures, figures
+from . import background_figures, fair_figures, figures
 
 _PIXELS_PER_INCH = 200
 
@@ -51,6 +51,16 @@ def rate_figure(run: Run) -> Shown:
 def tpot_figure(run: Run) -> Shown:
     """C4: mean time per output token."""
     return _show(run, figures.tpot(run))
+
+
+def memory_figure(run: Run) -> Shown:
+    """What fills the card's memory, variant by variant."""
+    return _show(run, background_figures.memory(run))
+
+
+def batching_figure(run: Run) -> Shown:
+    """Requests running, waiting and in flight over time, at the published FP8 level."""
+    return _show(run, background_figures.batching(run))
 
 
 def saturation_figure(run: Run) -> Shown:
