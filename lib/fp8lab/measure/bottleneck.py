@@ -26,8 +26,6 @@ _LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
-# The engine process also hands over and waits for the GPU, so it is never quite full.
-_ENGINE_FULL = 0.90
 # NVML counts time with a kernel on the GPU. Above the first the GPU never waited; below the second the steps' host
 # side is the longer one, since vLLM prepares the next step while the GPU computes this one.
 _GPU_FULL, _GPU_WAITS = 0.95, 0.85
@@ -104,7 +102,10 @@ def what_limited(
     if used.gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
     if used.gpu < _GPU_WAITS:
-        return Limit("engine" if used.full("engine", _ENGINE_FULL) else "unknown", evidence)
+        # Steps are launched by the engine process alone: a GPU that idles while requests run waits for it, whether it
+        # computes (near a full core) or waits in turn.
+        busy = used.full("engine") or (summary.get("running_steady") or 0) >= 1
+        return Limit("engine" if busy else "unknown", evidence)
     if used.gpu < _GPU_FULL:
         return Limit("GPU and engine", evidence)
     return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
@@ -117,8 +118,8 @@ class _Used:
         self.gpu = summary.get("gpu_util_steady")
         self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
 
-    def full(self, role: str, share: float = _FULL) -> bool:
-        return (self.cores[role] or 0) >= share
+    def full(self, role: str) -> bool:
+        return (self.cores[role] or 0) >= _FULL
 
     def __str__(self) -> str:
         names = {"frontend": "front end", "engine": "engine", "client": "client"}
