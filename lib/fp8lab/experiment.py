@@ -13,7 +13,6 @@ from .load.generator import send_load
 from .load.level import measure_level
 from .load.stream import Endpoint
 from .load.telemetry import Telemetry
-from .models import model_folder
 from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
@@ -173,14 +172,9 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
         return run.cross_checks()[level.id]
     status = StatusLine()
     status.update(f"{level.id}: cross-check with vllm bench serve")
-    tokenizer = (
-        model_folder(profile.model.shapes)
-        if profile.model.weights == "random"
-        else profile.model.checkpoint(level.variant)
-    )
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=str(tokenizer), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=launch.served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(

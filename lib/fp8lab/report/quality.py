@@ -1,0 +1,110 @@
+"""Quality in tables and figures: the variants' answers beside the reference's, and beside the published result."""
+
+from ..evaluation import AGAIN, comparisons, reference_variant, summaries
+from ..measure.quality import Comparison, Estimate, distinguishable
+from ..runs import Run
+from ..tables import Table
+
+# The published reference: RedHatAI's (Neural Magic's) model card of Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark
+# average, static per-tensor scales for weights and activations, BF16 KV cache.
+PUBLISHED_RECOVERY = 0.9928
+PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
+PUBLISHED_SOURCE = "model card of RedHatAI/Meta-Llama-3-8B-Instruct-FP8"
+_PUBLISHED_MODEL = "llama-3-8b"
+# Fixed before any run: within one percentage point of the published recovery.
+_TOLERANCE = 0.01
+
+_COLUMNS = (
+    ("perplexity_ratio", "perplexity, ratio", "{:.4f}"),
+    ("kl_mean", "KL mean, nats", "{:.5f}"),
+    ("kl_p99", "KL p99, nats", "{:.4f}"),
+    ("top1_agreement", "same top token", "{:.2%}"),
+    ("same_prefix", "greedy tokens the same", "{:.0f}"),
+    ("same_answers", "answers the same", "{:.0%}"),
+    ("output_ratio", "output tokens, ratio", "{:.3f}"),
+)
+
+
+def quality_table(run: Run) -> Table:
+    """Every measurement in one line, with 95 % intervals; "none" marks what the noise floor hides."""
+    held, reference = comparisons(run), reference_variant(run.profile)
+    floor = held.get(reference + AGAIN)
+    rows = []
+    for name, one in held.items():
+        cells = [_interval(one.perplexity, "{:.3f}")]
+        for metric, _, pattern in _COLUMNS:
+            cells.append("reference" if name == reference else _interval(getattr(one, metric), pattern)
+                         + _against(metric, name, one, floor, reference))  # fmt: skip
+        rows.append((f"{name} (noise floor)" if name == reference + AGAIN else name, *cells))
+    return Table(_caption(run), ("variant", "perplexity", *(title for _, title, _ in _COLUMNS)), rows)
+
+
+def asked_table(run: Run) -> Table:
+    """What was asked, of which model, and how long it took."""
+    rows = []
+    for name, summary in summaries(run).items():
+        in_flight, seconds = summary["in_flight"], summary["read_s"] + summary["answer_s"]
+        rows.append((name, f"{summary['documents']}", f"{summary['predicted_tokens']:,}", f"{in_flight['documents']}",
+                     f"{summary['asked']['prompts']}", f"{in_flight['prompts']}", f"{seconds:.0f} s",
+                     f"{summary['server']['startup_s']:.0f} s"))  # fmt: skip
+    columns = ("measurement", "documents", "tokens predicted", "documents at once", "prompts", "prompts at once")
+    first = next(iter(summaries(run).values()))
+    text = f"text {first['asked']['text']}, documents of {first['asked']['document_tokens']} tokens"
+    return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
+
+
+def published_table(run: Run) -> Table:
+    """The published FP8 result beside this run's: not the same model, not the same measure, and it says so."""
+    held, reference = comparisons(run), reference_variant(run.profile)
+    rows = [("published", PUBLISHED, f"{PUBLISHED_RECOVERY:.2%} of the benchmark average", PUBLISHED_SOURCE)]
+    for name, one in held.items():
+        if name not in (reference, reference + AGAIN):
+            kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"
+            rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
+    return Table("How much is kept; the rows measure different things on different models",
+                 ("", "model and measure", "kept", "source"), rows)  # fmt: skip
+
+
+def quality_row(run: Run) -> tuple[str, str, str, str, str, str]:
+    """The claims table's row on quality: id, claim, published, this run, verdict, reason.
+
+    What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
+    FP8's). A verdict is given for the published model only.
+    """
+    head = ("Q1", "FP8 keeps the model's quality", f"{PUBLISHED_RECOVERY:.2%}")
+    parts = run.read_parts("quality")
+    if "fp8" not in parts or reference_variant(run.profile) != "bf16":
+        return *head, "–", "not run", "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"
+    held, model = comparisons(run), parts["fp8"]["model"]
+    kept, agreement = _kept(held["fp8"]), held["fp8"].top1_agreement.value
+    said = (f"perplexity kept to {kept.value:.2%} [{kept.low:.2%}, {kept.high:.2%}], the same top token at "
+            f"{agreement:.1%} of positions")  # fmt: skip
+    measured = f"{kept.value:.2%}"
+    if _PUBLISHED_MODEL not in model.lower():
+        return *head, measured, "not run", f"another model ({model}) and another measure; {said}"
+    near = abs(kept.value - PUBLISHED_RECOVERY) <= _TOLERANCE
+    return *head, measured, "reproduced" if near else "not reproduced", f"another measure (perplexity); {said}"
+
+
+def _kept(one: Comparison) -> Estimate:
+    """The reference's perplexity over the variant's."""
+    ratio = one.perplexity_ratio
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
+def _against(metric: str, name: str, one: Comparison, floor: Comparison | None, reference: str) -> str:
+    if floor is None or name == reference + AGAIN:
+        return ""
+    return "" if distinguishable(metric, one, floor) else " none"
+
+
+def _interval(estimate: Estimate, pattern: str) -> str:
+    value, low, high = (pattern.format(each) for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _caption(run: Run) -> str:
+    first = next(iter(summaries(run).values()))
+    reference = reference_variant(run.profile)
+    return (f"What the number format does to the answers of {first['model']}, against {reference}; 95 % intervals in "
+            f"brackets; \"none\": no more than {reference} differs from itself in other batches. Run {run.path.name}")  # fmt: skip
