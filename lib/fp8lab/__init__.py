@@ -13,9 +13,23 @@ import importlib
 
 _HOMES = {
     "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
+    "evaluation": ("Task", "check_weights", "measure_quality", "quality_profile"),
     "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),
+    "report.quality": (
+        "answers_table",
+        "asked_table",
+        "divergence_figure",
+        "formats_figure",
+        "formats_table",
+        "kv_table",
+        "parting_figure",
+        "published_table",
+        "quality_row",
+        "quality_table",
+        "weights_table",
+    ),
     "report.show": (
         "concurrency_figure",
         "cross_check_table",
@@ -29,6 +43,8 @@ _HOMES = {
         "tpot_figure",
     ),
     "runs": ("LevelResult", "Run", "open_run"),
+    "tensors": ("checkpoint_folder",),
+    "texts": ("read_text",),
     "traces": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

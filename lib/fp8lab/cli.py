@@ -149,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor."
     ))  # fmt: skip
     quality.add_argument(
-        "--profile", default="auto", metavar="P", help="a name or .toml file (default: smollm2-gpu, or -cpu without a GPU)"
+        "--profile",
+        default="auto",
+        metavar="P",
+        help="a name or .toml file (default: smollm2-gpu, or -cpu without a GPU)",
     )
     quality.add_argument(
         "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
@@ -158,11 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument(
         "--variant", action="append", metavar="V", help="repeatable (default: one for each choice of number formats)"
     )
-    quality.add_argument("--weights", choices=("packaged", "checkpoint"), help="a package's, or the profile's checkpoints")
+    quality.add_argument(
+        "--weights", choices=("packaged", "checkpoint"), help="a package's, or the profile's checkpoints"
+    )
     quality.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
     quality.add_argument("--text", default="", metavar="FILE", help="plain UTF-8 (default: Newton's Opticks, Book I)")
     quality.add_argument("--document-tokens", type=int, default=1024, metavar="N", help="length of a document (1024)")
-    quality.add_argument("--documents", type=int, default=0, metavar="N", help="how many at most (default: the whole text)")
+    quality.add_argument(
+        "--documents", type=int, default=0, metavar="N", help="how many at most (default: the whole text)"
+    )
     quality.add_argument("--top", type=int, default=20, metavar="K", help="likeliest tokens kept at each position (20)")
     quality.add_argument("--prompts", type=int, default=64, metavar="N", help="passages to be explained (64)")
     quality.add_argument("--answer-tokens", type=int, default=256, metavar="N", help="longest answer (256)")

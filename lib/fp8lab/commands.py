@@ -76,12 +76,18 @@ def quality(args) -> None:
     task = Task(**{name: getattr(args, name) for name in named})
     profile = load_profile(quality_profile(args.profile), weights=args.weights, model=args.model)
     check_weights(profile)
+    task.read()
+    for variant in args.variant or ():
+        profile.variant_flags(variant)
     run = open_run(args.run, profile)
     try:
         measure_quality(run, profile, args.variant or (), task=task)
     except (KeyboardInterrupt, Fp8labError):
         again = f"fp8lab quality --run {repository_relative(run.path)}"
-        print(f"\nnothing measured is lost; to go on where this stopped, the same with --run: {again} ...", file=sys.stderr)
+        print(
+            f"\nnothing measured is lost; to go on where this stopped, the same with --run: {again} ...",
+            file=sys.stderr,
+        )
         raise
     print(quality_table(run))
     print(repository_relative(run.path))

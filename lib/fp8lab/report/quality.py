@@ -1,12 +1,16 @@
 """Quality in tables and figures: the variants' answers beside the reference's, and beside the published result."""
 
-from ..evaluation import AGAIN, comparisons, reference_variant, summaries
-from ..measure.quality import Comparison, Estimate, distinguishable
+import statistics
+from pathlib import Path
+
+from ..evaluation import AGAIN, comparisons, reference_variant, summaries, tables
+from ..measure.quality import Comparison, Estimate, distinguishable, identical_prefix
 from ..runs import Run
 from ..tables import Table
+from . import quality_figures
+from .show import Shown, _show
 
-# The published reference: RedHatAI's (Neural Magic's) model card of Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark
-# average, static per-tensor scales for weights and activations, BF16 KV cache.
+# The published reference: the model card of Meta-Llama-3-8B-Instruct-FP8 (static, per-tensor scales).
 PUBLISHED_RECOVERY = 0.9928
 PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
 PUBLISHED_SOURCE = "model card of RedHatAI/Meta-Llama-3-8B-Instruct-FP8"
@@ -53,6 +57,21 @@ def asked_table(run: Run) -> Table:
     return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
 
 
+def answers_table(run: Run, variant: str, count: int = 3) -> Table:
+    """Where greedy answers of `variant` part from the reference's: the words around it, for the first `count`."""
+    reference = reference_variant(run.profile)
+    ours, theirs = (tables(run, name)[1] for name in (reference, variant))
+    rows = []
+    for prompt, one, other in zip(ours["prompt"], ours["text"], theirs["text"], strict=True):
+        if one != other and len(rows) < count:
+            at = identical_prefix(list(one), list(other))
+            start = max(0, at - 40)
+            before = ("…" if start else "") + one[start:at]
+            rows.append((f"{prompt}", before, *(text[at : at + 60] or "(ends here)" for text in (one, other))))
+    columns = ("prompt", "both", f"{reference} goes on", f"{variant} goes on")
+    return Table(f"Where answers of {variant} part from {reference}'s", columns, rows)
+
+
 def published_table(run: Run) -> Table:
     """The published FP8 result beside this run's: not the same model, not the same measure, and it says so."""
     held, reference = comparisons(run), reference_variant(run.profile)
@@ -63,6 +82,76 @@ def published_table(run: Run) -> Table:
             rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
     return Table("How much is kept; the rows measure different things on different models",
                  ("", "model and measure", "kept", "source"), rows)  # fmt: skip
+
+
+def divergence_figure(run: Run) -> Shown:
+    """How far each variant moves the next token's distribution, position by position."""
+    return _show(run, quality_figures.divergence(run))
+
+
+def parting_figure(run: Run) -> Shown:
+    """For how many tokens greedy answers stay the reference's."""
+    return _show(run, quality_figures.parting(run))
+
+
+def formats_figure(run: Run, folder: Path) -> Shown:
+    """E4M3 and E5M2: rounding error by magnitude, and what an outlier costs."""
+    return _show(run, quality_figures.rounding(run, folder))
+
+
+def formats_table() -> Table:
+    """The values that each format has."""
+    from ..measure import fp8
+
+    rows = []
+    for name in fp8.FORMATS:
+        every = fp8.values(name)
+        positive = every[every > 0]
+        between = int(((positive >= 1) & (positive < 2)).sum())
+        rows.append((name, f"{len(every)}", f"{positive[-1]:,.0f}", f"{positive[0]:.2g}", f"{between}",
+                     f"{1 / (2 * between):.1%}"))  # fmt: skip
+    columns = ("format", "finite values", "largest", "smallest above 0", "values from 1 to 2", "worst error there")
+    return Table("The two FP8 formats", columns, rows)
+
+
+def weights_table(folder: Path) -> Table:
+    """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
+    from ..measure import fp8
+    from ..tensors import matrices
+
+    found: dict[str, list[tuple]] = {}
+    for kind, _, stored in matrices(folder):
+        tensor = stored.float()
+        peak = float(tensor.abs().max() / tensor.square().mean().sqrt())
+        errors = (fp8.rounding_error(tensor, name).relative for name in (*fp8.FORMATS, "INT8"))
+        found.setdefault(kind, []).append((peak, *errors))
+    rows = []
+    for kind, each in found.items():
+        peaks, *errors = zip(*each, strict=True)
+        rows.append((kind, f"{len(each)}", f"{max(peaks):.0f}", *(f"{statistics.mean(e):.2%}" for e in errors)))
+    columns = ("weights", "matrices", "largest / RMS", "E4M3 error", "E5M2 error", "INT8 error")
+    return Table(
+        "Relative error of rounding the weights, a scale for each tensor, mean over the matrices", columns, rows
+    )
+
+
+def kv_table(folder: Path, text: str, tokens: int = 512) -> Table:
+    """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
+    from ..measure import fp8
+    from ..tensors import kv_cache
+
+    rows = []
+    for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):
+        uncalibrated = [fp8.rounding_error(layer, "E4M3", 1.0) for layer in side]
+        others = [[fp8.rounding_error(layer, name, scale).relative for layer in side]
+                  for name, scale in (("E4M3", None), ("E5M2", 1.0))]  # fmt: skip
+        peaks = [float(layer.abs().max()) for layer in side]
+        rows.append((what, f"{min(peaks):.2g} to {max(peaks):.2g}", f"{max(e.clipped for e in uncalibrated):.2%}",
+                     f"{statistics.mean(e.relative for e in uncalibrated):.2%}",
+                     *(f"{statistics.mean(errors):.2%}" for errors in others)))  # fmt: skip
+    columns = ("KV cache", "largest, by layer", "clipped, worst layer", "E4M3 error, scale 1.0")
+    columns += ("E4M3 error, calibrated", "E5M2 error, scale 1.0")
+    return Table(f"Relative error of rounding the KV cache of {tokens} tokens, mean over the layers", columns, rows)
 
 
 def quality_row(run: Run) -> tuple[str, str, str, str, str, str]:
