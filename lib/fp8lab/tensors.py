@@ -1,12 +1,18 @@
 """A trained model's own tensors, to round them and look: its weight matrices, and the KV cache of a text."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .profiles import Profile
+
+if TYPE_CHECKING:
+    import torch
 
 _MATRIX = re.compile(r"\.([a-z]+_proj)\.weight$")
 
@@ -32,7 +38,7 @@ def checkpoint_folder(profile: Profile) -> Path:
         raise BadInput(f"the weights of {name} are not on this machine; serve it once, or give a folder") from None
 
 
-def matrices(folder: Path) -> Iterator[tuple[str, str, "torch.Tensor"]]:  # noqa: F821
+def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(kind, name, tensor) of every weight matrix that FP8 rounds: the linear layers, neither embedding nor head.
 
     `kind` is q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time.
@@ -52,7 +58,7 @@ def matrices(folder: Path) -> Iterator[tuple[str, str, "torch.Tensor"]]:  # noqa
                     yield kind[1], name, opened.get_tensor(name)
 
 
-def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple["torch.Tensor", "torch.Tensor"]]:  # noqa: F821
+def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of every layer after the model has read the first `tokens` tokens of `text`.
 
     Each is (KV heads, tokens, head size) float32, computed in BF16 as served (on a GPU if there is one).
