@@ -25,7 +25,7 @@ from fp8lab.models import packaged_model
 from fp8lab.profiles import read_profile
 from fp8lab.runs import open_run
 
-TASK = lab.Task(document_tokens=64, documents=6, prompts=3, answer_tokens=12)
+TASK = lab.QualityTask(document_tokens=64, documents=6, prompts=3, answer_tokens=12)
 
 
 def reading(logprobs: np.ndarray, tokens, top: int, document=None) -> Reading:
@@ -116,8 +116,8 @@ def test_intervals_resample_whole_groups():
 
 def test_a_comparison_of_known_numbers():
     documents = np.repeat(np.arange(4), 10)
-    before = pd.DataFrame({"document": documents, "logprob": -1.0, "top1": 7, "kl": 0.0, "unlisted": 0.0})
-    after = before.assign(logprob=-1.5, kl=0.25, unlisted=0.125, top1=[8] * 4 + [7] * 36)
+    before = pd.DataFrame({"document": documents, "logprob": -1.0, "same_top": True, "kl": 0.0, "unlisted": 0.0})
+    after = before.assign(logprob=-1.5, kl=0.25, unlisted=0.125, same_top=[False] * 4 + [True] * 36)
     ours = pd.DataFrame({"tokens": [[1, 2, 3, 4], [5, 6]]})
     theirs = pd.DataFrame({"tokens": [[1, 2, 9], [5, 6]]})
     one = quality.compare(after, theirs, (before, ours))
@@ -290,6 +290,26 @@ def test_perplexity_is_that_of_transformers(measured):
     ours = comparisons(measured)
     assert ours["fp32"].perplexity.value == pytest.approx(quality.perplexity(picked), rel=0.01)
     assert ours["bf16"].perplexity.value == pytest.approx(quality.perplexity(picked), rel=0.05)
+
+
+def test_the_kl_bound_holds_most_of_the_divergence_of_a_real_model(measured):
+    """SmolLM2 against itself with E4M3 weights, full vocabulary by transformers, 128 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fp8lab.measure.fp8 import per_tensor_scale, round_to
+
+    tokens = measured.read_table("quality", "fp32-top")["token"].to_numpy()[:129].astype(np.int64)
+    model = AutoModelForCausalLM.from_pretrained(packaged_model("smollm2-135m-instruct"), dtype=torch.float32)
+    with torch.inference_mode():
+        before = model(torch.from_numpy(tokens[None, :-1])).logits[0].double().log_softmax(-1).numpy()
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                weight.copy_(round_to(weight, "E4M3", per_tensor_scale(weight, "E4M3")))
+        after = model(torch.from_numpy(tokens[None, :-1])).logits[0].double().log_softmax(-1).numpy()
+    bound, unlisted = quality.kl_lower_bound(reading(before, tokens[1:], 20), reading(after, tokens[1:], 20))
+    full = full_kl(before, after)
+    assert (bound <= full + 1e-6).all() and 0.6 < bound.mean() / full.mean() < 1 and unlisted.mean() < 0.35
 
 
 def test_measuring_again_measures_nothing(measured, capsys):

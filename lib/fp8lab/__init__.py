@@ -13,7 +13,7 @@ import importlib
 
 _HOMES = {
     "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
-    "evaluation": ("Task", "check_weights", "measure_quality", "quality_profile"),
+    "evaluation": ("QualityTask", "check_weights", "measure_quality", "quality_profile"),
     "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),

@@ -63,7 +63,7 @@ def measure(args) -> None:
 
 
 def quality(args) -> None:
-    from .evaluation import Task, check_weights, measure_quality, quality_profile
+    from .evaluation import QualityTask, check_weights, measure_quality, quality_profile
     from .paths import repository_relative
     from .profiles import load_profile
     from .report.quality import quality_table
@@ -73,7 +73,7 @@ def quality(args) -> None:
         print(quality_table(open_run(source=args.source)))
         return
     named = ("text", "document_tokens", "documents", "top", "prompts", "answer_tokens")
-    task = Task(**{name: getattr(args, name) for name in named})
+    task = QualityTask(**{name: getattr(args, name) for name in named})
     profile = load_profile(quality_profile(args.profile), weights=args.weights, model=args.model)
     check_weights(profile)
     task.read()

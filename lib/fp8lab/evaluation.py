@@ -37,7 +37,7 @@ _IN_FLIGHT = {"": (64, 64), AGAIN: (1, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class QualityTask:
     """What every variant is asked.
 
     The text is read in documents of `document_tokens` tokens, `documents` of them at most (0: all), and the `top`
@@ -82,7 +82,7 @@ class Task:
 
 
 def measure_quality(
-    run: Run, profile: Profile, variants: Sequence[str] = (), *, task: Task | None = None
+    run: Run, profile: Profile, variants: Sequence[str] = (), *, task: QualityTask | None = None
 ) -> dict[str, Comparison]:
     """Measures every one of `variants` that `run` does not hold, and returns all comparisons, by measurement.
 
@@ -92,7 +92,7 @@ def measure_quality(
     """
     if run.read_only:
         return comparisons(run)
-    task = task or Task()
+    task = task or QualityTask()
     run.check_profile(profile)
     check_weights(profile)
     text = task.read()
@@ -184,7 +184,7 @@ def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]
     return documents
 
 
-def _measure(run: Run, server: Server, name: str, task: Task, text: Text, asked: dict, reference: str) -> None:
+def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text, asked: dict, reference: str) -> None:
     endpoint = Endpoint(server.base_url, server.model, server.api_key)
     status, started = StatusLine(), datetime.datetime.now(datetime.UTC)
 

@@ -60,7 +60,7 @@ def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.
     document = positions["document"].to_numpy()
     logprob, logprob_before = (table["logprob"].to_numpy(float) for table in (positions, before))
     kl = positions["kl"].to_numpy(float)
-    same_top = (positions["top1"].to_numpy() == before["top1"].to_numpy()).astype(float)
+    same_top = positions["same_top"].to_numpy(float)
     pairs = list(zip(answers_before["tokens"], answers["tokens"], strict=True))
     prompts = np.arange(len(pairs))
     prefix = np.array([identical_prefix(a, b) for a, b in pairs], float)
@@ -71,7 +71,7 @@ def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.
         perplexity_ratio=_exp(mean_interval(logprob_before - logprob, document)),
         kl_mean=mean_interval(kl, document),
         kl_p99=quantile_interval(kl, document, 0.99),
-        unlisted_mass=float(positions["unlisted"].mean()),
+        unlisted_mass=float(positions["unlisted"].to_numpy(float).mean()),
         top1_agreement=mean_interval(same_top, document),
         same_prefix=mean_interval(prefix, prompts),
         same_answers=mean_interval(same, prompts),
@@ -80,9 +80,10 @@ def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.
 
 
 def position_table(reading: Reading, reference: Reading) -> pd.DataFrame:
-    """What is kept of a reading, one row a position: document, logprob, top1, and against the reference kl, unlisted.
+    """What is kept of a reading, one row a position: document, logprob, and against the reference same_top, kl, unlisted.
 
-    `kl` and `unlisted` are those of `kl_lower_bound`. Raises ValueError when the two read different texts.
+    `kl` and `unlisted` are those of `kl_lower_bound` in half precision, three digits of a bound. Raises ValueError
+    when the two read different texts.
     """
     if not np.array_equal(reading.token, reference.token):
         raise ValueError("the two readings are of different texts")
@@ -91,9 +92,9 @@ def position_table(reading: Reading, reference: Reading) -> pd.DataFrame:
         {
             "document": reading.document,
             "logprob": reading.logprob,
-            "top1": reading.top_ids[:, 0],
-            "kl": kl.astype(np.float32),
-            "unlisted": unlisted.astype(np.float32),
+            "same_top": reading.top_ids[:, 0] == reference.top_ids[:, 0],
+            "kl": kl.astype(np.float16),
+            "unlisted": unlisted.astype(np.float16),
         }
     )
 
@@ -110,7 +111,8 @@ def kl_lower_bound(reference: Reading, variant: Reading) -> tuple[np.ndarray, np
     outcome: the bound is sum over S of p ln(p/q), plus r ln(r/s) with r = 1 - p(S), s = 1 - q(S). By the log-sum
     inequality (data processing) that never exceeds the full divergence, and equals it where p/q is constant
     outside S. From above the full divergence is not bounded by k log-probabilities; `unlisted` is r, the part of
-    the reference's probability that was lumped: where it is small, so is what may be missing.
+    the reference's probability that was lumped: where it is small, so is what may be missing. SmolLM2-135M on the
+    shipped text: 20 tokens list 80 % of the probability, and the bound is 70 to 75 % of the full divergence.
     """
     bounds, masses = [], []
     for start in range(0, len(reference.token), _ROWS_AT_ONCE):

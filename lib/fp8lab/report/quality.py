@@ -20,8 +20,8 @@ _TOLERANCE = 0.01
 
 _COLUMNS = (
     ("perplexity_ratio", "perplexity, ratio", "{:.4f}"),
-    ("kl_mean", "KL mean, nats", "{:.5f}"),
-    ("kl_p99", "KL p99, nats", "{:.4f}"),
+    ("kl_mean", "KL mean, nats, at least", "{:.5f}"),
+    ("kl_p99", "KL p99, nats, at least", "{:.4f}"),
     ("top1_agreement", "same top token", "{:.2%}"),
     ("same_prefix", "greedy tokens the same", "{:.0f}"),
     ("same_answers", "answers the same", "{:.0%}"),
@@ -39,8 +39,11 @@ def quality_table(run: Run) -> Table:
         for metric, _, pattern in _COLUMNS:
             cells.append("reference" if name == reference else _interval(getattr(one, metric), pattern)
                          + _against(metric, name, one, floor, reference))  # fmt: skip
+        cells.insert(3, "reference" if name == reference else f"{one.unlisted_mass:.0%}")
         rows.append((f"{name} (noise floor)" if name == reference + AGAIN else name, *cells))
-    return Table(_caption(run), ("variant", "perplexity", *(title for _, title, _ in _COLUMNS)), rows)
+    titles = [title for _, title, _ in _COLUMNS]
+    columns = ("variant", "perplexity", *titles[:2], "not listed", *titles[2:])
+    return Table(_caption(run), columns, rows)
 
 
 def asked_table(run: Run) -> Table:
