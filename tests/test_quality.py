@@ -219,6 +219,25 @@ def test_the_packaged_weights_are_those_that_transformers_reads():
     assert tokenizer.decode(tokenizer.encode(lab.read_text().content)) == lab.read_text().content
 
 
+@pytest.mark.parametrize(
+    ("model", "ratio", "verdict", "said"),
+    [
+        ("smollm2-135m-instruct (packaged)", 1.008, "not run", "another model"),
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.008, "reproduced", "kept to 99.21%"),
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.05, "not reproduced", "kept to 95.24%"),
+    ],
+)
+def test_the_claims_row_judges_the_published_model_only(tmp_path, model, ratio, verdict, said):
+    run = open_run(tmp_path / "run", read_profile("smollm2-gpu"))
+    assert "no quality of fp8" in lab.quality_row(run)[5]
+    run.write_part("quality", "bf16", {"model": model, "comparison": flat()})
+    changed = flat(perplexity_ratio=Estimate(ratio, ratio - 0.001, ratio + 0.001))
+    run.write_part("quality", "fp8", {"model": model, "comparison": changed})
+    row = lab.quality_row(run)
+    assert row[0] == "Q1" and row[2] == "99.28%" and row[4] == verdict and said in row[5]
+    assert "[" in row[5] and len(row) == 6
+
+
 @contextlib.contextmanager
 def other_server(reply):
     """A server that speaks the API without vLLM's extensions; `reply(path)` gives its answer, None a 404."""
