@@ -12,7 +12,7 @@ import pytest
 from fp8lab import notebooks
 from fp8lab.runs import open_run
 
-ALL = [notebooks.FRONT, *notebooks.find("steps")]
+ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
 
 
 def reproduce(*arguments, timeout=900):

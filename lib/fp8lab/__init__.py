@@ -19,6 +19,7 @@ del _room, measure  # noqa: F821 - loading the room bound its name here
 
 _HOMES = {
     "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
+    "evaluation": ("QualityTask", "check_weights", "measure_quality", "quality_profile"),
     "experiment": ("find_limit", "load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
     "plan": ("plan_table",),
@@ -36,6 +37,19 @@ _HOMES = {
         "roofline_table",
         "throughputs_table",
         "validity_table",
+    ),
+    "report.quality": (
+        "answers_table",
+        "asked_table",
+        "divergence_figure",
+        "formats_figure",
+        "formats_table",
+        "kv_rounding_table",
+        "parting_figure",
+        "published_table",
+        "quality_row",
+        "quality_table",
+        "weights_table",
     ),
     "report.show": (
         "ablation_figure",
@@ -59,6 +73,8 @@ _HOMES = {
         "tpot_figure",
     ),
     "runs": ("LevelResult", "Run", "open_run"),
+    "tensors": ("checkpoint_folder",),
+    "texts": ("read_text",),
     "traces": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -16,6 +16,7 @@ EXAMPLES = {
         fp8lab reproduce                          the whole story on this machine, front notebook and verdicts
         fp8lab reproduce --notebook steps         the same, step by step, four notebooks
         fp8lab serve fp8 --print-command          the exact vLLM command of a variant
+        fp8lab quality                            what FP8 does to a trained model's answers
         fp8lab claims runs/latest                 the verdicts of a run
         fp8lab load-test --base-url URL --model NAME --rate 50 --out DIR    measure any endpoint
         fp8lab status; fp8lab stop                what is left over, and its end
@@ -31,6 +32,14 @@ EXAMPLES = {
         fp8lab measure --profile h200-80gb --run runs/h200       every protocol of the profile
         fp8lab measure --run runs/h200                           goes on where it stopped
         fp8lab measure --protocol "as published" --protocol ablation
+    """,
+    "quality": """
+        fp8lab quality                                           SmolLM2-135M: bf16 against every FP8 variant (a CPU: fp32 against bf16)
+        fp8lab quality --run runs/quality                        into this folder; again: goes on where it stopped
+        fp8lab quality --profile h100-80gb --model /path/to/a/model   your own trained model
+        fp8lab quality --text my.txt --variant fp8               your own text, one variant beside the reference
+        fp8lab quality --documents 8 --document-tokens 128 --prompts 8 --answer-tokens 32    a quick look
+        fp8lab quality --source runs/quality                     show what a run holds, measure nothing
     """,
     "plan": """
         fp8lab plan --profile h200-80gb                          levels and minutes
@@ -155,6 +164,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--protocol", **protocol)
     measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+
+    quality = command("quality", commands.quality, (
+        "Measure what each variant answers: perplexity, KL divergence and agreement with the profile's first variant on "
+        "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor."
+    ))  # fmt: skip
+    quality.add_argument(
+        "--profile",
+        default="auto",
+        metavar="P",
+        help="a name or .toml file (default: smollm2-gpu, or -cpu without a GPU)",
+    )
+    quality.add_argument(
+        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
+    )
+    quality.add_argument("--source", default="", metavar="DIR", help="show this run instead of measuring")
+    quality.add_argument(
+        "--variant", action="append", metavar="V", help="repeatable (default: one for each choice of number formats)"
+    )
+    quality.add_argument(
+        "--weights", choices=("packaged", "checkpoint"), help="a package's, or the profile's checkpoints"
+    )
+    quality.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
+    quality.add_argument("--text", default="", metavar="FILE", help="plain UTF-8 (default: Newton's Opticks, Book I)")
+    quality.add_argument("--document-tokens", type=int, default=1024, metavar="N", help="length of a document (1024)")
+    quality.add_argument(
+        "--documents", type=int, default=0, metavar="N", help="how many at most (default: the whole text)"
+    )
+    quality.add_argument("--top", type=int, default=20, metavar="K", help="likeliest tokens kept at each position (20)")
+    quality.add_argument("--prompts", type=int, default=64, metavar="N", help="passages to be explained (64)")
+    quality.add_argument("--answer-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
 
     plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
     plan.add_argument("--profile", **profile)

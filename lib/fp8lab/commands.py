@@ -62,6 +62,37 @@ def measure(args) -> None:
     print(repository_relative(run.path))
 
 
+def quality(args) -> None:
+    from .evaluation import QualityTask, check_weights, measure_quality, quality_profile
+    from .paths import repository_relative
+    from .profiles import load_profile
+    from .report.quality import quality_table
+    from .runs import open_run
+
+    if args.source:
+        print(quality_table(open_run(source=args.source)))
+        return
+    named = ("text", "document_tokens", "documents", "top", "prompts", "answer_tokens")
+    task = QualityTask(**{name: getattr(args, name) for name in named})
+    profile = load_profile(quality_profile(args.profile), weights=args.weights, model=args.model)
+    check_weights(profile)
+    task.read()
+    for variant in args.variant or ():
+        profile.variant_flags(variant)
+    run = open_run(args.run, profile)
+    try:
+        measure_quality(run, profile, args.variant or (), task=task)
+    except (KeyboardInterrupt, Fp8labError):
+        again = f"fp8lab quality --run {repository_relative(run.path)}"
+        print(
+            f"\nnothing measured is lost; to go on where this stopped, the same with --run: {again} ...",
+            file=sys.stderr,
+        )
+        raise
+    print(quality_table(run))
+    print(repository_relative(run.path))
+
+
 def plan(args) -> None:
     from .plan import plan_table
     from .profiles import read_profile

@@ -15,7 +15,6 @@ from .load.level import measure_level
 from .load.stream import Endpoint
 from .load.telemetry import Telemetry
 from .measure import capacity
-from .models import model_folder
 from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
@@ -87,7 +86,7 @@ def trace_for(profile: Profile, level: Level) -> Trace:
     workload = profile.workload
     tokenizer = workload.tokenizer or None
     if workload.trace.endswith(".json") and not tokenizer:
-        tokenizer = _tokenizer(profile, level.variant)
+        tokenizer = launch.served_model(profile, level.variant)
     return named_trace(
         workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
@@ -224,7 +223,7 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     status.update(f"{level.id}: cross-check with vllm bench serve")
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=_tokenizer(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=launch.served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(
@@ -270,13 +269,6 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
             stacklevel=3,
         )
     return LevelResult(level, summary, *measured[1:])
-
-
-def _tokenizer(profile: Profile, variant: str) -> str:
-    """The folder or hub name of the tokenizer that a variant is served with."""
-    if profile.model.weights == "random":
-        return str(model_folder(profile.model.shapes))
-    return profile.model.checkpoint(variant)
 
 
 def _endpoint(server: Server) -> Endpoint:

@@ -15,7 +15,7 @@ from .errors import BadInput
 from .paths import DATA
 
 DEVICES = ("cuda", "emulated", "cpu")
-WEIGHTS = ("random", "checkpoint")
+WEIGHTS = ("random", "packaged", "checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Emulation:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which model is served: local shapes with random weights, or named checkpoints."""
+    """Which model is served: local shapes with random weights or those that a package ships, or named checkpoints."""
 
     shapes: str = ""
     weights: str = "random"
@@ -165,7 +165,7 @@ def load_profile(name: str = "auto", *, weights: str | None = None, model: str |
     """The profile `name`: one of `profile_names()`, a path to a TOML file, or "auto".
 
     "auto" is the machine's: h200-80gb or h100-80gb with a GPU, emulated-h100 without.
-    `weights` ("random" or "checkpoint") overrides the profile's; `model` serves that checkpoint
+    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint
     (hub name or path) for every variant. Raises BadInput, also for a GPU profile without a GPU.
     """
     profile = read_profile(name)

@@ -4,6 +4,7 @@ run.json                          provenance and the resolved profile
 levels/<variant>-<rate>rps-r<n>/  records, tokens, telemetry .parquet; summary.json (last: the level is complete)
 logs/<variant>.log                the server's own output
 rendered/                         executed notebooks and pages
+quality/<variant>.json, .parquet  what its answers were (fp8lab.evaluation)
 claims.json                       the verdicts
 """
 
@@ -150,6 +151,23 @@ class Run:
         """The cross-check of every level that has one, by level id."""
         return {path.parent.name: _read_json(path) for path in sorted(self.path.glob("levels/*/vllm_bench.json"))}
 
+    def write_part(self, folder: str, name: str, summary: Mapping, **tables: pd.DataFrame | None) -> None:
+        """Stores `tables` as <folder>/<table>.parquet and then, atomically, `summary` as <folder>/<name>.json."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        self._note_place()
+        (self.path / folder).mkdir(exist_ok=True)
+        write_tables(self.path / folder, **tables)
+        write_json(self.path / folder / f"{name}.json", summary)
+
+    def read_parts(self, folder: str) -> dict[str, dict]:
+        """The summaries that `write_part` stored in `folder`, by name."""
+        return {path.stem: _read_json(path) for path in sorted(self.path.glob(f"{folder}/*.json"))}
+
+    def read_table(self, folder: str, name: str) -> pd.DataFrame:
+        """A table that `write_part` stored. Raises RunDamaged when it is missing or cannot be read."""
+        return _read_parquet(self.path / folder / f"{name}.parquet")
+
     def check_profile(self, profile: Profile) -> None:
         """Raises RunMismatch unless this run was made with `profile`."""
         if self.read_only:
@@ -197,12 +215,14 @@ class Run:
         return target
 
     def files(self, tokens: Sequence[str] = ()) -> list[Path]:
-        """What another reader of this run needs: provenance, every complete level, figures as SVG. No logs, and
-        token timestamps of the levels `tokens` only."""
+        """What another reader of this run needs: provenance, every complete level, what was measured of quality (less
+        the likeliest tokens of every position), figures as SVG. No logs, and token timestamps of the levels `tokens`
+        only."""
         found = [self.path / "run.json", *sorted(self.path.glob("figures/*.svg"))]
         for level_id in self.summaries():
             files = sorted(self._folder(level_id).iterdir())
             found += [file for file in files if file.stem != "tokens" or level_id in tokens]
+        found += [file for file in sorted(self.path.glob("quality/[!.]*")) if not file.stem.endswith("-top")]
         return found
 
     def _folder(self, level_id: str) -> Path:
