@@ -8,7 +8,7 @@ import numpy as np
 from ..evaluation import AGAIN, comparisons, reference_variant, tables
 from ..measure.quality import identical_prefix
 from ..runs import Run
-from .figures import _INK, STYLE, Figure, _canvas, _caption
+from .figures import INK, STYLE, Figure, caption_of, new_canvas
 
 _FLOOR = ("#767676", "x")
 _FALLBACK = ("#56B4E9", "v")
@@ -16,7 +16,7 @@ _FALLBACK = ("#56B4E9", "v")
 
 def divergence(run: Run) -> Figure:
     """The share of positions at which a variant moves the next-token distribution by more than so many nats."""
-    canvas, axes = _canvas(run, "How far does each variant move the next token's distribution?")
+    canvas, axes = new_canvas(run, "How far does each variant move the next token's distribution?")
     told = []
     for name, one in _others(run).items():
         kl = np.sort(tables(run, name)[0]["kl"].to_numpy(float))
@@ -31,12 +31,12 @@ def divergence(run: Run) -> Figure:
              ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
     axes.legend(frameon=False, loc="lower left")
     caption = f"Every position of the text, next-token distribution against {reference_variant(run.profile)}'s."
-    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", _caption(run, caption))
+    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", caption_of(run, caption))
 
 
 def parting(run: Run) -> Figure:
     """The share of greedy answers that are still the reference's, word for word, after so many tokens."""
-    canvas, axes = _canvas(run, "For how long do greedy answers stay the same?")
+    canvas, axes = new_canvas(run, "For how long do greedy answers stay the same?")
     reference = list(tables(run, reference_variant(run.profile))[1]["tokens"])
     longest, told = max(len(tokens) for tokens in reference), []
     for name in _others(run):
@@ -57,7 +57,7 @@ def parting(run: Run) -> Figure:
     axes.legend(frameon=False, loc="best")
     caption = (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
                "is no error: one close call decided the other way changes all that follows.")  # fmt: skip
-    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", _caption(run, caption))
+    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", caption_of(run, caption))
 
 
 def rounding(run: Run, folder: Path) -> Figure:
@@ -96,7 +96,7 @@ def rounding(run: Run, folder: Path) -> Figure:
     )
     right.legend(frameon=False, loc="center")
     for axes, title in ((left, "What is lost at each magnitude"), (right, "What one outlier costs the rest")):
-        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
     alt = (f"Two line charts. Rounding error by magnitude: E4M3 at most 6 % and E5M2 12 % where they have full precision; 98 % "
            f"of the scaled weights lie from {low:.2g} to {high:.2g}. An outlier's cost to the others: {'; '.join(told)}.")  # fmt: skip
