@@ -10,9 +10,20 @@ Names are imported when they are first used, so that `import fp8lab` takes no ti
 """
 
 import importlib
+import sys
+import types
 
 _HOMES = {
-    "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
+    "errors": (
+        "BadInput",
+        "Fp8labError",
+        "InUse",
+        "LevelFailed",
+        "NotWritten",
+        "RunDamaged",
+        "RunMismatch",
+        "ServerFailed",
+    ),
     "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),
@@ -46,3 +57,14 @@ def __getattr__(name: str):
 
 def __dir__():
     return __all__
+
+
+class _Api(types.ModuleType):
+    """`fp8lab.measure` stays the function also after something has imported the package of that name."""
+
+    def __setattr__(self, name: str, value):
+        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Api

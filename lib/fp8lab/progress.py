@@ -8,6 +8,8 @@ import os
 import sys
 import time
 
+from .text import visible
+
 # A notebook's kernel that runs headless also writes its progress into this file, for the terminal.
 PROGRESS_FILE_VARIABLE = "FP8LAB_PROGRESS_FILE"
 
@@ -37,6 +39,7 @@ class StatusLine:
         self._show("done", text)
 
     def _show(self, kind: str, text: str) -> None:
+        text = " ".join(visible(text, limit=1000).splitlines())
         if self._notebook:
             self._show_in_cell(kind, text)
         elif self._terminal:
