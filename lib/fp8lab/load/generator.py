@@ -22,6 +22,7 @@ from .team import ClientReport, Team
 _CHUNKS_PER_S_PER_WORKER = 10_000
 _BURST_CHUNKS_PER_S = 25_000
 _BUSY_CORE = 0.90
+_STALL_MS = 1000.0
 _LAG_FLOOR_MS = 5.0
 _LAG_SHARE_OF_TTFT = 0.05
 
@@ -80,12 +81,13 @@ def send_load(
     idle_timeout_s: float = 60.0,
     drain_timeout_s: float = 600.0,
     on_progress: Callable[[Progress], None] | None = None,
+    problem: Callable[[], str | None] = lambda: None,
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
     `max_concurrency` caps what is in flight, which makes the level closed-loop. A stream fails after
     `idle_timeout_s` without a byte, and `drain_timeout_s` after the last arrival all that still run do.
-    A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
+    Once `problem()`, which must not wait, says why it should, the level ends early. A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
     cannot work, LevelFailed when no worker could start, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
@@ -108,7 +110,9 @@ def send_load(
             team.wait_until_ready()
             start = team.start()
             team.follow(
-                start, lambda now, rows: on_progress and on_progress(_progress(now, rows, team, span, time_dilation))
+                start,
+                lambda now, rows: on_progress and on_progress(_progress(now, rows, team, span, time_dilation)),
+                problem,
             )
         outcomes = team.outcomes()
     client = team.report(start - began)
@@ -121,6 +125,10 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     more = f"add --workers {client.workers * 2}"
     if client.busiest_core > _BUSY_CORE:
         problems.append(f"a load worker used {client.busiest_core:.0%} of its core, above {_BUSY_CORE:.0%}; {more}")
+    if client.stall_max_ms > _STALL_MS:
+        problems.append(
+            f"a load worker stood still for {client.stall_max_ms / 1e3:.1f} s: was this machine suspended or overloaded?"
+        )
     if lag_ms.size:
         lag = float(np.percentile(lag_ms, 99))
         ttft = float(np.median(ttft_ms)) if ttft_ms.size else 0.0

@@ -4,6 +4,7 @@ The GPU (NVML) is read five times a second, CPU times twice, the server's own co
 measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -127,7 +128,8 @@ def parse_metrics(text: str) -> dict[str, float]:
         if line.startswith("vllm:"):
             column = SERVER_COLUMNS.get(line.partition("{")[0])
             if column:
-                found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
+                with contextlib.suppress(ValueError):
+                    found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
     return found
 
 
