@@ -31,6 +31,7 @@ EXAMPLES = {
         fp8lab measure --profile h200-80gb --run runs/h200       every protocol of the profile
         fp8lab measure --run runs/h200                           goes on where it stopped
         fp8lab measure --protocol "as published" --protocol ablation
+        fp8lab measure --run runs/h200 --again bf16-50rps-r1     set this level aside and measure it anew
     """,
     "plan": """
         fp8lab plan --profile h200-80gb                          levels and minutes
@@ -134,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--protocol", **protocol)
     measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+
+    measure.add_argument(
+        "--again", action="append", default=[], metavar="LEVEL",
+        help="set this level (damaged or invalid, say) aside and measure it again; repeatable",
+    )  # fmt: skip
 
     plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
     plan.add_argument("--profile", **profile)
