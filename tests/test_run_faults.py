@@ -108,7 +108,10 @@ def complete(run) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.glob("levels/*/*")}
 
 
-def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_path):
+def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_path, monkeypatch):
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     profile, instants = fake_vllm(requests=12), random.Random(20260124)
     opened, number = 0, 0
     with Nursery(MEASURE.format(protocols=PROTOCOLS), profile) as nursery:
@@ -126,6 +129,7 @@ def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_pa
                 assert all(what == expected[level] for level, what in what_must_be_same(run).items())
             number += done  # a run that came to its end makes room for another one
         assert nursery.run(run_dir)
+        assert not list(scratch.iterdir())  # what the killed ones left there is swept away
         assert what_must_be_same(open_run(run_dir)) == expected
     assert opened > KILLS / 2
     wait_for(lambda: not marked(profile), 20, "the end of all servers")

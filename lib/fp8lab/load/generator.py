@@ -6,10 +6,12 @@ still in flight. The generator watches itself, and a level that it could not sen
 
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,7 @@ _CHUNKS_PER_S_PER_WORKER = 10_000
 _BURST_CHUNKS_PER_S = 25_000
 _BUSY_CORE = 0.90
 _STALL_MS = 1000.0
+_SCRATCH = "fp8lab-load-"
 _LAG_FLOOR_MS = 5.0
 _LAG_SHARE_OF_TTFT = 0.05
 
@@ -103,7 +106,8 @@ def send_load(
         expected = tokens / span / time_dilation if span else _BURST_CHUNKS_PER_S / time_dilation
         workers = default_workers(expected)
     workers = min(workers, len(trace), max_concurrency or len(trace))
-    with tempfile.TemporaryDirectory(prefix="fp8lab-load-") as scratch:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, (span + drain_timeout_s) * time_dilation)  # fmt: skip
         with team:
@@ -139,6 +143,14 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
                 f"{more}, or give the client a core of its own"
             )
     return problems
+
+
+def _sweep() -> None:
+    """Removes what killed processes of this user left in the temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: float) -> Progress:
