@@ -23,11 +23,11 @@ def run(tmp_path):
     return open_run(tmp_path / "run", read_profile("h100-80gb"))
 
 
-def fill(run, levels, **common):
+def fill(run, levels, repeat=1, **common):
     for (variant, rate), values in levels.items():
-        folder = run.path / "levels" / f"{variant}-{rate}rps-r1"
+        folder = run.path / "levels" / f"{variant}-{rate}rps-r{repeat}"
         folder.mkdir(parents=True, exist_ok=True)
-        level = {"variant": variant, "rate": rate, "requests": 1000, "repeat": 1}
+        level = {"variant": variant, "rate": rate, "requests": 1000, "repeat": repeat}
         summary = {
             "valid": True,
             "invalid_reason": None,
@@ -38,7 +38,7 @@ def fill(run, levels, **common):
         }
         rest = dict.fromkeys(("steady_output_token_throughput", "mean_ttft_ms", "p99_ttft_ms"), 1.0)
         write_json(folder / "summary.json", summary | rest | values | common)
-    return {v.id: v for v in claims.judge(run)}
+    return {v.id: v for v in claims.judge(run) if v.id.startswith("C")}
 
 
 def test_an_empty_run_judges_nothing(run):
@@ -52,15 +52,31 @@ def test_the_published_numbers_alone_are_reproduced(run):
     assert verdicts["C2"].measured == pytest.approx(1033 / 170)
 
 
-def test_an_effect_that_is_gone_at_equal_load_has_another_cause(run):
+def test_an_effect_that_the_load_alone_brings_has_another_cause(run):
     verdicts = fill(run, PUBLISHED | EQUAL)
     assert verdicts["C1"].verdict == verdicts["C2"].verdict == "reproduced, other cause"
-    assert "1.01x at 50 req/s and 1.04x at 100 req/s" in verdicts["C1"].reason
+    assert "BF16 alone, from 50 to 100 req/s: 1.55× (one pair, no interval)" in verdicts["C1"].reason
+    assert "1.01× (one pair, no interval) at 50 req/s, 1.04×" in verdicts["C1"].reason
 
 
-def test_an_effect_that_stays_at_equal_load_is_reproduced(run):
+def test_an_effect_that_the_load_alone_does_not_bring_is_reproduced(run):
     slow = {("bf16", 100): PUBLISHED[("bf16", 50)], ("fp8", 50): PUBLISHED[("bf16", 50)]}
     assert fill(run, PUBLISHED | slow)["C1"].verdict == "reproduced"
+
+
+def test_without_bf16_at_the_higher_load_no_other_cause_is_claimed(run):
+    assert fill(run, PUBLISHED | {("fp8", 50): EQUAL[("fp8", 50)]})["C1"].verdict == "reproduced"
+
+
+def test_all_seeds_are_judged_and_their_disagreement_is_said(run):
+    odd = {
+        key: {name: value * (0.7 if key[0] == "fp8" else 1) for name, value in v.items()}
+        for key, v in PUBLISHED.items()
+    }
+    fill(run, PUBLISHED)
+    found = fill(run, odd, repeat=2)["C1"]
+    assert found.measured == pytest.approx(11921 / 7437 * 0.7**0.5)
+    assert "seeds 1.60×, 1.12× (they disagree about the tolerance)" in found.reason and len(found.levels) == 4
 
 
 def test_other_numbers_are_not_reproduced(run):
@@ -87,10 +103,28 @@ def test_emulated_numbers_get_no_verdict(tmp_path):
 def test_claims_json_holds_all_that_a_verdict_needs(run):
     fill(run, PUBLISHED)
     stored = json.loads((run.path / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4"]
+    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]
     for claim in stored:
-        assert {"published", "measured", "unit", "protocol", "verdict", "reason", "levels"} <= claim.keys()
-        assert claim["protocol"] == "as published"
+        assert {"published", "measured", "unit", "protocol", "verdict", "reason", "levels", "limits"} <= claim.keys()
+        assert claim["protocol"] == "as published" or claim["id"].startswith("R")
+
+
+def test_the_recorded_run_judges_what_was_recommended():
+    verdicts = {v.id: v for v in claims.judge(open_run(source="h200-80gb"))}
+    assert verdicts["R3"].verdict == "reproduced" and 1 < verdicts["R3"].measured < 4
+    assert verdicts["R2"].interval[0] < verdicts["R2"].measured < verdicts["R2"].interval[1]
+    assert "pre-quantised checkpoint" in verdicts["R2"].reason
+    assert set(verdicts["C1"].limits) == {f"{level}-r{n}" for level in ("bf16-50rps", "fp8-100rps") for n in (1, 2, 3)}
+    assert verdicts["C1"].interval[0] < verdicts["C1"].measured < verdicts["C1"].interval[1]
+
+
+def test_a_limit_that_is_not_the_cards_is_another_cause(run, monkeypatch):
+    from fp8lab.measure.bottleneck import Limit
+
+    for cause, expected in (("front end", "reproduced, other cause"), ("GPU compute", "reproduced")):
+        monkeypatch.setattr("fp8lab.report.evidence.Evidence.limit", lambda self, level, c=cause: Limit(c, "seen"))
+        found = fill(run, PUBLISHED)["C3"]
+        assert found.verdict == expected and found.limits == {"fp8-100rps-r1": cause}
 
 
 @pytest.mark.parametrize("draw", [show.throughput_figure, show.concurrency_figure, show.rate_figure, show.tpot_figure])

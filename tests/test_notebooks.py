@@ -12,7 +12,7 @@ import pytest
 from fp8lab import notebooks
 from fp8lab.runs import open_run
 
-ALL = [notebooks.FRONT, *notebooks.find("steps")]
+ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
 
 
 def reproduce(*arguments, timeout=900):
@@ -54,8 +54,8 @@ def test_the_front_notebook_tells_the_whole_story(measured):
     assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == 4
     assert "EMULATED GPU: nothing here was measured on a GPU" in page
     claims = json.loads((run_dir / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4"]
-    for claim in claims:
+    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]
+    for claim in claims[:4]:
         assert claim["verdict"] == "not run" and "EMULATED" in claim["reason"] and claim["measured"] > 0
         assert claim["protocol"] == "as published" and claim["unit"]
     assert "C1" in done.stdout and "project_reproduce.html" in done.stdout
@@ -96,18 +96,26 @@ def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
 
 
 def short_load(step) -> dict:
-    return {"02_bf16_baseline": {"requests": 40}, "03_fp8": {"requests": 80}}.get(step.stem, {})
+    """Parameters with which a step takes seconds."""
+    search = {"share": 0.9, "seconds": 2, "start": 60, "max_probes": 3, "variants": ["fp8"]}
+    short = {"02_bf16_baseline": {"requests": 40}, "03_fp8": {"requests": 80}, "06_capacity": search}
+    return short.get(step.stem, {})
 
 
 def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
     run_dir = tmp_path / "run"
     open_run(run_dir, str(short_profile))
+    pages = {}
     for step in notebooks.find("steps"):
         page = notebooks.execute(step, run_dir / "rendered" / step.name, {"run_dir": str(run_dir)} | short_load(step))
+        pages[step.stem[:2]] = page.read_text()
     run = open_run(source=run_dir)
-    assert sorted(run.summaries()) == ["bf16-100rps-r1", "bf16-50rps-r1", "fp8-100rps-r1", "fp8-50rps-r1"]
+    four = {"bf16-100rps-r1", "bf16-50rps-r1", "fp8-100rps-r1", "fp8-50rps-r1"}
+    probes = set(run.summaries()) - four
+    assert four <= set(run.summaries()) and len(probes) == 3 and all(level.startswith("fp8-") for level in probes)
     assert all(summary["failed"] == 0 for summary in run.summaries().values())
-    assert page.read_text().count("<figure>") == 4
+    assert [pages[step].count("<figure>") for step in ("04", "05", "06")] == [4, 6, 1]
+    assert "fp8: the limit is" in pages["06"] and "EMULATED GPU, nothing measured" in pages["05"]
 
 
 def test_the_front_notebook_shows_the_recorded_run(tmp_path):

@@ -143,6 +143,13 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
     other = dataclasses.replace(profile, variants=dict(profile.variants) | {"bf16": ("--dtype", "float16")})
     with pytest.raises(RunMismatch, match="variants"):
         open_run(run.path, other)
+    # Another variant beside them, or a key of a profile that did not exist when the run was made, changes no level.
+    added = dataclasses.replace(profile, variants=dict(profile.variants) | {"new": ("--dtype", "float16")})
+    assert "new" in open_run(run.path, added).profile.variants
+    manifest = json.loads((run.path / "run.json").read_text())
+    del manifest["profile"]["workload"]["tokenizer"]
+    (run.path / "run.json").write_text(json.dumps(manifest))
+    assert open_run(run.path, added).read_only is False
 
 
 def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):

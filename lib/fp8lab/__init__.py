@@ -10,8 +10,12 @@ Names are imported when they are first used, so that `import fp8lab` takes no ti
 """
 
 import importlib
-import sys
-import types
+
+# The room `measure/` and the function `measure` share a name. The room (empty by itself) is loaded now and its name given
+# back: loading it later would put the room where `lab.measure` is the function.
+from . import measure as _room
+
+del _room, measure  # noqa: F821 - loading the room bound its name here
 
 _HOMES = {
     "errors": (
@@ -24,22 +28,62 @@ _HOMES = {
         "RunMismatch",
         "ServerFailed",
     ),
-    "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
+    "evaluation": ("QualityTask", "check_weights", "measure_quality", "quality_profile"),
+    "experiment": ("find_limit", "load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
+    "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
+    "plan": ("plan_table",),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
     "report.claims": ("claims_table", "judge"),
+    "report.fair": (
+        "ablation_table",
+        "attainment_table",
+        "capacity_plan",
+        "equal_load_table",
+        "kv_table",
+        "limit_table",
+        "limits_table",
+        "paging_table",
+        "roofline_table",
+        "throughputs_table",
+        "validity_table",
+    ),
+    "report.quality": (
+        "answers_table",
+        "asked_table",
+        "divergence_figure",
+        "formats_figure",
+        "formats_table",
+        "kv_rounding_table",
+        "parting_figure",
+        "published_table",
+        "quality_row",
+        "quality_table",
+        "weights_table",
+    ),
     "report.show": (
+        "ablation_figure",
+        "batching_figure",
         "concurrency_figure",
         "cross_check_table",
+        "equal_load_figure",
         "environment_table",
         "flags_table",
+        "kv_capacity_figure",
         "levels_table",
+        "littles_law_figure",
+        "memory_figure",
         "memory_table",
+        "objective_figure",
         "rate_figure",
         "resources_table",
+        "roofline_figure",
+        "saturation_figure",
         "throughput_figure",
         "tpot_figure",
     ),
     "runs": ("LevelResult", "Run", "open_run"),
+    "tensors": ("checkpoint_folder",),
+    "texts": ("read_text",),
     "traces": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,14 +101,3 @@ def __getattr__(name: str):
 
 def __dir__():
     return __all__
-
-
-class _Api(types.ModuleType):
-    """`fp8lab.measure` stays the function also after something has imported the package of that name."""
-
-    def __setattr__(self, name: str, value):
-        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Api

@@ -16,6 +16,7 @@ EXAMPLES = {
         fp8lab reproduce                          the whole story on this machine, front notebook and verdicts
         fp8lab reproduce --notebook steps         the same, step by step, four notebooks
         fp8lab serve fp8 --print-command          the exact vLLM command of a variant
+        fp8lab quality                            what FP8 does to a trained model's answers
         fp8lab claims runs/latest                 the verdicts of a run
         fp8lab load-test --base-url URL --model NAME --rate 50 --out DIR    measure any endpoint
         fp8lab status; fp8lab stop                what is left over, and its end
@@ -33,9 +34,38 @@ EXAMPLES = {
         fp8lab measure --protocol "as published" --protocol ablation
         fp8lab measure --run runs/h200 --again bf16-50rps-r1     set this level aside and measure it anew
     """,
+    "quality": """
+        fp8lab quality                                           SmolLM2-135M: bf16 against every FP8 variant (a CPU: fp32 against bf16)
+        fp8lab quality --run runs/quality                        into this folder; again: goes on where it stopped
+        fp8lab quality --profile h100-80gb --model /path/to/a/model   your own trained model
+        fp8lab quality --text my.txt --variant fp8               your own text, one variant beside the reference
+        fp8lab quality --documents 8 --document-tokens 128 --prompts 8 --answer-tokens 32    a quick look
+        fp8lab quality --source runs/quality                     show what a run holds, measure nothing
+    """,
     "plan": """
         fp8lab plan --profile h200-80gb                          levels and minutes
         fp8lab plan --run runs/h200                              what is left of a run
+    """,
+    "share": """
+        fp8lab share runs/latest                         a page and an archive, in shared/
+        fp8lab share runs/h200 --notebook front --notebook 05_fair_comparison --out ~/outbox
+        fp8lab reproduce --source h200.zip               what the other side runs
+    """,
+    "batch": """
+        fp8lab batch matrix.toml                         all of it; again: goes on where it stopped
+        fp8lab batch matrix.toml --out runs/overnight
+
+        matrix.toml:
+          profiles  = ["h200-80gb", "mine.toml"]
+          variants  = ["bf16", "fp8"]                      # default: all that the protocols name
+          protocols = ["equal load"]                       # default: as published, equal load
+          notebook  = "front"                              # default
+          [workloads.chat]                                 # default: each profile's own
+          trace = "sharegpt-like"
+          [workloads.summaries]
+          trace = "random"
+          input_tokens = 2048
+          output_tokens = 128
     """,
     "record": """
         fp8lab record runs/h200 h200-80gb --tokens bf16-50rps-r1 --tokens fp8-100rps-r1
@@ -135,16 +165,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--protocol", **protocol)
     measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
-
     measure.add_argument(
         "--again", action="append", default=[], metavar="LEVEL",
         help="set this level (damaged or invalid, say) aside and measure it again; repeatable",
     )  # fmt: skip
 
+    quality = command("quality", commands.quality, (
+        "Measure what each variant answers: perplexity, KL divergence and agreement with the profile's first variant on "
+        "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor."
+    ))  # fmt: skip
+    quality.add_argument(
+        "--profile",
+        default="auto",
+        metavar="P",
+        help="a name or .toml file (default: smollm2-gpu, or -cpu without a GPU)",
+    )
+    quality.add_argument(
+        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
+    )
+    quality.add_argument("--source", default="", metavar="DIR", help="show this run instead of measuring")
+    quality.add_argument(
+        "--variant", action="append", metavar="V", help="repeatable (default: one for each choice of number formats)"
+    )
+    quality.add_argument(
+        "--weights", choices=("packaged", "checkpoint"), help="a package's, or the profile's checkpoints"
+    )
+    quality.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
+    quality.add_argument("--text", default="", metavar="FILE", help="plain UTF-8 (default: Newton's Opticks, Book I)")
+    quality.add_argument("--document-tokens", type=int, default=1024, metavar="N", help="length of a document (1024)")
+    quality.add_argument(
+        "--documents", type=int, default=0, metavar="N", help="how many at most (default: the whole text)"
+    )
+    quality.add_argument("--top", type=int, default=20, metavar="K", help="likeliest tokens kept at each position (20)")
+    quality.add_argument("--prompts", type=int, default=64, metavar="N", help="passages to be explained (64)")
+    quality.add_argument("--answer-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+
     plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
     plan.add_argument("--profile", **profile)
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
     plan.add_argument("--protocol", **protocol)
+
+    share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.")
+    share.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
+    share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")
+    share.add_argument("--notebook", action="append", metavar="N", help="as in reproduce (default: front); repeatable")
+    share.add_argument("--tokens", action="store_true", help="keep every token's timestamp in the archive")
+
+    batch = command("batch", commands.batch, (
+        "Run a matrix of profiles and workloads through papermill, one after the other on each GPU. The queue survives "
+        "a crash: run it again. index.html and comparison.html show all runs. Exit code 1: a run failed."
+    ))  # fmt: skip
+    batch.add_argument("matrix", metavar="MATRIX.toml", help="what to run (see below)")
+    batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")
 
     record = command("record", commands.record, "Keep a run in data/recorded, trimmed: no logs, few token timestamps.")
     record.add_argument("run", metavar="RUN", help="a run folder")

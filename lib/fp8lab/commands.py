@@ -62,6 +62,37 @@ def measure(args) -> None:
     print(repository_relative(run.path))
 
 
+def quality(args) -> None:
+    from .evaluation import QualityTask, check_weights, measure_quality, quality_profile
+    from .paths import repository_relative
+    from .profiles import load_profile
+    from .report.quality import quality_table
+    from .runs import open_run
+
+    if args.source:
+        print(quality_table(open_run(source=args.source)))
+        return
+    named = ("text", "document_tokens", "documents", "top", "prompts", "answer_tokens")
+    task = QualityTask(**{name: getattr(args, name) for name in named})
+    profile = load_profile(quality_profile(args.profile), weights=args.weights, model=args.model)
+    check_weights(profile)
+    task.read()
+    for variant in args.variant or ():
+        profile.variant_flags(variant)
+    run = open_run(args.run, profile)
+    try:
+        measure_quality(run, profile, args.variant or (), task=task)
+    except (KeyboardInterrupt, Fp8labError):
+        again = f"fp8lab quality --run {repository_relative(run.path)}"
+        print(
+            f"\nnothing measured is lost; to go on where this stopped, the same with --run: {again} ...",
+            file=sys.stderr,
+        )
+        raise
+    print(quality_table(run))
+    print(repository_relative(run.path))
+
+
 def plan(args) -> None:
     from .plan import plan_table
     from .profiles import read_profile
@@ -70,6 +101,25 @@ def plan(args) -> None:
     run = open_run(source=args.run) if args.run else None
     profile = run.profile if run else read_profile(args.profile)
     print(plan_table(profile, args.protocol or list(profile.protocols), run))
+
+
+def share(args) -> None:
+    from .notebooks import find
+    from .paths import repository_relative
+    from .runs import open_run
+    from .sharing import share as share_run
+
+    run = open_run(source=args.run)
+    notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
+    pages, archive = share_run(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
+    for path in (*pages, archive):
+        print(f"{repository_relative(path)}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def batch(args) -> int:
+    from .batch import load_matrix, run_batch
+
+    return run_batch(load_matrix(Path(args.matrix)), Path(args.out) if args.out else None)
 
 
 def record(args) -> None:
@@ -110,7 +160,7 @@ def serve(args) -> None:
 def load_test(args) -> int:
     from .load.level import measure_level
     from .load.stream import Endpoint
-    from .traces import arrival_times
+    from .traces import arrival_times, named_trace
 
     if args.api_key_env and args.api_key_env not in os.environ:
         raise BadInput(f"--api-key-env {args.api_key_env}: no such environment variable")
@@ -119,7 +169,10 @@ def load_test(args) -> int:
         raise BadInput(f"{out} already holds a result; choose another --out folder")
     key = os.environ.get(args.api_key_env) if args.api_key_env else None
     endpoint = Endpoint(args.base_url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop)
-    trace = _trace(args)
+    trace = named_trace(
+        args.trace, args.requests, seed=args.seed, tokenizer=args.tokenizer,
+        input_tokens=args.input_tokens, output_tokens=args.output_tokens,
+    )  # fmt: skip
     if trace.arrival_s and args.rate is None:
         due, name = trace.arrival_s, "replay"
     else:
@@ -139,18 +192,6 @@ def load_test(args) -> int:
     write_json(out / "summary.json", summary)
     print(json.dumps(summary))
     return 0 if summary["valid"] else 3
-
-
-def _trace(args):
-    from .traces import fixed_length, from_file, sharegpt_like
-
-    requests = 1000 if args.requests is None else args.requests
-    if args.trace == "sharegpt-like":
-        return sharegpt_like(requests, args.seed)
-    if args.trace == "random":
-        lengths = {"input_tokens": args.input_tokens, "output_tokens": args.output_tokens}
-        return fixed_length(requests, seed=args.seed, **lengths)
-    return from_file(args.trace, requests=args.requests, seed=args.seed, tokenizer=args.tokenizer)
 
 
 def claims(args) -> None:

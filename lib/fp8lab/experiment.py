@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -13,15 +14,16 @@ from .load.generator import send_load
 from .load.level import measure_level
 from .load.stream import Endpoint
 from .load.telemetry import Telemetry
-from .models import model_folder
+from .measure import capacity
 from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
 from .server import launch
+from .server.command import served_model
 from .server.launch import Server, ServerInfo
 from .tables import Table
 from .text import visible
-from .traces import Trace, arrival_times, sharegpt_like
+from .traces import Trace, arrival_times, named_trace, sharegpt_like
 
 
 class RecordedServer:
@@ -83,9 +85,14 @@ def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) 
 
 def trace_for(profile: Profile, level: Level) -> Trace:
     """The trace of a level: every variant gets the same one, each repeat its own seed."""
-    if profile.workload.trace != "sharegpt-like":
-        raise BadInput(f"profile {profile.name}: no trace {profile.workload.trace!r} (there is: sharegpt-like)")
-    return sharegpt_like(level.requests, seed=_seed(profile, level))
+    workload = profile.workload
+    tokenizer = workload.tokenizer or None
+    if workload.trace.endswith(".json") and not tokenizer:
+        tokenizer = served_model(profile, level.variant)
+    return named_trace(
+        workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
+        input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
+    )  # fmt: skip
 
 
 def load_test(
@@ -198,6 +205,48 @@ def _measure_variant(run: Run, profile: Profile, variant: str, levels: list[Leve
     return None
 
 
+def find_limit(
+    server: Server | RecordedServer,
+    slo: capacity.SLO = capacity.DEFAULT,
+    *,
+    run: Run,
+    start: float = 25.0,
+    seconds: float = 20.0,
+    max_probes: int = 8,
+    workers: int | None = None,
+) -> capacity.Bracket:
+    """Searches the highest rate at which `server` meets `slo`; returns the bracket that it lies in, at best 5 % wide.
+
+    Every probe is a level of `run`, of at least `seconds` and of as many requests as its percentile needs, so that
+    an interrupted search goes on where it stopped. From a recorded run the bracket is that of its levels.
+    """
+    if isinstance(server, RecordedServer):
+        summaries = server.run.summaries().values()
+        held = [s["level"] for s in summaries if s["level"]["variant"] == server.variant and s["valid"]]
+        levels = [
+            Level(**{k: v for k, v in level.items() if k in ("variant", "rate", "requests", "repeat")})
+            for level in held
+        ]
+        return capacity.bracket(
+            (level.rate, capacity.attains(server.run.read(level).records, slo).state)
+            for level in levels
+            if math.isfinite(level.rate)
+        )
+
+    def probe(rate: float) -> str:
+        level = Level(variant=server.variant, rate=rate, requests=1)
+        held = run.summaries().get(level.id)
+        # A level that is there already counts as it was measured.
+        needed = max(capacity.required_requests(1, slo.share), math.ceil(seconds * rate))
+        requests = held["level"]["requests"] if held else needed
+        result = load_test(server, rate=rate, requests=requests, run=run, workers=workers)
+        found = capacity.attains(result.records, slo)
+        StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
+        return found.state if result.valid else "undecided"
+
+    return capacity.search(probe, start, max_probes=max_probes)[0]
+
+
 def cross_check(server: Server, level: Level, run: Run) -> dict:
     """The same load once more with `vllm bench serve`, stored beside the level; returns its result."""
     profile = server.profile
@@ -205,14 +254,9 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
         return run.cross_checks()[level.id]
     status = StatusLine()
     status.update(f"{level.id}: cross-check with vllm bench serve")
-    tokenizer = (
-        model_folder(profile.model.shapes)
-        if profile.model.weights == "random"
-        else profile.model.checkpoint(level.variant)
-    )
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=str(tokenizer), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(
@@ -236,7 +280,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         _endpoint(server),
         trace,
         due,
-        name=level.id,
+        name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
         time_dilation=profile.time_dilation,
         telemetry=telemetry,
         server_problem=server.problem,

@@ -11,6 +11,8 @@ from .progress import PROGRESS_FILE_VARIABLE, StatusLine
 
 FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"
+# Runs by its name only: it serves a trained model, the others the shapes of a large one.
+_APART = ("07_quality",)
 
 
 class NotebookFailed(Fp8labError):
@@ -18,12 +20,12 @@ class NotebookFailed(Fp8labError):
 
 
 def find(name: str) -> list[Path]:
-    """The notebooks that `name` means: "front", "steps" (all of them in order), a step's name, or a path."""
+    """The notebooks that `name` means: "front", "steps" (those on speed, in order), a step's name, or a path."""
     steps = sorted(STEPS.glob("*.ipynb"))
     if name == "front":
         return [FRONT]
     if name == "steps":
-        return steps
+        return [path for path in steps if path.stem not in _APART]
     named = [path for path in steps if name in (path.stem, path.stem.partition("_")[0])]
     if not named and not Path(name).is_file():
         known = ", ".join(["front", "steps", *(path.stem for path in steps)])

@@ -17,7 +17,7 @@ from .paths import DATA
 from .private import is_secret
 
 DEVICES = ("cuda", "emulated", "cpu")
-WEIGHTS = ("random", "checkpoint")
+WEIGHTS = ("random", "packaged", "checkpoint")
 # A variant's name is also a folder's.
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -72,7 +72,7 @@ class Emulation:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which model is served: local shapes with random weights, or named checkpoints."""
+    """Which model is served: local shapes with random weights or those that a package ships, or named checkpoints."""
 
     shapes: str = ""
     weights: str = "random"
@@ -105,11 +105,16 @@ class ServerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The trace's name, its seed, and how many requests warm a fresh server up, unmeasured."""
+    """The trace ("sharegpt-like", "random", or a .csv or .json file), its seed, and how many requests warm a fresh
+    server up, unmeasured. The lengths are those of "random"; `tokenizer` counts a ShareGPT file's tokens (default: the
+    model's own)."""
 
     trace: str = "sharegpt-like"
     seed: int = 0
     warmup_requests: int = 32
+    input_tokens: int = 1024
+    output_tokens: int = 128
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +169,15 @@ def load_profile(name: str = "auto", *, weights: str | None = None, model: str |
     """The profile `name`: one of `profile_names()`, a path to a TOML file, or "auto".
 
     "auto" is the machine's: h200-80gb or h100-80gb with a GPU, emulated-h100 without.
-    `weights` ("random" or "checkpoint") overrides the profile's; `model` serves that checkpoint
+    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint
     (hub name or path) for every variant. Raises BadInput, also for a GPU profile without a GPU.
     """
     profile = read_profile(name)
     check_device(profile)
     overrides = {"weights": weights} if weights else {}
     if model:
-        overrides = {"weights": "checkpoint", "checkpoints": {"default": model}}
+        # Another model has other shapes than the profile's.
+        overrides = {"weights": "checkpoint", "checkpoints": {"default": model}, "shapes": ""}
     profile = dataclasses.replace(profile, model=dataclasses.replace(profile.model, **overrides))
     if profile.model.weights == "checkpoint":
         for variant in profile.variants:

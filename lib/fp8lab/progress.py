@@ -4,6 +4,7 @@ In a notebook it is one display handle, in a terminal one rewritten line, elsewh
 for each phase. It goes to standard error, so that standard output stays for results.
 """
 
+import html
 import os
 import sys
 import time
@@ -26,22 +27,23 @@ class StatusLine:
         self._notebook = _in_notebook()
         self._terminal = sys.stderr.isatty()
 
-    def update(self, phase: str, detail: str = "") -> None:
-        """Shows `phase` and `detail`; calls in quick succession with the same phase are skipped."""
+    def update(self, phase: str, detail: str = "", picture: str = "") -> None:
+        """Shows `phase` and `detail`, in a notebook with a `picture` (HTML); calls in quick succession with the same
+        phase are skipped."""
         now = time.monotonic()
         if phase == self._phase and (now - self._shown_at < self._interval or not (self._notebook or self._terminal)):
             return
         self._phase, self._shown_at = phase, now
-        self._show("update", f"{phase}{': ' if detail else ''}{detail}")
+        self._show("update", f"{phase}{': ' if detail else ''}{detail}", picture)
 
-    def done(self, text: str) -> None:
+    def done(self, text: str, picture: str = "") -> None:
         """Replaces the line by its summary."""
-        self._show("done", text)
+        self._show("done", text, picture)
 
-    def _show(self, kind: str, text: str) -> None:
+    def _show(self, kind: str, text: str, picture: str) -> None:
         text = " ".join(visible(text, limit=1000).splitlines())
         if self._notebook:
-            self._show_in_cell(kind, text)
+            self._show_in_cell(kind, text, picture)
         elif self._terminal:
             end = "\n" if kind == "done" else ""
             print(f"\r{text:<{self._width}}", end=end, file=sys.stderr, flush=True)
@@ -49,10 +51,12 @@ class StatusLine:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _show_in_cell(self, kind: str, text: str) -> None:
+    def _show_in_cell(self, kind: str, text: str, picture: str) -> None:
         from IPython.display import display
 
         content = {"text/plain": text}
+        if picture:
+            content["text/html"] = f"{picture}<pre>{html.escape(text)}</pre>"
         if self._handle is None:
             self._handle = display(content, raw=True, display_id=True)
         else:

@@ -6,6 +6,7 @@ unfinished/                       a level while it is being written
 set-aside/                        levels that were to be measured again, as they were
 logs/<variant>.log                the server's own output
 rendered/                         executed notebooks and pages
+quality/<variant>.json, .parquet  what its answers were (fp8lab.evaluation)
 claims.json                       the verdicts
 """
 
@@ -32,6 +33,7 @@ from .tables import Table
 
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
+_LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Run:
         when its summary cannot be read."""
         if not (self._folder(level.id) / "summary.json").is_file():
             return False
-        held = self._summary(level.id)["level"].get("requests")
+        held = self._summary(level.id)["level"]["requests"]
         if held != level.requests:
             raise RunMismatch(
                 f"run {self.path.name} holds level {level.id} with {held} requests, not {level.requests}; "
@@ -123,9 +125,19 @@ class Run:
         return True
 
     def summaries(self) -> dict[str, dict]:
-        """The summary of every complete level, by level id. Raises RunDamaged when one cannot be read."""
-        folders = sorted(p.parent for p in self.path.glob("levels/*/summary.json"))
-        return {folder.name: self._summary(folder.name) for folder in folders}
+        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat.
+
+        Raises RunDamaged when one cannot be read.
+        """
+        variants = list(self.profile.variants)
+        found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
+
+        def place(item: tuple[str, dict]):
+            level = item[1]["level"]
+            known = level["variant"] in variants
+            return (variants.index(level["variant"]) if known else len(variants), float(level["rate"]), level["repeat"])
+
+        return dict(sorted(found.items(), key=place))
 
     def read(self, level: Level) -> LevelResult:
         """A complete level. Raises BadInput when the run does not hold it, RunDamaged when it cannot be read."""
@@ -192,13 +204,38 @@ class Run:
         paths = sorted(self.path.glob("levels/*/vllm_bench.json"))
         return {path.parent.name: read_json(path, self._again(path.parent.name)) for path in paths}
 
+    def write_part(self, folder: str, name: str, summary: Mapping, **tables: pd.DataFrame | None) -> None:
+        """Stores `tables` as <folder>/<table>.parquet and then, atomically, `summary` as <folder>/<name>.json."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        with self.locked():
+            self._note_place()
+            with told(self.path / folder):
+                (self.path / folder).mkdir(exist_ok=True)
+            write_tables(self.path / folder, **tables)
+            write_json(self.path / folder / f"{name}.json", summary)
+
+    def read_parts(self, folder: str) -> dict[str, dict]:
+        """The summaries that `write_part` stored in `folder`, by name."""
+        paths = sorted(self.path.glob(f"{folder}/[!.]*.json"))
+        return {path.stem: read_json(path, f"delete it to measure {path.stem} again") for path in paths}
+
+    def read_table(self, folder: str, name: str) -> pd.DataFrame:
+        """A table that `write_part` stored. Raises RunDamaged when it is missing or cannot be read."""
+        return read_parquet(self.path / folder / f"{name}.parquet", "delete the .json beside it to measure it again")
+
     def check_profile(self, profile: Profile) -> None:
         """Raises RunMismatch unless this run was made with `profile`."""
         if self.read_only:
             return
-        mine, other = self.manifest["profile"], plain(profile.as_dict())
+        # Read back and written again, so that a run from before a key existed has its default.
+        mine, other = (plain(one.as_dict()) for one in (self.profile, profile))
         differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
-        # A run may take in more levels; what a level is must not change.
+        # A run may take in more levels and variants; what a level is must not change.
+        shared = mine["variants"].keys() & other["variants"].keys()
+        for key in ("variants", "variant_env"):
+            if all(mine[key].get(variant) == other[key].get(variant) for variant in shared):
+                differing.discard(key)
         if differing := sorted(differing - {"protocols", "title"}):
             raise RunMismatch(
                 f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
@@ -223,31 +260,34 @@ class Run:
             write_json(self.path / "run.json", self.manifest)
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
-        """Copies what a recorded run needs to `data/recorded/<name>`: provenance, and of every complete level its
-        summary, records, telemetry and cross-check; token timestamps of the levels `tokens` only; the figures as
-        SVG. No logs."""
+        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced."""
         target = DATA / "recorded" / name
         if unknown := sorted(set(tokens) - set(self.summaries())):
             raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
         shutil.rmtree(target, ignore_errors=True)
-        for level_id in self.summaries():
-            folder = target / "levels" / level_id
-            folder.mkdir(parents=True)
-            for file in sorted(self._folder(level_id).iterdir()):
-                if file.stem != "tokens" or level_id in tokens:
-                    shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(self.path / "run.json", target / "run.json")
-        for figure in self.path.glob("figures/*.svg"):
-            (target / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(figure, target / "figures" / figure.name)
+        for file in self.files(tokens):
+            copy = target / file.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         return target
+
+    def files(self, tokens: Sequence[str] = ()) -> list[Path]:
+        """What another reader of this run needs: provenance, every complete level, what was measured of quality (less
+        the likeliest tokens of every position), figures as SVG. No logs, and token timestamps of the levels `tokens`
+        only."""
+        found = [self.path / "run.json", *sorted(self.path.glob("figures/*.svg"))]
+        for level_id in self.summaries():
+            files = sorted(self._folder(level_id).iterdir())
+            found += [file for file in files if file.stem != "tokens" or level_id in tokens]
+        found += [file for file in sorted(self.path.glob("quality/[!.]*")) if not file.stem.endswith("-top")]
+        return found
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
 
     def _summary(self, level_id: str) -> dict:
         summary = read_json(self._folder(level_id) / "summary.json", self._again(level_id), _SUMMARY_KEYS)
-        if not isinstance(summary["level"], dict):
+        if not isinstance(summary["level"], dict) or not _LEVEL_KEYS <= summary["level"].keys():
             raise RunDamaged(f"{self._folder(level_id) / 'summary.json'} names no level; {self._again(level_id)}")
         return summary
 
@@ -270,6 +310,10 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     """
     if source:
         path = Path(source)
+        if path.suffix == ".zip" and path.is_file():
+            from .sharing import unpacked
+
+            path = unpacked(path)
         path = path if path.is_dir() else DATA / "recorded" / str(source)
         return Run(path, _manifest(path), read_only=True)
     if str(run_dir) == "latest":

@@ -122,6 +122,23 @@ def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, t
     return trace if requests is None else trace.head(requests)
 
 
+def named_trace(
+    trace: str, requests: int | None, *, seed: int, input_tokens: int, output_tokens: int, tokenizer: str | None = None
+) -> Trace:
+    """The trace that a profile or the command line names: "sharegpt-like", "random" (with lengths), or a file.
+
+    `requests` is how many; None means 1000, or all of a file. Raises BadInput for a file that holds fewer.
+    """
+    if trace == "sharegpt-like":
+        return sharegpt_like(1000 if requests is None else requests, seed)
+    if trace == "random":
+        count = 1000 if requests is None else requests
+        return fixed_length(count, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
+    if not trace.endswith((".csv", ".json")):
+        raise BadInput(f"no trace {trace!r} (there are: sharegpt-like, random, a .csv of lengths, a ShareGPT .json)")
+    return from_file(trace, requests=requests, seed=seed, tokenizer=tokenizer)
+
+
 def arrival_times(
     requests: int, rate: float, *, burstiness: float = 1.0, seed: int = 0, normalised: bool = True
 ) -> np.ndarray:

@@ -9,15 +9,17 @@ from ..progress import StatusLine
 from ..traces import Trace
 from .clocks import Clocks, clock_problems
 from .generator import Sent, self_check, send_load
+from .live import LiveChart
 from .stream import Endpoint
 from .telemetry import Telemetry
 from .watch import Watch
 
-# A level with more failures than this says something about them, not about the server's speed.
-_FAILED_SHARE = 0.01
-
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# A level of which more than this share failed did not carry the load that it stands for.
+_FAILED_SHARE = 0.01
 
 
 class Measured(NamedTuple):
@@ -46,14 +48,14 @@ def measure_level(
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
     level is valid. Raises what `send_load` raises.
     """
-    status, clocks = StatusLine(), Clocks.now()
+    status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
         sent = send_load(
             endpoint,
             trace,
             due_s,
             time_dilation=time_dilation,
-            on_progress=lambda progress: status.update(name, str(progress)),
+            on_progress=lambda progress: status.update(name, str(progress), chart.add(progress)),
             problem=watch.problem,
             **options,
         )
@@ -78,8 +80,8 @@ def measure_level(
         from ..measure.usage import summarize_usage
 
         sampled = telemetry.table(sent.start)
-        summary |= summarize_usage(sampled, records) | {"telemetry_cpu_share": telemetry.cpu_share}
-    status.done(one_line(name, summary))
+        summary |= summarize_usage(sampled, records, tokens) | {"telemetry_cpu_share": telemetry.cpu_share}
+    status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 
 

@@ -1,7 +1,7 @@
 """What the GPU, the server and the client did while a level ran: sampled by one thread, in one table.
 
-The GPU (NVML) is read five times a second, CPU times twice, the server's own counters (`/metrics`) once. The thread
-measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
+The GPU's shares and power (NVML) are read five times a second, CPU times twice, its memory, clock and energy counter
+and the server's own counters (`/metrics`) once. The thread measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PERIOD_S = 0.2
 CPU_PERIOD_S = 0.5
-METRICS_PERIOD_S = 1.0
+SLOW_PERIOD_S = 1.0
 
 # vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
 SERVER_COLUMNS = {
@@ -76,18 +76,20 @@ class Telemetry:
         return table
 
     def _run(self) -> None:
-        began, next_metrics, next_cpu = time.monotonic(), 0.0, 0.0
+        began, next_slow, next_cpu = time.monotonic(), 0.0, 0.0
         with GpuReader() as gpu:
             while True:
                 now = time.monotonic()
-                row = {"at_s": now} | gpu.read()
+                slow = now >= next_slow
+                row = {"at_s": now} | gpu.read(slow)
                 # Twice a second and no oftener: CPU time is counted in ticks of 10 ms.
                 if now >= next_cpu:
                     next_cpu = now + CPU_PERIOD_S
                     row |= self._cpu(now)
-                if self._metrics and now >= next_metrics:
-                    next_metrics = now + METRICS_PERIOD_S
-                    row |= self._server_counters()
+                if slow:
+                    next_slow = now + SLOW_PERIOD_S
+                    if self._metrics:
+                        row |= self._server_counters()
                 self._rows.append(row)
                 if self._stop.wait(max(0.0, PERIOD_S - (time.monotonic() - now))):
                     break

@@ -80,15 +80,30 @@ def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
     return times[order], np.cumsum(np.concatenate([np.ones(begin.size), -np.ones(end.size)])[order])
 
 
-def steady_window(records: pd.DataFrame) -> tuple[float, float]:
+def steady_window(
+    records: pd.DataFrame, tokens: pd.DataFrame | None = None, telemetry: pd.DataFrame | None = None
+) -> tuple[float, float]:
     """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s.
 
-    It leaves out ramp and drain whatever the arrival process, and needs no tuning. A request's tokens are
-    taken as spread evenly between its first and last one, so that records alone suffice. (nan, nan) for none.
+    It leaves out ramp and drain whatever the arrival process, and needs no tuning. Instants come from the token
+    timestamps; without them from the server's own token counter; without both a request's tokens are taken as spread
+    evenly from its first to its last, which puts too many into the window of a saturated level. (nan, nan) for none.
     """
     done = completed(records)
-    if done.empty:
+    if done.empty or not done["output_tokens"].sum():
         return np.nan, np.nan
+    if tokens is not None and len(tokens):
+        at = tokens["at_s"][tokens["request"].isin(done["request"])].to_numpy()
+        if at.size:
+            return tuple(float(np.quantile(at, share)) for share in _STEADY)
+    if telemetry is not None and (counted := telemetry[["at_s", "generation_tokens"]].dropna()).shape[0] > 2:
+        # Sampling may end before the last tokens are counted, so shares are of what the records hold.
+        share = (counted["generation_tokens"] - counted["generation_tokens"].iloc[0]) / done["output_tokens"].sum()
+        return tuple(float(np.interp(at, share, counted["at_s"])) for at in _STEADY)
+    return _evenly_spread(done)
+
+
+def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
     first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
     width = np.maximum(last - first, 1e-9)
 
@@ -118,7 +133,7 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
     """
     done, each = completed(records), latencies(records)
     duration = _duration(records)
-    begin, end = steady_window(records)
+    begin, end = steady_window(records, tokens)
     output = int(done["output_tokens"].sum())
     chunks = int(done["chunks"].sum())
 

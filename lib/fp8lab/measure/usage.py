@@ -6,13 +6,15 @@ import pandas as pd
 from .metrics import completed, steady_window
 
 
-def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame) -> dict[str, float | None]:
+def summarize_usage(
+    telemetry: pd.DataFrame, records: pd.DataFrame, tokens: pd.DataFrame | None = None
+) -> dict[str, float | None]:
     """Means over the steady window, maxima and energy over the whole run; what was not sampled is None.
 
     `energy_j` integrates the power samples from the first request to the last token (trapezoids);
     `energy_counter_j` is the GPU's own counter over the same time, as a check.
     """
-    begin, end = steady_window(records)
+    begin, end = steady_window(records, tokens, telemetry)
     steady = telemetry[telemetry["at_s"].between(begin, end)]
     done = completed(records)
     run = telemetry[telemetry["at_s"].between(records["sent_s"].min(), done["last_token_s"].max())]

@@ -1,26 +1,36 @@
 """From a run to verdicts: the published value, the measured one, and whether the claim holds.
 
-`reproduced`                the measured value lies within the tolerance that was fixed beforehand
-`reproduced, other cause`   it does, but the effect is gone at equal load: its cause is not the one stated
-`not reproduced`            it does not
+`reproduced`                the measured value is what was claimed, within the tolerance that was fixed beforehand
+`reproduced, other cause`   it is, but the stated cause is not: the effect is gone at equal load, or something
+                            else than the stated cause was the limit
+`not reproduced`            it is not
+`undecided`                 measured, and its interval or its length allows both answers
 `invalid run`               a level that the claim rests on was not measured properly
 `not run`                   a level is missing, or the GPU was emulated: nothing was measured
+
+Judged is the (geometric) mean of all seeds that were measured as published: a single seed can be an odd one, and which
+one comes first is chance. Each seed's value is told beside it.
 """
 
+import math
 import tomllib
 from dataclasses import dataclass
+from statistics import geometric_mean
 
+from ..measure.compare import Ratio, contrast
 from ..paths import DATA
 from ..runs import Run, write_json
 from ..tables import Table
+from .evidence import Evidence, evidence
 
-# An effect counts as gone at equal load when less than this share of it is left there.
-_EFFECT_GONE = 1 / 3
+# The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
+_MOST = 2 / 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, judged. `published` and `measured` are in `unit`; `levels` are the level ids it rests on."""
+    """One claim, judged. `published`, `measured` and `interval` (95 %, over the seeds) are in `unit`; `levels` are
+    the level ids it rests on, `limits` what limited each."""
 
     id: str
     title: str
@@ -28,11 +38,13 @@ class Verdict:
     unit: str
     published: float
     measured: float | None
+    interval: tuple[float, float] | None
     published_parts: dict[str, float]
     measured_parts: dict[str, float | None]
     verdict: str
     reason: str
     levels: list[str]
+    limits: dict[str, str]
     emulated: bool
 
 
@@ -43,118 +55,173 @@ def published() -> dict:
 
 def judge(run: Run) -> list[Verdict]:
     """The verdict on every claim; also stored as `claims.json` in a run that can be written."""
-    facts, summaries = published(), run.summaries()
-    verdicts = [_judge(claim, facts["protocol"], summaries, run) for claim in facts["claims"]]
+    from .recommendations import RECOMMENDATIONS
+
+    facts, seen = published(), evidence(run)
+    verdicts = [
+        RECOMMENDATIONS.get(claim["quantity"], _judge)(claim, facts["protocol"], seen) for claim in facts["claims"]
+    ]
     if not run.read_only:
         write_json(run.path / "claims.json", {"source": facts["source"], "claims": verdicts})
     return verdicts
 
 
 def claims_table(run: Run) -> Table:
-    """The verdicts as a table, in words."""
-    verdicts = judge(run)
+    """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it."""
     rows = [
-        (v.id, v.title, _show(v.published, v.unit), _show(v.measured, v.unit), v.verdict, v.reason) for v in verdicts
-    ]
+        (
+            v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
+            _interval(v), v.verdict, v.reason, _rests_on(v),
+        )
+        for v in judge(run)
+    ]  # fmt: skip
     emulated = "EMULATED GPU: nothing here was measured on a GPU. " if run.emulated else ""
-    caption = f"{emulated}The published claims against run {run.path.name} (profile {run.profile.name})"
+    caption = f"{emulated}The published claims against run {run.path.name}: {run.profile.title}"
     this_run = "this run (EMULATED)" if run.emulated else "this run"
-    return Table(caption, ("", "claim", "published", this_run, "verdict", "reason"), rows)
+    columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "reason", "rests on (limited by)")
+    return Table(caption, columns, rows)
 
 
-def level_id(variant: str, rate: float) -> str:
-    """The id of the first repeat of a level, as claims and figures refer to it."""
-    return f"{variant}-{rate:g}rps-r1"
+def level_id(variant: str, rate: float, repeat: int = 1) -> str:
+    """The id of a level, as claims and figures refer to it."""
+    return f"{variant}-{rate:g}rps-r{repeat}"
 
 
-def _judge(claim: dict, protocol: str, summaries: dict, run: Run) -> Verdict:
-    sides = [side for side in ("bf16", "fp8") if side in claim]
-    ids = {side: level_id(side, claim[side]["rate"]) for side in sides}
-    parts = {side: summaries.get(ids[side], {}).get(claim["metric"]) for side in sides}
-    is_ratio = claim["quantity"] == "ratio"
-    published_parts = {side: claim[side]["value"] for side in sides}
-    value = published_parts["fp8"] / published_parts["bf16"] if is_ratio else published_parts["fp8"]
-    known = all(part is not None for part in parts.values())
-    measured = None
-    if known:
-        measured = parts["fp8"] / parts["bf16"] if is_ratio else parts["fp8"]
-    verdict, reason = _verdict(claim, ids, parts, value, measured, summaries, run)
-    return Verdict(
-        id=claim["id"],
-        title=claim["title"],
-        protocol=protocol,
-        unit="x" if is_ratio else claim["unit"],
-        published=value,
-        measured=measured,
-        published_parts=published_parts,
-        measured_parts=parts,
-        verdict=verdict,
-        reason=reason,
-        levels=list(ids.values()),
-        emulated=run.emulated,
-    )
-
-
-def _verdict(claim, ids, parts, value, measured, summaries, run) -> tuple[str, str]:
-    missing = [level for level in ids.values() if level not in summaries]
+def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:
+    """(verdict, reason) when `levels` cannot carry a verdict: one is missing, was not measured properly, or (with
+    `records`) lacks its records."""
+    missing = [level for level in levels if level not in seen.summaries]
     if missing:
         return "not run", f"the run holds no level {', '.join(missing)}"
-    invalid = [
-        f"{level}: {summaries[level]['invalid_reason']}" for level in ids.values() if not summaries[level]["valid"]
-    ]
-    if invalid:
-        return "invalid run", "; ".join(invalid)
-    if measured is None:
+    invalid = [f"{level}: {s['invalid_reason']}" for level in levels if not (s := seen.summaries[level])["valid"]]
+    if not invalid and records:
+        invalid = [f"{level}: its records are missing" for level in levels if seen.level(level) is None]
+    return ("invalid run", "; ".join(invalid)) if invalid else None
+
+
+def without_gpu(seen: Evidence) -> str | None:
+    """Why a run can carry no verdict at all; None when it can."""
+    if seen.run.profile.device == "cuda":
+        return None
+    return f"{'EMULATED GPU' if seen.run.emulated else 'no GPU'}, so no verdict"
+
+
+def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
+    """A Verdict with what every claim has in common filled in."""
+    value = claim["fp8"]["value"]
+    common = {
+        "id": claim["id"], "title": claim["title"], "unit": claim["unit"], "published": value, "measured": None,
+        "interval": None, "published_parts": {"fp8": value}, "measured_parts": {}, "emulated": seen.run.emulated,
+        "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
+    }  # fmt: skip
+    return Verdict(**common | found)
+
+
+def _judge(claim: dict, protocol: str, seen: Evidence) -> Verdict:
+    sides = [side for side in ("fp8", "bf16") if side in claim]
+    is_ratio, metric = claim["quantity"] == "ratio", claim["metric"]
+    said = {side: claim[side]["value"] for side in sides}
+    seeds = {side: seen.seeds(side, claim[side]["rate"], metric) for side in sides}
+    shared = sorted(set.intersection(*(set(values) for values in seeds.values())))
+    ids = [level_id(side, claim[side]["rate"], seed) for side in reversed(sides) for seed in shared or [1]]
+    value, measured, mean = said["fp8"] / said.get("bf16", 1.0) if is_ratio else said["fp8"], None, None
+    if shared:
+        mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
+        measured = mean.value
+    word, reason = _verdict(claim, ids, value, mean, seeds, seen)
+    return verdict(
+        claim, seen, ids,
+        protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
+        interval=(mean.low, mean.high) if mean and not math.isnan(mean.low) else None,
+        published_parts=said, verdict=word, reason=reason,
+        measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
+    )  # fmt: skip
+
+
+def _verdict(claim: dict, ids: list[str], value: float, mean: Ratio | None, seeds, seen: Evidence) -> tuple[str, str]:
+    if unjudged := not_judged(seen, ids):
+        return unjudged
+    if mean is None:
         return "invalid run", f"no {claim['metric']} was measured: nothing completed"
-    change = measured / value - 1
-    beside = " against ".join(
-        f"{_number(parts[side])} {claim['unit']} ({side} at {claim[side]['rate']} req/s)" for side in reversed(parts)
-    )
-    near = f"{beside}: {abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
-    load = _equal_load(claim, summaries)
-    if run.profile.device != "cuda":
-        return "not run", f"{'EMULATED GPU' if run.emulated else 'no GPU'}, so no verdict; {near}{load and '; ' + load}"
-    if abs(change) > claim["tolerance"]:
-        return "not reproduced", f"{near}, outside the tolerance of {claim['tolerance']:.0%}{load and '; ' + load}"
-    if (
-        claim["quantity"] == "ratio"
-        and (left := _effect_left(claim, summaries, measured)) is not None
-        and left < _EFFECT_GONE
-    ):
-        return "reproduced, other cause", f"{near}; but {load}: the offered load did it, not {claim['cause']}"
-    return "reproduced", near
+    change = mean.value / value - 1
+    near = f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
+    behind = "".join(f"; {text}" for text in (_each_seed(claim, seeds, value), _causes(claim, seen)) if text)
+    if why := without_gpu(seen):
+        return "not run", f"{why}; {near}{behind}"
+    if not _within(claim, change):
+        return "not reproduced", f"{near}, outside the tolerance of {claim['tolerance']:.0%}{behind}"
+    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
+        floor = load.value if math.isnan(load.low) else load.low
+        if mean.value > 1 and floor - 1 >= _MOST * (mean.value - 1):
+            return "reproduced, other cause", f"{near}; the offered load did it, not {claim['cause']}{behind}"
+    limit = seen.limit(ids[-1]).cause
+    if claim["cause"] == "the card" and not limit.startswith(("GPU", "unknown")):
+        return "reproduced, other cause", f"{near}; the limit was the {limit}, not {claim['cause']}{behind}"
+    return "reproduced", f"{near}{behind}"
 
 
-def _equal_load_ratios(claim: dict, summaries: dict) -> dict[float, float]:
-    """FP8 over BF16 at each rate at which the run holds valid levels of both."""
-    if claim["quantity"] != "ratio":
-        return {}
-    ratios = {}
-    for rate in (claim["bf16"]["rate"], claim["fp8"]["rate"]):
-        both = [summaries.get(level_id(side, rate)) for side in ("fp8", "bf16")]
-        if all(s and s["valid"] and s[claim["metric"]] for s in both):
-            ratios[rate] = both[0][claim["metric"]] / both[1][claim["metric"]]
-    return ratios
+def _within(claim: dict, change: float) -> bool:
+    """Whether a relative change from the published value is one that the claim allows."""
+    low = -math.inf if claim["direction"] == "at most" else -claim["tolerance"]
+    high = math.inf if claim["direction"] == "at least" else claim["tolerance"]
+    return low <= change <= high
 
 
-def _effect_left(claim: dict, summaries: dict, measured: float) -> float | None:
-    """The largest share of the effect (ratio - 1) that is left at equal load; None when it was not measured."""
-    ratios = _equal_load_ratios(claim, summaries)
-    return max((r - 1) / (measured - 1) for r in ratios.values()) if ratios and measured != 1 else None
+def _each_seed(claim: dict, seeds, value: float) -> str:
+    """What each seed gave, as text, with a word when they disagree about the claim; empty for a single one."""
+    over, under = seeds["fp8"], seeds.get("bf16")
+    each = {seed: over[seed] / (under[seed] if under else 1.0) for seed in over if not under or seed in under}
+    if len(each) < 2:
+        return ""
+    answers = {_within(claim, one / value - 1) for one in each.values()}
+    shown = ", ".join(f"{one:.2f}×" if under else number(one) for one in each.values())
+    return f"seeds {shown}{'' if len(answers) == 1 else ' (they disagree about the tolerance)'}"
 
 
-def _equal_load(claim: dict, summaries: dict) -> str:
-    ratios = _equal_load_ratios(claim, summaries)
-    each = " and ".join(f"{ratio:.2f}x at {rate} req/s" for rate, ratio in ratios.items())
-    return f"at equal load it is {each}" if each else ""
+def _causes(claim: dict, seen: Evidence) -> str:
+    """What the load alone does to BF16, and what FP8 does at equal load, as text."""
+    parts = []
+    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
+        parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
+    rates = sorted({claim[side]["rate"] for side in ("bf16", "fp8") if side in claim})
+    found = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
+    each = [f"{one} at {rate} req/s" for rate, one in found.items() if one]
+    parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
+    return "; ".join(parts)
+
+
+def _load_alone(claim: dict, seen: Evidence) -> Ratio | None:
+    """What the same step in offered load does without FP8: BF16 at FP8's rate over BF16 at its own."""
+    cells = {side: seen.seeds("bf16", claim[side]["rate"], claim["metric"]) for side in ("fp8", "bf16")}
+    return contrast(cells, {"fp8": 1.0, "bf16": -1.0})
+
+
+def _rests_on(v: Verdict) -> str:
+    """The levels behind a verdict by what limited them: "fp8-100rps r1 r2 (front end)"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for level in v.levels:
+        stem, _, repeat = level.rpartition("-")
+        groups.setdefault((stem, v.limits.get(level, "missing")), []).append(repeat)
+    return ", ".join(f"{stem} {' '.join(repeats)} ({cause})" for (stem, cause), repeats in groups.items())
+
+
+def _with_parts(value: float | None, parts: dict, v: Verdict) -> str:
+    """A value; of a ratio of two levels also the two values."""
+    if value is None or set(parts) != {"bf16", "fp8"}:
+        return _show(value, v.unit)
+    return f"{_show(value, v.unit)} ({number(parts['fp8'])} / {number(parts['bf16'])})"
+
+
+def _interval(v: Verdict) -> str:
+    return " to ".join(_show(end, "x" if v.unit == "x" else "") for end in v.interval) if v.interval else "–"
 
 
 def _show(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}×" if unit == "x" else f"{_number(value)} {unit}"
+    return f"{value:.2f}×" if unit == "x" else f"{number(value)} {unit}".rstrip()
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Four digits that count, and no exponent."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -7,7 +7,7 @@ from .claims import level_id, published
 
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
-_INK, _GREY = "#222222", "#767676"
+INK, GREY = "#222222", "#767676"
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ def concurrency(run: Run) -> Figure:
 
 def rate(run: Run) -> Figure:
     """Offered against completed request rate, both variants."""
-    canvas, axes = _canvas(run, "How much of the offered rate is completed?")
+    canvas, axes = new_canvas(run, "How much of the offered rate is completed?")
     claim = _claim("C3")["fp8"]
     points, told = _points(run, "request_throughput"), []
     top = max([claim["rate"], *(x for variant in points.values() for x, _ in variant)]) * 1.15
-    axes.plot([0, top], [0, top], color=_GREY, lw=1, ls=":")
+    axes.plot([0, top], [0, top], color=GREY, lw=1, ls=":")
     axes.annotate(
-        "all completed", (top * 0.40, top * 0.42), color=_GREY, rotation=34, rotation_mode="anchor", fontsize=8
+        "all completed", (top * 0.40, top * 0.42), color=GREY, rotation=34, rotation_mode="anchor", fontsize=8
     )
     for variant, series in points.items():
         color, marker = STYLE[variant]
         axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
         told += [f"{variant} completed {y:.1f} of {x:g} req/s" for x, y in series]
-    axes.plot(claim["rate"], claim["value"], marker="*", ms=13, mfc="white", mec=_INK, ls="", label="published (FP8)")
+    axes.plot(claim["rate"], claim["value"], marker="*", ms=13, mfc="white", mec=INK, ls="", label="published (FP8)")
     axes.set(
         xlabel="offered rate, requests/s", ylabel="completed rate, requests/s", xlim=(0, top), ylim=(0, top * 0.85)
     )
     axes.legend(frameon=False, loc="upper left")
     caption = f"Completed rate over the whole run, drain tail included. Published: {claim['value']} of {claim['rate']} req/s (FP8)."
-    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", _caption(run, caption))
+    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", caption_of(run, caption))
 
 
 def tpot(run: Run) -> Figure:
@@ -67,7 +67,7 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     metric, summaries = claim["metric"], run.summaries()
     fp8_rate = claim["fp8"]["rate"]
     bf16_rate = claim.get("bf16", {}).get("rate", 50)
-    canvas, axes = _canvas(run, title)
+    canvas, axes = new_canvas(run, title)
     told, ticks = [], []
     shown = [level_id(variant, rate_) for variant in ("bf16", "fp8") for rate_ in (bf16_rate, fp8_rate)]
     values = [summaries.get(level, {}).get(metric) or 0 for level in shown]
@@ -78,17 +78,17 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
             x = group + offset
             value = summaries.get(level_id(variant, rate_), {}).get(metric)
             if value is None:
-                axes.annotate("not run", (x, 0), **_above(_GREY))
+                axes.annotate("not run", (x, 0), **_above(GREY))
             else:
                 axes.bar(x, value, 0.36, color=color, label=variant if group == 0 else None)
                 told.append(f"{variant} at {rate_} req/s: {_number(value)}")
                 # Within the bar, clear of the published line at its top; above it where the bar is short.
                 high = value > 0.12 * top
-                axes.annotate(_number(value), (x, 0 if high else value), **_above("white" if high else _INK))
+                axes.annotate(_number(value), (x, 0 if high else value), **_above("white" if high else INK))
             if claim.get(variant, {}).get("rate") == rate_:
                 said = claim[variant]["value"]
                 label_published = "published" if variant == "fp8" else None
-                axes.plot([x - 0.18, x + 0.18], [said, said], color=_INK, lw=2.4, label=label_published)
+                axes.plot([x - 0.18, x + 0.18], [said, said], color=INK, lw=2.4, label=label_published)
                 outward, side = (-1, "right") if offset < 0 else (1, "left")
                 axes.annotate(
                     _number(said), (x + outward * 0.2, said), (outward * 3, 0),
@@ -107,15 +107,16 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
         else (f"The published value is FP8's at {fp8_rate} req/s")
     )
     caption = f"{crossed} (black lines); side by side stand the two variants at equal load."
-    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", _caption(run, caption))
+    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(run, caption))
 
 
-def _canvas(run: Run, title: str):
+def new_canvas(run: Run, title: str, height: float = 3.8):
+    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(6.4, 3.8), layout="constrained")
+    canvas = Canvas(figsize=(6.4, height), layout="constrained")
     axes = canvas.subplots()
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
@@ -154,7 +155,8 @@ def _claim(id: str) -> dict:
     return next(claim for claim in published()["claims"] if claim["id"] == id)
 
 
-def _caption(run: Run, text: str) -> str:
+def caption_of(run: Run, text: str) -> str:
+    """`text` with what every caption says: where it comes from, and that it is emulated if it is."""
     emulated = "EMULATED GPU, nothing measured. " if run.emulated else ""
     return f"{emulated}{text} Run {run.path.name}."
 

@@ -3,15 +3,15 @@
 import base64
 import html
 import io
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..paths import DATA, repository_relative
+from ..measure.capacity import SLO
+from ..paths import repository_relative
 from ..profiles import Profile
 from ..runs import Run
+from ..shapes import fp8_kv, model_shape
 from ..tables import Table
-from . import figures
+from . import background_figures, fair_figures, figures
 
 _PIXELS_PER_INCH = 200
 
@@ -51,6 +51,51 @@ def rate_figure(run: Run) -> Shown:
 def tpot_figure(run: Run) -> Shown:
     """C4: mean time per output token."""
     return _show(run, figures.tpot(run))
+
+
+def memory_figure(run: Run) -> Shown:
+    """What fills the card's memory, variant by variant."""
+    return _show(run, background_figures.memory(run))
+
+
+def batching_figure(run: Run) -> Shown:
+    """Requests running, waiting and in flight over time, at the published FP8 level."""
+    return _show(run, background_figures.batching(run))
+
+
+def saturation_figure(run: Run) -> Shown:
+    """Offered rate against steady throughput, every variant."""
+    return _show(run, fair_figures.saturation(run))
+
+
+def equal_load_figure(run: Run) -> Shown:
+    """FP8 over BF16 at equal load, with intervals."""
+    return _show(run, fair_figures.equal_load(run))
+
+
+def ablation_figure(run: Run) -> Shown:
+    """What FP8 weights and the FP8 KV cache each do."""
+    return _show(run, fair_figures.ablation(run))
+
+
+def littles_law_figure(run: Run) -> Shown:
+    """Requests in flight as the client saw them against what the engine counted."""
+    return _show(run, fair_figures.littles_law(run))
+
+
+def kv_capacity_figure(run: Run) -> Shown:
+    """Requests that the KV cache can hold against the most that ran."""
+    return _show(run, fair_figures.kv_capacity(run))
+
+
+def roofline_figure(run: Run) -> Shown:
+    """The card's physical limit and what the levels needed of it."""
+    return _show(run, fair_figures.roofline(run))
+
+
+def objective_figure(run: Run, slo: SLO) -> Shown:
+    """TTFT's 99th percentile over the offered rate against an objective."""
+    return _show(run, fair_figures.objective(run, slo))
 
 
 def levels_table(run: Run) -> Table:
@@ -95,17 +140,15 @@ def resources_table(run: Run) -> Table:
 
 def memory_table(run: Run) -> Table:
     """What vLLM made of the card's memory, variant by variant, against the arithmetic of the KV cache."""
-    shape = json.loads((DATA / "models" / run.profile.model.shapes / "config.json").read_text())
-    head = shape["hidden_size"] // shape["num_attention_heads"]
-    numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head
+    shape = model_shape(run.profile.model.shapes)
     servers = {s["server"]["variant"]: s["server"] for s in run.summaries().values()}
     rows = []
     for variant in run.profile.variants:
         server = servers.get(variant)
         if server and server["kv_cache_tokens"]:
-            itemsize = 1 if "fp8" in _flag(server["command"], "--kv-cache-dtype") else 2
-            kv_gib = server["kv_cache_tokens"] * numbers * itemsize / 2**30
-            cells = (server["model_memory_gib"], server["kv_cache_tokens"], numbers * itemsize / 1024, kv_gib)
+            token = shape and shape.kv_bytes_per_token(1 if fp8_kv(server["command"]) else 2)
+            kib, gib = (token / 1024, server["kv_cache_tokens"] * token / 2**30) if token else (None, None)
+            cells = (server["model_memory_gib"], server["kv_cache_tokens"], kib, gib)
             patterns = ("{:.2f}", "{:,}", "{:.0f}", "{:.1f}")
             rows.append((variant, *(_cell(value, pattern) for value, pattern in zip(cells, patterns, strict=True))))
     columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
@@ -134,11 +177,6 @@ def cross_check_table(run: Run) -> Table:
 
 def _cell(value: float | None, pattern: str) -> str:
     return "–" if value is None else pattern.format(value)
-
-
-def _flag(command: Sequence[str], name: str) -> str:
-    """The value of a command's flag; "auto" if it is not given."""
-    return command[command.index(name) + 1] if name in command else "auto"
 
 
 def environment_table(run: Run) -> Table:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 
-from ..models import model_folder
+from ..models import model_folder, packaged_model
 from ..profiles import Profile
 
 HOST = "127.0.0.1"
@@ -14,13 +14,19 @@ EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 
 
+def served_model(profile: Profile, variant: str) -> str:
+    """The folder or hub name that vLLM loads: built here, converted from a package, or the profile's checkpoint."""
+    if profile.model.weights == "checkpoint":
+        return profile.model.checkpoint(variant)
+    folder = model_folder if profile.model.weights == "random" else packaged_model
+    return str(folder(profile.model.shapes))
+
+
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
     """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag."""
     flags = profile.variant_flags(variant)
-    if profile.model.weights == "random":
-        model, load = str(model_folder(profile.model.shapes)), ["--load-format", "dummy"]
-    else:
-        model, load = profile.model.checkpoint(variant), []
+    model = served_model(profile, variant)
+    load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
     name = ["--served-model-name", served_name] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
@@ -32,7 +38,7 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     """The variables that the server needs beyond this process's own; no secret among them."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **profile.server.env}
     environment |= profile.variant_env.get(variant, {})
-    if profile.model.weights == "random":
+    if profile.model.weights != "checkpoint":
         environment["HF_HUB_OFFLINE"] = "1"
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)

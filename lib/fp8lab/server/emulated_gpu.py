@@ -25,6 +25,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from ..shapes import ModelShape
+
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 GIB = 2**30
 
@@ -147,30 +149,3 @@ class EmulatedGpuExecutor(UniProcExecutor):
         start = self.free_at if now - self.free_at < wall else now
         self.free_at = max(now, start + wall)
         time.sleep(self.free_at - now)
-
-
-class ModelShape:
-    """A Llama-like model's sizes, from its Hugging Face configuration."""
-
-    def __init__(self, config):
-        self.layers = config.num_hidden_layers
-        self.kv_heads = config.num_key_value_heads
-        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads * self.head_size
-        attention = config.hidden_size * (2 * heads + 2 * self.kv_heads * self.head_size)
-        mlp = 3 * config.hidden_size * config.intermediate_size
-        self.layer_parameters = self.layers * (attention + mlp)
-        self.vocabulary_parameters = config.vocab_size * config.hidden_size
-        self.embeddings = 1 if config.tie_word_embeddings else 2
-        self.some_token = min(1000, config.vocab_size - 1)
-
-    def weight_bytes(self, fp8: bool) -> int:
-        """FP8 quantises the layers' matrices; the embedding and the output head stay BF16."""
-        return self.layer_parameters * (1 if fp8 else 2) + self.embeddings * self.vocabulary_parameters * 2
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_size * itemsize
-
-    @property
-    def flops_per_token(self) -> float:
-        return 2.0 * (self.layer_parameters + self.vocabulary_parameters)

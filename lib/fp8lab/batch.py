@@ -1,0 +1,239 @@
+"""A matrix of runs, one after the other on each GPU, as a queue that survives a crash.
+
+<batch folder>/queue.json           every job and its state: waiting, running, done, failed
+<batch folder>/<job>/profile.toml   what the job runs
+<batch folder>/<job>/run/           its run folder, which resumes by itself
+<batch folder>/index.html           all jobs; comparison.html: their levels side by side
+"""
+
+import contextlib
+import html
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import BadInput
+from .gpu import gpu_names
+from .notebooks import check_parameters, find
+from .paths import RUNS, repository_relative
+from .profiles import Level, read_profile
+from .runs import open_run, write_json
+from .tables import Table
+
+_KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """What a batch runs: every profile with every workload, a run each; in it the variants, one after the other."""
+
+    name: str
+    profiles: tuple[str, ...]
+    variants: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ("as published", "equal load")
+    notebook: str = "front"
+    workloads: Mapping[str, Mapping] = field(default_factory=lambda: {"": {}})
+
+    def jobs(self) -> list[tuple[str, str, Mapping]]:
+        """(job's name, profile, workload), in order."""
+        return [
+            ("-".join(filter(None, (Path(profile).stem, name))), profile, workload)
+            for profile in self.profiles
+            for name, workload in self.workloads.items()
+        ]
+
+
+def load_matrix(path: Path) -> Matrix:
+    """Reads and checks a matrix. Raises BadInput for whatever could only fail hours later."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError:
+        raise BadInput(f"no matrix at {str(path)!r}; `fp8lab batch --help` shows one") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not valid TOML: {error}") from None
+    if unknown := set(table) - _KEYS:
+        raise BadInput(f"{path}: unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")
+    if not table.get("profiles"):
+        raise BadInput(f'{path}: name at least one profile: profiles = ["emulated-h100"]')
+    table.pop("title", None)
+    # A profile's file is named relative to the matrix.
+    profiles = tuple(
+        str((path.parent / name).resolve()) if name.endswith(".toml") else name for name in table.pop("profiles")
+    )
+    lists = {key: tuple(table[key]) for key in ("variants", "protocols") if key in table}
+    matrix = Matrix(name=path.stem, profiles=profiles, **table | lists)
+    for notebook in find(matrix.notebook):
+        check_parameters(notebook, {"protocols": matrix.protocols})
+    names = [name for name, _, _ in matrix.jobs()]
+    if len(set(names)) < len(names):
+        raise BadInput(f"{path}: two profiles have the same name: {', '.join(sorted(names))}")
+    for _, profile, _ in matrix.jobs():
+        _levels(matrix, profile)
+    return matrix
+
+
+def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
+    """Runs what is not done yet; returns 0 when every job is done, 1 when one failed. Raises KeyboardInterrupt."""
+    folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    queue = _Queue(folder, [name for name, _, _ in matrix.jobs()])
+    for name, profile, workload in matrix.jobs():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
+    # Without a GPU there is one machine to share; with several each takes the next job.
+    places = range(len(gpu_names())) or [None]
+    workers = [
+        threading.Thread(target=_work, args=(queue, matrix, place, len(places) > 1), daemon=True) for place in places
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        queue.close()
+        for worker in workers:
+            worker.join()
+        raise
+    finally:
+        write_pages(folder)
+    print(repository_relative(folder / "index.html"))
+    return 0 if all(job["state"] == "done" for job in queue.jobs.values()) else 1
+
+
+class _Queue:
+    """The jobs and their states; every change is on disk before it counts."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._closed = False
+        held = {}
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads((folder / "queue.json").read_text())["jobs"]
+        # What was running when the last batch ended is run again: its run folder knows how far it came.
+        done = {name for name in names if held.get(name, {}).get("state") == "done"}
+        self.jobs = {name: held[name] if name in done else {"state": "waiting"} for name in names}
+        self._store()
+
+    def take(self) -> str | None:
+        with self._lock:
+            waiting = [name for name, job in self.jobs.items() if job["state"] == "waiting"]
+            if self._closed or not waiting:
+                return None
+            self._set(waiting[0], state="running")
+            return waiting[0]
+
+    def finish(self, name: str, exit_code: int) -> None:
+        with self._lock:
+            self._set(name, state="done" if exit_code == 0 else "failed", exit_code=exit_code)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _set(self, name: str, **job) -> None:
+        self.jobs[name] = job
+        self._store()
+
+    def _store(self) -> None:
+        write_json(self.folder / "queue.json", {"jobs": self.jobs})
+
+
+def _work(queue: _Queue, matrix: Matrix, gpu: int | None, several: bool) -> None:
+    """Takes jobs until none is left. A job is a process of its own, so that its end leaves nothing behind."""
+    environment = dict(os.environ)
+    if gpu is not None and several:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    while name := queue.take():
+        job = queue.folder / name
+        command = [sys.executable, "-m", "fp8lab.cli", "reproduce", "--notebook", matrix.notebook]
+        command += ["-p", "protocols", _toml(list(matrix.protocols))]
+        command += ["--profile", str(job / "profile.toml"), "--run", str(job / "run")]
+        done = sum(one["state"] == "done" for one in queue.jobs.values())
+        print(f"[{done + 1}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
+        with open(job / "log.txt", "ab") as log:
+            output = {"stdout": log, "stderr": log} if several else {"stdout": log}
+            exit_code = subprocess.run(command, env=environment, check=False, **output).returncode
+        queue.finish(name, exit_code)
+        if exit_code:
+            print(f"{name} FAILED with exit code {exit_code}; its log: {job / 'log.txt'}", file=sys.stderr)
+
+
+def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
+    read = read_profile(profile)
+    for variant in matrix.variants:
+        read.variant_flags(variant)
+    return {
+        protocol: [level for level in read.levels(protocol) if not matrix.variants or level.variant in matrix.variants]
+        for protocol in matrix.protocols
+    }
+
+
+def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) -> str:
+    """A profile that extends `profile` by the job's workload and levels, as TOML."""
+    lines = [f"extends = {_toml(profile)}", f"title = {_toml(f'{read_profile(profile).title} ({name})')}"]
+    if workload:
+        lines += ["", "[workload]", *(f"{key} = {_toml(value)}" for key, value in workload.items())]
+    for protocol, levels in _levels(matrix, profile).items():
+        rows = [
+            f"  {{ variant = {_toml(level.variant)}, rate = {level.rate:g}, requests = {level.requests}, repeat = {level.repeat} }},"
+            for level in levels
+        ]
+        lines += ["", f"[protocols.{_toml(protocol)}]", "levels = [", *rows, "]"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_pages(folder: Path) -> None:
+    """index.html (every job, its state and its page) and comparison.html (all levels side by side)."""
+    from .report.claims import claims_table
+
+    jobs = json.loads((folder / "queue.json").read_text())["jobs"]
+    items, rows, verdicts = [], [], []
+    for name, job in jobs.items():
+        pages = sorted((folder / name / "run").glob("rendered/*.html"))
+        links = ", ".join(
+            f'<a href="{html.escape(str(p.relative_to(folder)))}">{html.escape(p.stem)}</a>' for p in pages
+        )
+        items.append(f"<tr><td>{html.escape(name)}</td><td>{job['state']}</td><td>{links or '–'}</td></tr>")
+        if not (folder / name / "run" / "run.json").is_file():
+            continue
+        run = open_run(source=folder / name / "run")
+        mark = " (EMULATED)" if run.emulated else ""
+        for level_id, s in run.summaries().items():
+            numbers = (
+                (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
+                (s["mean_tpot_ms"], "{:.1f}"), (s.get("joules_per_output_token"), "{:.3f}"),
+            )  # fmt: skip
+            cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
+            rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
+        verdicts.append(claims_table(run)._repr_html_())
+    head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
+    index = f"<p><a href='comparison.html'>All levels side by side</a></p><table>{head}{''.join(items)}</table>"
+    _write_page(folder / "index.html", f"Batch {folder.name}", index)
+    columns = ("run", "level", "req/s", "tok/s", "TTFT p99 ms", "TPOT ms", "J/token", "measurement")
+    levels = (
+        Table("Every level of every run", columns, rows)._repr_html_() if rows else "<p>Nothing is measured yet.</p>"
+    )
+    _write_page(folder / "comparison.html", f"Batch {folder.name}: comparison", levels + "".join(verdicts))
+
+
+def _write_page(path: Path, title: str, body: str) -> None:
+    style = (
+        "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;margin:1.5rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:left}"
+    )
+    path.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head>'
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
+    )

@@ -1,0 +1,178 @@
+"""What a model says, through its server's OpenAI API: log-probabilities of a text, and greedy answers.
+
+vLLM's extensions are used, the same in 0.26 and 0.32: `/tokenize`, `prompt_logprobs` and `return_token_ids`.
+Log-probabilities of a prompt come with `/v1/completions`; one token is generated beside them and thrown away.
+Requests go out from threads, so that a notebook's own event loop is left alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import orjson
+import pandas as pd
+
+from ..errors import BadInput, LevelFailed
+from .stream import Endpoint
+
+_TIMEOUT_S = 600
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The next-token distributions along a text, one row a predicted token, n rows in the text's order.
+
+    `document` (n,) int32: its document; `token` (n,) int32: the token that came; `logprob` (n,) float32: its natural
+    log-probability; `top_ids` (n, k) int32 and `top_logprobs` (n, k) float32: the k likeliest, likeliest first.
+    """
+
+    document: np.ndarray
+    token: np.ndarray
+    logprob: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    def to_table(self) -> pd.DataFrame:
+        columns = {"document": self.document, "token": self.token, "logprob": self.logprob}
+        return pd.DataFrame(columns | {"top_ids": list(self.top_ids), "top_logprobs": list(self.top_logprobs)})
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> "Reading":
+        plain = (table[name].to_numpy() for name in ("document", "token", "logprob"))
+        return cls(*plain, *(np.stack(table[name].to_numpy()) for name in ("top_ids", "top_logprobs")))
+
+
+def tokenize(endpoint: Endpoint, text: str) -> tuple[list[int], list[int]]:
+    """The tokens of `text`, and apart from them those that the tokenizer puts before any text (often none).
+
+    Raises BadInput when the server has no `/tokenize`.
+    """
+    with _client(endpoint, 1) as http:
+        whole, bare = (
+            _post(http, "/tokenize", {"model": endpoint.model, "prompt": text, "add_special_tokens": special})["tokens"]
+            for special in (True, False)
+        )
+    return bare, whole[: max(len(whole) - len(bare), 0)]
+
+
+def read_documents(
+    endpoint: Endpoint,
+    documents: Sequence[Sequence[int]],
+    *,
+    before: Sequence[int] = (),
+    top: int = 20,
+    in_flight: int = 64,
+    progress: Progress = lambda done, of: None,
+) -> Reading:
+    """Has the server read `documents` (token ids, `before` put in front of each), `in_flight` at a time.
+
+    The first token of a document has no prediction unless `before` precedes it. Raises BadInput for a server that
+    gives no prompt log-probabilities, LevelFailed when a request fails.
+    """
+
+    def read(http: httpx.Client, index: int) -> tuple[np.ndarray, ...]:
+        prompt = [*before, *documents[index]]
+        body = {"model": endpoint.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        rows = _post(http, "/v1/completions", body)["choices"][0].get("prompt_logprobs")
+        if not rows:
+            raise BadInput(f"{endpoint.base_url} gives no prompt log-probabilities (`prompt_logprobs`, an extension of "
+                           "vLLM's); quality needs them")  # fmt: skip
+        first = max(len(before), 1)
+        return _unpack(prompt[first:], rows[first:], top)
+
+    parts = _each(endpoint, read, len(documents), in_flight, progress)
+    document = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[0]) for part in parts])
+    return Reading(document, *(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def answer(
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    in_flight: int = 64,
+    progress: Progress = lambda done, of: None,
+) -> pd.DataFrame:
+    """Greedy answers that end by themselves or at `max_tokens`: one row a prompt, in order.
+
+    Columns: prompt (its number), tokens (list of ids), finish_reason (stop or length), text. A model with a chat
+    template is asked in a chat, any other to go on with the prompt. Raises as `read_documents`.
+    """
+    common = {"model": endpoint.model, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
+    chat = _has_chat_template(endpoint)
+
+    def ask(http: httpx.Client, index: int) -> dict:
+        if chat:
+            body = common | {"messages": [{"role": "user", "content": prompts[index]}]}
+            choice = _post(http, "/v1/chat/completions", body)["choices"][0]
+            text = choice["message"]["content"]
+        else:
+            choice = _post(http, "/v1/completions", common | {"prompt": prompts[index]})["choices"][0]
+            text = choice["text"]
+        if choice.get("token_ids") is None:
+            raise BadInput(f"{endpoint.base_url} gives no token ids (`return_token_ids`, an extension of vLLM's); "
+                           "quality needs them")  # fmt: skip
+        return {"tokens": choice["token_ids"], "finish_reason": choice["finish_reason"], "text": text or ""}
+
+    table = pd.DataFrame(_each(endpoint, ask, len(prompts), in_flight, progress))
+    table.insert(0, "prompt", np.arange(len(table), dtype=np.int32))
+    return table
+
+
+def _unpack(tokens: Sequence[int], rows: Sequence[dict], top: int) -> tuple[np.ndarray, ...]:
+    """One document's columns of a `Reading`. A row maps token ids to their entries: the k likeliest and the actual."""
+    logprob = np.empty(len(tokens), np.float32)
+    ids, logprobs = np.empty((len(tokens), top), np.int32), np.empty((len(tokens), top), np.float32)
+    for i, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+        logprob[i] = row[str(token)]["logprob"]
+        likeliest = sorted(row.items(), key=lambda entry: -entry[1]["logprob"])[:top]
+        ids[i] = [int(id) for id, _ in likeliest]
+        logprobs[i] = [entry["logprob"] for _, entry in likeliest]
+    return np.asarray(tokens, np.int32), logprob, ids, logprobs
+
+
+def _has_chat_template(endpoint: Endpoint) -> bool:
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    with _client(endpoint, 1) as http:
+        try:
+            return http.post("/v1/chat/completions", json=body).is_success
+        except httpx.HTTPError as error:
+            raise LevelFailed(f"{endpoint.base_url} did not answer: {error!r}") from None
+
+
+def _each(endpoint: Endpoint, work: Callable, count: int, in_flight: int, progress: Progress) -> list:
+    """`work(http, i)` for i below `count`, `in_flight` at a time; the results in order. The first error ends it."""
+    results = []
+    with _client(endpoint, in_flight) as http, ThreadPoolExecutor(in_flight) as pool:
+        try:
+            for result in pool.map(lambda index: work(http, index), range(count)):
+                results.append(result)
+                progress(len(results), count)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return results
+
+
+@contextmanager
+def _client(endpoint: Endpoint, connections: int) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    base = endpoint.base_url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=base, headers=headers, limits=limits, timeout=_TIMEOUT_S, trust_env=False) as client:
+        yield client
+
+
+def _post(http: httpx.Client, path: str, body: dict) -> dict:
+    try:
+        response = http.post(path, content=orjson.dumps(body), headers={"Content-Type": "application/json"})
+    except httpx.HTTPError as error:
+        raise LevelFailed(f"{http.base_url}{path.lstrip('/')} did not answer: {error!r}") from None
+    if response.status_code in (404, 405):
+        raise BadInput(f"{http.base_url}{path.lstrip('/')} is unknown there; quality needs vLLM's own server")
+    if not response.is_success:
+        raise LevelFailed(f"{http.base_url}{path.lstrip('/')} refused: {response.status_code} {response.text[:300]}")
+    return orjson.loads(response.content)

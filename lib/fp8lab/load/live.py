@@ -1,0 +1,67 @@
+"""A level while it runs, as one small picture for a notebook cell: four traces that end as a static figure.
+
+Drawn as plain SVG text: a plotting library would take the client's time from the requests.
+"""
+
+import base64
+import html
+import math
+
+from .generator import Progress
+
+_WIDTH, _HEIGHT, _GAP = 190, 64, 12
+_POINTS = 240
+
+
+class LiveChart:
+    """Collects a level's progress; `add` and `picture` return HTML with the traces so far."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._at: list[float] = []
+        self._series: dict[str, list[float]] = {"sent, requests/s": [], "in flight": [], "tokens/s": [], "TTFT, ms": []}
+        self._last: Progress | None = None
+
+    def add(self, progress: Progress) -> str:
+        """Takes one more sample; the picture with it."""
+        last, self._last = self._last, progress
+        if last and progress.elapsed_s > last.elapsed_s:
+            sent = (progress.sent - last.sent) / (progress.elapsed_s - last.elapsed_s)
+            values = (sent, progress.in_flight, progress.tokens_per_s, progress.ttft_ms)
+            self._at.append(progress.elapsed_s)
+            for series, value in zip(self._series.values(), values, strict=True):
+                series.append(0.0 if math.isnan(value) else float(value))
+            if len(self._at) > _POINTS:  # every second sample says as much
+                del self._at[::2]
+                for series in self._series.values():
+                    del series[::2]
+        return self.picture()
+
+    def picture(self) -> str:
+        """An `<img>` with its alternative text; empty before the second sample."""
+        if not self._at:
+            return ""
+        panels = [
+            self._panel(i * (_WIDTH + _GAP), name, values) for i, (name, values) in enumerate(self._series.items())
+        ]
+        width = 4 * _WIDTH + 3 * _GAP
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
+            f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'
+        )
+        told = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in self._series.items())
+        alt = html.escape(f"{self._name} after {self._at[-1]:.0f} s: {told}", quote=True)
+        data = base64.b64encode(svg.encode()).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}" style="max-width:100%">'
+
+    def _panel(self, left: float, name: str, values: list[float]) -> str:
+        top, end = max(*values, 1e-9) * 1.1, max(self._at[-1], 1e-9)
+        points = " ".join(
+            f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}"
+            for at, value in zip(self._at, values, strict=True)
+        )
+        return (
+            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {values[-1]:,.0f} (most {max(values):,.0f})</text>'
+            f'<line x1="{left}" y1="{18 + _HEIGHT}" x2="{left + _WIDTH}" y2="{18 + _HEIGHT}" stroke="#999"/>'
+            f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/>'
+        )

@@ -1,0 +1,105 @@
+"""The article's background, computed from a run: what fills the card, and how batching fills its time."""
+
+from ..measure.metrics import concurrency_over_time
+from ..runs import Run
+from ..shapes import fp8_kv, model_shape
+from .claims import level_id, published
+from .evidence import evidence, rate_name
+from .figures import GREY, INK, Figure, caption_of, new_canvas
+
+# Light to dark, hatched, so that the parts are told apart in print.
+_PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest", "#BBBBBB", ".."))
+
+
+def memory(run: Run) -> Figure:
+    """What fills the card's memory, variant by variant."""
+    seen, told, names = evidence(run), [], []
+    shape = model_shape(run.profile.model.shapes)
+    servers = {s["server"]["variant"]: s for s in seen.summaries.values()}
+    variants = [
+        v
+        for v in ("bf16", "fp8-weights", "fp8-kv", "fp8")
+        if servers.get(v, {}).get("server", {}).get("kv_cache_tokens")
+    ]
+    canvas, axes = new_canvas(run, "What fills the card's memory?", height=1.5 + 0.45 * max(1, len(variants)))
+    axes.grid(axis="y", visible=False)
+    for variant in variants if shape else ():
+        server = servers[variant]["server"]
+        kv = server["kv_cache_tokens"] * shape.kv_bytes_per_token(1 if fp8_kv(server["command"]) else 2) / 2**30
+        used = servers[variant].get("gpu_memory_gib_max")
+        sizes = [server["model_memory_gib"] or 0.0, kv]
+        sizes.append(max(0.0, used - sum(sizes)) if used else 0.0)
+        left, y = 0.0, len(names)
+        for (part, color, hatch), size in zip(_PARTS, sizes, strict=True):
+            label = part if y == 0 else None
+            axes.barh(y, size, 0.6, left=left, color=color, hatch=hatch, edgecolor="white", label=label)
+            if size > 3:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                axes.annotate(
+                    f"{size:.1f}", (left + size / 2, y), ha="center", va="center", fontsize=8, color=INK, bbox=box
+                )
+            left += size
+        names.append(variant)
+        told.append(f"{variant}: weights {sizes[0]:.1f}, KV cache {sizes[1]:.1f}, the rest {sizes[2]:.1f} GiB")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB")
+    if names:
+        canvas.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    caption = (
+        "Weights and KV cache as vLLM reports them; the rest (activations, CUDA graphs, the driver) is what NVML counts "
+        "beside them, where a GPU was sampled. What FP8 takes from the weights, vLLM gives to the KV cache."
+    )
+    return Figure(
+        "memory", canvas, f"Stacked bars. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(run, caption)
+    )
+
+
+def batching(run: Run) -> Figure:
+    """Requests running and waiting in the engine over time, and in flight for the client, at the published FP8 level."""
+    seen = evidence(run)
+    claim = next(c for c in published()["claims"] if c["id"] == "C2")
+    id = level_id("fp8", claim["fp8"]["rate"])
+    canvas, axes = new_canvas(run, "How does continuous batching look while it runs?", height=3.2)
+    level = seen.level(id) if id in seen.summaries else None
+    told = "nothing is measured yet"
+    if level is not None:
+        times, in_flight = concurrency_over_time(level.records)
+        axes.step(times, in_flight, where="post", color=INK, lw=1.6, label="in flight for the client")
+        told = f"at most {in_flight.max():,.0f} in flight"
+        if level.telemetry is not None and (sampled := level.telemetry.dropna(subset=["running"])).shape[0]:
+            axes.plot(
+                sampled["at_s"],
+                sampled["running"],
+                color="#0072B2",
+                ls="--",
+                marker=".",
+                ms=4,
+                label="running in the engine",
+            )
+            axes.plot(
+                sampled["at_s"],
+                sampled["waiting"],
+                color="#D55E00",
+                ls=":",
+                marker="x",
+                ms=4,
+                label="waiting in the engine",
+            )
+            told += (
+                f", {sampled['running'].max():,.0f} running and {sampled['waiting'].max():,.0f} waiting in the engine"
+            )
+        last = level.records["scheduled_s"].max()
+        axes.axvline(last, color=GREY, lw=1)
+        axes.annotate(
+            "last arrival", (last, axes.get_ylim()[1]), (3, -10), textcoords="offset points", fontsize=8, color=GREY
+        )
+        axes.legend(frameon=False, fontsize=8)
+        told = f"Level {id}, offered {rate_name(level.level.rate)}: {told}"
+    axes.set(xlabel="seconds", ylabel="requests", xlim=(0, None), ylim=(0, None))
+    caption = (
+        f"Level {id}. A request joins the running batch at the next step and leaves it with its last token; none waits "
+        "for a batch to end. Between the solid and the dashed line: requests that had not reached the engine, or whose "
+        "last tokens had not left the front end."
+    )
+    return Figure("batching", canvas, f"Line chart. {told}.", caption_of(run, caption))

@@ -1,0 +1,149 @@
+"""What the report asks of a run, level by level: values by seed, what limited it, how far it was from the card's limit."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+from ..measure.bottleneck import Limit, what_limited
+from ..measure.compare import Cells, Noise, Ratio, Seeds, pooled_noise, ratio
+from ..measure.metrics import steady_window
+from ..measure.roofline import Roofline, roofline
+from ..profiles import Level
+from ..runs import LevelResult, Run
+from ..shapes import fp8_kv, fp8_weights, model_shape
+
+# How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end.
+FRONT_ENDS = {"": "one Python process", "-api4": "four Python processes", "-rust": "Rust"}
+
+
+class Evidence:
+    """One run's levels, read once. Made by `evidence(run)`."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.summaries: Mapping[str, dict] = run.summaries()
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - an Evidence lives as long as its run is shown
+    def level(self, level_id: str) -> LevelResult | None:
+        """The level with its tables; None when the run holds no records of it."""
+        if not (self.run.path / "levels" / level_id / "records.parquet").exists():
+            return None
+        asked = self.summaries[level_id]["level"]
+        return self.run.read(Level(**{key: asked[key] for key in ("variant", "rate", "requests", "repeat")}))
+
+    def limit(self, level_id: str) -> Limit:
+        """What limited a level."""
+        level = self.level(level_id)
+        if level is None:
+            return Limit("unknown", "the run holds no records of it")
+        # On an emulated card neither the GPU nor the front end is what it seems; only the client is real.
+        found = what_limited(level.summary, level.records, level.telemetry, self.roofline(level_id))
+        if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
+            return Limit("emulated card", f"EMULATED: the model of the card and of its front end; {found.evidence}")
+        return found
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def roofline(self, level_id: str) -> Roofline | None:
+        """What the level needed of the card; None without a datasheet, known shapes, or the server's counters."""
+        profile, level = self.run.profile, self.level(level_id)
+        shape = model_shape(profile.model.shapes)
+        if level is None or shape is None or profile.gpu is None or level.telemetry is None:
+            return None
+        server = level.summary["server"]
+        if not (level.summary["completed"] and server["kv_cache_tokens"]):
+            return None
+        return roofline(
+            level.telemetry, steady_window(level.records, level.tokens, level.telemetry), shape, profile.gpu,
+            fp8_weights=fp8_weights(server["command"]), fp8_kv=fp8_kv(server["command"]),
+            kv_cache_tokens=server["kv_cache_tokens"],
+        )  # fmt: skip
+
+    def kv_tokens_a_request(self) -> float | None:
+        """KV tokens that a running request held, over all samples of all levels; None when none was sampled."""
+        held = running = 0.0
+        for level_id in self.summaries:
+            level = self.level(level_id)
+            tokens = level and level.summary["server"]["kv_cache_tokens"]
+            if tokens and level.telemetry is not None:
+                known = level.telemetry[["running", "kv_cache_usage"]].dropna()
+                held += known["kv_cache_usage"].sum() * tokens
+                running += known["running"].sum()
+        return held / running if running else None
+
+    def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
+        """A metric of every valid repeat of a level, by repeat."""
+        return {
+            s["level"]["repeat"]: s[metric]
+            for s in self.summaries.values()
+            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == rate and s["valid"] and s.get(metric)
+        }
+
+    def cells(self, variants, rate: float, metric: str) -> Cells:
+        """The same for several variants; those without a level are left out."""
+        found = {variant: self.seeds(variant, rate, metric) for variant in variants}
+        return {variant: values for variant, values in found.items() if values}
+
+    def rates(self, *variants: str) -> list[float]:
+        """The rates at which each of `variants` has a valid level, ascending."""
+        sets = [
+            {float(s["level"]["rate"]) for s in self.summaries.values() if s["level"]["variant"] == v and s["valid"]}
+            for v in variants
+        ]
+        return sorted(set.intersection(*sets))
+
+    def variants(self) -> list[str]:
+        """The variants that the run holds levels of, in the profile's order."""
+        held = {s["level"]["variant"] for s in self.summaries.values()}
+        return [variant for variant in self.run.profile.variants if variant in held]
+
+    def pairs(self) -> Iterator[tuple[str, str, str]]:
+        """(BF16 variant, FP8 variant, front end) for each front end that the run holds both behind."""
+        held = set(self.variants())
+        for suffix, front_end in FRONT_ENDS.items():
+            if {f"bf16{suffix}", f"fp8{suffix}"} <= held:
+                yield f"bf16{suffix}", f"fp8{suffix}", front_end
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def saturated(self, *variants: str, rate: float) -> bool:
+        """Whether some level of `variants` at `rate` was limited by something else than the offered load."""
+        ids = [
+            level_id
+            for level_id, s in self.summaries.items()
+            if s["level"]["variant"] in variants and float(s["level"]["rate"]) == rate
+        ]
+        return any(self.limit(level_id).cause not in ("offered load", "unknown") for level_id in ids)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def noise(self, metric: str, *, saturated: bool) -> Noise | None:
+        """The repeat-to-repeat noise of a metric, pooled over all rates and front ends with repeats.
+
+        Below saturation it is some tenths of a percent, beyond it several percent, so each has its own.
+        """
+        groups = [
+            self.cells((bf16, fp8), rate, metric)
+            for bf16, fp8, _ in self.pairs()
+            for rate in self.rates(bf16, fp8)
+            if self.saturated(bf16, fp8, rate=rate) == saturated
+        ]
+        return pooled_noise(groups)
+
+    def compare(self, over: str, under: str, rate: float, metric: str) -> Ratio | None:
+        """`over` / `under` at one rate, paired by seed; None when they share none."""
+        noise = self.noise(metric, saturated=self.saturated(over, under, rate=rate))
+        return ratio(self.seeds(over, rate, metric), self.seeds(under, rate, metric), noise)
+
+
+def evidence(run: Run) -> Evidence:
+    """The evidence of a run as it is now: a level that is measured (again) later needs a new one."""
+    stamps = tuple(sorted((p.parent.name, p.stat().st_mtime_ns) for p in run.path.glob("levels/*/summary.json")))
+    return _evidence(run.path.resolve(), stamps, run)
+
+
+@functools.lru_cache(maxsize=4)
+def _evidence(_path, _stamps: tuple, run: Run) -> Evidence:
+    return Evidence(run)
+
+
+def rate_name(rate: float) -> str:
+    """A rate as text: "50 req/s", "all at once"."""
+    return "all at once" if math.isinf(rate) else f"{rate:g} req/s"

@@ -1,0 +1,276 @@
+"""Tables of the fair comparison: equal load, ablation, what limited each level, and how far from the card's limit."""
+
+import math
+from statistics import fmean
+
+from ..errors import BadInput
+from ..measure.capacity import OBJECTIVES, SLO, attains, bracket
+from ..measure.compare import ABLATION, Ratio, contrast
+from ..measure.kv import paging_waste, reserving_waste
+from ..runs import Run
+from ..tables import Table
+from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
+
+# What is compared at equal load: metric of a level's summary, its name, and which way is better.
+METRICS = {
+    "output_token_throughput": ("output tokens/s, whole run", "higher"),
+    "mean_tpot_ms": ("mean TPOT", "lower"),
+    "joules_per_output_token": ("joules an output token", "lower"),
+}
+
+
+def emulated_note(run: Run) -> str:
+    return "EMULATED GPU, nothing measured. " if run.emulated else ""
+
+
+def limits_table(run: Run) -> Table:
+    """What limited each level, the evidence, and whether the level counts."""
+    seen, rows = evidence(run), []
+    for level_id, summary in seen.summaries.items():
+        limit = seen.limit(level_id)
+        state = "VALID" if summary["valid"] else "INVALID"
+        rows.append((level_id, limit.cause, limit.evidence, state))
+    return Table(
+        f"{emulated_note(run)}What limited each level of run {run.path.name}",
+        ("level", "limited by", "evidence", "measurement"),
+        rows,
+    )
+
+
+def validity_table(run: Run) -> Table:
+    """Whether the run counts, as MLPerf LoadGen ends its runs: VALID or INVALID, with what to do."""
+    invalid = {level: s for level, s in evidence(run).summaries.items() if not s["valid"]}
+    failed = {level: s["failed"] for level, s in evidence(run).summaries.items() if s["failed"]}
+    rows = [("result", "INVALID" if invalid else "VALID")]
+    rows += [(level, f"INVALID: {s['invalid_reason']}") for level, s in invalid.items()]
+    rows += [(level, f"{count} failed requests") for level, count in failed.items()]
+    if invalid:
+        rows.append(("what to do", "delete the folders of the invalid levels and run again; they alone are measured"))
+    if not invalid and not any(float(s["level"]["repeat"]) > 1 for s in evidence(run).summaries.values()):
+        rows.append(("note", "no level was repeated with another seed: ratios have no interval"))
+    return Table(f"{emulated_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)
+
+
+def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Ratio]]:
+    """(front end, rate, FP8 over BF16) for every rate and front end at which both were measured."""
+    return [
+        (front_end, rate, one)
+        for bf16, fp8, front_end in seen.pairs()
+        for rate in seen.rates(bf16, fp8)
+        if (one := seen.compare(fp8, bf16, rate, metric))
+    ]
+
+
+def equal_load_table(run: Run) -> Table:
+    """FP8 over BF16 at the same rate, trace and seeds, with 95 % intervals."""
+    seen, rows = evidence(run), []
+    for metric, (name, better) in METRICS.items():
+        for front_end, rate, one in equal_load_ratios(seen, metric):
+            rows.append(
+                (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one), _said(one, better), one.model)
+            )
+    columns = ("metric", "offered", "front end", "FP8 / BF16", "95 % interval", "so", "interval from")
+    return Table(f"{emulated_note(run)}FP8 over BF16 at equal load, run {run.path.name}", columns, rows)
+
+
+def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str, Ratio]]:
+    """(front end, rate, effect, ratio) for every rate and front end at which all four variants were measured."""
+    found = []
+    for suffix, front_end in FRONT_ENDS.items():
+        names = {f"{variant}{suffix}": variant for variant in ABLATION["interaction"]}
+        if not set(names) <= set(seen.variants()):
+            continue
+        for rate in seen.rates(*names):
+            cells = {names[name]: values for name, values in seen.cells(names, rate, metric).items()}
+            if len(cells) == len(names):
+                noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate))
+                for effect, weights in ABLATION.items():
+                    if one := contrast(cells, weights, noise):
+                        found.append((front_end, rate, effect, one))
+    return found
+
+
+def ablation_table(run: Run) -> Table:
+    """The 2x2 of FP8 weights and FP8 KV cache: main effects and interaction, as ratios."""
+    seen = evidence(run)
+    rows = [
+        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one), _said(one, better))
+        for metric, (name, better) in METRICS.items()
+        for front_end, rate, effect, one in ablation_effects(seen, metric)
+    ]
+    caption = (
+        f"{emulated_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
+        f"the other; interaction: how much more (or less) both give than their product. Run {run.path.name}"
+    )
+    if not rows:
+        caption = f"{emulated_note(run)}Run {run.path.name} does not hold all four variants at one rate"
+    return Table(caption, ("metric", "offered", "front end", "effect", "ratio", "95 % interval", "so"), rows)
+
+
+def throughputs_table(run: Run) -> Table:
+    """Whole run against steady state: how much of a headline is its ramp and drain."""
+    rows = []
+    for level_id, s in evidence(run).summaries.items():
+        whole, steady = s["output_token_throughput"], s["steady_output_token_throughput"]
+        if whole and steady:
+            rows.append(
+                (level_id, f"{whole:,.0f}", f"{steady:,.0f}", f"{steady / whole:.2f}", f"{s['duration_s']:.0f}")
+            )
+    columns = ("level", "whole run, tok/s", "steady state, tok/s", "steady / whole", "whole run, s")
+    return Table(f"{emulated_note(run)}Two throughputs, run {run.path.name}", columns, rows)
+
+
+def kv_room(seen: Evidence) -> list[tuple[str, int, float, float, float | None]]:
+    """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
+    each, rows = seen.kv_tokens_a_request(), []
+    for variant in seen.variants() if each else ():
+        held = [s for s in seen.summaries.values() if s["level"]["variant"] == variant]
+        tokens = held[0]["server"]["kv_cache_tokens"]
+        most, fullest = (
+            max((s[key] for s in held if s.get(key) is not None), default=None)
+            for key in ("running_max", "kv_cache_usage_max")
+        )
+        if tokens and most is not None:
+            rows.append((variant, tokens, tokens / each, most, fullest))
+    return rows
+
+
+def kv_table(run: Run) -> Table:
+    """What the KV cache can hold of this trace, against what ever ran at once."""
+    seen = evidence(run)
+    rows = [
+        (variant, f"{tokens:,}", f"{room:,.0f}", f"{most:,.0f}", "–" if fullest is None else f"{fullest:.0%}")
+        for variant, tokens, room, most, fullest in kv_room(seen)
+    ]
+    each = seen.kv_tokens_a_request()
+    held = f"; a running request held {each:.0f} tokens on average" if each else ""
+    columns = ("variant", "KV cache, tokens", "requests it can hold", "most running", "fullest")
+    return Table(f"{emulated_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
+
+
+def paging_table(run: Run) -> Table:
+    """What paging leaves unused of the KV memory, against reserving a maximum, for this run's requests."""
+    seen = evidence(run)
+    level = next((one for one in map(seen.level, seen.summaries) if one is not None), None)
+    if level is None:
+        return Table(f"{emulated_note(run)}Run {run.path.name} holds no records", ("scheme", "empty"), [])
+    rows = [("blocks of 16 tokens (PagedAttention)", f"{paging_waste(level.records):.1%}")]
+    rows += [(f"reserving {n:,} tokens a request", f"{reserving_waste(level.records, n):.0%}") for n in (2048, 8192)]
+    return Table(
+        f"{emulated_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}",
+        ("scheme", "empty"),
+        rows,
+    )
+
+
+def roofline_table(run: Run) -> Table:
+    """The share of the card's physical limits that each level needed at least."""
+    seen, rows = evidence(run), []
+    for level_id in seen.summaries:
+        if one := seen.roofline(level_id):
+            rows.append(
+                (
+                    level_id, f"{one.memory:.0%}", f"{one.compute:.0%}", one.nearest, f"{one.intensity:.0f}",
+                    f"{one.bytes_per_s / 1e12:.2f}", f"{one.flops_per_s / 1e12:.0f}", f"{one.steps_per_s:.0f}",
+                )
+            )  # fmt: skip
+    columns = ("level", "of bandwidth", "of matrix peak", "nearer limit", "FLOP/byte", "TB/s", "TFLOP/s", "steps/s")
+    card = run.profile.gpu.name if run.profile.gpu else "no card"
+    return Table(
+        f"{emulated_note(run)}How far from the physical limit ({card}, datasheet): what the tokens of the steady window needed, estimated",
+        columns,
+        rows,
+    )
+
+
+def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, str]]:
+    """(rate, state) of every valid level of a variant that was offered a rate, ascending."""
+    tried = []
+    for level_id, s in seen.summaries.items():
+        rate = float(s["level"]["rate"])
+        if s["level"]["variant"] == variant and s["valid"] and math.isfinite(rate) and (level := seen.level(level_id)):
+            tried.append((rate, attains(level.records, slo).state))
+    return sorted(tried)
+
+
+def attainment_table(run: Run, slo: SLO) -> Table:
+    """Which levels meet a service-level objective, and why not."""
+    seen, rows = evidence(run), []
+    for level_id, s in seen.summaries.items():
+        if math.isfinite(float(s["level"]["rate"])) and (level := seen.level(level_id)):
+            found = attains(level.records, slo)
+            ttft, tpot = (show_number(s[key], digits) for key, digits in (("p99_ttft_ms", 0), ("p99_tpot_ms", 1)))
+            rows.append((level_id, ttft, tpot, found.state, found.reason))
+    columns = ("level", "TTFT p99 ms", "TPOT p99 ms", "objective", "because")
+    return Table(f"{emulated_note(run)}{slo}, run {run.path.name}", columns, rows)
+
+
+def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
+    """For each variant and objective the rates between which its limit lies."""
+    seen = evidence(run)
+    rows = [
+        (variant, *(str(bracket(attainment(seen, variant, slo))) for slo in objectives)) for variant in seen.variants()
+    ]
+    caption = (
+        f"{emulated_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
+        "several seeds a rate counts as met when all of them meet it"
+    )
+    return Table(caption, ("variant", *(slo.name for slo in objectives)), rows)
+
+
+def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2) -> Table:
+    """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free.
+
+    Planned with the highest rate that was shown to meet the objective; tokens a joule are those measured at that rate.
+    Raises BadInput for a rate or a headroom that cannot be.
+    """
+    if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
+        raise BadInput(
+            f"target_rate {target_rate} must be a number of requests/s above 0, headroom {headroom} from 0 to below 1"
+        )
+    seen, rows = evidence(run), []
+    for variant in seen.variants():
+        low = bracket(attainment(seen, variant, slo)).low
+        if low == 0:
+            rows.append((variant, "none shown", "–", "–", "–", "–"))
+            continue
+        usable = low * (1 - headroom)
+        tokens = fmean(
+            s["output_tokens"] / s["completed"]
+            for s in seen.summaries.values()
+            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == low and s["completed"]
+        )
+        joules = seen.seeds(variant, low, "joules_per_output_token")
+        rows.append(
+            (
+                variant, f"{low:g}", f"{usable:.1f}", f"{math.ceil(target_rate / usable)}",
+                f"{tokens * usable * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
+            )
+        )  # fmt: skip
+    columns = (
+        "variant",
+        "shown to meet it, req/s",
+        "planned, req/s a card",
+        "cards",
+        "million tokens a card-hour",
+        "tokens a joule",
+    )
+    caption = f"{emulated_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
+    return Table(caption, columns, rows)
+
+
+def show_number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _interval(one: Ratio) -> str:
+    return "–" if math.isnan(one.low) else f"{one.low:.3f} to {one.high:.3f}"
+
+
+def _said(one: Ratio, better: str) -> str:
+    if math.isnan(one.low):
+        return "no repeats: nothing is claimed"
+    if not one.shown:
+        return "no difference shown"
+    higher = one.value > 1
+    return f"{'higher' if higher else 'lower'}: {'better' if higher == (better == 'higher') else 'worse'}"

@@ -1,0 +1,202 @@
+"""Quality in tables and figures: the variants' answers beside the reference's, and beside the published result."""
+
+import statistics
+from pathlib import Path
+
+from ..evaluation import AGAIN, comparisons, reference_variant, summaries, tables
+from ..measure.quality import Comparison, Estimate, distinguishable, identical_prefix
+from ..runs import Run
+from ..tables import Table
+from . import quality_figures
+from .show import Shown, _show
+
+# The published reference: the model card of Meta-Llama-3-8B-Instruct-FP8 (static, per-tensor scales).
+PUBLISHED_RECOVERY = 0.9928
+PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
+PUBLISHED_SOURCE = "model card of RedHatAI/Meta-Llama-3-8B-Instruct-FP8"
+_PUBLISHED_MODEL = "llama-3-8b"
+# Fixed before any run: within one percentage point of the published recovery.
+_TOLERANCE = 0.01
+
+_COLUMNS = (
+    ("perplexity_ratio", "perplexity, ratio", "{:.4f}"),
+    ("kl_mean", "KL mean, nats, at least", "{:.5f}"),
+    ("kl_p99", "KL p99, nats, at least", "{:.4f}"),
+    ("top1_agreement", "same top token", "{:.2%}"),
+    ("same_prefix", "greedy tokens the same", "{:.0f}"),
+    ("same_answers", "answers the same", "{:.0%}"),
+    ("output_ratio", "output tokens, ratio", "{:.3f}"),
+)
+
+
+def quality_table(run: Run) -> Table:
+    """Every measurement in one line, with 95 % intervals; "none" marks what the noise floor hides."""
+    held, reference = comparisons(run), reference_variant(run.profile)
+    floor = held.get(reference + AGAIN)
+    rows = []
+    for name, one in held.items():
+        cells = [_interval(one.perplexity, "{:.3f}")]
+        for metric, _, pattern in _COLUMNS:
+            cells.append("reference" if name == reference else _interval(getattr(one, metric), pattern)
+                         + _against(metric, name, one, floor, reference))  # fmt: skip
+        cells.insert(3, "reference" if name == reference else f"{one.unlisted_mass:.0%}")
+        rows.append((f"{name} (noise floor)" if name == reference + AGAIN else name, *cells))
+    titles = [title for _, title, _ in _COLUMNS]
+    columns = ("variant", "perplexity", *titles[:2], "not listed", *titles[2:])
+    return Table(_caption(run), columns, rows)
+
+
+def asked_table(run: Run) -> Table:
+    """What was asked, of which model, and how long it took."""
+    rows = []
+    for name, summary in summaries(run).items():
+        in_flight, seconds = summary["in_flight"], summary["read_s"] + summary["answer_s"]
+        rows.append((name, f"{summary['documents']}", f"{summary['predicted_tokens']:,}", f"{in_flight['documents']}",
+                     f"{summary['asked']['prompts']}", f"{in_flight['prompts']}", f"{seconds:.0f} s",
+                     f"{summary['server']['startup_s']:.0f} s"))  # fmt: skip
+    columns = ("measurement", "documents", "tokens predicted", "documents at once", "prompts", "prompts at once")
+    first = next(iter(summaries(run).values()))
+    text = f"text {first['asked']['text']}, documents of {first['asked']['document_tokens']} tokens"
+    return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
+
+
+def answers_table(run: Run, variant: str, count: int = 3) -> Table:
+    """Where greedy answers of `variant` part from the reference's: the words around it, for the first `count`."""
+    reference = reference_variant(run.profile)
+    ours, theirs = (tables(run, name)[1] for name in (reference, variant))
+    rows = []
+    for prompt, one, other in zip(ours["prompt"], ours["text"], theirs["text"], strict=True):
+        if one != other and len(rows) < count:
+            at = identical_prefix(list(one), list(other))
+            start = max(0, at - 40)
+            before = ("…" if start else "") + one[start:at]
+            rows.append((f"{prompt}", before, *(text[at : at + 60] or "(ends here)" for text in (one, other))))
+    columns = ("prompt", "both", f"{reference} goes on", f"{variant} goes on")
+    return Table(f"Where answers of {variant} part from {reference}'s", columns, rows)
+
+
+def published_table(run: Run) -> Table:
+    """The published FP8 result beside this run's: not the same model, not the same measure, and it says so."""
+    held, reference = comparisons(run), reference_variant(run.profile)
+    rows = [("published", PUBLISHED, f"{PUBLISHED_RECOVERY:.2%} of the benchmark average", PUBLISHED_SOURCE)]
+    for name, one in held.items():
+        if name not in (reference, reference + AGAIN):
+            kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"
+            rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
+    return Table("How much is kept; the rows measure different things on different models",
+                 ("", "model and measure", "kept", "source"), rows)  # fmt: skip
+
+
+def divergence_figure(run: Run) -> Shown:
+    """How far each variant moves the next token's distribution, position by position."""
+    return _show(run, quality_figures.divergence(run))
+
+
+def parting_figure(run: Run) -> Shown:
+    """For how many tokens greedy answers stay the reference's."""
+    return _show(run, quality_figures.parting(run))
+
+
+def formats_figure(run: Run, folder: Path) -> Shown:
+    """E4M3 and E5M2: rounding error by magnitude, and what an outlier costs."""
+    return _show(run, quality_figures.rounding(run, folder))
+
+
+def formats_table() -> Table:
+    """The values that each format has."""
+    from ..measure import fp8
+
+    rows = []
+    for name in fp8.FORMATS:
+        every = fp8.values(name)
+        positive = every[every > 0]
+        between = int(((positive >= 1) & (positive < 2)).sum())
+        rows.append((name, f"{len(every)}", f"{positive[-1]:,.0f}", f"{positive[0]:.2g}", f"{between}",
+                     f"{1 / (2 * between):.1%}"))  # fmt: skip
+    columns = ("format", "finite values", "largest", "smallest above 0", "values from 1 to 2", "worst error there")
+    return Table("The two FP8 formats", columns, rows)
+
+
+def weights_table(folder: Path) -> Table:
+    """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
+    from ..measure import fp8
+    from ..tensors import matrices
+
+    found: dict[str, list[tuple]] = {}
+    for kind, _, stored in matrices(folder):
+        tensor = stored.float()
+        peak = float(tensor.abs().max() / tensor.square().mean().sqrt())
+        errors = (fp8.rounding_error(tensor, name).relative for name in (*fp8.FORMATS, "INT8"))
+        found.setdefault(kind, []).append((peak, *errors))
+    rows = []
+    for kind, each in found.items():
+        peaks, *errors = zip(*each, strict=True)
+        rows.append((kind, f"{len(each)}", f"{max(peaks):.0f}", *(f"{statistics.mean(e):.2%}" for e in errors)))
+    columns = ("weights", "matrices", "largest / RMS", "E4M3 error", "E5M2 error", "INT8 error")
+    return Table(
+        "Relative error of rounding the weights, a scale for each tensor, mean over the matrices", columns, rows
+    )
+
+
+def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
+    """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
+    from ..measure import fp8
+    from ..tensors import kv_cache
+
+    rows = []
+    for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):
+        uncalibrated = [fp8.rounding_error(layer, "E4M3", 1.0) for layer in side]
+        others = [[fp8.rounding_error(layer, name, scale).relative for layer in side]
+                  for name, scale in (("E4M3", None), ("E5M2", 1.0))]  # fmt: skip
+        peaks = [float(layer.abs().max()) for layer in side]
+        rows.append((what, f"{min(peaks):.2g} to {max(peaks):.2g}", f"{max(e.clipped for e in uncalibrated):.2%}",
+                     f"{statistics.mean(e.relative for e in uncalibrated):.2%}",
+                     *(f"{statistics.mean(errors):.2%}" for errors in others)))  # fmt: skip
+    columns = ("KV cache", "largest, by layer", "clipped, worst layer", "E4M3 error, scale 1.0")
+    columns += ("E4M3 error, calibrated", "E5M2 error, scale 1.0")
+    return Table(f"Relative error of rounding the KV cache of {tokens} tokens, mean over the layers", columns, rows)
+
+
+def quality_row(run: Run) -> tuple[str, str, str, str, str, str]:
+    """The claims table's row on quality: id, claim, published, this run, verdict, reason.
+
+    What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
+    FP8's). A verdict is given for the published model only.
+    """
+    head = ("Q1", "FP8 keeps the model's quality", f"{PUBLISHED_RECOVERY:.2%}")
+    parts = run.read_parts("quality")
+    if "fp8" not in parts or reference_variant(run.profile) != "bf16":
+        return *head, "–", "not run", "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"
+    held, model = comparisons(run), parts["fp8"]["model"]
+    kept, agreement = _kept(held["fp8"]), held["fp8"].top1_agreement.value
+    said = (f"perplexity kept to {kept.value:.2%} [{kept.low:.2%}, {kept.high:.2%}], the same top token at "
+            f"{agreement:.1%} of positions")  # fmt: skip
+    measured = f"{kept.value:.2%}"
+    if _PUBLISHED_MODEL not in model.lower():
+        return *head, measured, "not run", f"another model ({model}) and another measure; {said}"
+    near = abs(kept.value - PUBLISHED_RECOVERY) <= _TOLERANCE
+    return *head, measured, "reproduced" if near else "not reproduced", f"another measure (perplexity); {said}"
+
+
+def _kept(one: Comparison) -> Estimate:
+    """The reference's perplexity over the variant's."""
+    ratio = one.perplexity_ratio
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
+def _against(metric: str, name: str, one: Comparison, floor: Comparison | None, reference: str) -> str:
+    if floor is None or name == reference + AGAIN:
+        return ""
+    return "" if distinguishable(metric, one, floor) else " none"
+
+
+def _interval(estimate: Estimate, pattern: str) -> str:
+    value, low, high = (pattern.format(each) for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _caption(run: Run) -> str:
+    first = next(iter(summaries(run).values()))
+    reference = reference_variant(run.profile)
+    return (f"What the number format does to the answers of {first['model']}, against {reference}; 95 % intervals in "
+            f"brackets; \"none\": no more than {reference} differs from itself in other batches. Run {run.path.name}")  # fmt: skip

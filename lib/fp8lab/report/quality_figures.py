@@ -1,0 +1,137 @@
+"""The figures of quality: how far next-token distributions move, when greedy answers part, what rounding does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluation import AGAIN, comparisons, reference_variant, tables
+from ..measure.quality import identical_prefix
+from ..runs import Run
+from .figures import _INK, STYLE, Figure, _canvas, _caption
+
+_FLOOR = ("#767676", "x")
+_FALLBACK = ("#56B4E9", "v")
+
+
+def divergence(run: Run) -> Figure:
+    """The share of positions at which a variant moves the next-token distribution by more than so many nats."""
+    canvas, axes = _canvas(run, "How far does each variant move the next token's distribution?")
+    told = []
+    for name, one in _others(run).items():
+        kl = np.sort(tables(run, name)[0]["kl"].to_numpy(float))
+        points = _visible(len(kl), int((kl <= 0).sum()))
+        (color, marker), label = _style(name), _label(name)
+        axes.plot(
+            kl[points], 1 - points / len(kl), color=color, marker=marker, markevery=0.12, ms=5, lw=1.6,
+            label=label if len(points) else f"{label}: no difference at all",
+        )  # fmt: skip
+        told.append(f"{_label(name)}: mean {one.kl_mean.value:.2g}, 99th percentile {one.kl_p99.value:.2g} nats")
+    axes.set(xscale="log", yscale="log", xlabel="KL divergence from the reference, nats (at least)",
+             ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
+    axes.legend(frameon=False, loc="lower left")
+    caption = f"Every position of the text, next-token distribution against {reference_variant(run.profile)}'s."
+    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", _caption(run, caption))
+
+
+def parting(run: Run) -> Figure:
+    """The share of greedy answers that are still the reference's, word for word, after so many tokens."""
+    canvas, axes = _canvas(run, "For how long do greedy answers stay the same?")
+    reference = list(tables(run, reference_variant(run.profile))[1]["tokens"])
+    longest, told = max(len(tokens) for tokens in reference), []
+    for name in _others(run):
+        answers = list(tables(run, name)[1]["tokens"])
+        # An answer that never parts counts as the same to the right edge.
+        parts = np.array([
+            longest + 1 if len(a) == len(b) == identical_prefix(a, b) else identical_prefix(a, b)
+            for a, b in zip(reference, answers, strict=True)
+        ])  # fmt: skip
+        steps = np.arange(longest + 1)
+        share = (parts[None, :] >= steps[:, None]).mean(axis=1)
+        color, marker = _style(name)
+        axes.step(steps, share, where="post", color=color, marker=marker, markevery=0.1, ms=5, label=_label(name))
+        told.append(f"{_label(name)}: {share[-1]:.0%} never part")
+    axes.set(
+        xlabel="tokens into the answer", ylabel="share of answers still the same", xlim=(0, longest), ylim=(0, 1.05)
+    )
+    axes.legend(frameon=False, loc="best")
+    caption = (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
+               "is no error: one close call decided the other way changes all that follows.")  # fmt: skip
+    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", _caption(run, caption))
+
+
+def rounding(run: Run, folder: Path) -> Figure:
+    """The two formats' rounding error by magnitude, over where the model's scaled weights are; and an outlier's cost."""
+    from matplotlib.figure import Figure as Canvas
+
+    from ..measure import fp8
+    from ..tensors import matrices
+
+    canvas = Canvas(figsize=(9.2, 3.8), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    scaled = _scaled_weights(folder)
+    magnitudes = np.geomspace(1e-5, 1e5, 4000)
+    low, high = np.quantile(scaled, [0.01, 0.99])
+    left.axvspan(low, high, color="#dddddd", label="98 % of the weights, scaled")
+    colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": _FLOOR}
+    for name in fp8.FORMATS:
+        left.plot(magnitudes, fp8.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="magnitude after scaling",
+        ylabel="worst relative rounding error",
+        ylim=(5e-3, 2),
+    )
+    left.legend(frameon=False, loc="lower left")
+    weight = next(tensor for kind, _, tensor in matrices(folder) if kind == "q_proj")
+    sizes = np.geomspace(10, 1e6, 11)
+    told = []
+    for name, (color, marker) in colors.items():
+        errors = [fp8.outlier_error(weight, name, size) for size in sizes]
+        right.plot(sizes, errors, color=color, marker=marker, ms=5, lw=1.6, label=name)
+        told.append(f"{name} {errors[0]:.1%} at 10 times the RMS and {errors[-1]:.0%} at a million times")
+    right.set(
+        xscale="log", yscale="log", xlabel="one outlier, times the matrix's RMS", ylabel="relative error of all others"
+    )
+    right.legend(frameon=False, loc="center")
+    for axes, title in ((left, "What is lost at each magnitude"), (right, "What one outlier costs the rest")):
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    alt = (f"Two line charts. Rounding error by magnitude: E4M3 at most 6 % and E5M2 12 % where they have full precision; 98 % "
+           f"of the scaled weights lie from {low:.2g} to {high:.2g}. An outlier's cost to the others: {'; '.join(told)}.")  # fmt: skip
+    caption = ("Per-tensor scales: the largest magnitude becomes the format's largest value. Computed from this model's weights; "
+               "the outlier is planted in the first query projection. A floating format gives up range before it gives up "
+               "precision; INT8's even steps do not.")  # fmt: skip
+    return Figure("quality_formats", canvas, alt, caption)
+
+
+def _visible(count: int, first: int) -> np.ndarray:
+    """Indices from `first` below `count`, as many as the eye can tell apart: even ones, and ever closer to the end."""
+    tail = count - np.unique(np.geomspace(1, max(count, 1), 400).astype(int))
+    points = np.unique(np.concatenate([tail, np.linspace(0, count - 1, 200).astype(int)]))
+    return points[points >= first]
+
+
+def _scaled_weights(folder: Path) -> np.ndarray:
+    """Magnitudes of a sample of every matrix's weights, each over its own E4M3 scale."""
+    from ..measure import fp8
+    from ..tensors import matrices
+
+    samples = []
+    for _, _, tensor in matrices(folder):
+        flat = tensor.float().flatten().abs()
+        samples.append((flat[:: max(1, len(flat) // 2000)] / fp8.per_tensor_scale(flat, "E4M3")).numpy())
+    return np.concatenate(samples)
+
+
+def _others(run: Run) -> Mapping:
+    return {name: one for name, one in comparisons(run).items() if name != reference_variant(run.profile)}
+
+
+def _style(name: str) -> tuple[str, str]:
+    return _FLOOR if name.endswith(AGAIN) else STYLE.get(name, _FALLBACK)
+
+
+def _label(name: str) -> str:
+    return f"{name.removesuffix(AGAIN)} again (noise floor)" if name.endswith(AGAIN) else name

@@ -1,0 +1,120 @@
+"""The verdicts on what was recommended, R1 to R3: a service line, default flags, and how little paging wastes."""
+
+import math
+from collections.abc import Callable
+
+from ..measure.capacity import SLO, attains
+from ..measure.kv import paging_waste, reserving_waste
+from .claims import Verdict, level_id, not_judged, number, verdict, without_gpu
+from .evidence import FRONT_ENDS, Evidence
+
+_ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")
+
+
+def _one_level(claim: dict, _seen: Evidence) -> list[str]:
+    return [level_id("fp8", claim["fp8"]["rate"])]
+
+
+def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
+    """R1: does FP8 sustain the rate with TTFT within the limit, at the 99th percentile?"""
+    rate, limit_ms = claim["fp8"]["rate"], claim["fp8"]["value"]
+    held = seen.level(ids[0])
+    shown = attains(held.records, SLO("the service line", limit_ms, float("inf")))
+    mean, p99 = held.summary["mean_ttft_ms"], held.summary["p99_ttft_ms"]
+    reason = (
+        f"{shown.reason} (TTFT ≤ {limit_ms} ms); TTFT mean {number(mean)} ms, p99 {number(p99)} ms; "
+        f"limited by the {seen.limit(ids[0]).cause}"
+    )
+    word = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}[shown.state]
+    other = [
+        f"{variant} {_p99(seen, variant, rate)}"
+        for variant in seen.variants()
+        if variant != "fp8" and _p99(seen, variant, rate)
+    ]
+    if other:
+        reason += f"; p99 at the same rate: {', '.join(other)}"
+    return {
+        "protocol": f"FP8 at {rate} req/s", "measured": p99, "measured_parts": {"fp8": p99},
+        "verdict": word, "reason": reason,
+    }  # fmt: skip
+
+
+def _p99(seen: Evidence, variant: str, rate: float) -> str:
+    values = seen.seeds(variant, rate, "p99_ttft_ms").values()
+    return f"{number(max(values))} ms" if values else ""
+
+
+def _front_end(claim: dict, seen: Evidence) -> str:
+    """The front end behind which all four variants were measured, the one least in the way if there are several."""
+    rate, metric = claim["fp8"]["rate"], claim["metric"]
+    names = ("fp8", *_ALTERNATIVES)
+    complete = [
+        suffix for suffix in FRONT_ENDS if len(seen.cells([v + suffix for v in names], rate, metric)) == len(names)
+    ]
+    return complete[-1] if complete else ""
+
+
+def _four_variants(claim: dict, seen: Evidence) -> list[str]:
+    suffix = _front_end(claim, seen)
+    return [level_id(variant + suffix, claim["fp8"]["rate"]) for variant in ("fp8", *_ALTERNATIVES)]
+
+
+def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
+    """R2: are both halves together at least as fast as either alone and as BF16, with all requests at once?"""
+    rate, metric, suffix = claim["fp8"]["rate"], claim["metric"], _front_end(claim, seen)
+    against = {v: seen.compare(f"fp8{suffix}", v + suffix, rate, metric) for v in _ALTERNATIVES}
+    lowest = min(against.values(), key=lambda one: one.value)
+    reason = "throughput of FP8 over " + ", ".join(f"{variant} {one}" for variant, one in against.items())
+    if energy := seen.compare(f"fp8{suffix}", f"bf16{suffix}", rate, "joules_per_output_token"):
+        reason += f"; joules a token over bf16 {energy}"
+    causes = {seen.limit(level).cause for level in ids}
+    if not any(cause.startswith("GPU") for cause in causes):
+        reason += f"; the GPU was not the limit ({', '.join(sorted(causes))})"
+    reason += "; whether a pre-quantised checkpoint is better is not tested here"
+    if all(one.low > claim["fp8"]["value"] for one in against.values()):
+        word = "reproduced"
+    elif any(one.high < claim["fp8"]["value"] for one in against.values()):
+        word = "not reproduced"
+    else:
+        word, reason = "undecided", f"no difference to each of the others is shown: {reason}"
+    interval = None if math.isnan(lowest.low) else (lowest.low, lowest.high)
+    return {
+        "protocol": f"all at once, front end: {FRONT_ENDS[suffix]}", "measured": lowest.value, "interval": interval,
+        "measured_parts": {v: one.value for v, one in against.items()}, "verdict": word, "reason": reason,
+    }  # fmt: skip
+
+
+def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
+    """R3: how much of the allocated KV memory holds no token, for this trace; against reserving the most."""
+    records = seen.level(ids[0]).records
+    measured = 100 * paging_waste(records)
+    reason = (
+        f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; "
+        f"reserving 2,048 tokens a request would leave {reserving_waste(records):.0%}"
+    )
+    word = "reproduced" if measured <= claim["fp8"]["value"] else "not reproduced"
+    return {"measured": measured, "measured_parts": {"fp8": measured}, "verdict": word, "reason": reason}
+
+
+def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evidence], Verdict]:
+    """A judge of claims: `levels` names the level ids that it rests on, `judge` is asked when all of them count."""
+
+    def judged(claim: dict, protocol: str, seen: Evidence) -> Verdict:
+        ids = levels(claim, seen)
+        found = {"protocol": protocol}
+        if unjudged := not_judged(seen, ids, records=True):
+            found |= dict(zip(("verdict", "reason"), unjudged, strict=True))
+        else:
+            found |= judge(claim, seen, ids)
+            if why := without_gpu(seen):
+                found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
+        return verdict(claim, seen, ids, **found)
+
+    return judged
+
+
+RECOMMENDATIONS = {
+    "service line": _judge_with(_one_level, _service_line),
+    "default flags": _judge_with(_four_variants, _default_flags),
+    "paging waste": _judge_with(_one_level, _paging_waste),
+}

@@ -1,0 +1,76 @@
+"""A trained model's own tensors, to round them and look: its weight matrices, and the KV cache of a text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BadInput
+from .profiles import Profile
+
+if TYPE_CHECKING:
+    import torch
+
+_MATRIX = re.compile(r"\.([a-z]+_proj)\.weight$")
+
+
+def checkpoint_folder(profile: Profile) -> Path:
+    """The folder with the weights of the profile's first variant; a hub's model must have been served here before.
+
+    Raises BadInput for random weights or a model that is not on this machine.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from .evaluation import check_weights, reference_variant
+    from .server.command import served_model
+
+    check_weights(profile)
+    name = served_model(profile, reference_variant(profile))
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise BadInput(f"the weights of {name} are not on this machine; serve it once, or give a folder") from None
+
+
+def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(kind, name, tensor) of every weight matrix that FP8 rounds: the linear layers, neither embedding nor head.
+
+    `kind` is q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time.
+    """
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
+    for file in files:
+        if not (folder / file).is_file():
+            raise BadInput(f"{folder} holds no {file}; the weights must be safetensors")
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if kind := _MATRIX.search(name):
+                    yield kind[1], name, opened.get_tensor(name)
+
+
+def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of every layer after the model has read the first `tokens` tokens of `text`.
+
+    Each is (KV heads, tokens, head size) float32, computed in BF16 as served (on a GPU if there is one).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # in a notebook it would be a widget, which a static page cannot show
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :tokens].to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    with torch.inference_mode():
+        layers = model(ids, use_cache=True).past_key_values.layers
+    return [(layer.keys[0].float().cpu(), layer.values[0].float().cpu()) for layer in layers]

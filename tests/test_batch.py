@@ -1,0 +1,116 @@
+"""The queue of runs: what a matrix means, and that a crash costs nothing that is done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fp8lab.batch import load_matrix
+from fp8lab.errors import BadInput
+from fp8lab.profiles import read_profile
+from fp8lab.runs import open_run
+
+# One level of some requests in a tiny run; the notebook only measures.
+PROFILE = """
+extends = "emulated-h100"
+title = "For a batch"
+[workload]
+warmup_requests = 2
+[protocols."as published"]
+levels = [{ variant = "bf16", rate = 100, requests = 20 }]
+[protocols."equal load"]
+levels = [{ variant = "fp8", rate = 100, requests = 20 }]
+"""
+MATRIX = """
+profiles = ["small.toml"]
+protocols = ["as published"]
+[workloads.chat]
+[workloads.short]
+trace = "random"
+input_tokens = 16
+output_tokens = 8
+[workloads.long]
+trace = "random"
+input_tokens = 64
+output_tokens = 8
+"""
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    (tmp_path / "small.toml").write_text(PROFILE)
+    (tmp_path / "matrix.toml").write_text(MATRIX)
+    return tmp_path / "matrix.toml"
+
+
+def test_a_matrix_is_every_profile_with_every_workload(matrix):
+    jobs = load_matrix(matrix).jobs()
+    assert [name for name, _, _ in jobs] == ["small-chat", "small-short", "small-long"]
+    assert dict(jobs[1][2]) == {"trace": "random", "input_tokens": 16, "output_tokens": 8}
+
+
+@pytest.mark.parametrize("text, said", [
+    ("profiles = []", "at least one profile"),
+    ('profiles = ["emulated-h100"]\nwhat = 1', "unknown keys"),
+    ('profiles = ["no-such-profile"]', "no profile"),
+    ('profiles = ["emulated-h100"]\nvariants = ["fp4"]', "no variant 'fp4'"),
+    ('profiles = ["emulated-h100"]\nprotocols = ["none"]', "no protocol"),
+    ('profiles = ["emulated-h100"]\nnotebook = "none"', "no notebook"),
+    ('profiles = ["emulated-h100", "emulated-h100"]', "the same name"),
+    ("profiles = [", "not valid TOML"),
+])  # fmt: skip
+def test_a_matrix_that_cannot_work_is_refused_at_once(tmp_path, text, said):
+    (tmp_path / "m.toml").write_text(text)
+    with pytest.raises(BadInput, match=said):
+        load_matrix(tmp_path / "m.toml")
+
+
+def batch(matrix, **options):
+    command = [sys.executable, "-m", "fp8lab.cli", "batch", str(matrix), "--out", str(matrix.parent / "out")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matrix):
+    out = matrix.parent / "out"
+    first = batch(matrix, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (queue := _queue(out)) or queue["small-short"]["state"] != "running":
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.2)
+    time.sleep(3)  # into the second run
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = out / "small-chat" / "run" / "levels" / "bf16-100rps-r1" / "summary.json"
+    before = done.stat().st_mtime_ns
+    second = batch(matrix)
+    stdout, stderr = second.communicate(timeout=400)
+    assert second.returncode == 0, stderr
+    assert {name: job["state"] for name, job in _queue(out).items()} == dict.fromkeys(_queue(out), "done")
+    assert done.stat().st_mtime_ns == before and "[2/3] small-short" in stderr and "index.html" in stdout
+    index, comparison = ((out / name).read_text() for name in ("index.html", "comparison.html"))
+    assert index.count("project_reproduce.html") == 3 and "small-long (EMULATED)" in comparison
+    short = open_run(source=out / "small-short" / "run")
+    assert short.profile.workload.trace == "random" and list(short.summaries()) == ["bf16-100rps-r1"]
+    assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * 16
+
+
+def _queue(out):
+    try:
+        return json.loads((out / "queue.json").read_text())["jobs"]
+    except (OSError, ValueError):
+        return None
+
+
+def test_the_profile_of_a_job_is_one_that_users_could_write(matrix, tmp_path):
+    from fp8lab.batch import _profile_text
+
+    read = load_matrix(matrix)
+    name, profile, workload = read.jobs()[2]
+    path = tmp_path / "job.toml"
+    path.write_text(_profile_text(read, profile, workload, name))
+    made = read_profile(str(path))
+    assert made.workload.input_tokens == 64 and list(made.protocols) == ["as published"]

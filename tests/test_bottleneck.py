@@ -1,0 +1,150 @@
+"""What limited a level: on constructed telemetry, and on every recorded level."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import make_records
+from fp8lab.measure.bottleneck import CAUSES, backlog_growth, keeps_up, long_enough, what_limited
+from fp8lab.measure.kv import held_tokens, paging_waste, reserving_waste
+from fp8lab.measure.roofline import roofline
+from fp8lab.profiles import read_profile
+from fp8lab.report.evidence import evidence
+from fp8lab.runs import open_run
+from fp8lab.shapes import fp8_kv, fp8_weights, model_shape
+from fp8lab.traces import arrival_times, sharegpt_like
+
+IDLE = {
+    "gpu_util_steady": 0.99,
+    "frontend_cpu_max_steady": 0.5,
+    "engine_cpu_max_steady": 0.6,
+    "client_cpu_max_steady": 0.1,
+}
+
+
+def served(rate=50.0, capacity=100.0, requests=1000):
+    """Records of a server that begins `capacity` requests/s at most and takes 1 s for each."""
+    sent = np.arange(requests) / rate
+    began = np.maximum(sent, np.arange(requests) / capacity)
+    return make_records(sent, began + 0.1, began + 1.0, np.full(requests, 10))
+
+
+def judged(records, telemetry=None, **changed):
+    summary = {"valid": True, "invalid_reason": None, "client_busiest_core": 0.1, "preemptions": 0.0} | IDLE | changed
+    return what_limited(summary, records, telemetry)
+
+
+def test_backlogs_grow_by_what_is_not_served():
+    assert abs(backlog_growth(served(50, 100))) < 0.01 and keeps_up(served(50, 100))
+    assert backlog_growth(served(100, 60)) == pytest.approx(0.4, abs=0.02) and not keeps_up(served(100, 60))
+    burst = served().assign(scheduled_s=0.0)
+    assert math.isnan(backlog_growth(burst)) and not keeps_up(burst)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ramp_is_no_backlog(seed):
+    """A server without any limit: long answers still join long after the start, and none of it is a backlog."""
+    trace, sent = sharegpt_like(2000, seed), arrival_times(2000, 100, seed=seed)
+    tokens = np.asarray(trace.output_tokens)
+    assert backlog_growth(make_records(sent, sent + 0.02, sent + 0.02 * tokens, tokens)) < 0.05
+
+
+def test_failed_requests_are_no_backlog():
+    records = served(50, 100)
+    records.loc[::10, ["error", "last_token_s", "first_token_s"]] = ["HTTP 500", np.nan, np.nan]
+    assert keeps_up(records)
+
+
+def test_short_levels_do_not_show_whether_a_backlog_stays():
+    assert long_enough(served(50, 100)) and not long_enough(served(50, 100, requests=100))
+
+
+@pytest.mark.parametrize("capacity, changed, cause, said", [
+    (100, {}, "offered load", "no backlog grew"),
+    (60, {"valid": False, "invalid_reason": "requests left late"}, "unknown", "requests left late"),
+    (60, {"client_busiest_core": 0.97}, "client", "0.97 of a core"),
+    (60, {"frontend_cpu_max_steady": 1.02, "gpu_util_steady": 0.69}, "front end", "no kernel running 31%"),
+    (100, {"frontend_cpu_max_steady": 1.02}, "front end", "just kept up"),
+    (60, {"gpu_util_steady": 0.6, "engine_cpu_max_steady": 1.0}, "engine", "engine 1.00"),
+        (60, {"gpu_util_steady": 0.6}, "unknown", "no kernel running 40%"),
+    (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
+    (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
+    (60, {"preemptions": 12.0}, "KV capacity", "12 requests were preempted"),
+    (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
+])  # fmt: skip
+def test_constructed_levels_are_attributed(capacity, changed, cause, said):
+    found = judged(served(100, capacity) if capacity < 100 else served(50, capacity), **changed)
+    assert found.cause == cause and said in found.evidence
+
+
+def test_waiting_for_kv_blocks_is_told_from_waiting_for_a_seat():
+    full = pd.DataFrame({"at_s": range(10), "waiting": 30.0, "kv_cache_usage": 0.99})
+    assert judged(served(100, 60), full).cause == "KV capacity"
+    assert judged(served(100, 60), full.assign(kv_cache_usage=0.4)).cause == "GPU, nearer compute"
+
+
+@pytest.mark.parametrize("name", ["h200-80gb", "emulated-h100"])
+def test_every_recorded_level_is_attributed(name):
+    seen = evidence(open_run(source=name))
+    for level_id, summary in seen.summaries.items():
+        found = seen.limit(level_id)
+        assert found.cause in (*CAUSES, "emulated card") and found.evidence, level_id
+        if found.cause == "front end":
+            assert summary["frontend_cpu_max_steady"] >= 0.95
+        if found.cause.startswith("GPU"):
+            assert summary["gpu_util_steady"] >= 0.85 and summary["frontend_cpu_max_steady"] < 0.95
+        if found.cause == "offered load":
+            assert keeps_up(seen.level(level_id).records)
+        if seen.run.emulated and found.cause == "emulated card":
+            assert "EMULATED" in found.evidence
+
+
+def test_the_roofline_is_the_arithmetic():
+    """200 requests run all the time, 50 steps a second, a tenth of a cache of 400,000 tokens in use."""
+    card, shape = read_profile("h200-80gb").gpu, model_shape("llama-3-8b")
+    seconds = np.arange(0.0, 31.0)
+    telemetry = pd.DataFrame(
+        {
+            "at_s": seconds, "running": 200.0, "kv_cache_usage": 0.1,
+            "prompt_tokens": 8_000 * seconds, "generation_tokens": 10_000 * seconds,
+        }
+    )  # fmt: skip
+    options = {"kv_cache_tokens": 400_000, "shape": shape, "card": card}
+    found = roofline(telemetry, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options)
+    assert found.steps_per_s == pytest.approx(50)
+    weights = shape.layer_parameters * 2 + shape.vocabulary_parameters * 2
+    assert found.bytes_per_s == pytest.approx(50 * (weights + 40_000 * 131072))
+    assert found.memory == pytest.approx(found.bytes_per_s / 4.8e12)
+    flops = 2 * (18_000 * shape.layer_parameters + 10_000 * shape.vocabulary_parameters)
+    assert found.flops_per_s == pytest.approx(flops) and found.compute == pytest.approx(flops / 989e12)
+    half = roofline(telemetry, (5.0, 25.0), fp8_weights=True, fp8_kv=True, **options)
+    assert half.bytes_per_s < 0.6 * found.bytes_per_s and half.compute < 0.6 * found.compute
+    assert found.nearest == "compute" and found.intensity == pytest.approx(found.flops_per_s / found.bytes_per_s)
+    empty = telemetry.assign(running=np.nan)
+    assert roofline(empty, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options) is None
+
+
+def test_llamas_shape_is_the_public_arithmetic():
+    shape = model_shape("llama-3-8b")
+    norms = (2 * 32 + 1) * 4096
+    assert shape.layer_parameters + 2 * shape.vocabulary_parameters + norms == 8_030_261_248
+    assert shape.kv_bytes_per_token(2) == 128 * 1024 and shape.kv_bytes_per_token(1) == 64 * 1024
+    assert model_shape("") is None and model_shape("no-such-model") is None
+
+
+@pytest.mark.parametrize("flags, weights, kv", [
+    (["--quantization", "fp8", "--kv-cache-dtype", "fp8"], True, True),
+    (["--quantization=fp8", "--kv-cache-dtype=fp8_e4m3"], True, True),
+    (["-q", "fp8"], True, False),
+    (["--dtype", "bfloat16", "--quantization"], False, False),
+])  # fmt: skip
+def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
+    assert (fp8_weights(flags), fp8_kv(flags)) == (weights, kv)
+
+
+def test_paging_wastes_the_end_of_the_last_block():
+    records = make_records([0.0], [1.0], [2.0], [6])  # prompt 10, contexts 11 to 16: one block of 16
+    assert paging_waste(records) == pytest.approx(1 - sum(range(11, 17)) / (6 * 16))
+    assert held_tokens(records) == 13.5 and reserving_waste(records, 27) == 0.5

@@ -1,0 +1,96 @@
+"""The limit: the binomial rule, what a level shows of an objective, and the search."""
+
+import math
+
+import numpy as np
+import pytest
+
+from conftest import make_records
+from fp8lab.errors import BadInput
+from fp8lab.measure.capacity import SLO, Attainment, allowed_violations, attains, bracket, required_requests, search
+from fp8lab.traces import arrival_times
+
+TIGHT = SLO("a test's", 120, 50)
+
+
+def level(rate: float, capacity: float, requests: int, *, burstiness=math.inf, seed=0):
+    """Records of a server that serves requests one after the other in 1/capacity s, 20 ms a token behind."""
+    sent = np.asarray(arrival_times(requests, rate, burstiness=burstiness, seed=seed))
+    free, first = 0.0, []
+    for at in sent:
+        free = max(free, at) + 1 / capacity
+        first.append(free)
+    first = np.asarray(first)
+    return make_records(sent, first, first + 9 * 0.02, np.full(requests, 10))
+
+
+def test_the_rule_is_that_of_mlperf():
+    """The counts that LoadGen's early stopping needs for the 99th percentile at 99 % confidence."""
+    assert [required_requests(k) for k in range(4)] == [459, 662, 838, 1001]
+    for k in range(4):
+        n = required_requests(k)
+        assert allowed_violations(n) == k and allowed_violations(n - 1) == k - 1
+    assert required_requests(0, 0.9) == 44  # 0.9 ** 44 < 1 % < 0.9 ** 43
+
+
+def test_a_level_that_keeps_within_its_limits_meets_them():
+    assert attains(level(50, 100, 662), TIGHT) == Attainment("met", "0 of 662 requests were outside its limits", 0, 662)
+
+
+def test_too_few_requests_decide_nothing():
+    found = attains(level(50, 100, 300), TIGHT)
+    assert found.state == "undecided" and "459" in found.reason
+
+
+def test_a_growing_backlog_misses_any_objective():
+    generous = SLO("generous", 1e9, 1e9)
+    found = attains(level(60, 50, 1000), generous)
+    assert found.state == "missed" and "backlog grew" in found.reason
+    short = attains(level(100, 20, 1000), generous)  # its last requests took longer than its arrivals
+    assert short.state == "undecided" and "longer level" in short.reason
+
+
+def test_failed_requests_are_violations():
+    records = level(50, 100, 1000)
+    records.loc[:29, "error"] = "HTTP 500"
+    found = attains(records, TIGHT)
+    assert found.state == "missed" and found.violations == 30
+
+
+@pytest.mark.parametrize("limit", [14, 21, 33.3, 48, 63.15, 97, 120, 190])
+def test_the_search_finds_a_known_limit_within_5_percent_in_8_probes(limit):
+    probes = []
+
+    def probe(rate):
+        records = level(rate, limit, max(required_requests(1), math.ceil(20 * rate)))
+        probes.append(rate)
+        return attains(records, TIGHT).state
+
+    found, tried = search(probe)
+    assert found.low <= limit * 1.01 and found.high >= limit * 0.99
+    assert found.high / found.low <= 1.05 and abs(math.sqrt(found.low * found.high) / limit - 1) <= 0.05
+    assert len(tried) == len(probes) <= 8
+
+
+def test_the_search_ends_when_nothing_meets_or_everything_does():
+    found, tried = search(lambda rate: "missed", max_probes=4)
+    assert found == (0.0, 3.125) and len(tried) == 4 and str(found) == "below 3.125"
+    found, _ = search(lambda rate: "met", max_probes=4)
+    assert found == (200, math.inf) and str(found) == "at least 200"
+
+
+def test_contradicting_repeats_count_as_missed():
+    assert bracket([(25, "met"), (50, "met"), (50, "missed"), (75, "met")]) == (25, 50)
+    assert str(bracket([])) == "not tried"
+
+
+def test_what_no_level_decided_bounds_nothing():
+    assert bracket([(25, "undecided"), (50, "met"), (75, "missed")]) == (50, 75)
+
+
+@pytest.mark.parametrize("values", [{"ttft_ms": 0}, {"tpot_ms": -1}, {"share": 1.0}, {"share": 99}])
+def test_impossible_objectives_are_refused(values):
+    with pytest.raises(BadInput, match="above 0 ms"):
+        SLO(**{"name": "x", "ttft_ms": 120, "tpot_ms": 50} | values)
+    with pytest.raises(BadInput, match="start"):
+        search(lambda rate: "met", start=0)

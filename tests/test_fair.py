@@ -1,0 +1,92 @@
+"""The fair comparison's tables and figures, on the recorded runs and on runs that lack much."""
+
+import re
+
+import pytest
+
+import fp8lab as lab
+from fp8lab.errors import BadInput
+from fp8lab.measure.capacity import DEFAULT, MLPERF_SERVER
+from fp8lab.profiles import read_profile
+from fp8lab.report import fair, fair_figures
+from fp8lab.report.evidence import evidence
+from fp8lab.runs import open_run
+
+TABLES = [
+    fair.limits_table, fair.validity_table, fair.equal_load_table, fair.ablation_table, fair.throughputs_table,
+    fair.kv_table, fair.paging_table, fair.roofline_table, fair.limit_table,
+    lambda run: fair.attainment_table(run, DEFAULT), lambda run: fair.capacity_plan(run, MLPERF_SERVER, 500),
+]  # fmt: skip
+FIGURES = [
+    fair_figures.saturation, fair_figures.equal_load, fair_figures.ablation, fair_figures.littles_law,
+    fair_figures.kv_capacity, fair_figures.roofline, lambda run: fair_figures.objective(run, DEFAULT),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["h200-80gb", "emulated-h100", "empty"])
+def run(request, tmp_path):
+    if request.param == "empty":
+        return open_run(tmp_path / "run", read_profile("h100-80gb"))
+    return open_run(source=request.param)
+
+
+@pytest.mark.parametrize("draw", TABLES)
+def test_tables_say_what_there_is(run, draw):
+    table = draw(run)
+    assert table.caption and "<caption" in table._repr_html_() and repr(table)
+    if run.emulated and draw is not fair.paging_table:
+        assert "EMULATED" in table.caption
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_figures_ask_a_question_and_say_what_is_seen(run, draw):
+    figure = draw(run)
+    assert figure.canvas.axes[0].get_title(loc="left").endswith("?")
+    assert len(figure.alt) > 20 and run.path.name in figure.caption
+    if run.emulated:
+        assert "EMULATED" in figure.caption
+        assert any("EMULATED" in text.get_text() for text in figure.canvas.axes[0].texts)
+
+
+def test_variants_are_told_apart_without_colour():
+    styles = {v: fair_figures._style(v) for v in read_profile("h200-80gb").variants if not v.endswith("api4")}
+    shapes = [(style["marker"], style["mfc"] == "white", style["ls"]) for style in styles.values()]
+    assert len(set(shapes)) == len(shapes)
+
+
+def test_the_recorded_ratios_can_be_had_from_the_records_by_hand():
+    """A spreadsheet's way: tokens over (last token - first sending), FP8 over BF16, the mean of the three seeds."""
+    seen, logs = evidence(open_run(source="h200-80gb")), []
+    for seed in (1, 2, 3):
+        rate = {}
+        for variant in ("bf16", "fp8"):
+            records = seen.level(f"{variant}-50rps-r{seed}").records
+            rate[variant] = records["output_tokens"].sum() / (records["last_token_s"].max() - records["sent_s"].min())
+        logs.append(rate["fp8"] / rate["bf16"])
+    by_hand = (logs[0] * logs[1] * logs[2]) ** (1 / 3)
+    table = fair.equal_load_table(seen.run)
+    shown = next(row for row in table.rows if row[0].startswith("output tokens") and row[1] == "50 req/s")
+    assert float(shown[3]) == pytest.approx(by_hand, abs=5e-4)
+
+
+def test_the_plan_is_arithmetic_on_the_bracket():
+    run = open_run(source="h200-80gb")
+    row = next(r for r in lab.capacity_plan(run, MLPERF_SERVER, 500).rows if r[0] == "bf16")
+    low, planned, cards = float(row[1]), float(row[2]), int(row[3])
+    assert planned == pytest.approx(low * 0.8, abs=0.05) and cards == -(-500 // planned)
+    assert re.match(r"\d", row[4]) and re.match(r"\d", row[5])
+    for rate, headroom in ((0, 0.2), (float("inf"), 0.2), (10, 1.0)):
+        with pytest.raises(BadInput, match="target_rate"):
+            fair.capacity_plan(run, MLPERF_SERVER, rate, headroom)
+
+
+def test_a_recorded_run_brackets_its_limit():
+    run = open_run(source="h200-80gb")
+    with lab.serve(run.profile, "bf16", run=run) as server:
+        assert lab.find_limit(server, MLPERF_SERVER, run=run) == (50, 75)
+
+
+def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
+    import fp8lab.measure.metrics  # noqa: F401
+
+    assert callable(lab.measure)

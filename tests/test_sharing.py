@@ -1,0 +1,53 @@
+"""A page that opens anywhere and an archive that opens again."""
+
+import re
+import zipfile
+
+import pytest
+
+from fp8lab import notebooks
+from fp8lab.errors import BadInput
+from fp8lab.profiles import read_profile
+from fp8lab.runs import open_run
+from fp8lab.sharing import share
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_a_shared_run_opens_on_another_machine(home):
+    run = open_run(source="h200-80gb")
+    (page,), archive = share(run, home / "out", notebooks=[notebooks.FRONT])
+    text = page.read_text()
+    fetched = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?!data:)([^"#]+)"', text)
+    assert fetched == [] and "@import" not in text and 'lang="en"' in text and text.count("<figure>") >= 4
+    again = open_run(source=archive)
+    assert again.read_only and again.summaries() == run.summaries() and again.path.name == "h200-80gb"
+    assert not any("tokens" in name or "log" in name for name in zipfile.ZipFile(archive).namelist())
+    assert open_run(source=archive).path == again.path  # unpacked once
+
+
+def test_nothing_measured_is_nothing_to_share(home):
+    run = open_run(home / "run", read_profile("emulated-h100"))
+    with pytest.raises(BadInput, match="nothing to share"):
+        share(run, home / "out", notebooks=[notebooks.FRONT])
+
+
+@pytest.mark.parametrize("names", [["../evil"], ["/etc/evil"], ["a/run.json", "b/run.json"], []])
+def test_archives_of_strangers_are_refused(home, names):
+    path = home / "run.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+    with pytest.raises(BadInput, match="not an archive of one run"):
+        open_run(source=path)
+    assert not list(home.glob("**/evil"))
+
+
+def test_a_broken_archive_is_refused(home):
+    (home / "run.zip").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(BadInput, match="cannot be unpacked"):
+        open_run(source=home / "run.zip")
