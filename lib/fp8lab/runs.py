@@ -287,7 +287,7 @@ class Run:
 
     def _summary(self, level_id: str) -> dict:
         summary = read_json(self._folder(level_id) / "summary.json", self._again(level_id), _SUMMARY_KEYS)
-        if not isinstance(summary["level"], dict) or not _LEVEL_KEYS <= summary["level"].keys():
+        if not isinstance(summary["level"], dict) or not summary["level"].keys() >= _LEVEL_KEYS:
             raise RunDamaged(f"{self._folder(level_id) / 'summary.json'} names no level; {self._again(level_id)}")
         return summary
 
