@@ -2,6 +2,7 @@
 # make test        formatting, linting, unit tests, real servers, notebooks
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
+# make soak        20 starts, loads and stops in a row: does anything grow? (at most 20 min)
 # make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
 #
@@ -15,10 +16,10 @@ STAMP := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help env reproduce steps test lab lint bench bundle front clean
+.PHONY: help env reproduce steps test lab lint bench soak bundle front clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
 
 env: $(STAMP)
 
@@ -45,6 +46,9 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python tests/bench/soak.py $(ARGS)
 
 # COMPILE_CACHE=... packs a vLLM compile cache along.
 bundle:

@@ -1,14 +1,21 @@
-"""Shared fixtures: a streaming server with known times, a short emulated profile, a run made of whole cloth."""
+"""Shared fixtures: a streaming server with known times, a short emulated profile, a stand-in for vLLM that fails
+as it is told, a run made of whole cloth."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
+
+from fp8lab.paths import PROJECT
+from fp8lab.server import leftovers
 
 HERE = Path(__file__).parent
 
@@ -60,6 +67,85 @@ def short_profile(tmp_path) -> Path:
     path = tmp_path / "short.toml"
     path.write_text(SHORT)
     return path
+
+
+FAKE = """
+extends = "emulated-h100"
+title = "A stand-in for vLLM"
+
+[model]
+shapes = "tiny-llama"
+
+[server]
+start_timeout_s = {timeout}
+
+[emulation]
+time_dilation = 1
+
+[workload]
+warmup_requests = 2
+
+[variant_env.bf16]
+FAKE_VLLM = "{bf16}"
+
+[variant_env.fp8]
+FAKE_VLLM = "{fp8}"
+
+[protocols."as published"]
+levels = [
+  {{ variant = "bf16", rate = 50, requests = {requests} }},
+  {{ variant = "fp8", rate = 100, requests = {requests} }},
+]
+
+[protocols."equal load"]
+levels = [
+  {{ variant = "bf16", rate = 100, requests = {requests} }},
+  {{ variant = "fp8", rate = 50, requests = {requests} }},
+]
+"""
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch, tmp_path):
+    """Servers started from here on are tests/fake; call it for the path of a profile whose variants fail so."""
+    folders = [HERE / "fake", HERE, PROJECT / "lib", os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, filter(None, folders))))
+
+    def profile(bf16: str = "", fp8: str = "", *, requests: int = 20, timeout: float = 30) -> Path:
+        path = tmp_path / f"{tmp_path.name}.toml"  # its name is the profile's: no other test's servers have it
+        path.write_text(FAKE.format(bf16=bf16, fp8=fp8, requests=requests, timeout=timeout))
+        return path
+
+    return profile
+
+
+def marked(profile: str | Path) -> list[int]:
+    """Pids of all servers of the profile, grandchildren and watchdogs included."""
+    return [pid for server in leftovers.servers() if server.profile == Path(profile).stem for pid in server.pids]
+
+
+def wait_for(condition, within: float = 30.0, what: str = "it"):
+    """What `condition` returns once that is true; fails after `within` seconds."""
+    deadline = time.monotonic() + within
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come about within {within:g} s"
+        time.sleep(0.05)
+    return result
+
+
+def running(pid: int) -> bool:
+    """Whether the process still runs; one that has ended but whom init has not collected yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def nothing_left(profile: str | Path, pids, within: float = 20.0) -> None:
+    """Fails unless, in time, no process of the profile's servers is left, neither by pid nor by mark."""
+    assert pids
+    wait_for(lambda: not any(map(running, pids)), within, f"the end of {pids}")
+    assert marked(profile) == []
 
 
 def make_records(sent, first, last, tokens, *, scheduled=None, errors=None) -> pd.DataFrame:

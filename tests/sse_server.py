@@ -28,6 +28,13 @@ FAULTS = (
     "no-done",
     "huge",
     "die",
+    "nan",
+    "huge-count",
+    "odd-finish",
+    "html",
+    "endless",
+    "escapes",
+    "echo-key",
 )
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 TOKEN = (
@@ -35,6 +42,8 @@ TOKEN = (
     b'"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
 )
 LAST = TOKEN.replace(b'"finish_reason":null', b'"finish_reason":"length"')
+ODD = TOKEN.replace(b'"finish_reason":null', b'"finish_reason":{"<b>":[1,2]}')
+PAGE = b"<html><script>alert(1)</script>\x1b[31m\x00" * 20
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -46,7 +55,8 @@ def usage(prompt: int, completion: int) -> bytes:
     return f'data: {{"id":"cmpl-1","choices":[],"usage":{json.dumps(counts)}}}\n\n'.encode()
 
 
-TOKEN_CHUNK, LAST_CHUNK = http_chunk(TOKEN), http_chunk(LAST)
+TOKEN_CHUNK, LAST_CHUNK, ODD_CHUNK = http_chunk(TOKEN), http_chunk(LAST), http_chunk(ODD)
+COUNTS = {"wrong-count": -1, "nan": float("nan"), "huge-count": 10**30}
 DONE_CHUNK, END = http_chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
 
 
@@ -60,6 +70,11 @@ class Session(asyncio.Protocol):
         self.transport = transport
         self.parser = httptools.HttpRequestParser(self)
         self.body = []
+        self.authorization = b""
+
+    def on_header(self, name, value):
+        if name.lower() == b"authorization":
+            self.authorization = value
 
     def data_received(self, data):
         self.parser.feed_data(data)
@@ -94,15 +109,21 @@ class Session(asyncio.Protocol):
             self.due += self.options.itl_ms / 1e3
             asyncio.get_running_loop().call_at(self.due, self.step)
             return
-        count = self.tokens - 1 if self.fault == "wrong-count" else self.tokens
+        count = self.tokens + COUNTS.get(self.fault, 0)
         done = b"" if self.fault == "no-done" else DONE_CHUNK
-        self.transport.write(LAST_CHUNK + http_chunk(usage(10, count)) + done + END)
+        ending = ODD_CHUNK if self.fault == "odd-finish" else LAST_CHUNK
+        self.transport.write(ending + http_chunk(usage(10, count)) + done + END)
 
     def begin(self) -> bool:
         if self.fault in ("http-500", "refused-auth"):
             status, text = (
                 (b"500 Oops", b'{"error":"out of <luck>"}') if self.fault == "http-500" else (b"401 No", b"bad key")
             )
+            self.transport.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n%s" % (status, len(text), text))
+            return False
+        if self.fault in ("html", "echo-key"):
+            text = PAGE if self.fault == "html" else b"Incorrect key: " + self.authorization
+            status = b"200 OK" if self.fault == "html" else b"401 No"
             self.transport.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n%s" % (status, len(text), text))
             return False
         if not self.streaming:
@@ -120,6 +141,12 @@ class Session(asyncio.Protocol):
             self.transport.write(
                 http_chunk(b'data: {"error":{"message":"engine died","code":500}}\n\n') + DONE_CHUNK + END
             )
+        elif self.fault == "escapes":
+            self.transport.write(
+                http_chunk(b'data: {"error":{"message":"<b>\\u001b[31mred\\u0000"}}\n\n') + DONE_CHUNK + END
+            )
+        elif self.fault == "endless":
+            self.flood()
         elif self.fault == "cut":
             self.transport.abort()
         elif self.fault == "malformed":
@@ -131,6 +158,12 @@ class Session(asyncio.Protocol):
         elif self.fault != "silent":
             return True
         return False
+
+    def flood(self):
+        """Chunks until the client has had enough."""
+        if not self.transport.is_closing():
+            self.transport.write(TOKEN_CHUNK * 500)
+            asyncio.get_running_loop().call_later(0.01, self.flood)
 
 
 async def serve(options) -> None:

@@ -85,7 +85,7 @@ def test_damage_names_the_file_and_the_remedy(run):
     run.write(make_result())
     records = run.path / "levels" / LEVEL.id / "records.parquet"
     records.write_bytes(records.read_bytes()[:100])
-    with pytest.raises(RunDamaged, match=r"records\.parquet.*delete its folder"):
+    with pytest.raises(RunDamaged, match=r"records\.parquet.*--again bf16-50rps-r1"):
         run.read(LEVEL)
     (records.parent / "summary.json").write_text('{"half": ')
     for look in (run.summaries, lambda: run.has(LEVEL)):

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -12,9 +13,10 @@ import psutil
 import pytest
 
 import fp8lab as lab
+from conftest import marked, nothing_left
 from fp8lab.errors import BadInput, ServerFailed
 from fp8lab.profiles import read_profile
-from fp8lab.server import launch, leftovers, log
+from fp8lab.server import command, leftovers, log
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +147,51 @@ def test_stop_may_happen_twice_and_frees_the_port(tmp_path):
     assert "stopped" in repr(server)
 
 
+def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(short_profile, tmp_path):
+    profile = lab.load_profile(str(short_profile))
+    died = []
+
+    def kill_engine():
+        engine = next(p for p in server._processes if "EngineCore" in " ".join(p.cmdline()))
+        engine.kill()
+        died.append(time.monotonic())
+
+    with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
+        pids = server.pids()
+        timer = threading.Timer(4.0, kill_engine)
+        timer.start()
+        with pytest.warns(UserWarning, match="is INVALID"):
+            result = lab.load_test(server, rate=25, requests=500)  # 70 s of arrivals in dilated time
+        assert time.monotonic() - died[0] < 5 + 5  # noticed within 5 s; summing up takes a moment
+    assert "the server" in result.summary["invalid_reason"] and len(result.records) == 500
+    nothing_left(profile.name, pids)
+
+
+def test_ctrl_c_in_the_middle_of_vllms_start_leaves_nothing(short_profile, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fp8lab.cli",
+        "measure",
+        "--profile",
+        str(short_profile),
+        "--run",
+        tmp_path / "run",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as measuring:
+        for line in measuring.stderr:
+            if "starting the engine process" in line:
+                break
+        pids = marked(short_profile)
+        measuring.send_signal(signal.SIGINT)
+        nothing_left(short_profile, pids)
+        assert measuring.wait(20) == 130
+
+
 def test_emulated_is_the_gpus_command_plus_one_flag():
-    real = launch.build_command(read_profile("h100-80gb"), "fp8", port=1)
-    emulated = launch.build_command(read_profile("emulated-h100"), "fp8", port=1)
-    assert emulated == [*real, "--distributed-executor-backend", launch.EXECUTOR]
+    real = command.build_command(read_profile("h100-80gb"), "fp8", port=1)
+    emulated = command.build_command(read_profile("emulated-h100"), "fp8", port=1)
+    assert emulated == [*real, "--distributed-executor-backend", command.EXECUTOR]
 
 
 def test_the_log_says_how_far_a_start_is_and_why_it_failed():

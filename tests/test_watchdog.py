@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conftest import running
 from fp8lab.server import watchdog
 
 SCRIPT = Path(watchdog.__file__)
@@ -52,7 +53,7 @@ def start(tmp_path, end="time.sleep(600)", ignore="", grace=1.0):
 
 def gone(pids, within=10.0) -> bool:
     deadline = time.monotonic() + within
-    while any(psutil.pid_exists(pid) for pid in pids):
+    while any(map(running, pids)):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)

@@ -18,7 +18,16 @@ from . import measure as _room
 del _room, measure  # noqa: F821 - loading the room bound its name here
 
 _HOMES = {
-    "errors": ("BadInput", "Fp8labError", "LevelFailed", "RunDamaged", "RunMismatch", "ServerFailed"),
+    "errors": (
+        "BadInput",
+        "Fp8labError",
+        "InUse",
+        "LevelFailed",
+        "NotWritten",
+        "RunDamaged",
+        "RunMismatch",
+        "ServerFailed",
+    ),
     "evaluation": ("QualityTask", "check_weights", "measure_quality", "quality_profile"),
     "experiment": ("find_limit", "load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
     "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),

@@ -32,6 +32,7 @@ EXAMPLES = {
         fp8lab measure --profile h200-80gb --run runs/h200       every protocol of the profile
         fp8lab measure --run runs/h200                           goes on where it stopped
         fp8lab measure --protocol "as published" --protocol ablation
+        fp8lab measure --run runs/h200 --again bf16-50rps-r1     set this level aside and measure it anew
     """,
     "quality": """
         fp8lab quality                                           SmolLM2-135M: bf16 against every FP8 variant (a CPU: fp32 against bf16)
@@ -164,6 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--protocol", **protocol)
     measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+    measure.add_argument(
+        "--again", action="append", default=[], metavar="LEVEL",
+        help="set this level (damaged or invalid, say) aside and measure it again; repeatable",
+    )  # fmt: skip
 
     quality = command("quality", commands.quality, (
         "Measure what each variant answers: perplexity, KL divergence and agreement with the profile's first variant on "

@@ -53,7 +53,7 @@ def measure(args) -> None:
     run = open_run(args.run, args.profile)
     protocols = args.protocol or list(run.profile.protocols)
     try:
-        measure_levels(run, run.profile, protocols, workers=args.workers)
+        measure_levels(run, run.profile, protocols, workers=args.workers, again=args.again)
     except (KeyboardInterrupt, Fp8labError):
         again = f"fp8lab measure --run {repository_relative(run.path)}"
         print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
@@ -131,7 +131,8 @@ def record(args) -> None:
 
 def serve(args) -> None:
     from .profiles import load_profile, read_profile
-    from .server.launch import printable_command, start_server
+    from .server.command import printable_command
+    from .server.launch import start_server
 
     if args.print_command:
         from .gpu import gpu_names
@@ -185,7 +186,7 @@ def load_test(args) -> int:
         endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
         exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout,
     )  # fmt: skip
-    from .runs import write_json, write_tables
+    from .files import write_json, write_tables
 
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
@@ -231,6 +232,7 @@ def status(_args) -> None:
         owner = (
             f"in use by pid {server.owner_pid}" if server.owned else f"LEFT OVER: its owner {server.owner_pid} is gone"
         )
+        owner += "" if server.watched else ", its watchdog too" if not server.owned else ", its watchdog is gone"
         minutes = (time.time() - server.started) / 60
         print(
             f"{server.variant} ({server.profile}), port {server.port}, {minutes:.0f} min, {server.memory_gib:.1f} GiB, "

@@ -2,17 +2,24 @@
 
 Fp8labError
 ├── BadInput          the caller asked for something that cannot be done   (exit code 2)
-│   └── RunMismatch   a run folder holds another experiment than the one asked for
+│   ├── RunMismatch   a run folder holds another experiment than the one asked for
+│   └── InUse         another process holds the run folder, the port or the GPU
 ├── ServerFailed      a vLLM server did not start, did not get ready, or died
 ├── LevelFailed       a level could not be measured at all
-└── RunDamaged        a run folder has a file that cannot be read
+├── RunDamaged        a run folder has a file that cannot be read
+└── NotWritten        a file could not be written: full disk, read-only folder
 
 Every message names the offending value, what was expected, and what to do.
 """
 
+from .text import visible
+
 
 class Fp8labError(Exception):
-    """Base of all errors that fp8lab raises on purpose."""
+    """Base of all errors that fp8lab raises on purpose. Its message may quote foreign text: that is made visible."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(visible(message))
 
 
 class BadInput(Fp8labError, ValueError):
@@ -21,6 +28,10 @@ class BadInput(Fp8labError, ValueError):
 
 class RunMismatch(BadInput):
     """A run folder was opened for another profile than the one it holds."""
+
+
+class InUse(BadInput):
+    """A run folder, port or GPU that another process holds."""
 
 
 class ServerFailed(Fp8labError):
@@ -33,3 +44,7 @@ class LevelFailed(Fp8labError):
 
 class RunDamaged(Fp8labError):
     """A file inside a run folder is truncated or unreadable."""
+
+
+class NotWritten(Fp8labError):
+    """A file of a run could not be written."""

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 
-from .errors import BadInput
+from .errors import BadInput, ServerFailed
 from .load import vllm_bench
 from .load.generator import send_load
 from .load.level import measure_level
@@ -19,8 +19,10 @@ from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
 from .server import launch
+from .server.command import served_model
 from .server.launch import Server, ServerInfo
 from .tables import Table
+from .text import visible
 from .traces import Trace, arrival_times, named_trace, sharegpt_like
 
 
@@ -86,7 +88,7 @@ def trace_for(profile: Profile, level: Level) -> Trace:
     workload = profile.workload
     tokenizer = workload.tokenizer or None
     if workload.trace.endswith(".json") and not tokenizer:
-        tokenizer = launch.served_model(profile, level.variant)
+        tokenizer = served_model(profile, level.variant)
     return named_trace(
         workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
@@ -106,18 +108,22 @@ def load_test(
     """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
 
     `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
-    stored there, and a level that the run already holds is returned instead of measured.
+    stored there, and a level that the run already holds is returned instead of measured. A server that dies or
+    hangs ends the level early: its records are kept, and it is invalid. Raises InUse when another process writes to
+    the run.
     """
     count = requests if requests is not None else len(trace) if trace else 1000
     level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
     if isinstance(server, RecordedServer):
         return server.run.read(level)
-    if run is not None and run.has(level):
-        StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
-        return run.read(level)
-    result = _measure_level(server, level, trace.head(count) if trace else trace_for(server.profile, level), workers)
-    if run is not None:
-        run.write(result)
+    with run.locked() if run is not None else contextlib.nullcontext():
+        if run is not None and run.has(level):
+            StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
+            return run.read(level)
+        trace = trace.head(count) if trace else trace_for(server.profile, level)
+        result = _measure_level(server, level, trace, workers)
+        if run is not None:
+            run.write(result)
     return result
 
 
@@ -145,31 +151,58 @@ def missing_work(run: Run | None, profile: Profile, protocols: Sequence[str]) ->
 
 
 def measure(
-    run: Run, profile: Profile, protocol: str | Sequence[str] = "as published", *, workers: int | None = None
+    run: Run,
+    profile: Profile,
+    protocol: str | Sequence[str] = "as published",
+    *,
+    workers: int | None = None,
+    again: Sequence[str] = (),
 ) -> list[LevelResult]:
     """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
-    interrupted call goes on where it stopped. On a recorded run this only reads.
+    interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
+    recorded run this only reads. Raises InUse when another process writes to the run, RunDamaged before anything is
+    started when a level of it cannot be read, and ServerFailed at the end when a server died under load: its further
+    levels are then missing, those of the other variants are there.
     """
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
-    work = missing_work(run, profile, protocols)
-    if work and run.read_only:
-        lacking = [level.id for _, levels in work for level in levels if not run.has(level)]
-        if lacking:
-            raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}")
-        work = []
-    for variant, levels in work:
-        with serve(profile, variant, run=run) as server:
-            warm_up(server)
-            for level in levels:
-                load_test(
-                    server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers
-                )
-                if level.cross_check:
-                    cross_check(server, level, run)
-    return [run.read(level) for level in _levels(profile, protocols)]
+    asked = _levels(profile, protocols)
+    if unknown := sorted(set(again) - {level.id for level in asked}):
+        raise BadInput(f"no level {', '.join(unknown)} in {', '.join(protocols)} of profile {profile.name}")
+    with run.locked():
+        for level_id in again:
+            run.set_aside(level_id)
+        for level in asked:
+            if run.has(level):
+                run.read(level)
+        work = missing_work(run, profile, protocols)
+        if work and run.read_only:
+            lacking = [level.id for _, levels in work for level in levels if not run.has(level)]
+            if lacking:
+                raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}")
+            work = []
+        failed = [
+            said for variant, levels in work if (said := _measure_variant(run, profile, variant, levels, workers))
+        ]
+    if failed:
+        raise ServerFailed("; ".join(failed))
+    return [run.read(level) for level in asked]
+
+
+def _measure_variant(run: Run, profile: Profile, variant: str, levels: list[Level], workers: int | None) -> str | None:
+    """Measures `levels` on one server; what went wrong when it did not outlast them."""
+    with serve(profile, variant, run=run) as server:
+        warm_up(server)
+        for number, level in enumerate(levels):
+            if problem := server.problem():
+                left = ", ".join(level.id for level in levels[number:])
+                return f"the {variant} server did not last: {problem}; not measured: {left}"
+            load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+            if level.cross_check and not server.problem():
+                cross_check(server, level, run)
+    return None
 
 
 def find_limit(
@@ -223,7 +256,7 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     status.update(f"{level.id}: cross-check with vllm bench serve")
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=launch.served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(
@@ -250,13 +283,10 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
         time_dilation=profile.time_dilation,
         telemetry=telemetry,
+        server_problem=server.problem,
         workers=workers,
     )
-    summary = measured.summary
-    if not server.alive:
-        reasons = [summary["invalid_reason"], f"the server died during the level; its log: {server.log_path.name}"]
-        summary |= {"valid": False, "invalid_reason": "; ".join(filter(None, reasons))}
-    summary |= {
+    summary = measured.summary | {
         "level": dataclasses.asdict(level) | {"trace": trace.name},
         "started": started,
         "emulated": profile.emulated,
@@ -265,7 +295,8 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     }
     if not summary["valid"]:
         warnings.warn(
-            f"level {level.id} is INVALID: {summary['invalid_reason']} (delete its folder to measure it again)",
+            f"level {level.id} is INVALID: {visible(summary['invalid_reason'])} "
+            f"(to measure it again: `fp8lab measure --run DIR --again {level.id}`)",
             stacklevel=3,
         )
     return LevelResult(level, summary, *measured[1:])

@@ -2,6 +2,15 @@
 
 import contextlib
 import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """A process that computes on the GPU; `memory_gib` is None where NVML does not tell."""
+
+    pid: int
+    memory_gib: float | None
 
 
 @contextlib.contextmanager
@@ -25,7 +34,8 @@ def _nvml():
 
 def gpu_names() -> list[str]:
     """Names of the visible GPUs, in order; empty without a GPU or driver."""
-    return [name for name, _ in _gpus()]
+    with _gpus() as (nvml, handles):
+        return [nvml.nvmlDeviceGetName(handle) for handle in handles]
 
 
 def driver_version() -> str | None:
@@ -34,13 +44,32 @@ def driver_version() -> str | None:
 
 
 def memory_used_gib() -> float | None:
-    """Memory in use on the first GPU, in GiB; None without one."""
-    gpus = _gpus()
-    return gpus[0][1] if gpus else None
+    """Memory in use on the first GPU, which a server would take, in GiB; None without one."""
+    with _gpus() as (nvml, handles):
+        return nvml.nvmlDeviceGetMemoryInfo(handles[0]).used / 2**30 if handles else None
+
+
+def gpu_uuid() -> str | None:
+    """The name under which the first GPU is known everywhere; None without one."""
+    with _gpus() as (nvml, handles):
+        return nvml.nvmlDeviceGetUUID(handles[0]) if handles else None
+
+
+def occupants() -> list[Occupant]:
+    """Who computes on the first GPU. In a container NVML may show none, or pids of the host."""
+    with _gpus() as (nvml, handles):
+        try:
+            listed = nvml.nvmlDeviceGetComputeRunningProcesses(handles[0]) if handles else []
+        except nvml.NVMLError:
+            return []  # this driver does not tell; the memory in use still does
+        found = {process.pid: process.usedGpuMemory for process in listed}
+        # All bits set is NVML's "not available".
+        known = {pid: used for pid, used in found.items() if used is not None and used < 2**60}
+        return [Occupant(pid, known[pid] / 2**30 if pid in known else None) for pid in sorted(found)]
 
 
 class GpuReader:
-    """Reads the first GPU's state again and again, with NVML initialised once. Without a GPU it reads nothing."""
+    """Reads the server's GPU again and again, with NVML initialised once. Without a GPU it reads nothing."""
 
     COLUMNS = ("gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_energy_j", "gpu_memory_gib", "gpu_sm_mhz")
 
@@ -78,11 +107,11 @@ class GpuReader:
         return row
 
 
-def _gpus() -> list[tuple[str, float]]:
+@contextlib.contextmanager
+def _gpus():
+    """(NVML, the visible GPUs' handles); (None, []) without a driver."""
     with _nvml() as nvml:
-        if not nvml:
-            return []
-        return [(nvml.nvmlDeviceGetName(h), nvml.nvmlDeviceGetMemoryInfo(h).used / 2**30) for h in _handles(nvml)]
+        yield nvml, _handles(nvml) if nvml else []
 
 
 def _handles(nvml) -> list:

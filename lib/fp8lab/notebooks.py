@@ -69,7 +69,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
             failure = error
     page = to_html(output)
     if failure:
-        if failure.ename in ("BadInput", "RunMismatch"):
+        if failure.ename in ("BadInput", "RunMismatch", "InUse"):
             raise BadInput(f"{notebook.name}: {failure.evalue}") from failure
         message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure

@@ -6,6 +6,7 @@ starts from another profile: tables are merged, everything else is replaced.
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA
+from .private import is_secret
 
 DEVICES = ("cuda", "emulated", "cpu")
 WEIGHTS = ("random", "packaged", "checkpoint")
+# A variant's name is also a folder's.
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,4 +265,23 @@ def _parse(table: dict, name: str) -> Profile:
         profile.variant_flags(variant)
     for level in (level for levels in protocols.values() for level in levels):
         profile.variant_flags(level.variant)
+    for variant in variants:
+        if not _VARIANT.fullmatch(variant):
+            raise BadInput(
+                f"profile {name}: variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
+            )
+    _check_secrets(profile)
     return profile
+
+
+def _check_secrets(profile: Profile) -> None:
+    """Raises BadInput for a flag or variable that carries a secret: flags and profile are logged and stored."""
+    flags = [flag for flags in (profile.server.flags, *profile.variants.values()) for flag in flags]
+    named = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
+    named += [name for env in (profile.server.env, *profile.variant_env.values()) for name in env]
+    for name in named:
+        if is_secret(name):
+            raise BadInput(
+                f"profile {profile.name}: {name} holds a secret, which would be stored with the run; "
+                "leave it out and set it in the environment (HF_TOKEN; the server's key is made anew at each start)"
+            )

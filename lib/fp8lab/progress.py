@@ -9,6 +9,8 @@ import os
 import sys
 import time
 
+from .text import visible
+
 # A notebook's kernel that runs headless also writes its progress into this file, for the terminal.
 PROGRESS_FILE_VARIABLE = "FP8LAB_PROGRESS_FILE"
 
@@ -39,6 +41,7 @@ class StatusLine:
         self._show("done", text, picture)
 
     def _show(self, kind: str, text: str, picture: str) -> None:
+        text = " ".join(visible(text, limit=1000).splitlines())
         if self._notebook:
             self._show_in_cell(kind, text, picture)
         elif self._terminal:

@@ -2,33 +2,38 @@
 
 run.json                          provenance and the resolved profile
 levels/<variant>-<rate>rps-r<n>/  records, tokens, telemetry .parquet; summary.json (last: the level is complete)
+unfinished/                       a level while it is being written
+set-aside/                        levels that were to be measured again, as they were
 logs/<variant>.log                the server's own output
 rendered/                         executed notebooks and pages
 quality/<variant>.json, .parquet  what its answers were (fp8lab.evaluation)
 claims.json                       the verdicts
 """
 
-import dataclasses
+import contextlib
 import datetime
 import functools
 import itertools
-import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from .errors import BadInput, RunDamaged, RunMismatch
-from .paths import DATA, RUNS
+from .files import plain, read_json, read_parquet, sync, told, write_json, write_tables
+from .locks import Lock
+from .paths import DATA, RUNS, repository_relative
 from .profiles import Level, Profile, from_dict, load_profile
 from .provenance import collect
 from .tables import Table
 
 SCHEMA = 1
+_SUMMARY_KEYS = ("level", "requests", "completed", "valid")
+_LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Run:
 
     def __init__(self, path: Path, manifest: dict, read_only: bool):
         self.path, self.manifest, self.read_only = path, manifest, read_only
+        self._lock: Lock | None = None
 
     @functools.cached_property
     def profile(self) -> Profile:
@@ -92,23 +98,39 @@ class Run:
         names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
         return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to this run meanwhile; may be nested. Raises InUse when one does."""
+        if self._lock or self.read_only:
+            yield
+            return
+        self._lock = Lock(self.path / ".lock", f"run folder {repository_relative(self.path)}")
+        try:
+            yield
+        finally:
+            self._lock.release()
+            self._lock = None
+
     def has(self, level: Level) -> bool:
-        """Whether the level is complete. Raises RunMismatch when it was measured with other requests."""
-        path = self._folder(level.id) / "summary.json"
-        if not path.is_file():
+        """Whether the level is complete. Raises RunMismatch when it was measured with other requests, RunDamaged
+        when its summary cannot be read."""
+        if not (self._folder(level.id) / "summary.json").is_file():
             return False
-        held = _read_json(path)["level"]["requests"]
+        held = self._summary(level.id)["level"]["requests"]
         if held != level.requests:
             raise RunMismatch(
                 f"run {self.path.name} holds level {level.id} with {held} requests, not {level.requests}; "
-                "choose another run folder, or delete that level's folder to measure it anew"
+                f"choose another run folder, or {self._again(level.id)}"
             )
         return True
 
     def summaries(self) -> dict[str, dict]:
-        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat."""
+        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat.
+
+        Raises RunDamaged when one cannot be read.
+        """
         variants = list(self.profile.variants)
-        found = {path.parent.name: _read_json(path) for path in self.path.glob("levels/*/summary.json")}
+        found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
 
         def place(item: tuple[str, dict]):
             level = item[1]["level"]
@@ -122,26 +144,56 @@ class Run:
         if not self.has(level):
             held = ", ".join(self.summaries()) or "none"
             raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
-        folder = self._folder(level.id)
-        tokens, telemetry = (folder / f"{name}.parquet" for name in ("tokens", "telemetry"))
-        return LevelResult(
-            level,
-            _read_json(folder / "summary.json"),
-            _read_parquet(folder / "records.parquet"),
-            _read_parquet(tokens) if tokens.exists() else None,
-            _read_parquet(telemetry) if telemetry.exists() else None,
-        )
+        folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
+        tables = [
+            read_parquet(path, remedy) if path.exists() or name == "records" else None
+            for name in ("records", "tokens", "telemetry")
+            for path in [folder / f"{name}.parquet"]
+        ]
+        if len(tables[0]) != summary["requests"]:
+            raise RunDamaged(
+                f"{folder / 'records.parquet'} holds {len(tables[0])} requests, its summary {summary['requests']}; {remedy}"
+            )
+        return LevelResult(level, summary, *tables)
 
     def write(self, result: LevelResult) -> None:
-        """Stores a level; a half-written one from before is replaced. The summary comes last, atomically."""
+        """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
+        it replaces is set aside. Raises NotWritten, with the folder as it was, when the disk is full."""
         if self.read_only:
             raise BadInput(f"run {self.path.name} is a recorded run and read-only")
-        self._note_place()
-        folder = self._folder(result.level.id)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_tables(folder, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
-        write_json(folder / "summary.json", result.summary)
+        with self.locked():
+            self._note_place()
+            folder, unfinished = self._folder(result.level.id), self.path / "unfinished"
+            scratch = unfinished / result.level.id
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                with told(scratch):
+                    scratch.mkdir(parents=True)
+                    folder.parent.mkdir(exist_ok=True)
+                write_tables(scratch, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
+                write_json(scratch / "summary.json", result.summary)
+                with told(folder):
+                    sync(scratch)
+                    if folder.exists():
+                        self.set_aside(result.level.id)
+                    scratch.rename(folder)
+                    sync(folder.parent)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def set_aside(self, level_id: str) -> Path:
+        """Moves a level, whole or damaged, into `set-aside/` and returns where to: it will be measured again."""
+        folder = self._folder(level_id)
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        if not folder.is_dir():
+            held = ", ".join(sorted(path.name for path in self.path.glob("levels/*"))) or "none"
+            raise BadInput(f"run {self.path.name} holds no level {level_id!r} to set aside (it holds: {held})")
+        with self.locked(), told(self.path / "set-aside"):
+            names = (self.path / "set-aside" / f"{level_id}-{n}" for n in itertools.count(1))
+            target = next(path for path in names if not path.exists())
+            target.parent.mkdir(exist_ok=True)
+            return folder.rename(target)
 
     def write_cross_check(self, level: Level, result: Mapping) -> None:
         """What another client measured of the same load, beside ours."""
@@ -149,31 +201,35 @@ class Run:
 
     def cross_checks(self) -> dict[str, dict]:
         """The cross-check of every level that has one, by level id."""
-        return {path.parent.name: _read_json(path) for path in sorted(self.path.glob("levels/*/vllm_bench.json"))}
+        paths = sorted(self.path.glob("levels/*/vllm_bench.json"))
+        return {path.parent.name: read_json(path, self._again(path.parent.name)) for path in paths}
 
     def write_part(self, folder: str, name: str, summary: Mapping, **tables: pd.DataFrame | None) -> None:
         """Stores `tables` as <folder>/<table>.parquet and then, atomically, `summary` as <folder>/<name>.json."""
         if self.read_only:
             raise BadInput(f"run {self.path.name} is a recorded run and read-only")
-        self._note_place()
-        (self.path / folder).mkdir(exist_ok=True)
-        write_tables(self.path / folder, **tables)
-        write_json(self.path / folder / f"{name}.json", summary)
+        with self.locked():
+            self._note_place()
+            with told(self.path / folder):
+                (self.path / folder).mkdir(exist_ok=True)
+            write_tables(self.path / folder, **tables)
+            write_json(self.path / folder / f"{name}.json", summary)
 
     def read_parts(self, folder: str) -> dict[str, dict]:
         """The summaries that `write_part` stored in `folder`, by name."""
-        return {path.stem: _read_json(path) for path in sorted(self.path.glob(f"{folder}/*.json"))}
+        paths = sorted(self.path.glob(f"{folder}/[!.]*.json"))
+        return {path.stem: read_json(path, f"delete it to measure {path.stem} again") for path in paths}
 
     def read_table(self, folder: str, name: str) -> pd.DataFrame:
         """A table that `write_part` stored. Raises RunDamaged when it is missing or cannot be read."""
-        return _read_parquet(self.path / folder / f"{name}.parquet")
+        return read_parquet(self.path / folder / f"{name}.parquet", "delete the .json beside it to measure it again")
 
     def check_profile(self, profile: Profile) -> None:
         """Raises RunMismatch unless this run was made with `profile`."""
         if self.read_only:
             return
         # Read back and written again, so that a run from before a key existed has its default.
-        mine, other = (_plain(one.as_dict()) for one in (self.profile, profile))
+        mine, other = (plain(one.as_dict()) for one in (self.profile, profile))
         differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
         # A run may take in more levels and variants; what a level is must not change.
         shared = mine["variants"].keys() & other["variants"].keys()
@@ -190,13 +246,14 @@ class Run:
         """Goes on with `profile`, which may name other protocols than when the run was made."""
         self.check_profile(profile)
         if not self.read_only and profile != self.profile:
-            self.manifest["profile"] = _plain(profile.as_dict())
-            write_json(self.path / "run.json", self.manifest)
+            with self.locked():
+                self.manifest["profile"] = plain(profile.as_dict())
+                write_json(self.path / "run.json", self.manifest)
             del self.profile
 
     def _note_place(self) -> None:
         """Adds this machine and its software to `continued` when the run was begun elsewhere or otherwise."""
-        here = _plain(collect())
+        here = plain(collect())
         known = [self.manifest, *self.manifest.get("continued", [])]
         if not any(all(place.get(key) == here[key] for key in ("machine", "software", "source")) for place in known):
             self.manifest.setdefault("continued", []).append(here)
@@ -228,6 +285,16 @@ class Run:
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
 
+    def _summary(self, level_id: str) -> dict:
+        summary = read_json(self._folder(level_id) / "summary.json", self._again(level_id), _SUMMARY_KEYS)
+        if not isinstance(summary["level"], dict) or not summary["level"].keys() >= _LEVEL_KEYS:
+            raise RunDamaged(f"{self._folder(level_id) / 'summary.json'} names no level; {self._again(level_id)}")
+        return summary
+
+    def _again(self, level_id: str) -> str:
+        """What to do about a level that cannot be used as it is."""
+        return f"measure it again with `fp8lab measure --run {repository_relative(self.path)} --again {level_id}`"
+
     def __repr__(self) -> str:
         kind = "recorded run" if self.read_only else "run"
         return f"{kind} {self.path.name}: {len(self.summaries())} complete levels, profile {self.profile.name}"
@@ -258,73 +325,36 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
     path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
-    path.mkdir(parents=True, exist_ok=True)
-    manifest = _plain({"schema": SCHEMA, "profile": profile.as_dict()} | collect())
+    with told(path):
+        path.mkdir(parents=True, exist_ok=True)
+    manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | collect())
     write_json(path / "run.json", manifest)
     if path.resolve().parent == RUNS:
         _point_latest_at(path)
     return Run(path, manifest, read_only=False)
 
 
-def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
-    """Each table that is not None as <name>.parquet into `folder`."""
-    for name, table in tables.items():
-        if table is not None:
-            table.to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
-
-
-def write_json(path: Path, value) -> None:
-    """Writes `value` beside `path` and renames: a reader sees the whole file or none."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
-        json.dump(_plain(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def _plain(value):
-    """`value` as JSON holds it: infinity as text, not-a-number as null, mappings and sequences as they are."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+def _made_here(entry: Path) -> bool:
+    """Whether `entry` is what an `open_run` that was killed leaves: a folder with nothing else is still new."""
+    return entry.name == ".lock" or entry.name.startswith(".run.json.")
 
 
 def _manifest(path: Path) -> dict:
     if not (path / "run.json").is_file():
         recorded = ", ".join(sorted(p.name for p in (DATA / "recorded").glob("*") if p.is_dir())) or "none"
         raise BadInput(f"no run folder at {str(path)!r}: it has no run.json (recorded runs: {recorded})")
-    manifest = _read_json(path / "run.json")
+    remedy = "restore it from a copy of the run, or choose another --run folder"
+    manifest = read_json(path / "run.json", remedy, ("schema", "profile"))
     if manifest.get("schema") != SCHEMA:
         raise BadInput(f"{path}/run.json has schema {manifest.get('schema')!r}; this version reads {SCHEMA}")
     return manifest
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{path} cannot be read ({error}); delete its folder to measure that level again") from None
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{path} cannot be read ({error}); delete its folder to measure that level again") from None
-
-
 def _point_latest_at(path: Path) -> None:
     latest = RUNS / "latest"
     scratch = RUNS / f".latest-{os.getpid()}"
+    scratch.unlink(missing_ok=True)
     scratch.symlink_to(path.name, target_is_directory=True)
     scratch.replace(latest)

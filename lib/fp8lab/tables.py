@@ -1,9 +1,11 @@
-"""One small table, for a notebook cell and for a terminal."""
+"""One small table, for a notebook cell and for a terminal. Whatever its cells hold, it is shown as text."""
 
 import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .text import visible
 
 # A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
 _NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
@@ -18,6 +20,10 @@ class Table:
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def __post_init__(self):
+        object.__setattr__(self, "caption", visible(self.caption))
+        object.__setattr__(self, "rows", [tuple(visible(cell) for cell in row) for row in self.rows])
 
     def _numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column] not in ("", "–")]

@@ -26,7 +26,7 @@ def checkpoint_folder(profile: Profile) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     from .evaluation import check_weights, reference_variant
-    from .server.launch import served_model
+    from .server.command import served_model
 
     check_weights(profile)
     name = served_model(profile, reference_variant(profile))

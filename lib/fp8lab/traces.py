@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import BadInput
+from .text import visible
 
 # Common words that are one token each, with their leading space, in the tokenizers of Llama 3, GPT-2
 # and their kin: a prompt of n of them is n tokens long (plus the BOS token where a model adds one).
@@ -24,6 +25,10 @@ level office door health person art war history party result change morning reas
 force education
 """
 WORDS = tuple(_WORDS.split())
+# Beyond these a file is no trace: ShareGPT's own has 0.7 GB, a line of lengths 20 bytes.
+_MAX_FILE_BYTES = {".csv": 64 << 20, ".json": 2 << 30}
+_MAX_REQUEST_TOKENS = 1 << 20
+_MAX_TRACE_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Trace:
 
     def __repr__(self) -> str:
         mean_in, mean_out = (sum(tokens) / len(self) for tokens in (self.prompt_tokens, self.output_tokens))
-        return f"trace {self.name}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
+        return f"trace {visible(self.name)}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
 
     def head(self, requests: int) -> "Trace":
         """The first `requests` requests. Raises BadInput when the trace is shorter, or none are asked for."""
@@ -101,6 +106,8 @@ def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, t
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no trace file {str(path)!r}; expected a .csv of lengths or a ShareGPT .json")
+    if (size := path.stat().st_size) > (limit := _MAX_FILE_BYTES.get(path.suffix, size)):
+        raise BadInput(f"trace file {path.name!r} has {size >> 20:,} MiB; at most {limit >> 20:,} MiB are read")
     try:
         if path.suffix == ".csv":
             trace = _from_csv(path, seed)
@@ -108,7 +115,7 @@ def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, t
             trace = _from_sharegpt(path, tokenizer)
         else:
             raise BadInput(f"trace file {path.name!r} is neither .csv nor .json")
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path.name}: not a trace: {type(error).__name__}: {error}") from None
@@ -191,6 +198,12 @@ def _from_csv(path: Path, seed: int) -> Trace:
     output = np.array([int(row["output_tokens"]) for row in rows], dtype=int)
     if (prompt < 1).any() or (output < 1).any():
         raise BadInput(f"{path.name}: every prompt_tokens and output_tokens must be at least 1")
+    most = max(prompt.max(initial=0), output.max(initial=0))
+    # Summed as floats: the sum of hostile lengths must not wrap around.
+    if most > _MAX_REQUEST_TOKENS or prompt.sum(dtype=float) + output.sum(dtype=float) > _MAX_TRACE_TOKENS:
+        raise BadInput(
+            f"{path.name}: a request has at most {_MAX_REQUEST_TOKENS:,} tokens each way, a trace {_MAX_TRACE_TOKENS:,}"
+        )
     arrival = None
     if rows and rows[0].get("arrival_s") is not None:
         arrival = np.array([float(row["arrival_s"]) for row in rows])

@@ -6,10 +6,12 @@ still in flight. The generator watches itself, and a level that it could not sen
 
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from .team import ClientReport, Team
 _CHUNKS_PER_S_PER_WORKER = 10_000
 _BURST_CHUNKS_PER_S = 25_000
 _BUSY_CORE = 0.90
+_STALL_MS = 1000.0
+_SCRATCH = "fp8lab-load-"
 _LAG_FLOOR_MS = 5.0
 _LAG_SHARE_OF_TTFT = 0.05
 
@@ -80,12 +84,13 @@ def send_load(
     idle_timeout_s: float = 60.0,
     drain_timeout_s: float = 600.0,
     on_progress: Callable[[Progress], None] | None = None,
+    problem: Callable[[], str | None] = lambda: None,
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
     `max_concurrency` caps what is in flight, which makes the level closed-loop. A stream fails after
     `idle_timeout_s` without a byte, and `drain_timeout_s` after the last arrival all that still run do.
-    A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
+    Once `problem()`, which must not wait, says why it should, the level ends early. A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
     cannot work, LevelFailed when no worker could start, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
@@ -101,14 +106,17 @@ def send_load(
         expected = tokens / span / time_dilation if span else _BURST_CHUNKS_PER_S / time_dilation
         workers = default_workers(expected)
     workers = min(workers, len(trace), max_concurrency or len(trace))
-    with tempfile.TemporaryDirectory(prefix="fp8lab-load-") as scratch:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, (span + drain_timeout_s) * time_dilation)  # fmt: skip
         with team:
             team.wait_until_ready()
             start = team.start()
             team.follow(
-                start, lambda now, rows: on_progress and on_progress(_progress(now, rows, team, span, time_dilation))
+                start,
+                lambda now, rows: on_progress and on_progress(_progress(now, rows, team, span, time_dilation)),
+                problem,
             )
         outcomes = team.outcomes()
     client = team.report(start - began)
@@ -121,6 +129,10 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     more = f"add --workers {client.workers * 2}"
     if client.busiest_core > _BUSY_CORE:
         problems.append(f"a load worker used {client.busiest_core:.0%} of its core, above {_BUSY_CORE:.0%}; {more}")
+    if client.stall_max_ms > _STALL_MS:
+        problems.append(
+            f"a load worker stood still for {client.stall_max_ms / 1e3:.1f} s: was this machine suspended or overloaded?"
+        )
     if lag_ms.size:
         lag = float(np.percentile(lag_ms, 99))
         ttft = float(np.median(ttft_ms)) if ttft_ms.size else 0.0
@@ -131,6 +143,14 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
                 f"{more}, or give the client a core of its own"
             )
     return problems
+
+
+def _sweep() -> None:
+    """Removes what killed processes of this user left in the temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: float) -> Progress:

@@ -2,15 +2,17 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..progress import StatusLine
 from ..traces import Trace
+from .clocks import Clocks, clock_problems
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
 from .stream import Endpoint
 from .telemetry import Telemetry
+from .watch import Watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,21 +39,24 @@ def measure_level(
     name: str,
     time_dilation: float = 1.0,
     telemetry: Telemetry | None = None,
+    server_problem: Callable[[], str | None] = lambda: None,
     **options,
 ) -> Measured:
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
+    `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
     level is valid. Raises what `send_load` raises.
     """
-    status, chart = StatusLine(), LiveChart(name)
-    with telemetry or contextlib.nullcontext():
+    status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
+    with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
         sent = send_load(
             endpoint,
             trace,
             due_s,
             time_dilation=time_dilation,
             on_progress=lambda progress: status.update(name, str(progress), chart.add(progress)),
+            problem=watch.problem,
             **options,
         )
     # Imported here: the first request must not wait for pandas.
@@ -60,14 +65,13 @@ def measure_level(
 
     records, tokens = to_tables(sent, trace, time_dilation)
     each = latencies(records)
-    problems = self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
-    if all(outcome.error for outcome in sent.outcomes):
-        problems.append(f"no request completed; the first failed with: {sent.outcomes[0].error}")
-    elif (failed := sum(bool(outcome.error) for outcome in sent.outcomes)) > _FAILED_SHARE * len(sent.outcomes):
-        problems.append(f"{failed:,} of {len(sent.outcomes):,} requests failed: what completed is another load")
+    failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
+    problems = [watch.problem()] if watch.problem() else _too_many(failures, sent)
+    problems += clock_problems(clocks, Clocks.now())
+    problems += self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
     summary = summarize(records, tokens) | _client(sent, len(tokens))
     summary |= {
-        "failures": dict(Counter(outcome.error for outcome in sent.outcomes if outcome.error).most_common(10)),
+        "failures": dict(failures.most_common(10)),
         "valid": not problems,
         "invalid_reason": "; ".join(problems) or None,
     }
@@ -93,6 +97,16 @@ def one_line(name: str, summary: dict) -> str:
         f"{summary['output_token_throughput']:,.0f} tok/s, peak {summary['peak_concurrent_requests_vllm']} in flight, "
         f"TTFT {summary['mean_ttft_ms']:.0f} ms{tpot}{verdict}"
     )
+
+
+def _too_many(failures: Counter, sent: Sent) -> list[str]:
+    failed, requests = failures.total(), len(sent.outcomes)
+    if failed == requests:
+        return [f"no request completed; the first failed with: {sent.outcomes[0].error}"]
+    if failed > _FAILED_SHARE * requests:
+        most, _ = failures.most_common(1)[0]
+        return [f"{failed} of {requests} requests failed, above {_FAILED_SHARE:.0%}; most often with: {most}"]
+    return []
 
 
 def _client(sent: Sent, chunks: int) -> dict:

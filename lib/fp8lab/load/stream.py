@@ -23,6 +23,7 @@ from ..errors import BadInput
 _ORDINARY = b'"finish_reason":null'
 _MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 2000
+_MAX_COUNT = 1 << 31
 # uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again.
 _MAX_IDLE_S = 4.0
 
@@ -77,6 +78,10 @@ class Endpoint:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise BadInput(f"base URL {self.base_url!r} is not http(s)://HOST[:PORT]")
+        if url.username or url.password:
+            raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise BadInput("the API key holds a character that no key has (a line break at its end, perhaps)")
 
     @property
     def path(self) -> str:
@@ -240,15 +245,23 @@ class Connection(asyncio.Protocol):
                 outcome.error = outcome.error or f"error in the stream: {str(message)[:_MAX_ERROR_BYTES]}"
                 return
             for choice in event.get("choices") or ():
-                outcome.finish_reason = choice.get("finish_reason") or outcome.finish_reason
+                if reason := choice.get("finish_reason"):
+                    outcome.finish_reason = str(reason)[:80]
                 if "delta" in choice and not (choice["delta"].get("content") or choice.get("finish_reason")):
                     continue  # chat's opening chunk names a role and carries no token
                 outcome.chunks.append(self._now)
             if usage := event.get("usage"):
-                outcome.output_tokens = int(usage["completion_tokens"])
-                outcome.prompt_tokens = int(usage["prompt_tokens"])
+                outcome.output_tokens = _count(usage["completion_tokens"])
+                outcome.prompt_tokens = _count(usage["prompt_tokens"])
         except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as problem:
             outcome.error = outcome.error or f"malformed chunk ({type(problem).__name__}): {data[:80]!r}"
+
+
+def _count(value) -> int:
+    """A count of tokens as a server gives it. Raises ValueError for what cannot be one."""
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(value)
+    return value
 
 
 class ChatConnection(Connection):

@@ -80,9 +80,7 @@ class Team:
         return self
 
     def __exit__(self, *_exc):
-        for process in self.processes:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        self.end_early()
         for process in self.processes:
             try:
                 process.wait(10)
@@ -104,8 +102,8 @@ class Team:
                 process.stdin.flush()
         return start
 
-    def follow(self, start: float, on_tick) -> None:
-        """Reads the workers' lines until each has ended or died."""
+    def follow(self, start: float, on_tick, problem) -> None:
+        """Reads the workers' lines until each has ended or died; asks them to end once `problem()` is not None."""
         selector = selectors.DefaultSelector()
         for number, process in enumerate(self.processes):
             os.set_blocking(process.stdout.fileno(), False)
@@ -125,10 +123,18 @@ class Team:
                     if self.ends[number] is None:
                         code = self.processes[number].wait()
                         self.lost.append(f"load worker {number} died (exit code {code})")
+            if problem():
+                self.end_early()
             now = time.monotonic() - start
             on_tick(now, self.last)
             if now > self.deadline + 30:
                 raise LevelFailed("the load workers did not end after the level's deadline")
+
+    def end_early(self) -> None:
+        """The workers send no more and fail what is still in flight. May be called twice."""
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
 
     def _line(self, number: int, message: dict) -> None:
         if message["kind"] == "end":

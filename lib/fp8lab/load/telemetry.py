@@ -4,6 +4,7 @@ The GPU's shares and power (NVML) are read five times a second, CPU times twice,
 and the server's own counters (`/metrics`) once. The thread measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -129,7 +130,8 @@ def parse_metrics(text: str) -> dict[str, float]:
         if line.startswith("vllm:"):
             column = SERVER_COLUMNS.get(line.partition("{")[0])
             if column:
-                found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
+                with contextlib.suppress(ValueError):
+                    found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
     return found
 
 

@@ -25,6 +25,7 @@ TICK_S = 0.25
 # libuv's timers count milliseconds: a request is sent when it is due within half of one.
 _EARLY_S = 0.0005
 _STALL_S = 0.005
+_ENDLESS_CHUNKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ class Worker:
 
     def record(self, outcome: Outcome) -> None:
         outcome.error = outcome.verdict(self.job.exact_tokens)
+        if outcome.error and (key := self.job.endpoint.api_key):
+            outcome.error = outcome.error.replace(key, "[key]")  # some servers quote it in their refusal
         self.ended.append(outcome)
         self.counts["failed" if outcome.error else "done"] += 1
         self.counts["tokens"] += max(outcome.output_tokens, len(outcome.chunks))
@@ -192,6 +195,8 @@ class Worker:
             now = monotonic()
             for connection in [c for c in self.busy if now - c.last_bytes > self.job.idle_timeout_s]:
                 connection.fail(f"no bytes for {self.job.idle_timeout_s:g} s")
+            for connection in [c for c in self.busy if c.outcome and len(c.outcome.chunks) > endless(c.outcome)]:
+                connection.fail(f"more than {endless(connection.outcome)} chunks; the stream does not end")
             self.flush()
             streaming = sum(len(c.outcome.chunks) for c in self.busy if c.outcome)
             live = {"in_flight": len(self.busy) + self.opening, "streaming": streaming, "ttft_sum": self.ttft_sum}
@@ -219,6 +224,11 @@ class Worker:
         await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+
+
+def endless(outcome: Outcome) -> int:
+    """The number of chunks beyond which a stream is no answer to what was asked."""
+    return _ENDLESS_CHUNKS + 2 * outcome.asked_tokens
 
 
 def read_spool(path: str) -> list[Outcome]:

@@ -1,14 +1,12 @@
-"""One vLLM server as a subprocess: its command, its start, its readiness, its end."""
+"""One vLLM server as a subprocess: its start, its readiness, its health, its end."""
 
 import atexit
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -17,22 +15,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
+import psutil
 
 from .. import gpu
-from ..errors import BadInput, ServerFailed
-from ..models import model_folder, packaged_model
+from ..errors import ServerFailed
+from ..files import told
+from ..locks import Lock
 from ..paths import cache_dir
+from ..private import secrets_of
 from ..profiles import Profile, check_device
 from ..progress import StatusLine
 from ..provenance import portable
 from ..tables import Table
-from . import leftovers, log
+from . import leftovers, log, place, watchdog
+from .command import HOST, build_command, build_environment
 
-HOST = "127.0.0.1"
-EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
-SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
+# A busy front end answers late; one that is silent for so long hangs.
+_HANG_S = 60.0
+_PROBE_S = 4.0
+_MAX_REPLY_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,44 +59,6 @@ class ServerInfo:
         ]
 
 
-def served_model(profile: Profile, variant: str) -> str:
-    """The folder or hub name that vLLM loads: built here, converted from a package, or the profile's checkpoint."""
-    if profile.model.weights == "checkpoint":
-        return profile.model.checkpoint(variant)
-    folder = model_folder if profile.model.weights == "random" else packaged_model
-    return str(folder(profile.model.shapes))
-
-
-def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
-    """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag."""
-    flags = profile.variant_flags(variant)
-    model = served_model(profile, variant)
-    load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
-    executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
-    name = ["--served-model-name", served_name] if served_name else []
-    address = ["--host", HOST, "--port", str(port)]
-    command = [sys.executable, "-m", *_entry_point(), "--model", model, *load, *flags]
-    return [*command, *profile.server.flags, *address, *name, *executor]
-
-
-def build_environment(profile: Profile, variant: str) -> dict[str, str]:
-    """The variables that the server needs beyond this process's own; no secret among them."""
-    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **profile.server.env}
-    environment |= profile.variant_env.get(variant, {})
-    if profile.model.weights != "checkpoint":
-        environment["HF_HUB_OFFLINE"] = "1"
-    if profile.emulated:
-        settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
-        environment[SETTINGS_VARIABLE] = json.dumps(settings)
-    return environment
-
-
-def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
-    """The command with its environment, to be pasted into a shell."""
-    environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
-    return " ".join([*environment, shlex.join(build_command(profile, variant, port=port))])
-
-
 class Server:
     """A running vLLM server. Stop it with `stop()` or by leaving its `with` block; either may happen twice."""
 
@@ -104,23 +69,58 @@ class Server:
         self.api_key = secrets.token_urlsafe(32)
         self.info: ServerInfo | None = None
         self._port = port
-        self._exit_code: int | None = None
         self._watchdog: subprocess.Popen | None = None
-        self._memory_before = gpu.memory_used_gib() if profile.device == "cuda" else None
+        self._gpu_lock: Lock | None = None
+        self._gpu_pids: set[int] = set()
+        self._processes: list[psutil.Process] = []
+        self._memory_before: float | None = None
+        self._secrets: Mapping[str, str] = {}
+        self._heard_at = 0.0
         self._http = httpx.Client(
-            base_url=self.base_url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=30, trust_env=False
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {self.api_key}"},
+            timeout=_PROBE_S,
+            trust_env=False,
         )
 
     def metrics(self) -> str:
         """vLLM's own counters, in Prometheus' text format. Raises OSError when the server does not answer."""
         try:
-            return self._http.get("/metrics").raise_for_status().text
+            status, text = self._ask("GET", "/metrics")
         except httpx.HTTPError as error:
             raise OSError(f"no metrics from {self.base_url}: {error}") from error
+        if status != 200:
+            raise OSError(f"no metrics from {self.base_url}: HTTP {status}")
+        return text
 
     @property
     def alive(self) -> bool:
         return self._watchdog is not None and self._watchdog.poll() is None
+
+    def problem(self) -> str | None:
+        """Why this server cannot be measured any more, in words; None while it can. Takes up to 4 s, and may be
+        called beside a running load: a busy server is no problem, one that stays silent for a minute is."""
+        if self._watchdog is None:
+            return "the server was stopped"
+        if code := self._watchdog.poll():
+            return f"the server's watchdog was killed (exit code {code}); stop the server and start it again"
+        if code == 0:
+            return f"the server died; its log: {self.log_path.name}"
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED:
+                    return f"the server's process {process.pid} was suspended (SIGSTOP)"
+        if self._gpu_lock and (new := [o for o in gpu.occupants() if o.pid not in self._gpu_pids]):
+            return f"another job came onto the GPU: {'; '.join(place.describe(o.pid, o.memory_gib) for o in new)}"
+        try:
+            status, text = self._ask("GET", "/health")
+        except httpx.ConnectError:
+            return "the server refuses connections"
+        except httpx.HTTPError as error:
+            silent = time.monotonic() - self._heard_at
+            return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
+        self._heard_at = time.monotonic()
+        return None if status == 200 else f"the server's engine failed: /health answers {status} {text[:200]}".strip()
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
@@ -133,18 +133,20 @@ class Server:
         """Ends the server and everything that it started; waits until the GPU's memory is free again."""
         if self._watchdog is None:
             return
-        watchdog, self._watchdog = self._watchdog, None
-        watchdog.stdin.close()
+        guard, self._watchdog = self._watchdog, None
+        guard.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            watchdog.wait(_STOP_GRACE_S + 10)
+            guard.wait(_STOP_GRACE_S + 5)
         # Nothing is left unless the watchdog itself was killed; then this finds it.
         leftovers.stop_id(self.model)
-        watchdog.kill()
-        watchdog.wait()
-        watchdog.stdout.close()
+        guard.kill()
+        guard.wait()
+        guard.stdout.close()
         self._http.close()
         atexit.unregister(self.stop)
         self._wait_for_memory()
+        if self._gpu_lock:
+            self._gpu_lock.release()
 
     def __enter__(self) -> "Server":
         return self
@@ -169,18 +171,27 @@ class Server:
         command = build_command(self.profile, self.variant, port=self._port, served_name=self.model)
         extra = build_environment(self.profile, self.variant)
         mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self._port)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.log_path.write_bytes(b"")
+        # The key travels in the environment: vLLM prints its arguments into the log.
+        # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
+        environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
+        self._secrets = secrets_of(environment)
+        with told(self.log_path):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_path.write_bytes(b"")
+        if self.profile.device == "cuda":
+            self._gpu_lock = place.take_gpu(f"{self.variant} of profile {self.profile.name}")
+            self._memory_before = gpu.memory_used_gib()
         started = time.monotonic()
-        watchdog = Path(__file__).with_name("watchdog.py")
+        guard = [sys.executable, watchdog.__file__, "--log", str(self.log_path), "--grace", str(_STOP_GRACE_S)]
+        guard += [part for name in self._secrets for part in ("--secret", name)]
         self._watchdog = subprocess.Popen(
-            [sys.executable, str(watchdog), "--log", str(self.log_path), "--grace", str(_STOP_GRACE_S), "--", *command],
+            [*guard, "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # The key travels in the environment: vLLM prints its arguments into the log.
-            # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
-            env={**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"},
+            env=environment,
             start_new_session=True,
+            # Should this process die, the GPU stays locked until the server has ended.
+            pass_fds=[self._gpu_lock.fd] if self._gpu_lock else [],
         )
         atexit.register(self.stop)
         try:
@@ -189,6 +200,9 @@ class Server:
             self.stop()
             raise
         seconds = time.monotonic() - started
+        self._processes = [psutil.Process(pid) for pid in self.pids()]
+        self._gpu_pids = {o.pid for o in gpu.occupants()} if self._gpu_lock else set()
+        self._heard_at = time.monotonic()
         said = log.reported(log.read(self.log_path))
         self.info = ServerInfo(
             self.variant,
@@ -202,7 +216,7 @@ class Server:
 
     def _wait_until_ready(self, command: list[str], started: float, status: StatusLine) -> None:
         deadline = started + self.profile.server.start_timeout_s
-        while not self._answers():
+        while not self._answers(deadline):
             seconds = time.monotonic() - started
             reached = log.phase(log.read(self.log_path))
             status.update(f"{self.variant}: {reached}", f"{seconds:.0f} s")
@@ -214,24 +228,41 @@ class Server:
                 raise ServerFailed(self._failure(command, how, seconds))
             time.sleep(0.25)
 
-    def _answers(self) -> bool:
+    def _answers(self, deadline: float) -> bool:
         """Whether this very server is ready: healthy, serving this start's name, able to complete."""
         try:
-            if self._http.get("/health").status_code != 200:
+            if self._ask("GET", "/health")[0] != 200:
                 return False
-            served = [model["id"] for model in self._http.get("/v1/models").raise_for_status().json()["data"]]
+            status, text = self._ask("GET", "/v1/models")
+            served = _served_names(text) if status == 200 else None
             if served != [self.model]:
-                raise ServerFailed(f"port {self._port} answers for {served}, not for this start's {self.model!r}")
+                said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
+                who = place.listener(self._port)
+                raise ServerFailed(
+                    f"port {self._port} is held by {who} and answers {said}, not this start's {self.model!r}; "
+                    f"end that process, or choose another port (log: {self.log_path})"
+                )
             body = {"model": self.model, "prompt": " time", "max_tokens": 2, "ignore_eos": True}
-            return self._http.post("/v1/completions", json=body).raise_for_status().is_success
+            patience = max(1.0, deadline - time.monotonic())
+            status, text = self._ask("POST", "/v1/completions", json=body, timeout=patience)
         except httpx.TransportError:
             return False
-        except httpx.HTTPStatusError as error:
-            message = f"port {self._port} refused this start's requests: {error.response.status_code}"
-            raise ServerFailed(f"{message} {error.response.text[:300]}; see {self.log_path}") from None
+        if status != 200:
+            raise ServerFailed(f"the first completion was refused: HTTP {status} {text[:300]}; log: {self.log_path}")
+        return True
+
+    def _ask(self, method: str, path: str, **options) -> tuple[int, str]:
+        """(status, text) of a request; a text beyond 4 MiB is cut there."""
+        with self._http.stream(method, path, **options) as response:
+            text = bytearray()
+            for part in response.iter_bytes():
+                text += part
+                if len(text) > _MAX_REPLY_BYTES:
+                    break
+            return response.status_code, bytes(text[:_MAX_REPLY_BYTES]).decode(errors="replace")
 
     def _failure(self, command: list[str], how: str, seconds: float) -> str:
-        telling, remedy = log.root_cause(log.read(self.log_path))
+        telling, remedy = log.root_cause(log.read(self.log_path, self._secrets.values()))
         lines = [f"the {self.variant} server {how}, {seconds:.0f} s after its start", *(f"    {t}" for t in telling)]
         lines += [f"what to do: {remedy}"] if remedy else []
         return "\n".join([*lines, f"log: {self.log_path}", f"command: {shlex.join(command)}"])
@@ -254,17 +285,14 @@ def start_server(
 
     `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
     The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant or a taken port, ServerFailed when the start fails.
+    Raises BadInput for an unknown variant, InUse for a taken port or GPU, ServerFailed when the start fails.
     """
     profile.variant_flags(variant)
     check_device(profile)
-    if port is not None and not _port_is_free(port):
-        raise BadInput(f"port {port} is taken on {HOST}; choose another, or leave it out to have a free one chosen")
-    for other in leftovers.servers():
-        if not other.owned:
-            warnings.warn(f"a server of an earlier run is still there ({other.variant}, pids {other.pids}); "
-                          "end it with `fp8lab stop`", stacklevel=2)  # fmt: skip
-    port = port or _free_port()
+    if port is not None:
+        place.check_port(port)
+    place.warn_of_leftovers()
+    port = port or place.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
@@ -274,28 +302,9 @@ def start_server(
     return server
 
 
-def _entry_point() -> list[str]:
-    """The module to run. The CPU build's distribution has another name, which breaks vLLM's own CLI."""
+def _served_names(text: str) -> list[str] | None:
+    """The model names in a reply of /v1/models; None when it is no such reply."""
     try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return ["vllm.entrypoints.openai.api_server"]
-    return ["vllm.entrypoints.cli.main", "serve"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
-
-
-def _port_is_free(port: int) -> bool:
-    if not 0 < port < 65536:
-        raise BadInput(f"port {port} is not between 1 and 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+        return [model["id"] for model in json.loads(text)["data"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

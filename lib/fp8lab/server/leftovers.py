@@ -7,15 +7,20 @@ without any file: also when the run folder, the owner and the watchdog are gone.
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from . import watchdog
+
 MARK = "FP8LAB_SERVER"
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """One server's processes. `owner_pid` started it; `owned` says whether that process still lives."""
+    """One server's processes. `owner_pid` started it; `owned` says whether that process still lives, `watched`
+    whether the server's watchdog does."""
 
     id: str
     variant: str
@@ -23,6 +28,7 @@ class Leftover:
     port: int
     owner_pid: int
     owned: bool
+    watched: bool
     pids: tuple[int, ...]
     memory_gib: float
     started: float
@@ -45,21 +51,28 @@ def servers() -> list[Leftover]:
             value = process.environ().get(MARK)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if value:
-            details = json.loads(value)
+        if value and (details := _details(value)):
             found.setdefault(details["id"], (details, []))[1].append(process)
     return sorted((_leftover(*entry) for entry in found.values()), key=lambda server: server.started)
 
 
 def stop(server: Leftover, grace_s: float = 10.0) -> None:
-    """SIGTERM to all of the server's processes, SIGKILL to those still there after `grace_s`."""
+    """SIGTERM to all of the server's processes and what descends from them; SIGKILL to those still there after
+    `grace_s`, and to what they started meanwhile, until nothing is left."""
     processes = _processes(server.pids)
     for process in processes:
         _quietly(process.terminate)
-    _, alive = psutil.wait_procs(processes, timeout=grace_s)
-    for process in alive:
-        _quietly(process.kill)
-    psutil.wait_procs(alive, timeout=grace_s)
+        _quietly(process.resume)  # a suspended one takes no other signal
+    deadline = time.monotonic() + grace_s
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    deadline = time.monotonic() + grace_s
+    while (
+        alive := [p for p in {*processes, *_processes(_pids(server.id))} if _runs(p)]
+    ) and time.monotonic() < deadline:
+        for process in alive:
+            _quietly(process.kill)
+        time.sleep(_POLL_S)
 
 
 def stop_id(id: str) -> None:
@@ -69,10 +82,24 @@ def stop_id(id: str) -> None:
             stop(server)
 
 
+def _pids(id: str) -> tuple[int, ...]:
+    return next((server.pids for server in servers() if server.id == id), ())
+
+
+def _details(value: str) -> dict | None:
+    """What a mark says; None for a value that is none."""
+    try:
+        details = json.loads(value)
+        return details if details["id"] and isinstance(details["owner_pid"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
-    memory, started = 0, time.time()
+    memory, started, watched = 0, time.time(), False
     for process in processes:
         try:
+            watched = watched or any(Path(part).name == Path(watchdog.__file__).name for part in process.cmdline()[:3])
             memory += process.memory_info().rss
             started = min(started, process.create_time())
         except psutil.NoSuchProcess:
@@ -85,6 +112,7 @@ def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
     return Leftover(
         **{key: details[key] for key in keys},
         owned=owned,
+        watched=watched,
         pids=tuple(sorted(process.pid for process in processes)),
         memory_gib=memory / 2**30,
         started=started,
@@ -92,13 +120,23 @@ def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
 
 
 def _processes(pids) -> list[psutil.Process]:
-    processes = []
+    """The processes `pids` and all below them: a child that cleared its environment carries no mark."""
+    processes = {}
     for pid in pids:
         try:
-            processes.append(psutil.Process(pid))
+            process = psutil.Process(pid)
+            processes |= {p.pid: p for p in (process, *process.children(recursive=True))}
         except psutil.NoSuchProcess:
             continue
-    return processes
+    return list(processes.values())
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still runs; one that has ended and waits for its parent to collect it does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _quietly(action) -> None:

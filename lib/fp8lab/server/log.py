@@ -1,8 +1,13 @@
 """What a vLLM server's log says: how far its start is, what it reports, why it failed."""
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+_MAX_BYTES = 1 << 20
+_MAX_LINE = 500
 
 # In the order in which vLLM writes them (0.26 to 0.32).
 _PHASES = (
@@ -47,9 +52,21 @@ class Reported:
     model_memory_gib: float | None
 
 
-def read(path: Path) -> str:
-    """The log's text; undecodable bytes are replaced."""
-    return Path(path).read_text(errors="replace") if Path(path).exists() else ""
+def read(path: Path, secrets: Iterable[str] = ()) -> str:
+    """The log's text, undecodable bytes and `secrets` replaced; of a long one 1 MiB from either end."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES)
+            if (size := os.fstat(file.fileno()).st_size) > 2 * _MAX_BYTES:
+                file.seek(size - _MAX_BYTES)
+                text += b"\n"
+            text += file.read(_MAX_BYTES)
+    except FileNotFoundError:
+        return ""
+    said = text.decode(errors="replace")
+    for secret in secrets:
+        said = said.replace(secret, "[secret]")
+    return said
 
 
 def phase(text: str) -> str:
@@ -69,7 +86,7 @@ def reported(text: str) -> Reported:
 
 def root_cause(text: str) -> tuple[list[str], str | None]:
     """The log's telling lines (the first error that is no mere symptom of another) and a remedy, if known."""
-    lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines()]
+    lines = [_PREFIX.sub("", line[:_MAX_LINE]).rstrip() for line in text.splitlines()]
     errors = [line for line in lines if _ERROR.match(line) and not _SYMPTOM.search(line)]
     telling = list(dict.fromkeys(errors))[:3] or [line for line in lines if line][-5:]
     for pattern, remedy in _REMEDIES:

@@ -1,17 +1,19 @@
 """Runs one server and ends it, with everything that it started, when its owner is gone.
 
-    watchdog.py --log FILE [--grace SECONDS] -- COMMAND ...
+    watchdog.py --log FILE [--grace SECONDS] [--secret NAME ...] -- COMMAND ...
 
 The owner holds the writing end of this process's standard input: when it closes, by a normal stop or
 because the owner died in whatever way, the server's process group gets SIGTERM, after the grace SIGKILL,
 and so does every process that descends from it, in other sessions too: the watchdog is a subreaper, so
-orphans become its own children. Standard output says `started PID` and at the end `exited CODE`.
+orphans become its own children. At the end the values of the variables NAME are blotted out of the log.
+Standard output says `started PID` and at the end `exited CODE`.
 
 Standard library only, Linux only, and started by path: it must not fail because something else does.
 """
 
 import argparse
 import ctypes
+import mmap
 import os
 import select
 import signal
@@ -27,10 +29,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="watchdog.py", description=__doc__.splitlines()[0])
     parser.add_argument("--log", required=True, help="file that takes the server's output")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument("--secret", action="append", default=[], help="variable whose value must not stay in the log")
     parser.add_argument("command", nargs="+", help="the server's command line, after --")
     args = parser.parse_args()
 
-    stopping = []
+    # A child that the owner forked may keep the pipe open; the owner's death shows in the parent's pid all the same.
+    owner_pid, stopping = os.getppid(), []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
@@ -51,23 +55,29 @@ def main() -> int:
     owner = select.poll()
     owner.register(sys.stdin, select.POLLIN | select.POLLHUP)
     while server.poll() is None and not stopping:
-        if owner.poll(POLL_S * 1000) and not os.read(0, 4096):
+        if (owner.poll(POLL_S * 1000) and not os.read(0, 4096)) or os.getppid() != owner_pid:
             stopping.append(True)
     end_descendants(server, args.grace if stopping else 0.0)
+    blot_out(args.log, [os.environ[name] for name in args.secret if os.environ.get(name)])
     tell(f"exited {server.returncode}")
     return 0
 
 
 def end_descendants(server: subprocess.Popen, grace: float) -> None:
-    """SIGTERM to the server's group, SIGKILL to what is left after `grace` seconds, until nothing is."""
+    """SIGTERM to the server's group and, once it has ended, to what it left; SIGKILL to all after `grace` seconds."""
     if server.poll() is None:
         send(-server.pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace
+        send(-server.pid, signal.SIGCONT)  # a suspended one takes no other signal
+    deadline, told = time.monotonic() + grace, set()
     while True:
         reap(server)
         left = descendants(os.getpid())
         if not left:
             return
+        if server.returncode is not None:
+            for pid in set(left) - told:
+                send(pid, signal.SIGTERM)
+            told.update(left)
         if time.monotonic() >= deadline:
             for pid in left:
                 send(pid, signal.SIGKILL)
@@ -103,6 +113,19 @@ def descendants(ancestor: int, direct: bool = False) -> list[int]:
         frontier = {pid for pid, parent in parents.items() if parent in frontier}
         found.extend(frontier)
     return found
+
+
+def blot_out(path: str, secrets) -> None:
+    """Overwrites every occurrence of `secrets` in the file, in place, with asterisks."""
+    try:
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as text:
+            for secret in map(os.fsencode, secrets):
+                at = text.find(secret)
+                while at >= 0:
+                    text[at : at + len(secret)] = b"*" * len(secret)
+                    at = text.find(secret, at)
+    except (OSError, ValueError):
+        return  # gone, or empty: nothing to blot out
 
 
 def send(pid: int, signum: int) -> None:

@@ -1,0 +1,61 @@
+"""The vLLM command line of a variant and the environment that it needs."""
+
+import dataclasses
+import importlib.metadata
+import json
+import shlex
+import sys
+
+from ..models import model_folder, packaged_model
+from ..profiles import Profile
+
+HOST = "127.0.0.1"
+EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
+SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
+
+
+def served_model(profile: Profile, variant: str) -> str:
+    """The folder or hub name that vLLM loads: built here, converted from a package, or the profile's checkpoint."""
+    if profile.model.weights == "checkpoint":
+        return profile.model.checkpoint(variant)
+    folder = model_folder if profile.model.weights == "random" else packaged_model
+    return str(folder(profile.model.shapes))
+
+
+def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
+    """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag."""
+    flags = profile.variant_flags(variant)
+    model = served_model(profile, variant)
+    load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
+    executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
+    name = ["--served-model-name", served_name] if served_name else []
+    address = ["--host", HOST, "--port", str(port)]
+    command = [sys.executable, "-m", *_entry_point(), "--model", model, *load, *flags]
+    return [*command, *profile.server.flags, *address, *name, *executor]
+
+
+def build_environment(profile: Profile, variant: str) -> dict[str, str]:
+    """The variables that the server needs beyond this process's own; no secret among them."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **profile.server.env}
+    environment |= profile.variant_env.get(variant, {})
+    if profile.model.weights != "checkpoint":
+        environment["HF_HUB_OFFLINE"] = "1"
+    if profile.emulated:
+        settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
+        environment[SETTINGS_VARIABLE] = json.dumps(settings)
+    return environment
+
+
+def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
+    """The command with its environment, to be pasted into a shell."""
+    environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
+    return " ".join([*environment, shlex.join(build_command(profile, variant, port=port))])
+
+
+def _entry_point() -> list[str]:
+    """The module to run. The CPU build's distribution has another name, which breaks vLLM's own CLI."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server"]
+    return ["vllm.entrypoints.cli.main", "serve"]

@@ -1,0 +1,115 @@
+"""Whether a server may start here: its port, its GPU, and what earlier starts left behind."""
+
+import contextlib
+import pwd
+import socket
+import warnings
+from pathlib import Path
+
+import psutil
+
+from .. import gpu
+from ..errors import BadInput, InUse
+from ..locks import Lock
+from ..paths import cache_dir
+from . import leftovers
+from .command import HOST
+
+# An idle card holds up to about 1 GiB for its driver; a process needs more than this to matter.
+_IDLE_GIB = 2.0
+_LISTEN = "0A"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Raises BadInput for a number that is no port, InUse, with who listens, for one that is taken."""
+    if not 0 < port < 65536:
+        raise BadInput(f"port {port} is not between 1 and 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise InUse(
+                f"port {port} is taken on {HOST} by {listener(port)}; choose another, or leave it out to have a free "
+                "one chosen"
+            ) from None
+
+
+def listener(port: int) -> str:
+    """Who listens on `port`: pid, name, owner and memory as far as this user may know."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return describe(connection.pid)
+    # The kernel names another user's process to nobody, but its owner to all.
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                return f"a process of user {_user(int(fields[7]))}"
+    return "another process"
+
+
+def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
+    """A process in words: pid, name, owner, memory. Its command line may hold secrets and is left out."""
+    held = "" if gpu_memory_gib is None else f", {gpu_memory_gib:.1f} GiB of GPU memory"
+    try:
+        process = psutil.Process(pid)
+        memory = held or f", {process.memory_info().rss / 2**30:.1f} GiB"
+        return f"pid {pid} ({process.name()}, user {_user(process.uids().real)}{memory})"
+    except psutil.Error:
+        return f"pid {pid} (not visible from here{held})"
+
+
+def take_gpu(what: str) -> Lock:
+    """The lock on the GPU, for a server called `what`. Raises InUse when another start holds it, or when anything
+    computes on the card or fills it: a server beside it would not be measured alone."""
+    lock = Lock(cache_dir() / "locks" / f"{gpu.gpu_uuid()}.lock", f"the GPU (for {what})")
+    try:
+        check_gpu()
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def check_gpu() -> None:
+    """Raises InUse, with pid, owner and memory, when the GPU that a server would take is not idle."""
+    mine = {pid: server for server in leftovers.servers() for pid in server.pids}
+    busy = [o for o in gpu.occupants() if o.memory_gib is None or o.memory_gib > _IDLE_GIB]
+    if busy:
+        holders = "; ".join(describe(o.pid, o.memory_gib) for o in busy)
+        ours = any(o.pid in mine for o in busy)
+        remedy = "end it with `fp8lab stop --all`" if ours else "wait, or choose another card (CUDA_VISIBLE_DEVICES)"
+        raise InUse(f"the GPU is in use by {holders}; {remedy}")
+    if (used := gpu.memory_used_gib() or 0.0) > _IDLE_GIB:
+        raise InUse(
+            f"{used:.1f} GiB of the GPU's memory are held by processes that cannot be seen from here; "
+            "see `nvidia-smi` on the host, or choose another card (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def warn_of_leftovers() -> None:
+    """Warns of every server whose owner or watchdog is gone."""
+    for other in leftovers.servers():
+        if not (other.owned and other.watched):
+            gone = "its watchdog was killed" if other.owned else "its owner is gone"
+            option = " --all" if other.owned else ""
+            warnings.warn(
+                f"a server of an earlier start is still there, {gone} ({other.variant}, pids "
+                f"{', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB); end it with `fp8lab stop{option}`",
+                stacklevel=3,
+            )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

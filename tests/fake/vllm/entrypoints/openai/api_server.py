@@ -1,0 +1,148 @@
+"""A server with vLLM's command line, paths, key and log, whose FAKE_VLLM variable says how it fails.
+
+(empty)         it does not: streams of one token every few ms
+family          starts a child in a session of its own, which starts another; all ignore SIGTERM
+polite-family   the same, and they do not
+bad-model, port-taken, out-of-memory
+                logs what vLLM logs and exits
+never-ready     logs a start that stays where it loads weights
+no-completion   healthy, knows its model, and never completes anything
+wrong-name      serves another model than it was asked to
+die             is gone at the 10th streamed request
+hang            accepts and answers nothing from the 10th on, /health neither
+engine-dies     the same, but /health answers 503
+freeze          stops itself (SIGSTOP) at the 10th for 5 s
+long-line       logs a line of 64 MiB, then starts
+tell-secrets    logs its whole environment and its arguments, then starts
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import uvloop
+
+from sse_server import Session
+
+FAULT = os.environ.get("FAKE_VLLM", "")
+AFTER = 10
+ENDS = {
+    "bad-model": "OSError: /no/such is not a local folder and is not a valid model identifier listed on the hub",
+    "port-taken": "OSError: [Errno 98] error while attempting to bind on address: address already in use",
+    "out-of-memory": "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:900] torch.OutOfMemoryError: CUDA out of memory.\n"
+    "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.",
+}
+METRICS = 'vllm:num_requests_running{engine="0"} 1.0\nvllm:generation_tokens_total{engine="0"} 5.0\nvllm:kv_cache_usage_perc{} oops\n'
+
+
+class Server(Session):
+    """A Session that knows vLLM's other paths. `state` is shared by all connections."""
+
+    def __init__(self, options, state):
+        super().__init__(options, None)
+        self.state = state
+
+    def on_url(self, url):
+        self.url, self.authorization = url.decode(), b""
+
+    def on_message_complete(self):
+        if self.state.hanging and not (FAULT == "engine-dies" and self.url == "/health"):
+            return
+        if self.url.startswith("/v1") and self.authorization.decode() != f"Bearer {os.environ['VLLM_API_KEY']}":
+            self.reply(401, '{"error":"Unauthorized"}')
+        elif self.url == "/health":
+            self.reply(503 if self.state.hanging else 200, "")
+        elif self.url == "/metrics":
+            self.reply(200, METRICS)
+        elif self.url == "/v1/models":
+            name = "another" if FAULT == "wrong-name" else self.options.served_model_name
+            self.reply(200, json.dumps({"data": [{"id": name}]}))
+        elif FAULT != "no-completion":
+            self.count(json.loads(b"".join(self.body)))
+            super().on_message_complete()
+        self.body = []
+
+    def count(self, request):
+        """Commits the faults of a load: the warm-up and the first completion do not count."""
+        self.state.streams += request.get("stream", False) and request["max_tokens"] > 16
+        if self.state.streams < AFTER:
+            return
+        if FAULT == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif FAULT == "freeze" and self.state.streams == AFTER:
+            wake = f"import os, time; time.sleep(5); os.kill({os.getpid()}, {int(signal.SIGCONT)})"
+            subprocess.Popen([sys.executable, "-c", wake])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif FAULT in ("hang", "engine-dies"):
+            self.state.hanging = True
+
+    def begin(self):
+        return False if self.state.hanging else super().begin()
+
+    def step(self):
+        if not self.state.hanging:
+            super().step()
+
+    def reply(self, status, text):
+        body = text.encode()
+        self.transport.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%s" % (status, len(body), body))
+
+
+class State:
+    streams, hanging = 0, False
+
+
+def start_family(generations: int = 2) -> None:
+    """A child in a session of its own that starts another, each ignoring SIGTERM unless polite."""
+    ignore = "" if FAULT == "polite-family" else "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    code = f"import signal, subprocess, sys, time; {ignore}generations = int(sys.argv[1])\n"
+    code += "if generations: subprocess.Popen([sys.executable, '-c', sys.argv[2], str(generations - 1), sys.argv[2]], start_new_session=True)\n"
+    code += "time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code, str(generations - 1), code], start_new_session=True)
+    if ignore:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+async def serve(options) -> None:
+    state = State()
+    loop = asyncio.get_running_loop()
+    await loop.create_server(lambda: Server(options, state), options.host, options.port, backlog=4096)
+    print("INFO 01-01 00:00:00 [launcher.py:1] Application startup complete.", flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", nargs="*")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--served-model-name")
+    parser.add_argument("--known", nargs="*", help="stands for all that vLLM knows")
+    options, others = parser.parse_known_args()
+    if "--no-such-flag" in others:
+        parser.error("unrecognized arguments: --no-such-flag")
+    options.ttft_ms, options.itl_ms = 10, 0.5
+    print("INFO 01-01 00:00:00 [utils.py:1] non-default args", " ".join(others), flush=True)
+    if FAULT in ENDS:
+        sys.exit(ENDS[FAULT])
+    if FAULT.endswith("family"):
+        start_family()
+    if FAULT == "long-line":
+        sys.stdout.write("x" * (64 << 20))
+    if FAULT == "tell-secrets":
+        print(os.environ, sys.argv, flush=True)
+    print("INFO 01-01 00:00:00 [model.py:1] Starting to load model", flush=True)
+    if FAULT == "never-ready":
+        time.sleep(600)
+    print("INFO 01-01 00:00:00 [model.py:2] Model loading took 14.96 GiB memory", flush=True)
+    print("INFO 01-01 00:00:00 [kv.py:1] GPU KV cache size: 431,568 tokens, Maximum concurrency 52x", flush=True)
+    uvloop.run(serve(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Stands in for NVML where PYTHONPATH puts this folder first: one card, as the JSON file FAKE_NVML says.
+
+{"used_gib": 0.5, "processes": [[pid, GiB or null], ...]}
+"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+NVML_CLOCK_SM = 1
+UUID = "GPU-00000000-fake"
+
+
+class NVMLError(Exception):
+    pass
+
+
+def _says() -> dict:
+    return json.loads(Path(os.environ["FAKE_NVML"]).read_text())
+
+
+def nvmlInit():
+    pass
+
+
+def nvmlShutdown():
+    pass
+
+
+def nvmlDeviceGetCount():
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    if index:
+        raise NVMLError("Invalid Argument")
+    return 0
+
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    if uuid != UUID:
+        raise NVMLError("Not Found")
+    return 0
+
+
+def nvmlDeviceGetName(_handle):
+    return "NVIDIA H100 80GB HBM3 (a stand-in)"
+
+
+def nvmlDeviceGetUUID(_handle):
+    return UUID
+
+
+def nvmlDeviceGetMemoryInfo(_handle):
+    return SimpleNamespace(used=int(_says()["used_gib"] * 2**30))
+
+
+def nvmlDeviceGetComputeRunningProcesses(_handle):
+    return [
+        SimpleNamespace(pid=pid, usedGpuMemory=2**64 - 1 if gib is None else int(gib * 2**30))
+        for pid, gib in _says()["processes"]
+    ]
+
+
+def nvmlSystemGetDriverVersion():
+    return "0.0"
+
+
+def __getattr__(name):
+    """Every reading that the telemetry wants: this card does not give it."""
+    if name.startswith("nvmlDeviceGet"):
+
+        def unsupported(*_args):
+            raise NVMLError("Not Supported")
+
+        return unsupported
+    raise AttributeError(name)

@@ -1,0 +1,233 @@
+"""Text that means harm, and secrets: what a server, a file or a name says is shown as text, takes bounded memory and
+ends in one clear error; what is secret is nowhere to be found in a run."""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import fp8lab as lab
+from conftest import streaming_server
+from fp8lab import notebooks
+from fp8lab.errors import BadInput, Fp8labError
+from fp8lab.load.level import measure_level
+from fp8lab.load.stream import Endpoint
+from fp8lab.load.telemetry import parse_metrics
+from fp8lab.models import model_folder
+from fp8lab.profiles import read_profile
+from fp8lab.runs import open_run, write_json, write_tables
+from fp8lab.tables import Table
+from fp8lab.text import visible
+from fp8lab.traces import from_file
+
+NASTY = "<script>alert(1)</script>\x1b]0;owned\x07\x1b[31m\u202egnp.exe\x00$\\frac{"
+
+
+def test_control_characters_are_written_out():
+    assert visible("a\tb\nc d\u00a0é") == "a\tb\nc d\u00a0é"
+    assert visible("\x1b[31m\u202e\x00") == "\\x1b[31m\\u202e\\x00"
+    assert len(visible("x" * 10**6)) < 9000
+    assert "\x1b" not in str(Fp8labError(NASTY)) and "\\x1b[31m" in str(BadInput(NASTY))
+
+
+def test_a_table_shows_text_as_text():
+    table = Table(NASTY, ("a", "b"), [(NASTY, "1")])
+    for shown in (repr(table), table._repr_html_(), table.to_markdown()):
+        assert "\x1b" not in shown and "\u202e" not in shown
+    assert "<script>" not in table._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nan", "malformed chunk (JSONDecodeError)"),
+        ("huge-count", "malformed chunk (ValueError)"),
+        ("html", "the stream ended inside an event: b'<html>"),
+        ("endless", "more than 10020 chunks; the stream does not end"),
+        ("huge", "an event of more than 1 MiB"),
+        ("escapes", "error in the stream: <b>\x1b[31mred"),
+    ],
+)
+def test_a_hostile_reply_is_a_failed_record_that_can_be_stored_and_shown(sse_url, tmp_path, capsys, fault, reason):
+    trace = lab.fixed_length(4, input_tokens=5, output_tokens=10)
+    result = measure_level(Endpoint(sse_url, fault), trace, [0.0] * 4, name=fault)
+    assert result.records["error"].str.startswith(reason).all(), result.records["error"].tolist()
+    assert not result.summary["valid"] and "\x1b" not in capsys.readouterr().err
+    write_tables(tmp_path, records=result.records, tokens=result.tokens)
+    write_json(tmp_path / "summary.json", result.summary)
+
+
+def test_an_odd_finish_reason_is_kept_as_text(sse_url, tmp_path):
+    trace = lab.fixed_length(4, input_tokens=5, output_tokens=10)
+    result = measure_level(Endpoint(sse_url, "odd-finish"), trace, [0.0] * 4, name="odd")
+    assert result.summary["completed"] == 4 and result.records["finish_reason"].str.contains("<b>").all()
+    write_tables(tmp_path, records=result.records)
+
+
+def test_a_key_that_the_server_quotes_is_not_kept(sse_url):
+    endpoint = Endpoint(sse_url, "echo-key", "sk-very-secret-value")
+    result = measure_level(endpoint, lab.fixed_length(3), [0.0] * 3, name="refused")
+    assert (result.records["error"] == "HTTP 401: Incorrect key: Bearer [key]").all()
+    assert "sk-very-secret-value" not in json.dumps(result.summary)
+
+
+def test_metrics_that_are_no_numbers_are_left_out():
+    assert parse_metrics("vllm:num_requests_running{} 1\nvllm:num_requests_running{} oops\nvllm:x\n") == {
+        "running": 1.0
+    }
+
+
+def test_the_workers_memory_is_bounded():
+    """A server that streams without end and one that sends one endless event, each to a client of its own."""
+    with streaming_server("--itl-ms", "1") as url:
+        for fault in ("endless", "huge"):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            lab_trace = lab.fixed_length(8, input_tokens=5, output_tokens=10)
+            measure_level(Endpoint(url, fault), lab_trace, [0.0] * 8, name=fault)
+            assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 200 << 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt_tokens,output_tokens\nnan,5\n"),
+        ("a.csv", "prompt_tokens,output_tokens\n" + "9" * 30 + ",5\n"),
+        ("a.csv", "prompt_tokens,output_tokens\n2000000,5\n"),
+        ("a.csv", "prompt_tokens,output_tokens\n" + "1000000,5\n" * 200),
+        ("a.csv", "prompt_tokens,output_tokens\n" + "1" * 200_000 + ",5\n"),
+        ("a.csv", "prompt_tokens,output_tokens,arrival_s\n5,5,nan\n"),
+        ("a.csv", NASTY),
+        ("a.json", "[" * 100_000),
+        ("a.json", '[{"conversations": [{"value": NaN}, {"value": 1}]}]'),
+        ("\x1b[31m<b>.csv", "x\n1\n"),
+    ],
+)
+def test_a_hostile_trace_file_is_one_clear_error(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput) as refused:
+        from_file(tmp_path / name, tokenizer=str(model_folder("tiny-llama")))
+    assert len(str(refused.value)) < 1000 and "\x1b" not in str(refused.value)
+
+
+def test_a_gigabyte_in_one_line_is_refused_unread(tmp_path):
+    with (tmp_path / "big.csv").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BadInput, match=r"'big.csv' has 1,024 MiB; at most 64 MiB are read"):
+        from_file(tmp_path / "big.csv")
+
+
+@pytest.mark.parametrize("variant", ["../../etc", "a/b", "<b>", "", "x" * 65, "\x1b[31m"])
+def test_a_variant_that_is_no_file_name_is_refused(tmp_path, variant):
+    path = tmp_path / "odd.toml"
+    path.write_text(f'extends = "tiny-cpu"\n[variants]\n{json.dumps(variant)} = []\n')
+    with pytest.raises(BadInput, match="is no name"):
+        read_profile(str(path))
+
+
+@pytest.mark.parametrize("key", ["sk-abc\n", "sk\r\nX-Evil: 1", "schlüssel"])
+def test_a_key_that_would_break_the_request_is_refused_unsaid(key):
+    with pytest.raises(BadInput, match="the API key holds a character") as refused:
+        Endpoint("http://h:1", "m", key)
+    assert "sk" not in str(refused.value)
+
+
+def test_a_url_with_a_password_is_refused_unsaid():
+    with pytest.raises(BadInput, match="holds a user name or password") as refused:
+        Endpoint("http://me:hunter22@h:1", "m")
+    assert "hunter22" not in str(refused.value)
+
+
+def test_a_hostile_title_is_text_in_the_rendered_notebook(fake_vllm, tmp_path):
+    _, page = rendered(lab.load_profile(str(fake_vllm())), tmp_path, title=NASTY)
+    text = page.read_text()
+    assert "<script>alert(1)" not in text and "&lt;script&gt;alert(1)" in text
+    assert not any(character in text for character in "\x1b\x00\u202e")
+
+
+def rendered(profile, tmp_path, **changes):
+    """The front notebook, run and rendered headless on a run of the profile: (run, its page)."""
+    run = open_run(tmp_path / "run", dataclasses.replace(profile, **changes))
+    output = run.path / "rendered" / notebooks.FRONT.name
+    return run, notebooks.execute(notebooks.FRONT, output, {"run_dir": str(run.path)})
+
+
+# Secrets.
+
+PLANTED = {
+    "HF_TOKEN": "hf_planted0123456789",
+    "OPENAI_API_KEY": "sk-planted-0123456789",
+    "AWS_SECRET_ACCESS_KEY": "aws/planted+0123456789",
+    "MY_PASSWORD": "planted pass word",
+}
+
+
+def test_planted_secrets_are_in_no_file_of_a_run(fake_vllm, tmp_path, monkeypatch):
+    """The stand-in logs its whole environment; the notebook, its page and all that the run stores are searched."""
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    run, page = rendered(lab.load_profile(str(fake_vllm("tell-secrets", "tell-secrets"))), tmp_path)
+    log = (run.path / "logs" / "bf16.log").read_text()
+    assert "'HF_TOKEN': '****" in log and "'VLLM_API_KEY': '****" in log
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert page in files and len(files) > 15
+    for path in files:
+        data = path.read_bytes()
+        assert not [name for name, value in PLANTED.items() if value.encode() in data], path
+
+
+def test_a_failed_start_quotes_no_secret(fake_vllm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    path = fake_vllm("out-of-memory")
+    profile = lab.load_profile(str(path))
+    leak = ("--note", f"error: {PLANTED['HF_TOKEN']}")
+    with pytest.raises(lab.ServerFailed) as failed:
+        lab.start_server(dataclasses.replace(profile, variants={"bf16": leak}), "bf16", log_path=tmp_path / "x.log")
+    assert PLANTED["HF_TOKEN"] not in (tmp_path / "x.log").read_text()
+    assert PLANTED["HF_TOKEN"] not in str(failed.value).partition("command:")[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[server]\nflags = ["--api-key", "sk-planted"]',
+        '[server]\nflags = ["--api-key=sk-planted"]',
+        '[variants]\nbf16 = ["--hf-token", "hf_planted"]',
+        '[server.env]\nHF_TOKEN = "hf_planted"',
+        '[variant_env.bf16]\nMY_SECRET = "planted"',
+    ],
+)
+def test_a_secret_in_a_profile_is_refused_unsaid(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(f'extends = "tiny-cpu"\n{text}')
+    with pytest.raises(BadInput, match="holds a secret, which would be stored") as refused:
+        read_profile(str(tmp_path / "mine.toml"))
+    assert "planted" not in str(refused.value)
+
+
+def test_every_profile_of_the_house_passes():
+    for name in lab.profile_names():
+        read_profile(name)
+
+
+# What a shell shows.
+
+
+def test_the_command_line_shows_no_escape_sequences(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fp8lab.cli",
+        "load-test",
+        "--base-url",
+        "http://127.0.0.1:9",
+        "--model",
+        NASTY[:-9],
+    ]
+    command += ["--trace", f"{tmp_path}/\x1b[31mno.csv", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [part.replace("\x00", "") for part in command], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 2 and "\x1b" not in done.stderr and "no trace file" in done.stderr

@@ -1,0 +1,323 @@
+"""A run folder under faults: killed at any instant, a full disk, a read-only folder, damage, two writers."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pandas as pd
+import pytest
+
+import fp8lab as lab
+from conftest import marked, wait_for
+from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged
+from fp8lab.profiles import Level, read_profile
+from fp8lab.runs import open_run
+from test_runs import LEVEL, make_result
+
+KILLS = 50
+PROTOCOLS = ["as published", "equal load"]
+# Imports everything, then forks one measurement for each line it reads: no start pays for pandas again.
+NURSERY = """
+import os, sys, warnings
+import pandas, pyarrow, pyarrow.parquet, httpx
+import fp8lab as lab
+from fp8lab import experiment, runs
+from fp8lab.load import level, records
+from fp8lab.measure import metrics, usage
+warnings.simplefilter("ignore")
+profile = lab.load_profile(sys.argv[1])
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            {work}
+            code = 0
+        finally:
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+MEASURE = "lab.measure(lab.open_run(line.strip(), profile), profile, {protocols!r})"
+# What must be the same in any two runs; times and what follows from them differ.
+SAME_COLUMNS = ["request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s"]
+SAME_COLUMNS += ["finish_reason", "error"]
+SAME_KEYS = ["requests", "completed", "failed", "prompt_tokens", "output_tokens", "emulated", "time_dilation"]
+
+
+class Nursery:
+    """Runs `work` in forked children that can be killed."""
+
+    def __init__(self, work: str, profile):
+        command = [sys.executable, "-c", NURSERY.format(work=work), str(profile)]
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen(command, **options)
+
+    def run(self, argument, kill_after: float | None = None) -> bool:
+        """Whether the work was done; with `kill_after` it is killed that many seconds after its fork."""
+        self.process.stdin.write(f"{argument}\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if kill_after is not None:
+            timer = threading.Timer(kill_after, quietly_kill, (child,))
+            timer.start()
+        done = int(self.process.stdout.readline()) == 0
+        if kill_after is not None:
+            timer.cancel()
+        return done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+def quietly_kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def what_must_be_same(run) -> dict:
+    return {
+        level_id: (
+            {key: summary[key] for key in SAME_KEYS},
+            summary["level"],
+            run.read(level_of(summary)).records[SAME_COLUMNS].to_dict("list"),
+        )
+        for level_id, summary in run.summaries().items()
+    }
+
+
+def level_of(summary) -> Level:
+    return Level(**{key: summary["level"][key] for key in ("variant", "rate", "requests", "repeat")})
+
+
+def complete(run) -> dict[str, bytes]:
+    """What the files of the complete levels hold."""
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.glob("levels/*/*")}
+
+
+def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_path, monkeypatch):
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    profile, instants = fake_vllm(requests=12), random.Random(20260124)
+    opened, number = 0, 0
+    with Nursery(MEASURE.format(protocols=PROTOCOLS), profile) as nursery:
+        assert nursery.run(tmp_path / "undisturbed")
+        expected = what_must_be_same(open_run(tmp_path / "undisturbed"))
+        assert len(expected) == 4
+        for _ in range(KILLS):
+            run_dir = tmp_path / f"run-{number}"
+            held = complete(open_run(run_dir)) if (run_dir / "run.json").exists() else {}
+            done = nursery.run(run_dir, kill_after=instants.uniform(0.0, 1.6))
+            if run_dir.exists():
+                run = open_run(run_dir, str(profile))  # it opens, whatever happened
+                opened += 1
+                assert held.items() <= complete(run).items()  # what was complete is as it was
+                assert all(what == expected[level] for level, what in what_must_be_same(run).items())
+            number += done  # a run that came to its end makes room for another one
+        assert nursery.run(run_dir)
+        assert not list(scratch.iterdir())  # what the killed ones left there is swept away
+        assert what_must_be_same(open_run(run_dir)) == expected
+    assert opened > KILLS / 2
+    wait_for(lambda: not marked(profile), 20, "the end of all servers")
+
+
+def test_a_level_killed_while_it_is_written_is_whole_or_absent(tmp_path):
+    """The same level over and over, so that nearly every kill falls into its writing."""
+    (tmp_path / "profile.toml").write_text('extends = "emulated-h100"')
+    work = f"sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_runs; "
+    work += f"run = lab.open_run({str(tmp_path / 'run')!r}, profile)\n            "
+    work += "while True: run.write(test_runs.make_result())"
+    instants = random.Random(7)
+    written = 0
+    with Nursery(work, tmp_path / "profile.toml") as nursery:
+        assert not nursery.run("", kill_after=3.0)  # the first of them imports
+        for _ in range(KILLS):
+            nursery.run("", kill_after=instants.uniform(0.0, 0.4))
+            run = open_run(tmp_path / "run")
+            written += run.has(LEVEL)
+            if run.has(LEVEL):
+                assert len(run.read(LEVEL).records) == 3
+            for folder in (tmp_path / "run").glob("set-aside/*"):
+                assert (folder / "summary.json").is_file()  # what was replaced was whole, and is kept
+    assert written > 0
+
+
+@pytest.mark.parametrize("left", [".run.json.123", ".lock"])
+def test_a_run_killed_while_it_was_made_opens_again(tmp_path, left):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_text("{half")
+    assert open_run(tmp_path / "run", read_profile("emulated-h100")).summaries() == {}
+
+
+# A full disk, a read-only folder.
+
+WRITE = """
+import os, resource, signal, sys
+from fp8lab.runs import open_run
+from fp8lab.profiles import Level
+import test_runs
+sys.path.insert(0, {tests!r})
+run = open_run({run!r})
+test_runs.make_result()
+{limit}
+try:
+    run.write(test_runs.make_result(Level(variant="fp8", rate=50, requests=3)))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def write_under(limit: str, run, wrap=()) -> str:
+    tests = os.path.dirname(__file__)
+    code = WRITE.format(tests=tests, run=str(run), limit=limit)
+    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(
+        [*wrap, sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("size", [0, 1000, 3000])
+def test_a_file_that_cannot_grow_is_a_clear_error_and_harms_nothing(tmp_path, size):
+    """The limit on a file's size fails a write in its middle, as a full disk does."""
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    run.write(make_result())
+    before = complete(run)
+    said = write_under(f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))", run.path)
+    assert said.startswith("NotWritten ") and "cannot be written" in said and "run the same command again" in said
+    again = open_run(tmp_path / "run")
+    assert complete(again) == before and list(again.summaries()) == [LEVEL.id]
+    assert not (run.path / "unfinished").exists()
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root; the test before this one stands for it")
+    try:
+        run = open_run(disk / "run", read_profile("emulated-h100"))
+        run.write(make_result())
+        before = complete(run)
+        ballast = disk / "ballast"
+        with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 1024)
+        with pytest.raises(NotWritten, match="No space left on device"):
+            run.write(make_result(Level(variant="fp8", rate=50, requests=3)))
+        assert complete(open_run(run.path)) == before
+        ballast.unlink()
+        run.write(make_result(Level(variant="fp8", rate=50, requests=3)))
+        assert len(open_run(run.path).summaries()) == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_only_run_folder_is_a_clear_error_and_can_be_read(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    run.write(make_result())
+    # Root may write anywhere: the write is another user's.
+    for path in [tmp_path, *tmp_path.parents]:
+        if path.owner() == "root" and not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o011)
+    for path in [run.path, *run.path.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    drop = "os.setuid(65534)" if os.getuid() == 0 else ""
+    said = write_under(drop, run.path)
+    assert said.startswith("NotWritten ") and "Permission denied" in said
+    assert open_run(source=run.path).read(LEVEL).summary["completed"] == 3
+
+
+# Damage.
+
+
+@pytest.mark.parametrize("name", ["records.parquet", "tokens.parquet", "summary.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 500])
+def test_damage_is_named_before_anything_starts_and_measured_again_on_request(fake_vllm, tmp_path, name, damage):
+    profile = lab.load_profile(str(fake_vllm()))
+    run = open_run(tmp_path / "run", profile)
+    for level in (level for protocol in PROTOCOLS for level in profile.levels(protocol)):
+        run.write(whole(level))
+    before = complete(run)
+    damaged = run.path / "levels" / "fp8-50rps-r1" / name
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    with pytest.raises(RunDamaged, match=rf"{name} .*fp8lab measure --run .* --again fp8-50rps-r1"):
+        lab.measure(run, profile, PROTOCOLS)
+    results = lab.measure(run, profile, PROTOCOLS, again=["fp8-50rps-r1"])
+    assert [len(result.records) for result in results] == [20] * 4
+    assert (run.path / "set-aside" / "fp8-50rps-r1-1" / name).read_bytes() == damage(
+        before[f"levels/fp8-50rps-r1/{name}"]
+    )
+    others = {path: data for path, data in before.items() if "fp8-50rps-r1" not in path}
+    assert others.items() <= complete(run).items()
+
+
+def whole(level: Level):
+    """A made-up result of `level` with as many requests as it has."""
+    result = make_result(level)
+    records = pd.concat([result.records] * 10).head(level.requests).reset_index(drop=True)
+    summary = result.summary | {"requests": level.requests, "failures": {}}
+    return dataclasses.replace(result, records=records, summary=summary)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "[" * 100_000, '{"schema": 1}', '{"level": 3}'])
+def test_json_that_says_something_else_is_damage(tmp_path, text):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    run.write(make_result())
+    (run.path / "levels" / LEVEL.id / "summary.json").write_text(text)
+    for look in (run.summaries, lambda: run.has(LEVEL), lambda: run.read(LEVEL)):
+        with pytest.raises(RunDamaged, match=r"summary\.json .*--again bf16-50rps-r1"):
+            look()
+    (run.path / "run.json").write_text(text)
+    with pytest.raises(RunDamaged, match=r"run\.json .*(restore it|choose another)"):
+        open_run(run.path)
+
+
+def test_the_command_line_measures_again(fake_vllm, tmp_path):
+    path = fake_vllm()
+    command = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(tmp_path / "run")]
+    assert subprocess.run([*command, "--profile", str(path)], capture_output=True, check=False).returncode == 0
+    summary = tmp_path / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
+    summary.write_text("{half")
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "--again bf16-50rps-r1" in refused.stderr and "Traceback" not in refused.stderr
+    again = subprocess.run([*command, "--again", "bf16-50rps-r1"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(summary.read_text())["failed"] == 0
+
+
+# Two writers.
+
+
+def test_two_runs_on_one_folder_the_second_is_refused(fake_vllm, tmp_path):
+    path = fake_vllm(requests=200)
+    command = [sys.executable, "-m", "fp8lab.cli", "measure", "--profile", str(path), "--run", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        wait_for(lambda: marked(path), what="the first run's server")
+        run = open_run(tmp_path / "run")
+        began = time.monotonic()
+        for write in (
+            lambda: lab.measure(run, run.profile),
+            lambda: run.write(make_result()),
+            lambda: run.set_aside("bf16-50rps-r1") if (run.path / "levels").exists() else run.write(make_result()),
+        ):
+            with pytest.raises((InUse, BadInput), match=f"is in use by pid {first.pid}|holds no level"):
+                write()
+        assert time.monotonic() - began < 5
+        first.kill()
+    wait_for(lambda: not marked(path), 20, "the end of the first run's server")
+    run.write(make_result())  # the lock died with its holder

@@ -1,0 +1,258 @@
+"""Servers that fail: at their start, under load, or by not being what they should. Each fault is committed for real,
+by a stand-in for vLLM where vLLM itself would be slow; the GPU's answers are constructed (tests/fake_nvml)."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import fp8lab as lab
+from conftest import HERE, marked, nothing_left, wait_for
+from fp8lab.errors import BadInput, InUse, ServerFailed
+from fp8lab.locks import Lock
+from fp8lab.measure.metrics import completed
+from fp8lab.runs import open_run
+
+
+def start_fails(profile, tmp_path, variant="bf16", error=ServerFailed) -> tuple[str, float]:
+    """(message, seconds) of a start that must fail and leave nothing."""
+    began = time.monotonic()
+    with pytest.raises(error) as failed:
+        lab.start_server(profile, variant, log_path=tmp_path / "server.log")
+    assert marked(profile.name) == []
+    return str(failed.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "remedy"),
+    [
+        ("bad-model", "is not a local folder", "no such model"),
+        ("port-taken", "address already in use", "another process listens on this port"),
+        ("out-of-memory", "torch.OutOfMemoryError: CUDA out of memory.", "too little free memory"),
+    ],
+)
+def test_a_start_that_dies_gives_one_error_with_cause_and_remedy(fake_vllm, tmp_path, fault, cause, remedy):
+    said, seconds = start_fails(lab.load_profile(str(fake_vllm(fault))), tmp_path)
+    assert cause in said and f"what to do: {remedy}" in said.replace("the GPU has ", "")
+    assert "exit code 1" in said and str(tmp_path / "server.log") in said and "Engine core init" not in said
+    assert seconds < 5
+
+
+def test_a_flag_that_vllm_does_not_know(fake_vllm, tmp_path):
+    profile = lab.load_profile(str(fake_vllm()))
+    profile = dataclasses.replace(profile, variants={"bf16": ("--no-such-flag",)})
+    said, seconds = start_fails(profile, tmp_path)
+    assert "unrecognized arguments: --no-such-flag" in said and "does not know that flag" in said and seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [("never-ready", "loading weights"), ("no-completion", "waiting for the first completion")],
+)
+def test_a_server_that_never_gets_ready_ends_at_its_deadline(fake_vllm, tmp_path, fault, phase):
+    said, seconds = start_fails(lab.load_profile(str(fake_vllm(fault, timeout=2))), tmp_path)
+    assert f"was not ready within 2 s (last phase: {phase})" in said and seconds < 10
+
+
+def test_a_long_line_in_the_log_costs_no_memory(fake_vllm, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with lab.serve(lab.load_profile(str(fake_vllm("long-line"))), "bf16", log_path=tmp_path / "server.log") as server:
+        assert server.info.kv_cache_tokens == 431_568
+    assert (tmp_path / "server.log").stat().st_size > 64 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 << 10  # KiB
+
+
+def test_it_listens_here_only_and_wants_the_key_of_this_start(fake_vllm, tmp_path):
+    """The same as of real servers in test_server.py; here beside a second start, whose key is another."""
+    profile = lab.load_profile(str(fake_vllm()))
+    with (
+        lab.serve(profile, "bf16", log_path=tmp_path / "a.log") as a,
+        lab.serve(profile, "fp8", log_path=tmp_path / "b.log") as b,
+    ):
+        assert a.api_key != b.api_key and a.model != b.model
+        a._http.headers["Authorization"] = f"Bearer {b.api_key}"
+        assert a._ask("GET", "/v1/models")[0] == 401
+
+
+def test_a_taken_port_names_who_holds_it(fake_vllm):
+    with socket.socket() as stale:
+        stale.bind(("127.0.0.1", 0))
+        stale.listen()
+        port = stale.getsockname()[1]
+        with pytest.raises(InUse, match=rf"port {port} is taken .* by pid {os.getpid()} \(.*, user \w+, \d\.\d GiB\)"):
+            lab.start_server(lab.load_profile(str(fake_vllm())), "bf16", port=port)
+
+
+def test_a_stale_server_that_slips_in_is_never_measured(fake_vllm, tmp_path):
+    said, _ = start_fails(lab.load_profile(str(fake_vllm("wrong-name"))), tmp_path)
+    assert "is held by pid" in said and "answers models ['another'], not this start's 'bf16-" in said
+
+
+# Under load.
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("die", "the server died; its log: bf16.log"),
+        ("engine-dies", "the server's engine failed: /health answers 503"),
+        ("freeze", r"the server's process \d+ was suspended (SIGSTOP)"),
+    ],
+)
+def test_a_server_that_fails_under_load_costs_its_level_and_no_other_variant(fake_vllm, tmp_path, fault, cause):
+    profile = lab.load_profile(str(fake_vllm(fault, requests=400)))  # 8 s of arrivals at 50 req/s
+    short = {"as published": [("bf16", 50, 400), ("fp8", 100, 20)], "equal load": [("bf16", 100, 20)]}
+    levels = {n: tuple(lab.Level(variant=v, rate=r, requests=q) for v, r, q in of) for n, of in short.items()}
+    profile = dataclasses.replace(profile, protocols=levels)
+    run = open_run(tmp_path / "run", profile)
+    began = time.monotonic()
+    with (
+        pytest.warns(UserWarning, match="level bf16-50rps-r1 is INVALID"),
+        pytest.raises(ServerFailed, match="the bf16 server did not last: .*; not measured: bf16-100rps-r1"),
+    ):
+        lab.measure(run, profile, list(levels))
+    assert time.monotonic() - began < 20
+    result = run.read(levels["as published"][0])
+    pattern = cause.replace(r"\d+", "").split()
+    assert not result.valid and all(word in result.summary["invalid_reason"] for word in pattern)
+    # Noticed within 5 s of the tenth request: later ones were never sent, earlier ones are kept as they were.
+    assert len(result.records) == 400 and len(completed(result.records)) >= 8
+    assert result.records["sent_s"].max() < result.records["scheduled_s"][10] + 5
+    assert sorted(run.summaries()) == ["bf16-50rps-r1", "fp8-100rps-r1"]
+    assert run.summaries()["fp8-100rps-r1"]["failed"] == 0
+    assert marked(profile.name) == []
+
+
+def test_the_failed_level_is_measured_again_on_request(fake_vllm, tmp_path, monkeypatch):
+    run_dir, protocols = tmp_path / "run", ["as published", "equal load"]
+    path = fake_vllm("die", requests=60)
+    broken = lab.load_profile(str(path))
+    with pytest.warns(UserWarning, match="INVALID"), pytest.raises(ServerFailed):
+        lab.measure(open_run(run_dir, broken), broken, protocols)
+    # The server is mended; the profile must stay the same, so the mending comes from outside.
+    (tmp_path / "mended").mkdir()
+    (tmp_path / "mended" / "sitecustomize.py").write_text("import os; os.environ.pop('FAKE_VLLM', None)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'mended'}{os.pathsep}{os.environ['PYTHONPATH']}")
+    run = open_run(run_dir)
+    results = lab.measure(run, run.profile, protocols, again=["bf16-50rps-r1"])
+    assert [result.summary["failed"] for result in results] == [0, 0, 0, 0]
+    assert json.loads((run_dir / "set-aside" / "bf16-50rps-r1-1" / "summary.json").read_text())["valid"] is False
+    with pytest.raises(BadInput, match="no level bf16-1rps-r1"):
+        lab.measure(run, run.profile, protocols, again=["bf16-1rps-r1"])
+
+
+def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path):
+    """Nothing answers any more, /health neither; streams are given up one idle time after their last byte."""
+    from fp8lab.experiment import _endpoint
+    from fp8lab.load.level import measure_level
+
+    profile = lab.load_profile(str(fake_vllm("hang")))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "server.log") as server:
+        trace = lab.fixed_length(40, input_tokens=5, output_tokens=40)
+        began = time.monotonic()
+        result = measure_level(
+            _endpoint(server), trace, lab.arrival_times(40, 40), name="hang", idle_timeout_s=2.0,
+            server_problem=server.problem,
+        )  # fmt: skip
+    assert time.monotonic() - began < 15
+    assert not result.summary["valid"] and 8 <= result.summary["completed"] < 40 == len(result.records)
+    assert "requests failed, above 1%; most often with: no bytes for 2 s" in result.summary["invalid_reason"]
+
+
+# The GPU: one start at a time, and nobody else beside it.
+
+
+@pytest.fixture
+def card(fake_vllm, tmp_path, monkeypatch):
+    """A function that sets what the GPU says, and a cuda profile on it."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+    def says(used_gib=0.5, processes=()):
+        (tmp_path / "nvml.json").write_text(json.dumps({"used_gib": used_gib, "processes": list(processes)}))
+
+    says()
+    fake_vllm()  # the environment of the stand-in
+    path = tmp_path / f"{tmp_path.name}.toml"
+    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
+    yield says, path
+    sys.modules.pop("pynvml", None)
+
+
+def test_another_job_on_the_gpu_is_named_and_nothing_starts(card, tmp_path):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        says(40.0, [[other.pid, 39.5]])
+        said, _ = start_fails(profile, tmp_path, error=InUse)
+        other.kill()
+    assert f"pid {other.pid} (python" in said and "user " in said and "39.5 GiB of GPU memory" in said
+    says(40.0, [[2**22 + 1, None]])
+    assert f"pid {2**22 + 1} (not visible from here)" in start_fails(profile, tmp_path, error=InUse)[0]
+    says(40.0)
+    assert "40.0 GiB of the GPU's memory are held" in start_fails(profile, tmp_path, error=InUse)[0]
+
+
+def test_a_job_that_comes_onto_the_gpu_during_a_level_makes_it_invalid(card, tmp_path):
+    says, path = card
+    with lab.serve(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log") as server:
+        timer = threading.Timer(1.5, says, (20.0, [[os.getpid(), 12.5]]))
+        timer.start()
+        with pytest.warns(UserWarning, match="another job came onto the GPU"):
+            result = lab.load_test(server, rate=50, requests=500)
+        says()
+    assert not result.valid and "12.5 GiB of GPU memory" in result.summary["invalid_reason"]
+    assert len(result.records) == 500 and result.records["sent_s"].max() < 8
+
+
+def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
+    _, path = card
+    log = str(tmp_path / "first.log")
+    code = f"import fp8lab as lab; s = lab.start_server(lab.load_profile({str(path)!r}), 'bf16', log_path={log!r}); print(s.model, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline()
+        pids = marked(path)
+        profile = lab.load_profile(str(path))
+        with pytest.raises(InUse, match=rf"the GPU .*is in use by pid {first.pid}; wait"):
+            lab.start_server(profile, "fp8", log_path=tmp_path / "second.log")
+        first.kill()
+    nothing_left(path, pids)
+    lab.start_server(profile, "fp8", log_path=tmp_path / "second.log").stop()
+
+
+def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
+    from fp8lab import gpu
+
+    for chosen in ("0", "0,1", "GPU-00000000-fake"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert gpu.memory_used_gib() == 0.5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert gpu.memory_used_gib() is None and gpu.gpu_names() == []
+
+
+def test_a_lock_dies_with_its_holder(tmp_path):
+    path = tmp_path / "x.lock"
+    code = f"from fp8lab.locks import Lock; from pathlib import Path; l = Lock(Path({str(path)!r}), 'x'); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline()
+        with pytest.raises(InUse, match=f"x is in use by pid {holder.pid}"):
+            Lock(path, "x")
+        holder.send_signal(signal.SIGKILL)
+    lock = wait_for(lambda: Lock(path, "x"))
+    lock.release()
+    lock.release()
