@@ -198,7 +198,7 @@ def claims(args) -> None:
     from .report.claims import claims_table
     from .runs import open_run
 
-    table = claims_table(open_run(source=args.run))
+    table = claims_table(open_run(source=args.run), brief=args.brief)
     print(table.to_markdown() if args.markdown else table)
 
 

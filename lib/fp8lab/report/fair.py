@@ -253,7 +253,7 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         "planned, req/s a card",
         "cards",
         "million tokens a card-hour",
-        "tokens a joule",
+        "tokens a joule at that rate",
     )
     caption = f"{emulated_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
     return Table(caption, columns, rows)
