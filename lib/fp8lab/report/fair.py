@@ -45,7 +45,8 @@ def validity_table(run: Run) -> Table:
     rows += [(level, f"INVALID: {s['invalid_reason']}") for level, s in invalid.items()]
     rows += [(level, f"{count} failed requests") for level, count in failed.items()]
     if invalid:
-        rows.append(("what to do", "delete the folders of the invalid levels and run again; they alone are measured"))
+        again = " ".join(f"--again {level}" for level in invalid)
+        rows.append(("what to do", f"mend the cause, then: fp8lab measure --run {run.path.name} {again}"))
     if not invalid and not any(float(s["level"]["repeat"]) > 1 for s in evidence(run).summaries.values()):
         rows.append(("note", "no level was repeated with another seed: ratios have no interval"))
     return Table(f"{emulated_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)
