@@ -95,7 +95,7 @@ def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matr
     assert index.count("project_reproduce.html") == 3 and "small-long (EMULATED)" in comparison
     short = open_run(source=out / "small-short" / "run")
     assert short.profile.workload.trace == "random" and list(short.summaries()) == ["bf16-100rps-r1"]
-    assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * 16
+    assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * (16 + 1)  # Llama's begin-of-text token
 
 
 def _queue(out):

@@ -83,7 +83,7 @@ EXAMPLES = {
     """,
     "claims": """
         fp8lab claims runs/latest
-        fp8lab claims runs/latest --markdown       for a README
+        fp8lab claims runs/latest --brief --markdown     for a README
     """,
     "profiles": """
         fp8lab profiles                            all profiles
@@ -288,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
 
     claims = command("claims", commands.claims, "Judge the published claims by a run.")
     claims.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
+    claims.add_argument("--brief", action="store_true", help="without reasons and levels")
     claims.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
     profiles = command("profiles", commands.profiles, "Show the profiles, or one of them.")

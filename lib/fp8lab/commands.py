@@ -47,6 +47,7 @@ def reproduce(args) -> None:
 def measure(args) -> None:
     from .experiment import measure as measure_levels
     from .paths import repository_relative
+    from .report.fair import validity_table
     from .report.show import levels_table
     from .runs import open_run
 
@@ -59,6 +60,7 @@ def measure(args) -> None:
         print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
         raise
     print(levels_table(run))
+    print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
 
 
@@ -198,7 +200,7 @@ def claims(args) -> None:
     from .report.claims import claims_table
     from .runs import open_run
 
-    table = claims_table(open_run(source=args.run))
+    table = claims_table(open_run(source=args.run), brief=args.brief)
     print(table.to_markdown() if args.markdown else table)
 
 

@@ -87,7 +87,7 @@ def measure_level(
 
 def one_line(name: str, summary: dict) -> str:
     """A level in one line."""
-    verdict = "" if summary["valid"] else f" - INVALID: {summary['invalid_reason']}"
+    verdict = " - VALID" if summary["valid"] else f" - INVALID: {summary['invalid_reason']}"
     if not summary["completed"]:
         return f"{name}: no request completed{verdict}"
     failed = f", {summary['failed']} FAILED" if summary["failed"] else ""

@@ -103,3 +103,25 @@ def batching(run: Run) -> Figure:
         "last tokens had not left the front end."
     )
     return Figure("batching", canvas, f"Line chart. {told}.", caption_of(run, caption))
+
+
+def number_line(run: Run) -> Figure:
+    """The positive values of the two FP8 formats up to 16, and how far each goes."""
+    from ..measure.fp8 import FORMATS, largest, values
+
+    canvas, axes = new_canvas(run, "Which numbers do E4M3 and E5M2 have?", height=2.1)
+    axes.grid(axis="y", visible=False)
+    told, top = [], 16
+    for y, name in enumerate(FORMATS):
+        shown = [value for value in values(name) if 0 <= value <= top]
+        axes.vlines(shown, y - 0.3, y + 0.3, color=INK, lw=1)
+        axes.annotate(
+            f"… to {largest(name):,.0f}", (top, y), (8, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        between = sum(1 <= value < 2 for value in shown)
+        told.append(f"{name} has {between} values from 1 to below 2 and goes to {largest(name):,.0f}")
+    axes.set_yticks(range(len(FORMATS)), list(FORMATS))
+    axes.set_ylim(len(FORMATS) - 0.5, -0.5)
+    axes.set(xlabel="value (negative ones mirror these)", xlim=(-0.3, top + 3))
+    caption = f"{'; '.join(told)}. A scale moves a tensor's largest value to the end of the line; what is small keeps its relative steps."
+    return Figure("number_line", canvas, f"Two number lines. {'; '.join(told)}.", caption_of(run, caption))

@@ -66,8 +66,11 @@ def judge(run: Run) -> list[Verdict]:
     return verdicts
 
 
-def claims_table(run: Run) -> Table:
-    """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it."""
+def claims_table(run: Run, *, brief: bool = False) -> Table:
+    """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it.
+
+    `brief` leaves out the reasons and the levels.
+    """
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
@@ -79,7 +82,8 @@ def claims_table(run: Run) -> Table:
     caption = f"{emulated}The published claims against run {run.path.name}: {run.profile.title}"
     this_run = "this run (EMULATED)" if run.emulated else "this run"
     columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "reason", "rests on (limited by)")
-    return Table(caption, columns, rows)
+    shown = len(columns) - 2 * brief
+    return Table(caption, columns[:shown], [row[:shown] for row in rows])
 
 
 def level_id(variant: str, rate: float, repeat: int = 1) -> str:

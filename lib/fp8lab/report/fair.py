@@ -45,7 +45,8 @@ def validity_table(run: Run) -> Table:
     rows += [(level, f"INVALID: {s['invalid_reason']}") for level, s in invalid.items()]
     rows += [(level, f"{count} failed requests") for level, count in failed.items()]
     if invalid:
-        rows.append(("what to do", "delete the folders of the invalid levels and run again; they alone are measured"))
+        again = " ".join(f"--again {level}" for level in invalid)
+        rows.append(("what to do", f"mend the cause, then: fp8lab measure --run {run.path.name} {again}"))
     if not invalid and not any(float(s["level"]["repeat"]) > 1 for s in evidence(run).summaries.values()):
         rows.append(("note", "no level was repeated with another seed: ratios have no interval"))
     return Table(f"{emulated_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)
@@ -253,7 +254,7 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         "planned, req/s a card",
         "cards",
         "million tokens a card-hour",
-        "tokens a joule",
+        "tokens a joule at that rate",
     )
     caption = f"{emulated_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
     return Table(caption, columns, rows)

@@ -1,9 +1,12 @@
 """The four headline figures, drawn from level summaries. Each answers the question in its title."""
 
+import math
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from ..runs import Run
-from .claims import level_id, published
+from .claims import published
+from .evidence import evidence
 
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
@@ -45,6 +48,8 @@ def rate(run: Run) -> Figure:
         "all completed", (top * 0.40, top * 0.42), color=GREY, rotation=34, rotation_mode="anchor", fontsize=8
     )
     for variant, series in points.items():
+        if not series:
+            continue
         color, marker = STYLE[variant]
         axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
         told += [f"{variant} completed {y:.1f} of {x:g} req/s" for x, y in series]
@@ -64,24 +69,28 @@ def tpot(run: Run) -> Figure:
 
 def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     claim = _claim(claim_id)
-    metric, summaries = claim["metric"], run.summaries()
+    metric, seen = claim["metric"], evidence(run)
     fp8_rate = claim["fp8"]["rate"]
     bf16_rate = claim.get("bf16", {}).get("rate", 50)
     canvas, axes = new_canvas(run, title)
     told, ticks = [], []
-    shown = [level_id(variant, rate_) for variant in ("bf16", "fp8") for rate_ in (bf16_rate, fp8_rate)]
-    values = [summaries.get(level, {}).get(metric) or 0 for level in shown]
-    top = max([*values, *(claim[side]["value"] for side in ("bf16", "fp8") if side in claim)])
+    pairs = [(variant, rate_) for variant in ("bf16", "fp8") for rate_ in (bf16_rate, fp8_rate)]
+    seeds = {pair: list(seen.seeds(*pair, metric).values()) for pair in pairs}
+    most = [max(values) for values in seeds.values() if values]
+    top = max([*most, *(claim[side]["value"] for side in ("bf16", "fp8") if side in claim)])
     for group, rate_ in enumerate((bf16_rate, fp8_rate)):
         for offset, variant in ((-0.2, "bf16"), (0.2, "fp8")):
             color, _ = STYLE[variant]
             x = group + offset
-            value = summaries.get(level_id(variant, rate_), {}).get(metric)
-            if value is None:
+            each = seeds[variant, rate_]
+            if not each:
                 axes.annotate("not run", (x, 0), **_above(GREY))
             else:
+                value = geometric_mean(each)
                 axes.bar(x, value, 0.36, color=color, label=variant if group == 0 else None)
-                told.append(f"{variant} at {rate_} req/s: {_number(value)}")
+                if len(each) > 1:
+                    axes.vlines(x, min(each), max(each), color=INK, lw=1)
+                told.append(f"{variant} at {rate_} req/s: {_number(value)}{_range(each)}")
                 # Within the bar, clear of the published line at its top; above it where the bar is short.
                 high = value > 0.12 * top
                 axes.annotate(_number(value), (x, 0 if high else value), **_above("white" if high else INK))
@@ -106,7 +115,8 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
         if "bf16" in claim
         else (f"The published value is FP8's at {fp8_rate} req/s")
     )
-    caption = f"{crossed} (black lines); side by side stand the two variants at equal load."
+    caption = f"{crossed} (black lines); side by side stand the two variants at equal load"
+    caption += ", thin lines from the lowest to the highest seed." if any(len(v) > 1 for v in seeds.values()) else "."
     return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(run, caption))
 
 
@@ -138,17 +148,17 @@ def new_canvas(run: Run, title: str, height: float = 3.8):
 
 
 def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, dict[float, float]] = {}
-    for summary in run.summaries().values():
-        level, offered = summary["level"], float(summary["level"]["rate"])
-        if (
-            level["variant"] in STYLE
-            and level["repeat"] == 1
-            and offered != float("inf")
-            and summary[metric] is not None
-        ):
-            found.setdefault(level["variant"], {})[offered] = summary[metric]
-    return {variant: sorted(series.items()) for variant, series in found.items()}
+    """(offered rate, mean over the seeds) of every level that was offered a rate, by variant."""
+    seen = evidence(run)
+    return {
+        variant: [
+            (rate_, geometric_mean(values))
+            for rate_ in seen.rates(variant)
+            if math.isfinite(rate_) and (values := seen.seeds(variant, rate_, metric).values())
+        ]
+        for variant in seen.variants()
+        if variant in STYLE
+    }
 
 
 def _claim(id: str) -> dict:
@@ -163,6 +173,10 @@ def caption_of(run: Run, text: str) -> str:
 
 def _above(color: str) -> dict:
     return {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9, "color": color}
+
+
+def _range(values: list[float]) -> str:
+    return f" ({_number(min(values))} to {_number(max(values))})" if len(values) > 1 else ""
 
 
 def _number(value: float) -> str:

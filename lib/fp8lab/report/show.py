@@ -63,6 +63,11 @@ def batching_figure(run: Run) -> Shown:
     return _show(run, background_figures.batching(run))
 
 
+def number_line_figure(run: Run) -> Shown:
+    """The values that the two FP8 formats have."""
+    return _show(run, background_figures.number_line(run))
+
+
 def saturation_figure(run: Run) -> Shown:
     """Offered rate against steady throughput, every variant."""
     return _show(run, fair_figures.saturation(run))
