@@ -232,6 +232,7 @@ def write_pages(folder: Path) -> None:
 def _write_page(path: Path, title: str, body: str) -> None:
     style = (
         "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "h1{overflow-wrap:anywhere}"
         "table{border-collapse:collapse;margin:1.5rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:left}"
         "@page{size:A4 landscape;margin:14mm}"
         "@media print{*{overflow:visible!important}tr{break-inside:avoid}table{font-size:7pt}th{min-width:0!important}}"
