@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from conftest import streaming_server
-from fp8lab.errors import BadInput
+from fp8lab.errors import BadInput, Stopped
 from fp8lab.load.generator import default_workers, self_check, send_load
+from fp8lab.load.level import measure_level
 from fp8lab.load.records import to_tables
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.team import ClientReport, busiest_second
@@ -158,6 +159,15 @@ def test_an_interrupt_ends_the_workers(sse_url):
         ["pgrep", "-P", str(os.getpid()), "-f", "fp8lab.load.worker"], capture_output=True, check=False
     )
     assert left.returncode == 1
+
+
+def test_a_stopped_level_is_told_in_one_line(sse_url, capsys):
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(Stopped, match="bf16-50rps-r1 ended early and is not kept") as stopped:
+        measure_level(Endpoint(sse_url, "m"), fixed_length(100), np.linspace(0, 60, 100), name="bf16-50rps-r1")
+    assert stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
+    assert capsys.readouterr().err.endswith("bf16-50rps-r1: stopped\n")
 
 
 def test_a_client_pinned_to_a_busy_core_is_caught():

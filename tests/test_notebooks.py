@@ -133,6 +133,27 @@ def test_the_front_notebook_shows_the_recorded_run(tmp_path):
             assert not any(out.output_type in ("error", "stream") for out in cell.outputs)
 
 
+def test_the_committed_front_notebook_reads_without_styles_and_scripts():
+    """As GitHub shows it: what styles and scripts alone would tell is lost."""
+    outputs = [
+        out.data for cell in nbformat.read(notebooks.FRONT, as_version=4).cells for out in cell.get("outputs", ())
+    ]
+    pages = [re.sub(r' (?:style|class)="[^"]*"', "", data.get("text/html", "")) for data in outputs]
+    figures = [page for page in pages if "<figure" in page]
+    tables = [page for page in pages if "<table" in page]
+    assert len(figures) >= 4 and len(tables) >= 4 and len(figures) + len(tables) == len(outputs)
+    for page in pages:
+        assert not re.search(r"<(script|style|svg|link|iframe)|\son\w+=|https?:", page)
+    for page in figures:
+        told = re.fullmatch(r'<figure><img src="[^"]+" alt="([^"]+)"><figcaption>(.+)</figcaption></figure>', page)
+        assert len(told[1]) > 40 and len(told[2]) > 20
+    for page in tables:
+        assert re.search(r"<caption>[^<]{10,}</caption>", page) and '<th scope="col">' in page
+    (answer,) = (page for page in tables if "The published claims" in page)
+    words = re.findall(r"<td>((?:not )?reproduced(?:, other cause)?|undecided|not run|invalid run)</td>", answer)
+    assert len(words) == 7
+
+
 def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
     broken = nbformat.read(notebooks.FRONT, as_version=4)
     broken.cells[3].source = "raise RuntimeError('out of <luck>')"

@@ -14,7 +14,7 @@ _NUMERIC = "text-align:right;font-variant-numeric:tabular-nums"
 _TEXT = "text-align:left;white-space:normal"
 _NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 24
 # A column of sentences stays readable where the page is narrow: the table then scrolls in its own box.
-_SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:18em"
+_SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:12em"
 _CAPTION = "text-align:left;min-width:20em"
 
 

@@ -1,0 +1,23 @@
+"""One table, three forms: what a page's form owes to readers who do not see it, or see little of it."""
+
+import re
+
+from fp8lab.tables import Table
+
+TABLE = Table('Levels of "a" & <b>', ("", "req/s", "why"), [("bf16-50rps-r1", "39.5", "s" * 61), ("fp8", "–", "")])
+
+
+def test_headers_name_rows_and_columns_and_none_is_empty():
+    page = TABLE._repr_html_()
+    assert re.findall(r'<th scope="(\w+)"[^>]*>([^<]*)</th>', page) == [
+        ("col", "req/s"), ("col", "why"), ("row", "bf16-50rps-r1"), ("row", "fp8"),
+    ]  # fmt: skip
+
+
+def test_a_wide_table_scrolls_in_a_box_with_a_name_and_keeps_its_sentences_readable():
+    page = TABLE._repr_html_()
+    name = "Levels of &quot;a&quot; &amp; &lt;b&gt;"
+    assert page.startswith(
+        f'<div role="group" aria-label="{name}" tabindex="0" style="overflow-x:auto"><table><caption'
+    )
+    assert re.findall(r'min-width:12em">(\w+)</th>', page) == ["why"]
