@@ -62,6 +62,13 @@ class Lab:
     def __init__(self, page, folder: Path, first: str):
         self.page, self.folder = page, folder
         self.notebook = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+        self.elsewhere: list[str] = []
+        page.on(
+            "request",
+            lambda request: (
+                re.match(r"(https?://127.0.0.1:|file:|data:|blob:)", request.url) or self.elsewhere.append(request.url)
+            ),
+        )
         self.kernel = self.notebook.locator(".jp-KernelName")
         self._goto(first)
 
@@ -192,6 +199,7 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     text = lab.notebook.inner_text().lower()
     assert "model not found" not in text and "error displaying" not in text
     assert lab.notebook.locator(".jupyter-widgets, [data-mime-type*='widget']").count() == 0
+    assert page.locator(".Toastify__toast").count() == 0 and lab.elsewhere == []
     for cell, name in (("lab.claims_table(", "verdicts"), ("lab.throughput_figure(", "figure")):
         lab.cell(cell).screenshot(path=artefacts / f"lab-{name}.png")
     page.set_viewport_size(PHONE)

@@ -216,7 +216,7 @@ def write_pages(folder: Path) -> None:
             )  # fmt: skip
             cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
             rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
-        verdicts.append(claims_table(run)._repr_html_())
+        verdicts.append(f"<h2>{html.escape(name)}</h2>{claims_table(run)._repr_html_()}")
     head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
     table = f"<table>{head}{''.join(items)}</table>"
     scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
@@ -234,6 +234,7 @@ def _write_page(path: Path, title: str, body: str) -> None:
         "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
         "h1{overflow-wrap:anywhere}"
         "table{border-collapse:collapse;margin:1.5rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:left}"
+        "@media(max-width:40rem){td,th{vertical-align:top}th[style*=min-width]{min-width:22em!important}}"
         "@page{size:A4 landscape;margin:14mm}"
         "@media print{*{overflow:visible!important}tr{break-inside:avoid}table{font-size:7pt}th{min-width:0!important}}"
     )

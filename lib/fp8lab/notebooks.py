@@ -30,6 +30,8 @@ main a { text-decoration: underline; }
 @media (max-width: 40rem) {
   body.jp-Notebook { padding: 0.5rem; }
   figure { margin: 1em 0; }
+  .jp-OutputArea-output :is(td, th) { vertical-align: top; }
+  th[style*="min-width"] { min-width: 22em !important; }
 }
 @page { size: A4; margin: 14mm; }
 @media print {
