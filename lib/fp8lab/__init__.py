@@ -56,7 +56,6 @@ _HOMES = {
         "kv_rounding_table",
         "parting_figure",
         "published_table",
-        "quality_row",
         "quality_table",
         "weights_table",
     ),
