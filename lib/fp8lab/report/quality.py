@@ -56,9 +56,11 @@ def asked_table(run: Run) -> Table:
     return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
 
 
-def answers_table(run: Run, variant: str, count: int = 3) -> Table:
-    """Where greedy answers of `variant` part from the reference's: the words around it, for the first `count`."""
+def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
+    """Where greedy answers of `variant` (default: the last that was measured) part from the reference's: the words
+    around it, for the first `count`."""
     reference = reference_variant(run.profile)
+    variant = variant or [name for name in comparisons(run) if not name.endswith(AGAIN)][-1]
     ours, theirs = (tables(run, name)[1] for name in (reference, variant))
     rows = []
     for prompt, one, other in zip(ours["prompt"], ours["text"], theirs["text"], strict=True):
