@@ -23,7 +23,7 @@ help:
 
 env: $(STAMP)
 
-$(STAMP): env/$(ENV).txt env/extra.txt env/setup.sh pyproject.toml
+$(STAMP): env/$(ENV).txt env/extra.txt env/lab-settings.json env/setup.sh pyproject.toml
 	PYTHON="$(PYTHON)" bash env/setup.sh "$(ENV)" "$(VENV)"
 	@touch $@
 

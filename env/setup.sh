@@ -29,5 +29,7 @@ fi
 "${pip[@]}" install --no-deps -r env/extra.txt
 "${pip[@]}" install --no-deps --no-build-isolation --editable .
 "$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (fp8lab, $kind)" >/dev/null
+# JupyterLab asks nothing at its first start, and no other host at any.
+install -D -m 644 env/lab-settings.json "$venv/share/jupyter/lab/settings/overrides.json"
 "$venv/bin/fp8lab" profiles >/dev/null
 echo "ready: $venv"

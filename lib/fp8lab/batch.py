@@ -204,7 +204,7 @@ def write_pages(folder: Path) -> None:
         links = ", ".join(
             f'<a href="{html.escape(str(p.relative_to(folder)))}">{html.escape(p.stem)}</a>' for p in pages
         )
-        items.append(f"<tr><td>{html.escape(name)}</td><td>{job['state']}</td><td>{links or '–'}</td></tr>")
+        items.append(f"<tr><th scope='row'>{html.escape(name)}</th><td>{job['state']}</td><td>{links or '–'}</td></tr>")
         if not (folder / name / "run" / "run.json").is_file():
             continue
         run = open_run(source=folder / name / "run")
@@ -218,7 +218,9 @@ def write_pages(folder: Path) -> None:
             rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
         verdicts.append(claims_table(run)._repr_html_())
     head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
-    index = f"<p><a href='comparison.html'>All levels side by side</a></p><table>{head}{''.join(items)}</table>"
+    table = f"<table>{head}{''.join(items)}</table>"
+    scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
+    index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}"
     _write_page(folder / "index.html", f"Batch {folder.name}", index)
     columns = ("run", "level", "req/s", "tok/s", "TTFT p99 ms", "TPOT ms", "J/token", "measurement")
     levels = (
@@ -230,10 +232,13 @@ def write_pages(folder: Path) -> None:
 def _write_page(path: Path, title: str, body: str) -> None:
     style = (
         "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "h1{overflow-wrap:anywhere}"
         "table{border-collapse:collapse;margin:1.5rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:left}"
+        "@page{size:A4 landscape;margin:14mm}"
+        "@media print{*{overflow:visible!important}tr{break-inside:avoid}table{font-size:7pt}th{min-width:0!important}}"
     )
     path.write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
         f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
     )

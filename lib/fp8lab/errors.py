@@ -9,6 +9,8 @@ Fp8labError
 ├── RunDamaged        a run folder has a file that cannot be read
 └── NotWritten        a file could not be written: full disk, read-only folder
 
+Beside it stands Stopped, a KeyboardInterrupt: Ctrl-C, or a notebook's stop button, in a start or a level.
+
 Every message names the offending value, what was expected, and what to do.
 """
 
@@ -48,3 +50,10 @@ class RunDamaged(Fp8labError):
 
 class NotWritten(Fp8labError):
     """A file of a run could not be written."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A start or a level that its user stopped. A notebook shows it as one line: nothing failed."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Stopped: {self}"]

@@ -1,6 +1,7 @@
 """Runs notebooks headless through papermill, strictly, and turns them into single-file pages."""
 
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,37 @@ FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"
 # Runs by its name only: it serves a trained model, the others the shapes of a large one.
 _APART = ("07_quality",)
+# nbconvert's page without its scripts: neither formulas nor diagrams are used.
+_PAGE = """{%- extends "index.html.j2" -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}<style>STYLE</style>{%- endblock -%}
+"""
+# Read on a phone, printed, and by people who tell colours badly apart.
+_STYLE = """
+:root { --jp-mirror-editor-comment-color: #2f6060; --jp-mirror-editor-number-color: #060; }
+main { max-width: 75rem; margin: 0 auto; }
+main a { text-decoration: underline; }
+.highlight pre, .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  body.jp-Notebook { padding: 0.5rem; }
+  figure { margin: 1em 0; }
+}
+@page { size: A4; margin: 14mm; }
+@media print {
+  * { overflow: visible !important; }
+  .jp-Cell, .jp-Cell-inputWrapper, .jp-InputArea, .jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output {
+    display: block !important;
+  }
+  :root { --jp-content-font-size1: 10.5pt; --jp-code-font-size: 8.5pt; }
+  figure img { max-height: 75mm; }
+  figure, img, tr, pre, caption { break-inside: avoid; }
+  h1, h2, h3, caption, .jp-CodeCell .jp-Cell-inputWrapper { break-after: avoid; }
+  .jp-OutputArea-output table { font-size: 6.5pt; }
+  .jp-OutputArea-output :is(td, th) { padding: 0.3em; min-width: 0 !important; }
+}
+"""
 
 
 class NotebookFailed(Fp8labError):
@@ -77,18 +109,23 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
 
 
 def to_html(executed: Path) -> Path:
-    """A page in one file beside the executed notebook, with no request to any other host."""
+    """A page in one file beside the executed notebook: no script, no request to any other host."""
     import nbformat
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    title = executed.stem.replace("_", " ")
-    # Neither formulas nor widgets are used, so the scripts that would be fetched for them are left out.
-    resources = {"metadata": {"name": title, "path": str(executed.parent)}}
-    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
-    body, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4), resources=resources)
+    notebook = nbformat.read(executed, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    title = heading[1] if heading else executed.stem.replace("_", " ")
+    exporter = HTMLExporter(
+        raw_template=_PAGE.replace("STYLE", _STYLE), exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    body, _ = exporter.from_notebook_node(
+        notebook, resources={"metadata": {"name": title, "path": str(executed.parent)}}
+    )
     page = executed.with_suffix(".html")
-    page.write_text(body.replace('<script src=""></script>', ""))
+    # The page travels alone: other notebooks are not where its links would look for them.
+    page.write_text(re.sub(r'<a href="[^":]+\.ipynb">(.*?)</a>', r"\1", body))
     return page
 
 

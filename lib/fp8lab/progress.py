@@ -56,7 +56,7 @@ class StatusLine:
 
         content = {"text/plain": text}
         if picture:
-            content["text/html"] = f"{picture}<pre>{html.escape(text)}</pre>"
+            content["text/html"] = f"{picture}<br><samp>{html.escape(text)}</samp>"
         if self._handle is None:
             self._handle = display(content, raw=True, display_id=True)
         else:

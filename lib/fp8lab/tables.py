@@ -1,6 +1,7 @@
 """One small table, for a notebook cell and for a terminal. Whatever its cells hold, it is shown as text."""
 
 import html
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from .text import visible
 _NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
 _NUMERIC = "text-align:right;font-variant-numeric:tabular-nums"
 _TEXT = "text-align:left;white-space:normal"
+_NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 24
+# A column of sentences stays readable where the page is narrow: the table then scrolls in its own box.
+_SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:18em"
+_CAPTION = "text-align:left;min-width:20em"
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,17 @@ class Table:
 
     def _repr_html_(self) -> str:
         styles = [_NUMERIC if self._numeric(i) else _TEXT for i in range(len(self.columns))]
-
-        def line(cells, tag):
-            scope = ' scope="col"' if tag == "th" else ""
-            pairs = zip(cells, styles, strict=True)
-            return "<tr>" + "".join(f'<{tag}{scope} style="{s}">{html.escape(c)}</{tag}>' for c, s in pairs) + "</tr>"
-
-        body = "".join(line(row, "td") for row in self.rows)
-        caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>'
-        return f"<table>{caption}<thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+        longest = [max((len(row[i]) for row in self.rows), default=0) for i in range(len(self.columns))]
+        name_style = _NAME if longest[0] <= _NAME_LENGTH else styles[0]
+        heads = [s + _SENTENCE_WIDTH * (n > _SENTENCE) for s, n in zip(styles, longest, strict=True)]
+        head = "".join(map(_cell, self.columns, heads, itertools.repeat("col")))
+        rows = (_cell(row[0], name_style, "row") + "".join(map(_cell, row[1:], styles[1:])) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        name = html.escape(self.caption)
+        caption = f'<caption style="{_CAPTION}">{name}</caption>'
+        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # What scrolls must be within a keyboard's reach, and then has a name.
+        return f'<div role="group" aria-label="{name}" tabindex="0" style="overflow-x:auto">{table}</div>'
 
     def to_markdown(self) -> str:
         def line(cells):
@@ -58,3 +65,9 @@ class Table:
             return "  ".join(padded).rstrip()
 
         return "\n".join([self.caption, line(self.columns), line(["-" * w for w in widths]), *map(line, self.rows)])
+
+
+def _cell(text: str, style: str, scope: str = "") -> str:
+    """A cell, with a `scope` the header of its row or column; a header needs a text."""
+    tag, scope = ("th", f' scope="{scope}"') if scope and text else ("td", "")
+    return f'<{tag}{scope} style="{style}">{html.escape(text)}</{tag}>'

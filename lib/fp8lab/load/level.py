@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import Stopped
 from ..progress import StatusLine
 from ..traces import Trace
 from .clocks import Clocks, clock_problems
@@ -46,19 +47,23 @@ def measure_level(
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid. Raises what `send_load` raises.
+    level is valid. Raises what `send_load` raises, and Stopped for its KeyboardInterrupt.
     """
     status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
-        sent = send_load(
-            endpoint,
-            trace,
-            due_s,
-            time_dilation=time_dilation,
-            on_progress=lambda progress: status.update(name, str(progress), chart.add(progress)),
-            problem=watch.problem,
-            **options,
-        )
+        try:
+            sent = send_load(
+                endpoint,
+                trace,
+                due_s,
+                time_dilation=time_dilation,
+                on_progress=lambda progress: status.update(name, str(progress), chart.add(progress)),
+                problem=watch.problem,
+                **options,
+            )
+        except KeyboardInterrupt:
+            status.done(f"{name}: stopped", chart.picture())
+            raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
     # Imported here: the first request must not wait for pandas.
     from ..measure.metrics import latencies, summarize
     from .records import to_tables

@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from .. import gpu
-from ..errors import ServerFailed
+from ..errors import ServerFailed, Stopped
 from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
@@ -292,7 +292,8 @@ def start_server(
 
     `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
     The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant, InUse for a taken port or GPU, ServerFailed when the start fails.
+    Raises BadInput for an unknown variant, InUse for a taken port or GPU, ServerFailed when the start fails,
+    Stopped when it is interrupted.
     """
     profile.variant_flags(variant)
     check_device(profile)
@@ -303,7 +304,11 @@ def start_server(
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
-    server._start(status)
+    try:
+        server._start(status)
+    except KeyboardInterrupt:
+        status.done(f"{variant}: stopped while it started")
+        raise Stopped(f"the {variant} server had not started, nothing of it is left; run the same again") from None
     kv = f"{server.info.kv_cache_tokens:,} tokens of KV cache" if server.info.kv_cache_tokens else "ready"
     status.done(f"{variant} ready after {server.info.startup_s:.0f} s, {kv}")
     return server
