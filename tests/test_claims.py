@@ -103,10 +103,10 @@ def test_emulated_numbers_get_no_verdict(tmp_path):
 def test_claims_json_holds_all_that_a_verdict_needs(run):
     fill(run, PUBLISHED)
     stored = json.loads((run.path / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]
+    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3", "Q1"]
     for claim in stored:
         assert {"published", "measured", "unit", "protocol", "verdict", "reason", "levels", "limits"} <= claim.keys()
-        assert claim["protocol"] == "as published" or claim["id"].startswith("R")
+        assert claim["protocol"] == "as published" or claim["id"][0] in "RQ"
 
 
 def test_the_recorded_run_judges_what_was_recommended():

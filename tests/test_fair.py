@@ -49,8 +49,8 @@ def test_figures_ask_a_question_and_say_what_is_seen(run, draw):
 
 
 def test_variants_are_told_apart_without_colour():
-    styles = {v: fair_figures._style(v) for v in read_profile("h200-80gb").variants if not v.endswith("api4")}
-    shapes = [(style["marker"], style["mfc"] == "white", style["ls"]) for style in styles.values()]
+    styles = [fair_figures._style(variant) for variant in read_profile("h200-80gb").variants]
+    shapes = [(style["marker"], style["fillstyle"]) for style in styles]
     assert len(set(shapes)) == len(shapes)
 
 

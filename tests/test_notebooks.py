@@ -54,7 +54,7 @@ def test_the_front_notebook_tells_the_whole_story(measured):
     assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == 4
     assert "EMULATED GPU: nothing here was measured on a GPU" in page
     claims = json.loads((run_dir / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]
+    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3", "Q1"]
     for claim in claims[:4]:
         assert claim["verdict"] == "not run" and "EMULATED" in claim["reason"] and claim["measured"] > 0
         assert claim["protocol"] == "as published" and claim["unit"]

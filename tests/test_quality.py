@@ -223,19 +223,22 @@ def test_the_packaged_weights_are_those_that_transformers_reads():
     ("model", "ratio", "verdict", "said"),
     [
         ("smollm2-135m-instruct (packaged)", 1.008, "not run", "another model"),
-        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.008, "reproduced", "kept to 99.21%"),
-        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.05, "not reproduced", "kept to 95.24%"),
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.008, "reproduced", "kept to 99.21 %"),
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.05, "not reproduced", "kept to 95.24 %"),
     ],
 )
 def test_the_claims_row_judges_the_published_model_only(tmp_path, model, ratio, verdict, said):
     run = open_run(tmp_path / "run", read_profile("smollm2-gpu"))
-    assert "no quality of fp8" in lab.quality_row(run)[5]
+
+    def q1():
+        return next(one for one in lab.judge(run) if one.id == "Q1")
+
+    assert "no quality of fp8" in q1().reason and q1().verdict == "not run"
     run.write_part("quality", "bf16", {"model": model, "comparison": flat()})
     changed = flat(perplexity_ratio=Estimate(ratio, ratio - 0.001, ratio + 0.001))
     run.write_part("quality", "fp8", {"model": model, "comparison": changed})
-    row = lab.quality_row(run)
-    assert row[0] == "Q1" and row[2] == "99.28%" and row[4] == verdict and said in row[5]
-    assert "[" in row[5] and len(row) == 6
+    assert q1().verdict == verdict and said in q1().reason and q1().published == 99.28
+    assert q1().interval[0] < q1().measured < q1().interval[1]
 
 
 @contextlib.contextmanager
@@ -361,7 +364,13 @@ def test_tables_say_what_they_are(measured):
     assert "fp32-again (noise floor)" in table and "reference" in table and "against fp32" in table
     published = repr(lab.published_table(measured))
     assert "99.28" in published and "68.71" in published and "model card" in published
-    assert lab.quality_row(measured)[4] == "not run"
+    assert next(one for one in lab.judge(measured) if one.id == "Q1").verdict == "not run"
+
+
+def test_the_notebook_shows_the_recorded_run(tmp_path):
+    page = notebooks.execute(notebooks.find("07")[0], tmp_path / "07.ipynb", {"source": "smollm2-h200"}).read_text()
+    assert page.count("<figure>") == 3 and "bf16-again (noise floor)" in page and "99.28" in page
+    assert "IProgress" not in page and "Traceback" not in page
 
 
 def test_the_notebook_on_the_cpu(measured, tmp_path):

@@ -112,7 +112,7 @@ def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_pa
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
-    profile, instants = fake_vllm(requests=12), random.Random(20260124)
+    profile, instants = fake_vllm(requests=6), random.Random(20260124)
     opened, number = 0, 0
     with Nursery(MEASURE.format(protocols=PROTOCOLS), profile) as nursery:
         assert nursery.run(tmp_path / "undisturbed")
@@ -121,7 +121,7 @@ def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_pa
         for _ in range(KILLS):
             run_dir = tmp_path / f"run-{number}"
             held = complete(open_run(run_dir)) if (run_dir / "run.json").exists() else {}
-            done = nursery.run(run_dir, kill_after=instants.uniform(0.0, 1.6))
+            done = nursery.run(run_dir, kill_after=instants.uniform(0.0, 1.0))
             if run_dir.exists():
                 run = open_run(run_dir, str(profile))  # it opens, whatever happened
                 opened += 1
@@ -146,7 +146,7 @@ def test_a_level_killed_while_it_is_written_is_whole_or_absent(tmp_path):
     with Nursery(work, tmp_path / "profile.toml") as nursery:
         assert not nursery.run("", kill_after=3.0)  # the first of them imports
         for _ in range(KILLS):
-            nursery.run("", kill_after=instants.uniform(0.0, 0.4))
+            nursery.run("", kill_after=instants.uniform(0.0, 0.25))
             run = open_run(tmp_path / "run")
             written += run.has(LEVEL)
             if run.has(LEVEL):

@@ -180,7 +180,7 @@ def test_ctrl_c_in_the_middle_of_vllms_start_leaves_nothing(short_profile, tmp_p
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as measuring:
         for line in measuring.stderr:
-            if "starting the engine process" in line:
+            if "reading the model's configuration" in line:
                 break
         pids = marked(short_profile)
         measuring.send_signal(signal.SIGINT)

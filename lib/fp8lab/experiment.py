@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +13,6 @@ from .load.generator import send_load
 from .load.level import measure_level
 from .load.stream import Endpoint
 from .load.telemetry import Telemetry
-from .measure import capacity
 from .profiles import Level, Profile
 from .progress import StatusLine
 from .runs import LevelResult, Run
@@ -203,48 +201,6 @@ def _measure_variant(run: Run, profile: Profile, variant: str, levels: list[Leve
             if level.cross_check and not server.problem():
                 cross_check(server, level, run)
     return None
-
-
-def find_limit(
-    server: Server | RecordedServer,
-    slo: capacity.SLO = capacity.DEFAULT,
-    *,
-    run: Run,
-    start: float = 25.0,
-    seconds: float = 20.0,
-    max_probes: int = 8,
-    workers: int | None = None,
-) -> capacity.Bracket:
-    """Searches the highest rate at which `server` meets `slo`; returns the bracket that it lies in, at best 5 % wide.
-
-    Every probe is a level of `run`, of at least `seconds` and of as many requests as its percentile needs, so that
-    an interrupted search goes on where it stopped. From a recorded run the bracket is that of its levels.
-    """
-    if isinstance(server, RecordedServer):
-        summaries = server.run.summaries().values()
-        held = [s["level"] for s in summaries if s["level"]["variant"] == server.variant and s["valid"]]
-        levels = [
-            Level(**{k: v for k, v in level.items() if k in ("variant", "rate", "requests", "repeat")})
-            for level in held
-        ]
-        return capacity.bracket(
-            (level.rate, capacity.attains(server.run.read(level).records, slo).state)
-            for level in levels
-            if math.isfinite(level.rate)
-        )
-
-    def probe(rate: float) -> str:
-        level = Level(variant=server.variant, rate=rate, requests=1)
-        held = run.summaries().get(level.id)
-        # A level that is there already counts as it was measured.
-        needed = max(capacity.required_requests(1, slo.share), math.ceil(seconds * rate))
-        requests = held["level"]["requests"] if held else needed
-        result = load_test(server, rate=rate, requests=requests, run=run, workers=workers)
-        found = capacity.attains(result.records, slo)
-        StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
-        return found.state if result.valid else "undecided"
-
-    return capacity.search(probe, start, max_probes=max_probes)[0]
 
 
 def cross_check(server: Server, level: Level, run: Run) -> dict:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +24,6 @@ def checkpoint_folder(profile: Profile) -> Path:
 
     Raises BadInput for random weights or a model that is not on this machine.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     from .evaluation import check_weights, reference_variant
     from .server.command import served_model
 
@@ -32,6 +31,9 @@ def checkpoint_folder(profile: Profile) -> Path:
     name = served_model(profile, reference_variant(profile))
     if Path(name).is_dir():
         return Path(name)
+    with _without_widgets():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -64,8 +66,10 @@ def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Ten
     Each is (KV heads, tokens, head size) float32, computed in BF16 as served (on a GPU if there is one).
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+
+    with _without_widgets():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
     logging.disable_progress_bar()  # in a notebook it would be a widget, which a static page cannot show
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,3 +78,11 @@ def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Ten
     with torch.inference_mode():
         layers = model(ids, use_cache=True).past_key_values.layers
     return [(layer.keys[0].float().cpu(), layer.values[0].float().cpu()) for layer in layers]
+
+
+@contextlib.contextmanager
+def _without_widgets() -> Iterator[None]:
+    """Imports what draws progress with ipywidgets where there are any: that there are none is no news to a reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        yield

@@ -45,6 +45,9 @@ class LiveChart:
             self._panel(i * (_WIDTH + _GAP), name, values) for i, (name, values) in enumerate(self._series.items())
         ]
         width = 4 * _WIDTH + 3 * _GAP
+        if "EMULATED" in self._name:
+            mark = f'<text x="{width / 2}" y="{_HEIGHT * 0.8}" fill="#ccc" font-size="34" text-anchor="middle">EMULATED</text>'
+            panels.insert(0, mark)
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
             f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'

@@ -7,6 +7,7 @@ from ..errors import BadInput
 from ..measure.capacity import OBJECTIVES, SLO, attains, bracket
 from ..measure.compare import ABLATION, Ratio, contrast
 from ..measure.kv import paging_waste, reserving_waste
+from ..paths import repository_relative
 from ..runs import Run
 from ..tables import Table
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
@@ -46,7 +47,9 @@ def validity_table(run: Run) -> Table:
     rows += [(level, f"{count} failed requests") for level, count in failed.items()]
     if invalid:
         again = " ".join(f"--again {level}" for level in invalid)
-        rows.append(("what to do", f"mend the cause, then: fp8lab measure --run {run.path.name} {again}"))
+        rows.append(
+            ("what to do", f"mend the cause, then: fp8lab measure --run {repository_relative(run.path)} {again}")
+        )
     if not invalid and not any(float(s["level"]["repeat"]) > 1 for s in evidence(run).summaries.values()):
         rows.append(("note", "no level was repeated with another seed: ratios have no interval"))
     return Table(f"{emulated_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)

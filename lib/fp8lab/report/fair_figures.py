@@ -9,13 +9,16 @@ from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import METRICS, ablation_effects, equal_load_ratios, kv_room
 from .figures import GREY, INK, STYLE, Figure, caption_of, new_canvas
 
+# Behind another front end a variant keeps its colour and marker, drawn half full or hollow.
+_FRONT_END = {"": ("full", "-"), "-api4": ("left", ":"), "-rust": ("none", "--")}
+
 
 def _style(variant: str) -> dict:
-    """A variant's colour and marker; behind another front end than the usual one hollow and dashed."""
+    """How a variant is drawn: colour and marker are the variant's, filling and line its front end's."""
     base, suffix = _split(variant)
     color, marker = STYLE.get(base, (INK, "v"))
-    face = color if not suffix else "white"
-    return {"color": color, "marker": marker, "mfc": face, "ls": "-" if not suffix else "--", "lw": 1.6, "ms": 6}
+    filling, line = _FRONT_END[suffix]
+    return {"color": color, "marker": marker, "fillstyle": filling, "ls": line, "lw": 1.6, "ms": 6}
 
 
 def _split(variant: str) -> tuple[str, str]:
@@ -53,8 +56,8 @@ def saturation(run: Run) -> Figure:
     axes.set(xlabel="offered rate, requests/s", ylabel="output tokens/s, steady state", xlim=(0, burst * 1.08))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_plainly)
-    _legend(axes, "lower right")
-    caption = "Mean of the seeds, bars from the lowest to the highest; hollow: another front end."
+    _legend(axes, "upper left")
+    caption = "Mean of the seeds, bars from the lowest to the highest. Half full: four API servers; hollow: the Rust front end."
     return Figure(
         "saturation", canvas, f"Line chart of steady output tokens/s. {_told(told)}.", caption_of(run, caption)
     )
@@ -160,7 +163,7 @@ def kv_capacity(run: Run) -> Figure:
     names = [row[0] for row in rows]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.7)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
     axes.set_xlabel("requests of this trace")
     caption = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran at once, over all levels."
     return Figure("kv_capacity", canvas, f"Bar chart. {_told(told)}.", caption_of(run, caption))
@@ -200,7 +203,7 @@ def roofline(run: Run) -> Figure:
     axes.set_xlim(*xs)
     axes.xaxis.set_major_formatter(_plainly)
     axes.yaxis.set_major_formatter(_plainly)
-    _legend(axes, "lower right")
+    _legend(axes, "upper left")
     name = card.name if card else "no card"
     caption = f"Lines: what the datasheet of {name} allows. Points: what the tokens of each level needed, estimated from vLLM's counters, first seed."
     return Figure("roofline", canvas, f"Roofline chart, log axes. {_told(told)}.", caption_of(run, caption))

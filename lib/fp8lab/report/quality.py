@@ -10,13 +10,9 @@ from ..tables import Table
 from . import quality_figures
 from .show import Shown, _show
 
-# The published reference: the model card of Meta-Llama-3-8B-Instruct-FP8 (static, per-tensor scales).
-PUBLISHED_RECOVERY = 0.9928
+# The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
 PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
 PUBLISHED_SOURCE = "model card of RedHatAI/Meta-Llama-3-8B-Instruct-FP8"
-_PUBLISHED_MODEL = "llama-3-8b"
-# Fixed before any run: within one percentage point of the published recovery.
-_TOLERANCE = 0.01
 
 _COLUMNS = (
     ("perplexity_ratio", "perplexity, ratio", "{:.4f}"),
@@ -60,9 +56,11 @@ def asked_table(run: Run) -> Table:
     return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
 
 
-def answers_table(run: Run, variant: str, count: int = 3) -> Table:
-    """Where greedy answers of `variant` part from the reference's: the words around it, for the first `count`."""
+def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
+    """Where greedy answers of `variant` (default: the last that was measured) part from the reference's: the words
+    around it, for the first `count`."""
     reference = reference_variant(run.profile)
+    variant = variant or [name for name in comparisons(run) if not name.endswith(AGAIN)][-1]
     ours, theirs = (tables(run, name)[1] for name in (reference, variant))
     rows = []
     for prompt, one, other in zip(ours["prompt"], ours["text"], theirs["text"], strict=True):
@@ -78,7 +76,7 @@ def answers_table(run: Run, variant: str, count: int = 3) -> Table:
 def published_table(run: Run) -> Table:
     """The published FP8 result beside this run's: not the same model, not the same measure, and it says so."""
     held, reference = comparisons(run), reference_variant(run.profile)
-    rows = [("published", PUBLISHED, f"{PUBLISHED_RECOVERY:.2%} of the benchmark average", PUBLISHED_SOURCE)]
+    rows = [("published", PUBLISHED, "99.28 % of the benchmark average", PUBLISHED_SOURCE)]
     for name, one in held.items():
         if name not in (reference, reference + AGAIN):
             kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"
@@ -157,25 +155,25 @@ def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     return Table(f"Relative error of rounding the KV cache of {tokens} tokens, mean over the layers", columns, rows)
 
 
-def quality_row(run: Run) -> tuple[str, str, str, str, str, str]:
-    """The claims table's row on quality: id, claim, published, this run, verdict, reason.
+def judge_quality(claim: dict, run: Run) -> dict:
+    """What claim Q1 comes to in a run: measured and interval (%), verdict, reason.
 
     What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
     FP8's). A verdict is given for the published model only.
     """
-    head = ("Q1", "FP8 keeps the model's quality", f"{PUBLISHED_RECOVERY:.2%}")
     parts = run.read_parts("quality")
     if "fp8" not in parts or reference_variant(run.profile) != "bf16":
-        return *head, "–", "not run", "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"
+        return {"verdict": "not run", "reason": "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"}
     held, model = comparisons(run), parts["fp8"]["model"]
     kept, agreement = _kept(held["fp8"]), held["fp8"].top1_agreement.value
-    said = (f"perplexity kept to {kept.value:.2%} [{kept.low:.2%}, {kept.high:.2%}], the same top token at "
-            f"{agreement:.1%} of positions")  # fmt: skip
-    measured = f"{kept.value:.2%}"
-    if _PUBLISHED_MODEL not in model.lower():
-        return *head, measured, "not run", f"another model ({model}) and another measure; {said}"
-    near = abs(kept.value - PUBLISHED_RECOVERY) <= _TOLERANCE
-    return *head, measured, "reproduced" if near else "not reproduced", f"another measure (perplexity); {said}"
+    value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
+    said = f"perplexity kept to {value:.2f} %, the same top token at {agreement:.1%} of positions"
+    found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
+    if claim["model"] not in model.lower():
+        return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
+    near = abs(value / claim["fp8"]["value"] - 1) <= claim["tolerance"]
+    word = "reproduced" if near else "not reproduced"
+    return found | {"verdict": word, "reason": f"another measure (perplexity); {said}"}
 
 
 def _kept(one: Comparison) -> Estimate:

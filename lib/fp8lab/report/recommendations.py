@@ -1,4 +1,4 @@
-"""The verdicts on what was recommended, R1 to R3: a service line, default flags, and how little paging wastes."""
+"""The verdicts on what is no value or ratio of levels: R1 to R3, recommended or said in passing, and Q1, quality."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from ..measure.capacity import SLO, attains
 from ..measure.kv import paging_waste, reserving_waste
 from .claims import Verdict, level_id, not_judged, number, verdict, without_gpu
 from .evidence import FRONT_ENDS, Evidence
+from .quality import judge_quality
 
 _ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")
 
@@ -113,8 +114,14 @@ def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evide
     return judged
 
 
+def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """Q1: how much of the model's quality is left."""
+    return verdict(claim, seen, [], protocol="the same text and prompts", **judge_quality(claim, seen.run))
+
+
 RECOMMENDATIONS = {
     "service line": _judge_with(_one_level, _service_line),
     "default flags": _judge_with(_four_variants, _default_flags),
     "paging waste": _judge_with(_one_level, _paging_waste),
+    "quality": _quality,
 }

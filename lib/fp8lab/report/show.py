@@ -5,6 +5,7 @@ import html
 import io
 from dataclasses import dataclass
 
+from ..files import told
 from ..measure.capacity import SLO
 from ..paths import repository_relative
 from ..profiles import Profile
@@ -224,7 +225,8 @@ def _show(run: Run, figure: figures.Figure) -> Shown:
     figure.canvas.savefig(vector, format="svg", metadata={"Date": None})
     if not run.read_only:
         folder = run.path / "figures"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{figure.name}.svg").write_text(vector.getvalue())
-        figure.canvas.savefig(folder / f"{figure.name}.png", dpi=_PIXELS_PER_INCH)
+        with told(folder):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{figure.name}.svg").write_text(vector.getvalue())
+            figure.canvas.savefig(folder / f"{figure.name}.png", dpi=_PIXELS_PER_INCH)
     return Shown(vector.getvalue(), figure.alt, figure.caption)

@@ -7,8 +7,10 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -75,6 +77,7 @@ class Server:
         self._processes: list[psutil.Process] = []
         self._memory_before: float | None = None
         self._secrets: Mapping[str, str] = {}
+        self._scratch = ""
         self._heard_at = 0.0
         self._http = httpx.Client(
             base_url=self.base_url,
@@ -142,6 +145,7 @@ class Server:
         guard.kill()
         guard.wait()
         guard.stdout.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._http.close()
         atexit.unregister(self.stop)
         self._wait_for_memory()
@@ -175,6 +179,8 @@ class Server:
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
         self._secrets = secrets_of(environment)
+        # vLLM leaves its sockets behind, three at each start; here they go with their folder.
+        self._scratch = environment["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="fp8lab-")
         with told(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
@@ -183,6 +189,7 @@ class Server:
             self._memory_before = gpu.memory_used_gib()
         started = time.monotonic()
         guard = [sys.executable, watchdog.__file__, "--log", str(self.log_path), "--grace", str(_STOP_GRACE_S)]
+        guard += ["--scratch", self._scratch]
         guard += [part for name in self._secrets for part in ("--secret", name)]
         self._watchdog = subprocess.Popen(
             [*guard, "--", *command],

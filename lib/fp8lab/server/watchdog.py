@@ -1,6 +1,6 @@
 """Runs one server and ends it, with everything that it started, when its owner is gone.
 
-    watchdog.py --log FILE [--grace SECONDS] [--secret NAME ...] -- COMMAND ...
+    watchdog.py --log FILE [--grace SECONDS] [--secret NAME ...] [--scratch DIR] -- COMMAND ...
 
 The owner holds the writing end of this process's standard input: when it closes, by a normal stop or
 because the owner died in whatever way, the server's process group gets SIGTERM, after the grace SIGKILL,
@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--log", required=True, help="file that takes the server's output")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--secret", action="append", default=[], help="variable whose value must not stay in the log")
+    parser.add_argument("--scratch", help="folder for the server alone, to be removed when it has ended")
     parser.add_argument("command", nargs="+", help="the server's command line, after --")
     args = parser.parse_args()
 
@@ -59,6 +61,8 @@ def main() -> int:
             stopping.append(True)
     end_descendants(server, args.grace if stopping else 0.0)
     blot_out(args.log, [os.environ[name] for name in args.secret if os.environ.get(name)])
+    if args.scratch:
+        shutil.rmtree(args.scratch, ignore_errors=True)
     tell(f"exited {server.returncode}")
     return 0
 

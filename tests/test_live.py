@@ -1,0 +1,33 @@
+"""The picture of a running level: drawn from its progress alone, and small however long the level is."""
+
+import base64
+import re
+
+from fp8lab.load.generator import Progress
+from fp8lab.load.live import LiveChart
+
+
+def progress(at: float) -> Progress:
+    return Progress(
+        elapsed_s=at, planned_s=60, requests=600, sent=int(10 * at), in_flight=7, done=0, failed=0,
+        tokens=0, tokens_per_s=1234.0, ttft_ms=float("nan") if at < 1 else 50.0,
+    )  # fmt: skip
+
+
+def drawn(picture: str) -> str:
+    return base64.b64decode(re.search(r"base64,([^\"]+)", picture)[1]).decode()
+
+
+def test_the_chart_shows_what_goes_on():
+    chart = LiveChart("bf16-10rps-r1")
+    assert chart.add(progress(0.5)) == "" == chart.picture()  # a rate needs two samples
+    picture = chart.add(progress(1.5))
+    assert 'alt="bf16-10rps-r1 after 2 s: sent, requests/s 10, in flight 7, tokens/s 1,234, TTFT, ms 50"' in picture
+    assert drawn(picture).count("<polyline") == 4 and "EMULATED" not in drawn(picture)
+
+
+def test_a_long_level_keeps_a_small_picture():
+    chart = LiveChart("<long> (EMULATED GPU)")
+    for second in range(2000):
+        picture = chart.add(progress(float(second)))
+    assert len(picture) < 40_000 and "EMULATED" in drawn(picture) and "<long>" not in picture
