@@ -13,6 +13,7 @@ from fp8lab import notebooks
 from fp8lab.runs import open_run
 
 ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
+FRONT_FIGURES = notebooks.FRONT.read_text().count("_figure(run)")
 
 
 def reproduce(*arguments, timeout=900):
@@ -50,8 +51,8 @@ def test_the_front_notebook_tells_the_whole_story(measured):
     run_dir, done = measured
     page = (run_dir / "rendered" / "project_reproduce.html").read_text()
     figures = re.findall(r'<figure><img alt="([^"]+)" src="data:image/svg\+xml;base64,', page)
-    assert len(figures) == 4 and all(len(alt) > 40 for alt in figures)
-    assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == 4
+    assert len(figures) == FRONT_FIGURES >= 4 and all(len(alt) > 40 for alt in figures)
+    assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == FRONT_FIGURES
     assert "EMULATED GPU: nothing here was measured on a GPU" in page
     claims = json.loads((run_dir / "claims.json").read_text())["claims"]
     assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3", "Q1"]
@@ -89,7 +90,7 @@ def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
     before = {path: path.read_bytes() for path in [*run_dir.glob("levels/*/*"), *ALL]}
     output = tmp_path / "project_reproduce.ipynb"
     page = notebooks.execute(notebooks.FRONT, output, {"source": str(run_dir)}).read_text()
-    assert page.count("<figure>") == 4 and "recorded" not in (run_dir / "run.json").read_text()
+    assert page.count("<figure>") == FRONT_FIGURES and "recorded" not in (run_dir / "run.json").read_text()
     for step in notebooks.find("steps"):
         notebooks.execute(step, tmp_path / step.name, {"source": str(run_dir)} | short_load(step))
     assert before == {path: path.read_bytes() for path in before}
@@ -151,7 +152,7 @@ def test_the_committed_front_notebook_reads_without_styles_and_scripts():
         assert re.search(r"<caption>[^<]{10,}</caption>", page) and '<th scope="col">' in page
     (answer,) = (page for page in tables if "The published claims" in page)
     words = re.findall(r"<td>((?:not )?reproduced(?:, other cause)?|undecided|not run|invalid run)</td>", answer)
-    assert len(words) == 7
+    assert len(words) == answer.count("<tr>") - 1
 
 
 def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
