@@ -104,31 +104,31 @@ class Team:
 
     def follow(self, start: float, on_tick, problem) -> None:
         """Reads the workers' lines until each has ended or died; asks them to end once `problem()` is not None."""
-        selector = selectors.DefaultSelector()
-        for number, process in enumerate(self.processes):
-            os.set_blocking(process.stdout.fileno(), False)
-            selector.register(process.stdout, selectors.EVENT_READ, number)
-        pending = [b""] * len(self.processes)
-        while selector.get_map():
-            for key, _ in selector.select(timeout=1.0):
-                number = key.data
-                data = key.fileobj.read()
-                if data is None:
-                    continue
-                *lines, pending[number] = (pending[number] + data).split(b"\n")
-                for line in lines:
-                    self._line(number, json.loads(line))
-                if not data:
-                    selector.unregister(key.fileobj)
-                    if self.ends[number] is None:
-                        code = self.processes[number].wait()
-                        self.lost.append(f"load worker {number} died (exit code {code})")
-            if problem():
-                self.end_early()
-            now = time.monotonic() - start
-            on_tick(now, self.last)
-            if now > self.deadline + 30:
-                raise LevelFailed("the load workers did not end after the level's deadline")
+        with selectors.DefaultSelector() as selector:
+            for number, process in enumerate(self.processes):
+                os.set_blocking(process.stdout.fileno(), False)
+                selector.register(process.stdout, selectors.EVENT_READ, number)
+            pending = [b""] * len(self.processes)
+            while selector.get_map():
+                for key, _ in selector.select(timeout=1.0):
+                    number = key.data
+                    data = key.fileobj.read()
+                    if data is None:
+                        continue
+                    *lines, pending[number] = (pending[number] + data).split(b"\n")
+                    for line in lines:
+                        self._line(number, json.loads(line))
+                    if not data:
+                        selector.unregister(key.fileobj)
+                        if self.ends[number] is None:
+                            code = self.processes[number].wait()
+                            self.lost.append(f"load worker {number} died (exit code {code})")
+                if problem():
+                    self.end_early()
+                now = time.monotonic() - start
+                on_tick(now, self.last)
+                if now > self.deadline + 30:
+                    raise LevelFailed("the load workers did not end after the level's deadline")
 
     def end_early(self) -> None:
         """The workers send no more and fail what is still in flight. May be called twice."""
