@@ -19,9 +19,11 @@ from fp8lab.server import leftovers
 
 HERE = Path(__file__).parent
 
-# A shell's background job (and many a CI) starts with Ctrl-C ignored, and children inherit that.
+# A shell's background job (and many a CI) starts with Ctrl-C ignored, nohup with SIGHUP, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHORT = """
 extends = "emulated-h100"
