@@ -69,6 +69,18 @@ def test_the_recorded_ratios_can_be_had_from_the_records_by_hand():
     assert float(shown[3]) == pytest.approx(by_hand, abs=5e-4)
 
 
+def test_a_comparison_says_in_which_parts_of_the_run_it_was_measured():
+    run = open_run(source="h200-80gb")
+    begun = sorted(place["created"] for place in [run.manifest, *run.manifest["continued"]])
+    assert len(begun) == 4
+    equal = {(row[1], row[2]): row[-1] for row in fair.equal_load_table(run).rows}
+    assert equal["50 req/s", "one Python process"] == "1" and equal["all at once", "four Python processes"] == "2"
+    assert equal["60 req/s", "one Python process"] == "3, 4" and equal["60 req/s", "Rust"] == "4"
+    assert {row[-1] for row in fair.ablation_table(run).rows if row[2] == "Rust"} == {"1, 4"}
+    # A run in one part has no such column.
+    assert "part" not in str(fair.equal_load_table(open_run(source="emulated-h100")).columns)
+
+
 def test_the_plan_is_arithmetic_on_the_bracket():
     run = open_run(source="h200-80gb")
     row = next(r for r in lab.capacity_plan(run, MLPERF_SERVER, 500).rows if r[0] == "bf16")
@@ -83,7 +95,7 @@ def test_the_plan_is_arithmetic_on_the_bracket():
 def test_a_recorded_run_brackets_its_limit():
     run = open_run(source="h200-80gb")
     with lab.serve(run.profile, "bf16", run=run) as server:
-        assert lab.find_limit(server, MLPERF_SERVER, run=run) == (50, 75)
+        assert lab.find_limit(server, MLPERF_SERVER, run=run) == (60, 75)
 
 
 def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from fp8lab import cli
+from fp8lab.evaluation import comparisons
+from fp8lab.measure.capacity import SLO, attains
 from fp8lab.measure.compare import ratio
 from fp8lab.paths import PROJECT
 from fp8lab.report.claims import claims_table
@@ -35,10 +37,25 @@ def headline_numbers() -> list[str]:
     equal, rust = seen.compare("fp8", "bf16", 50, metric), seen.compare("fp8-rust", "bf16-rust", math.inf, metric)
     energy = seen.compare("fp8", "bf16", 50, joules)
     halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
-    fullest = {row[0]: row[4] for row in kv_room(seen)}
-    told = [f"{one.value:.2f}×" for one in (load, equal, rust, energy, halves["FP8 weights"], halves["FP8 KV cache"])]
-    told += [f"{one.low:.2f} to {one.high:.2f}" for one in (load, equal, rust, energy)]
-    told += [f"{fullest[variant]:.0%}".replace("%", " %") for variant in ("bf16", "fp8")]
+    behind_rust = {name: one for front_end, _, name, one in ablation_effects(seen, metric) if front_end == "Rust"}
+    weights, kv = behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]
+    ratios = (load, equal, rust, energy, weights, kv)
+    told = [f"{one.value:.2f}×" for one in (*ratios, halves["FP8 weights"], halves["FP8 KV cache"])]
+    told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
+    fullest = kv_room(seen)
+    for names in (("bf16", "bf16-api4", "bf16-rust"), ("fp8", "fp8-api4", "fp8-rust")):
+        told.append(f"{max(row[4] for row in fullest if row[0] in names):.0%}".replace("%", " %"))
+    engine = [
+        s["engine_cpu_max_steady"] for level, s in seen.summaries.items() if re.match("fp8(-weights)?-rust-inf", level)
+    ]
+    told += [f"{min(engine):.2f}", f"{max(engine):.2f}"]
+    service_line = SLO("as recommended", 120, math.inf)
+    outside = {
+        level: attains(seen.level(level).records, service_line) for level in ("bf16-rust-60rps-r1", "fp8-60rps-r1")
+    }
+    assert [one.state for one in outside.values()] == ["met", "missed"]
+    assert outside["bf16-rust-60rps-r1"].violations == 0  # "none"
+    told.append(str(outside["fp8-60rps-r1"].violations))
     most = max(s["request_throughput"] for s in seen.summaries.values())
     return [*told, f"{most:.0f} req/s"]
 
@@ -47,6 +64,15 @@ def headline_numbers() -> list[str]:
 def test_headline_numbers_are_those_of_the_recorded_run(text):
     missing = [number for number in headline_numbers() if number not in text]
     assert not missing
+
+
+def test_the_answers_are_those_of_the_recorded_run():
+    held = comparisons(open_run(source="smollm2-h200"))
+    for variant, name in {"fp8-weights": "FP8 weights", "fp8-kv": "FP8 KV cache, scale 1.0", "fp8": "both"}.items():
+        ratio, same = held[variant].perplexity_ratio, held[variant].top1_agreement.value
+        row = f"| {name} | {ratio.value:.3f}× ({ratio.low:.3f} to {ratio.high:.3f}) | {100 * same:.1f} % |"
+        assert row in README
+    assert f"{100 * held['bf16-again'].top1_agreement.value:.1f} %" in README
 
 
 def test_the_chinese_readme_keeps_step():

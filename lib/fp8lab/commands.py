@@ -101,7 +101,7 @@ def plan(args) -> None:
     from .runs import open_run
 
     run = open_run(source=args.run) if args.run else None
-    profile = run.profile if run else read_profile(args.profile)
+    profile = run.profile if run and args.profile == "auto" else read_profile(args.profile)
     print(plan_table(profile, args.protocol or list(profile.protocols), run))
 
 

@@ -19,7 +19,12 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
         if table is not None:
             path = folder / f"{name}.parquet"
             with told(path):
-                table.to_parquet(path, compression="zstd", index=False)
+                # Floats by their bytes' place: a third smaller than as they lie, and nothing is lost.
+                floats = list(table.select_dtypes("floating"))
+                others = [column for column in table if column not in floats] if floats else True
+                table.to_parquet(
+                    path, compression="zstd", index=False, use_byte_stream_split=floats, use_dictionary=others
+                )  # fmt: skip
                 sync(path)
 
 

@@ -1,8 +1,10 @@
 """What the report asks of a run, level by level: values by seed, what limited it, how far it was from the card's limit."""
 
+import bisect
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 
 from ..measure.bottleneck import Limit, what_limited
 from ..measure.compare import Cells, Noise, Ratio, Seeds, pooled_noise, ratio
@@ -14,6 +16,7 @@ from ..shapes import fp8_kv, fp8_weights, model_shape
 
 # How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end.
 FRONT_ENDS = {"": "one Python process", "-api4": "four Python processes", "-rust": "Rust"}
+_WRITING_S = 5.0
 
 
 class Evidence:
@@ -82,6 +85,26 @@ class Evidence:
         """The same for several variants; those without a level are left out."""
         found = {variant: self.seeds(variant, rate, metric) for variant in variants}
         return {variant: values for variant, values in found.items() if values}
+
+    @functools.cached_property
+    def _parts(self) -> list[datetime]:
+        """When each part of the run was begun: another machine, software or commit is another part."""
+        places = [self.run.manifest, *self.run.manifest.get("continued", [])]
+        return sorted(datetime.fromisoformat(place["created"]) for place in places)
+
+    def parts(self, variants, rate: float) -> str:
+        """In which parts of the run these variants were measured at `rate`: "1", "1, 4"; empty for a run in one part."""
+        if len(self._parts) < 2:
+            return ""
+        found = set()
+        for s in self.summaries.values():
+            if s["level"]["variant"] in variants and float(s["level"]["rate"]) == rate:
+                # A part is noted when its first level has ended and is written.
+                written = datetime.fromisoformat(s["started"]) + timedelta(
+                    seconds=s["duration_s"] * s["time_dilation"] + _WRITING_S
+                )
+                found.add(max(1, bisect.bisect_right(self._parts, written)))
+        return ", ".join(str(part) for part in sorted(found))
 
     def rates(self, *variants: str) -> list[float]:
         """The rates at which each of `variants` has a valid level, ascending."""

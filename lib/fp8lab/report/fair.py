@@ -67,14 +67,26 @@ def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Rat
 
 def equal_load_table(run: Run) -> Table:
     """FP8 over BF16 at the same rate, trace and seeds, with 95 % intervals."""
-    seen, rows = evidence(run), []
-    for metric, (name, better) in METRICS.items():
-        for front_end, rate, one in equal_load_ratios(seen, metric):
-            rows.append(
-                (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one), _said(one, better), one.model)
-            )
-    columns = ("metric", "offered", "front end", "FP8 / BF16", "95 % interval", "so", "interval from")
-    return Table(f"{emulated_note(run)}FP8 over BF16 at equal load, run {run.path.name}", columns, rows)
+    seen = evidence(run)
+    pairs = {front_end: (bf16, fp8) for bf16, fp8, front_end in seen.pairs()}
+    rows = [
+        (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one), _said(one, better), one.model,
+         seen.parts(pairs[front_end], rate))
+        for metric, (name, better) in METRICS.items()
+        for front_end, rate, one in equal_load_ratios(seen, metric)
+    ]  # fmt: skip
+    columns = (
+        "metric",
+        "offered",
+        "front end",
+        "FP8 / BF16",
+        "95 % interval",
+        "so",
+        "interval from",
+        "part of the run",
+    )
+    caption = f"{emulated_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
+    return Table(*_with_parts(caption, columns, rows))
 
 
 def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str, Ratio]]:
@@ -97,18 +109,21 @@ def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str,
 def ablation_table(run: Run) -> Table:
     """The 2x2 of FP8 weights and FP8 KV cache: main effects and interaction, as ratios."""
     seen = evidence(run)
+    suffixes = {front_end: suffix for suffix, front_end in FRONT_ENDS.items()}
     rows = [
-        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one), _said(one, better))
+        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one), _said(one, better),
+         seen.parts([variant + suffixes[front_end] for variant in ABLATION["interaction"]], rate))
         for metric, (name, better) in METRICS.items()
         for front_end, rate, effect, one in ablation_effects(seen, metric)
-    ]
+    ]  # fmt: skip
     caption = (
         f"{emulated_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
         f"the other; interaction: how much more (or less) both give than their product. Run {run.path.name}"
     )
     if not rows:
         caption = f"{emulated_note(run)}Run {run.path.name} does not hold all four variants at one rate"
-    return Table(caption, ("metric", "offered", "front end", "effect", "ratio", "95 % interval", "so"), rows)
+    columns = ("metric", "offered", "front end", "effect", "ratio", "95 % interval", "so", "part of the run")
+    return Table(*_with_parts(caption, columns, rows))
 
 
 def throughputs_table(run: Run) -> Table:
@@ -265,6 +280,17 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
 
 def show_number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _with_parts(caption: str, columns: tuple, rows: list[tuple]) -> tuple[str, tuple, list[tuple]]:
+    """A table whose last column says in which parts of a run a comparison was measured; without it for a run in one."""
+    if not any(row[-1] for row in rows):
+        return caption, columns[:-1], [row[:-1] for row in rows]
+    caption += (
+        ". It was measured in several parts, each on a machine of its own or from another commit (run.json): "
+        "a comparison across parts also compares those"
+    )
+    return caption, columns, rows
 
 
 def _interval(one: Ratio) -> str:

@@ -56,8 +56,12 @@ def _front_end(claim: dict, seen: Evidence) -> str:
 
 
 def _four_variants(claim: dict, seen: Evidence) -> list[str]:
-    suffix = _front_end(claim, seen)
-    return [level_id(variant + suffix, claim["fp8"]["rate"]) for variant in ("fp8", *_ALTERNATIVES)]
+    rate, metric, suffix = claim["fp8"]["rate"], claim["metric"], _front_end(claim, seen)
+    return [
+        level_id(variant + suffix, rate, seed)
+        for variant in ("fp8", *_ALTERNATIVES)
+        for seed in sorted(seen.seeds(variant + suffix, rate, metric)) or [1]
+    ]
 
 
 def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
@@ -71,6 +75,8 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     causes = {seen.limit(level).cause for level in ids}
     if not any(cause.startswith("GPU") for cause in causes):
         reason += f"; the GPU was not the limit ({', '.join(sorted(causes))})"
+    if "," in (parts := seen.parts([v + suffix for v in ("fp8", *_ALTERNATIVES)], rate)):
+        reason += f"; measured in parts {parts} of the run, so on several machines"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
     if all(one.low > claim["fp8"]["value"] for one in against.values()):
         word = "reproduced"
