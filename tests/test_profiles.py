@@ -39,6 +39,9 @@ def test_extending_merges_tables_and_replaces_the_rest():
     assert base.variants.items() <= held.variants.items()
     assert held.gpu.bf16_flops == base.gpu.bf16_flops and held.gpu.hbm_bytes_per_s > base.gpu.hbm_bytes_per_s
     assert "0.51" in held.server.flags and "0.9" not in held.server.flags
+    # The same experiment on either card; the emulated one, where nothing is measured, has a few levels only.
+    assert held.protocols == base.protocols
+    assert sum(map(len, read_profile("emulated-h100").protocols.values())) == 6
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan")])

@@ -208,19 +208,22 @@ def profiles(args) -> None:
     from .profiles import profile_names, read_profile
 
     if not args.name:
-        for name in profile_names():
-            print(f"{name:<16}{read_profile(name).title}")
+        names = profile_names()
+        wide = max(map(len, names)) + 2
+        for name in names:
+            print(f"{name:<{wide}}{read_profile(name).title}")
         return
     profile = read_profile(args.name)
+    wide = max(map(len, profile.variants)) + 2
     print(f"{profile.name}: {profile.title}\n\nvariants")
     for variant, flags in profile.variants.items():
-        print(f"  {variant:<12}{' '.join(flags)}")
+        print(f"  {variant:<{wide}}{' '.join(flags)}")
     print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
     for protocol, levels in profile.protocols.items():
         print(f"\nprotocol {protocol!r}")
         for level in levels:
             rate = "all at once" if math.isinf(level.rate) else f"{level.rate:g} req/s"
-            print(f"  {level.variant:<12}{rate:<14}{level.requests} requests, repeat {level.repeat}")
+            print(f"  {level.variant:<{wide}}{rate:<14}{level.requests} requests, repeat {level.repeat}")
 
 
 def status(_args) -> None:
