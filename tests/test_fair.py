@@ -23,7 +23,7 @@ FIGURES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["h200-80gb", "emulated-h100", "empty"])
+@pytest.fixture(params=["h100-80gb", "h200-80gb", "emulated-h100", "empty"])
 def run(request, tmp_path):
     if request.param == "empty":
         return open_run(tmp_path / "run", read_profile("h100-80gb"))
@@ -41,7 +41,7 @@ def test_tables_say_what_there_is(run, draw):
 @pytest.mark.parametrize("draw", FIGURES)
 def test_figures_ask_a_question_and_say_what_is_seen(run, draw):
     figure = draw(run)
-    assert figure.canvas.axes[0].get_title(loc="left").endswith("?")
+    assert (figure.canvas.axes[0].get_title(loc="left") or figure.canvas.get_suptitle()).endswith("?")
     assert len(figure.alt) > 20 and run.path.name in figure.caption
     if run.emulated:
         assert "EMULATED" in figure.caption

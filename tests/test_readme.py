@@ -2,6 +2,7 @@
 
 import math
 import re
+from statistics import geometric_mean
 
 import pytest
 
@@ -9,8 +10,10 @@ from fp8lab import cli
 from fp8lab.evaluation import comparisons
 from fp8lab.measure.capacity import SLO, attains
 from fp8lab.measure.compare import ratio
+from fp8lab.measure.usage import frontend_us_per_token
 from fp8lab.paths import PROJECT
-from fp8lab.report.claims import claims_table
+from fp8lab.report.across import claims_across
+from fp8lab.report.claims import number
 from fp8lab.report.evidence import evidence
 from fp8lab.report.fair import ablation_effects, kv_room
 from fp8lab.runs import open_run
@@ -20,31 +23,55 @@ README, CHINESE, CONTRIBUTING = (
 )
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (PROJECT / "data" / "recorded").iterdir()))
-def test_claims_tables_are_those_of_the_recorded_runs(name):
-    block = re.search(rf"<!-- claims {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    if name == "h200-80gb":
-        assert block, "the README shows the recorded run on a GPU"
-    if block:
-        assert block[1].strip() == claims_table(open_run(source=name), brief=True).to_markdown()
+RECORDED = ("h100-80gb", "h200-80gb")
+
+
+def test_the_claims_table_is_that_of_the_recorded_runs():
+    block = re.search(r"<!-- claims h100-80gb h200-80gb -->\n(.*?)\n<!-- end -->", README, re.DOTALL)[1]
+    assert block.strip() == claims_across(*(open_run(source=name) for name in RECORDED)).to_markdown()
 
 
 def headline_numbers() -> list[str]:
     """The numbers that the READMEs' prose rests on, as it writes them."""
-    seen = evidence(open_run(source="h200-80gb"))
+    h100, seen, long_prompts = (evidence(open_run(source=name)) for name in (*RECORDED, "h100-80gb-long-prompts"))
     metric, joules = "output_token_throughput", "joules_per_output_token"
-    load = ratio(seen.seeds("bf16", 100, metric), seen.seeds("bf16", 50, metric))
-    equal, rust = seen.compare("fp8", "bf16", 50, metric), seen.compare("fp8-rust", "bf16-rust", math.inf, metric)
-    energy = seen.compare("fp8", "bf16", 50, joules)
-    halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
+    ratios = [
+        ratio(one.seeds("bf16", 100, metric), one.seeds("bf16", 50, metric)) for one in (h100, seen)
+    ]  # the load alone
+    ratios += [one.compare("fp8", "bf16", 50, name) for one in (h100, seen) for name in (metric, joules)]
+    ratios += [long_prompts.compare("fp8", "bf16", math.inf, name) for name in (metric, joules)]
+    ratios.append(seen.compare("fp8-rust", "bf16-rust", math.inf, metric))
     behind_rust = {name: one for front_end, _, name, one in ablation_effects(seen, metric) if front_end == "Rust"}
-    weights, kv = behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]
-    ratios = (load, equal, rust, energy, weights, kv)
+    ratios += [behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]]
+    halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
     told = [f"{one.value:.2f}×" for one in (*ratios, halves["FP8 weights"], halves["FP8 KV cache"])]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
-    fullest = kv_room(seen)
+    for one in (h100, seen):
+        assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
+        fp8 = [s for level, s in one.summaries.items() if level.startswith("fp8-100rps")]
+        assert len(fp8) == 3 and all(s["frontend_cpu_max_steady"] >= 0.95 for s in fp8)  # "at a whole core"
+        told.append(number(geometric_mean(s["request_throughput"] for s in fp8)))
+        costs = [
+            round(frontend_us_per_token(s))
+            for level, s in one.summaries.items()
+            if re.match("(bf16|fp8)-100rps", level)
+        ]
+        told.append(f"{min(costs)} to {max(costs)} µs")
+    rust = [
+        round(frontend_us_per_token(s))
+        for one in (h100, seen)
+        for level, s in one.summaries.items()
+        if "-rust-" in level
+    ]
+    told.append(f"{min(rust)} to {max(rust)} µs")
+    odd = [round(frontend_us_per_token(seen.summaries[f"fp8-100rps-r{seed}"])) for seed in (3, 1, 2)]
+    told += [f"{odd[0]} µs", f"{odd[1]}", f"{odd[2]}"]
+    fullest = kv_room(h100) + kv_room(seen)
     for names in (("bf16", "bf16-api4", "bf16-rust"), ("fp8", "fp8-api4", "fp8-rust")):
         told.append(f"{max(row[4] for row in fullest if row[0] in names):.0%}".replace("%", " %"))
+    preempted = {s["level"]["variant"]: s["preemptions"] for s in long_prompts.summaries.values()}
+    assert preempted == {"bf16": 40, "fp8": 0}
+    assert max(row[3] for row in kv_room(long_prompts)) == 300
     engine = [
         s["engine_cpu_max_steady"] for level, s in seen.summaries.items() if re.match("fp8(-weights)?-rust-inf", level)
     ]
@@ -62,7 +89,7 @@ def headline_numbers() -> list[str]:
 
 @pytest.mark.parametrize("text", [README, CHINESE], ids=["README.md", "README.zh-CN.md"])
 def test_headline_numbers_are_those_of_the_recorded_run(text):
-    missing = [number for number in headline_numbers() if number not in text]
+    missing = [told for told in headline_numbers() if told not in " ".join(text.split())]
     assert not missing
 
 
@@ -76,8 +103,8 @@ def test_the_answers_are_those_of_the_recorded_run():
 
 
 def test_the_chinese_readme_keeps_step():
-    rows = claims_table(open_run(source="h200-80gb"), brief=True).rows
-    block = re.search(r"<!-- claims h200-80gb zh -->\n(.*?)\n<!-- end -->", CHINESE, re.DOTALL)[1]
+    rows = claims_across(*(open_run(source=name) for name in RECORDED)).rows
+    block = re.search(r"<!-- claims h100-80gb h200-80gb zh -->\n(.*?)\n<!-- end -->", CHINESE, re.DOTALL)[1]
     shown = [line.strip("| ").split(" | ") for line in block.splitlines()[2:]]
     assert [(row[0], *row[2:]) for row in rows] == [(row[0], *row[2:]) for row in shown]
     commands = re.findall(r"^    (?:make|fp8lab) .*$", CHINESE, re.MULTILINE)

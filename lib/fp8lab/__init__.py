@@ -34,6 +34,7 @@ _HOMES = {
     "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
     "plan": ("plan_table",),
     "profiles": ("Level", "Profile", "load_profile", "profile_names"),
+    "report.across": ("claims_across", "worth_table"),
     "report.claims": ("claims_table", "judge"),
     "report.fair": (
         "ablation_table",
@@ -81,6 +82,7 @@ _HOMES = {
         "saturation_figure",
         "throughput_figure",
         "tpot_figure",
+        "worth_figure",
     ),
     "runs": ("LevelResult", "Run", "open_run"),
     "server.command": ("printable_command",),

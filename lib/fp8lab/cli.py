@@ -84,6 +84,7 @@ EXAMPLES = {
     "claims": """
         fp8lab claims runs/latest
         fp8lab claims runs/latest --brief --markdown     for a README
+        fp8lab claims runs/latest h100-80gb h200-80gb    beside the recorded runs
     """,
     "profiles": """
         fp8lab profiles                            all profiles
@@ -287,7 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--seed", type=int, default=0, metavar="S")
 
     claims = command("claims", commands.claims, "Judge the published claims by a run.")
-    claims.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
+    claims.add_argument(
+        "run", metavar="RUN", nargs="+", help="a run folder, or the name of one in data/recorded; several: side by side"
+    )
     claims.add_argument("--brief", action="store_true", help="without reasons and levels")
     claims.add_argument("--markdown", action="store_true", help="as a Markdown table")
 

@@ -197,10 +197,12 @@ def load_test(args) -> int:
 
 
 def claims(args) -> None:
+    from .report.across import claims_across
     from .report.claims import claims_table
     from .runs import open_run
 
-    table = claims_table(open_run(source=args.run), brief=args.brief)
+    runs = [open_run(source=run) for run in args.run]
+    table = claims_table(*runs, brief=args.brief) if len(runs) == 1 else claims_across(*runs)
     print(table.to_markdown() if args.markdown else table)
 
 

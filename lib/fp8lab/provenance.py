@@ -65,7 +65,8 @@ def _git_state() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # A copy without its history, or with an older one (an air-gapped host), can say by this variable what it is a copy of.
+    if commit := os.environ.get("FP8LAB_SOURCE_COMMIT"):
+        return {"commit": commit, "modified": None}
     status = git("status", "--porcelain")
-    # A copy without its history (an air-gapped host) can say by this variable what it is a copy of.
-    commit = git("rev-parse", "HEAD") or os.environ.get("FP8LAB_SOURCE_COMMIT")
-    return {"commit": commit, "modified": bool(status) if status is not None else None}
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(status) if status is not None else None}

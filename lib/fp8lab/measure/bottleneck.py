@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .metrics import completed
+from .metrics import completed, concurrency_over_time, steady_window
 from .roofline import Roofline
 
 CAUSES = (
@@ -26,6 +26,9 @@ _LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
+# A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
+# that merely streams what a full GPU makes is as busy and holds none.
+_HELD = 0.05
 # NVML counts time with a kernel on the GPU. Above the first the GPU never waited; below the second the steps' host
 # side is the longer one, since vLLM prepares the next step while the GPU computes this one.
 _GPU_FULL, _GPU_WAITS = 0.95, 0.85
@@ -75,6 +78,22 @@ def keeps_up(records: pd.DataFrame) -> bool:
     return backlog_growth(records) <= _GROWTH
 
 
+def held_by_front_end(records: pd.DataFrame, telemetry: pd.DataFrame | None) -> float | None:
+    """The share (0 to 1) of the requests in flight that the engine neither runs nor queues, over the steady window:
+    they wait for the front end, on their way in or with their last tokens on the way out. None when it was not sampled."""
+    if telemetry is None:
+        return None
+    known = telemetry[["at_s", "running", "waiting"]].dropna()
+    known = known[known["at_s"].between(*steady_window(records, None, telemetry))]
+    times, counts = concurrency_over_time(records)
+    if known.empty or not times.size:
+        return None
+    at = np.searchsorted(times, known["at_s"].to_numpy(float), side="right") - 1
+    in_flight = float(np.where(at >= 0, counts[at], 0).sum())
+    in_engine = float((known["running"] + known["waiting"]).sum())
+    return max(0.0, 1 - in_engine / in_flight) if in_flight else None
+
+
 def what_limited(
     summary: Mapping, records: pd.DataFrame, telemetry: pd.DataFrame | None = None, roofline: Roofline | None = None
 ) -> Limit:
@@ -82,7 +101,8 @@ def what_limited(
     if not summary["valid"]:
         return Limit("unknown", f"the level is invalid: {summary['invalid_reason']}")
     growth = backlog_growth(records)
-    used = _Used(summary)
+    held = held_by_front_end(records, telemetry)
+    used = _Used(summary, held)
     if summary["client_busiest_core"] > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary['client_busiest_core']:.2f} of a core")
     if growth <= _GROWTH and not used.full("frontend"):
@@ -96,9 +116,10 @@ def what_limited(
         if growth <= _GROWTH
         else f"in flight grew by {growth:.0%} of the offered rate"
     )
-    if used.full("frontend"):
-        return Limit("front end", f"{trend}; {used}{_distance(roofline)}")
     evidence = f"{trend}; {used}{_distance(roofline)}"
+    gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
+    if used.full("frontend") and not gpu_is_fed:
+        return Limit("front end", evidence)
     if used.gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
     if used.gpu < _GPU_WAITS:
@@ -114,8 +135,9 @@ def what_limited(
 class _Used:
     """The shares of the steady window, and the sentence that tells them."""
 
-    def __init__(self, summary: Mapping):
+    def __init__(self, summary: Mapping, held: float | None):
         self.gpu = summary.get("gpu_util_steady")
+        self.held = held
         self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
 
     def full(self, role: str) -> bool:
@@ -126,7 +148,8 @@ class _Used:
         parts = [f"{names[role]} {share:.2f}" for role, share in self.cores.items() if share is not None]
         busiest = f"the busiest process of each kind used, in cores: {', '.join(parts)}" if parts else ""
         gpu = f"the GPU had no kernel running {1 - self.gpu:.0%} of the time" if self.gpu is not None else ""
-        return "; ".join(filter(None, (gpu, busiest))) or "nothing was sampled"
+        held = f"{self.held:.0%} of the requests in flight were not in the engine" if self.held is not None else ""
+        return "; ".join(filter(None, (gpu, busiest, held))) or "nothing was sampled"
 
 
 def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:

@@ -1,5 +1,7 @@
 """What a level cost: telemetry summed up, energy for each token and each request. Pure functions on tables."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -34,6 +36,15 @@ def summarize_usage(
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
+
+
+def frontend_us_per_token(summary: Mapping) -> float | None:
+    """CPU time that the front-end processes used for each output token of the steady window, in µs.
+
+    Its inverse is what one core of this host can stream: a host's figure, whatever the GPU.
+    """
+    cores, tokens = summary.get("frontend_cpu_steady"), summary.get("steady_output_token_throughput")
+    return cores * 1e6 * summary["time_dilation"] / tokens if cores and tokens else None
 
 
 def _integral(power: pd.DataFrame) -> float | None:

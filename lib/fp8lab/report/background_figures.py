@@ -51,7 +51,7 @@ def memory(run: Run) -> Figure:
         "beside them, where a GPU was sampled. What FP8 takes from the weights, vLLM gives to the KV cache."
     )
     return Figure(
-        "memory", canvas, f"Stacked bars. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(run, caption)
+        "memory", canvas, f"Stacked bars. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(caption, run)
     )
 
 
@@ -102,7 +102,7 @@ def batching(run: Run) -> Figure:
         "for a batch to end. Between the solid and the dashed line: requests that had not reached the engine, or whose "
         "last tokens had not left the front end."
     )
-    return Figure("batching", canvas, f"Line chart. {told}.", caption_of(run, caption))
+    return Figure("batching", canvas, f"Line chart. {told}.", caption_of(caption, run))
 
 
 def number_line(run: Run) -> Figure:
@@ -124,4 +124,4 @@ def number_line(run: Run) -> Figure:
     axes.set_ylim(len(FORMATS) - 0.5, -0.5)
     axes.set(xlabel="value (negative ones mirror these)", xlim=(-0.3, top + 3))
     caption = f"{'; '.join(told)}. A scale moves a tensor's largest value to the end of the line; what is small keeps its relative steps."
-    return Figure("number_line", canvas, f"Two number lines. {'; '.join(told)}.", caption_of(run, caption))
+    return Figure("number_line", canvas, f"Two number lines. {'; '.join(told)}.", caption_of(caption, run))

@@ -212,15 +212,16 @@ def _rests_on(v: Verdict) -> str:
 def _with_parts(value: float | None, parts: dict, v: Verdict) -> str:
     """A value; of a ratio of two levels also the two values."""
     if value is None or set(parts) != {"bf16", "fp8"}:
-        return _show(value, v.unit)
-    return f"{_show(value, v.unit)} ({number(parts['fp8'])} / {number(parts['bf16'])})"
+        return show_value(value, v.unit)
+    return f"{show_value(value, v.unit)} ({number(parts['fp8'])} / {number(parts['bf16'])})"
 
 
 def _interval(v: Verdict) -> str:
-    return " to ".join(_show(end, "x" if v.unit == "x" else "") for end in v.interval) if v.interval else "–"
+    return " to ".join(show_value(end, "x" if v.unit == "x" else "") for end in v.interval) if v.interval else "–"
 
 
-def _show(value: float | None, unit: str) -> str:
+def show_value(value: float | None, unit: str) -> str:
+    """A value with its unit, as a table shows it."""
     if value is None:
         return "–"
     return f"{value:.2f}×" if unit == "x" else f"{number(value)} {unit}".rstrip()

@@ -3,11 +3,11 @@
 import math
 
 from ..measure.capacity import SLO
-from ..measure.compare import Ratio
 from ..runs import Run
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import METRICS, ablation_effects, equal_load_ratios, kv_room
 from .figures import GREY, INK, STYLE, Figure, caption_of, new_canvas
+from .forest import forest
 
 # Behind another front end a variant keeps its colour and marker, drawn half full or hollow.
 _FRONT_END = {"": ("full", "-"), "-api4": ("left", ":"), "-rust": ("none", "--")}
@@ -59,7 +59,7 @@ def saturation(run: Run) -> Figure:
     _legend(axes, "upper left")
     caption = "Mean of the seeds, bars from the lowest to the highest. Half full: four API servers; hollow: the Rust front end."
     return Figure(
-        "saturation", canvas, f"Line chart of steady output tokens/s. {_told(told)}.", caption_of(run, caption)
+        "saturation", canvas, f"Line chart of steady output tokens/s. {_told(told)}.", caption_of(caption, run)
     )
 
 
@@ -71,8 +71,8 @@ def equal_load(run: Run) -> Figure:
         for metric in METRICS
         for front_end, rate, one in equal_load_ratios(seen, metric)
     ]
-    return _forest(
-        run, "equal_load", "What does FP8 change at equal load?", rows, "FP8 / BF16",
+    return forest(
+        [run], "equal_load", "What does FP8 change at equal load?", rows, "FP8 / BF16",
         "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference.",
     )  # fmt: skip
 
@@ -89,30 +89,10 @@ def ablation(run: Run) -> Figure:
         for front_end, rate, effect, one in ablation_effects(seen, metric)
         if math.isinf(rate) or metric == "joules_per_output_token"
     ]
-    return _forest(
-        run, "ablation", "Which half of FP8 does it?", rows, "ratio",
+    return forest(
+        [run], "ablation", "Which half of FP8 does it?", rows, "ratio",
         "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown.",
     )  # fmt: skip
-
-
-def _forest(run: Run, name: str, title: str, rows: list[tuple[str, Ratio]], label: str, caption: str) -> Figure:
-    canvas, axes = new_canvas(run, title, height=max(1.6, 0.9 + 0.24 * len(rows)))
-    axes.grid(axis="y", visible=False)
-    axes.axvline(1, color=INK, lw=1)
-    for y, (_, one) in enumerate(rows):
-        low, high = (one.value, one.value) if math.isnan(one.low) else (one.low, one.high)
-        axes.plot([low, high], [y, y], color=INK if one.shown else GREY, lw=2.2 if one.shown else 1.2)
-        axes.plot(one.value, y, "o", color=INK, mfc=INK if one.shown else "white", ms=5)
-    axes.set_yticks(range(len(rows)), [text for text, _ in rows], fontsize=7.5)
-    axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
-    axes.set_xscale("log")
-    ticks = (0.5, 0.7, 1, 1.4, 2)
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(0.4, 2.5)
-    axes.set_xlabel(f"{label} (filled: the interval leaves out 1)")
-    told = _told([f"{text}: {one}" for text, one in rows])
-    return Figure(name, canvas, f"Ratios with intervals. {told}.", caption_of(run, caption))
 
 
 def littles_law(run: Run) -> Figure:
@@ -143,7 +123,7 @@ def littles_law(run: Run) -> Figure:
         "Whole run of each level. On the line: the engine held all requests that were in flight. Below it: some "
         "waited before the engine, in the front-end process, or their last tokens in it."
     )
-    return Figure("littles_law", canvas, f"Scatter chart, log axes. {_told(told)}.", caption_of(run, caption))
+    return Figure("littles_law", canvas, f"Scatter chart, log axes. {_told(told)}.", caption_of(caption, run))
 
 
 def kv_capacity(run: Run) -> Figure:
@@ -166,7 +146,7 @@ def kv_capacity(run: Run) -> Figure:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
     axes.set_xlabel("requests of this trace")
     caption = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran at once, over all levels."
-    return Figure("kv_capacity", canvas, f"Bar chart. {_told(told)}.", caption_of(run, caption))
+    return Figure("kv_capacity", canvas, f"Bar chart. {_told(told)}.", caption_of(caption, run))
 
 
 def roofline(run: Run) -> Figure:
@@ -206,7 +186,7 @@ def roofline(run: Run) -> Figure:
     _legend(axes, "upper left")
     name = card.name if card else "no card"
     caption = f"Lines: what the datasheet of {name} allows. Points: what the tokens of each level needed, estimated from vLLM's counters, first seed."
-    return Figure("roofline", canvas, f"Roofline chart, log axes. {_told(told)}.", caption_of(run, caption))
+    return Figure("roofline", canvas, f"Roofline chart, log axes. {_told(told)}.", caption_of(caption, run))
 
 
 def objective(run: Run, slo: SLO) -> Figure:
@@ -233,7 +213,7 @@ def objective(run: Run, slo: SLO) -> Figure:
     _legend(axes, "upper left")
     caption = f"{slo}. Mean of the seeds, bars from the lowest to the highest."
     return Figure(
-        "objective", canvas, f"Line chart of the 99th percentile of TTFT. {_told(told)}.", caption_of(run, caption)
+        "objective", canvas, f"Line chart of the 99th percentile of TTFT. {_told(told)}.", caption_of(caption, run)
     )
 
 

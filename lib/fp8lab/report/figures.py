@@ -59,7 +59,7 @@ def rate(run: Run) -> Figure:
     )
     axes.legend(frameon=False, loc="upper left")
     caption = f"Completed rate over the whole run, drain tail included. Published: {claim['value']} of {claim['rate']} req/s (FP8)."
-    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", caption_of(run, caption))
+    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", caption_of(caption, run))
 
 
 def tpot(run: Run) -> Figure:
@@ -117,7 +117,7 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     )
     caption = f"{crossed} (black lines); side by side stand the two variants at equal load"
     caption += ", thin lines from the lowest to the highest seed." if any(len(v) > 1 for v in seeds.values()) else "."
-    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(run, caption))
+    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(caption, run))
 
 
 def new_canvas(run: Run, title: str, height: float = 3.8):
@@ -165,10 +165,10 @@ def _claim(id: str) -> dict:
     return next(claim for claim in published()["claims"] if claim["id"] == id)
 
 
-def caption_of(run: Run, text: str) -> str:
+def caption_of(text: str, *runs: Run) -> str:
     """`text` with what every caption says: where it comes from, and that it is emulated if it is."""
-    emulated = "EMULATED GPU, nothing measured. " if run.emulated else ""
-    return f"{emulated}{text} Run {run.path.name}."
+    emulated = "EMULATED GPU, nothing measured. " if any(run.emulated for run in runs) else ""
+    return f"{emulated}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
 
 
 def _above(color: str) -> dict:

@@ -31,7 +31,7 @@ def divergence(run: Run) -> Figure:
              ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
     axes.legend(frameon=False, loc="lower left")
     caption = f"Every position of the text, next-token distribution against {reference_variant(run.profile)}'s."
-    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", caption_of(run, caption))
+    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", caption_of(caption, run))
 
 
 def parting(run: Run) -> Figure:
@@ -57,7 +57,7 @@ def parting(run: Run) -> Figure:
     axes.legend(frameon=False, loc="best")
     caption = (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
                "is no error: one close call decided the other way changes all that follows.")  # fmt: skip
-    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", caption_of(run, caption))
+    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", caption_of(caption, run))
 
 
 def rounding(run: Run, folder: Path) -> Figure:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ..files import told
 from ..measure.capacity import SLO
+from ..measure.usage import frontend_us_per_token
 from ..paths import repository_relative
 from ..profiles import Profile
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
 from ..tables import Table
-from . import background_figures, fair_figures, figures
+from . import across, background_figures, fair_figures, figures
 
 _PIXELS_PER_INCH = 200
 
@@ -79,6 +80,11 @@ def equal_load_figure(run: Run) -> Shown:
     return _show(run, fair_figures.equal_load(run))
 
 
+def worth_figure(*runs: Run) -> Shown:
+    """What FP8 was worth in each of `runs`, and what was the limit; kept with the first."""
+    return _show(runs[0], across.worth_figure(*runs))
+
+
 def ablation_figure(run: Run) -> Shown:
     """What FP8 weights and the FP8 KV cache each do."""
     return _show(run, fair_figures.ablation(run))
@@ -136,9 +142,9 @@ def resources_table(run: Run) -> Table:
                 ("tokens_per_chunk", "{:.2f}"),
             )
         ]  # fmt: skip
-        rows.append((level_id, *cells))
+        rows.append((level_id, *cells, _cell(frontend_us_per_token(s), "{:.0f}")))
     columns = ("level", "GPU busy", "GPU W", "J/token", "J/request", "front end, cores", "engine, cores")
-    columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk")
+    columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk", "front end, µs/token")
     note = "EMULATED GPU: no GPU was sampled. " if run.emulated else ""
     caption = f"{note}What the levels of run {run.path.name} used; cores are those of the busiest process of each kind"
     return Table(caption, columns, rows)
@@ -221,8 +227,12 @@ def flags_table(profile: Profile) -> Table:
 
 
 def _show(run: Run, figure: figures.Figure) -> Shown:
+    from matplotlib import rc_context
+
     vector = io.StringIO()
-    figure.canvas.savefig(vector, format="svg", metadata={"Date": None})
+    # The same data give the same file: no date, no random names.
+    with rc_context({"svg.hashsalt": figure.name}):
+        figure.canvas.savefig(vector, format="svg", metadata={"Date": None})
     if not run.read_only:
         folder = run.path / "figures"
         with told(folder):

@@ -1,0 +1,89 @@
+"""Several runs side by side, from the recorded ones."""
+
+import math
+
+import nbformat
+import pytest
+
+import fp8lab as lab
+from fp8lab import notebooks
+from fp8lab.measure.usage import frontend_us_per_token
+from fp8lab.paths import DATA
+from fp8lab.report.across import worth_figure
+from fp8lab.report.evidence import evidence
+from fp8lab.runs import open_run
+
+H100, H200, LONG, EMULATED = "h100-80gb", "h200-80gb", "h100-80gb-long-prompts", "emulated-h100"
+
+
+def recorded(*names):
+    return [open_run(source=name) for name in names]
+
+
+def test_claims_stand_run_by_run_and_a_run_named_twice_once():
+    table = lab.claims_across(*recorded(H200, H100, H200))
+    assert list(table.columns[3:]) == [H200, H100]
+    alone = {v.id: v for v in lab.judge(open_run(source=H100))}
+    for row in table.rows:
+        assert row[4].endswith(alone[row[0]].verdict)
+    assert table.rows[0][4] == "1.28× (1.17× to 1.39×): not reproduced"
+    emulated = lab.claims_across(*recorded(EMULATED, H100))
+    assert emulated.columns[3] == "emulated-h100 (EMULATED)"
+    assert {row[3] for row in emulated.rows} == {"not run"}
+
+
+def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
+    rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*recorded(H100, H200, LONG)).rows}
+    card = rows[LONG, "all at once", "one Python process"]
+    assert card[3].startswith("1.65×") and card[5:] == ("KV capacity", "GPU, nearer memory")
+    assert rows[H100, "100 req/s", "one Python process"][5:] == ("front end", "front end")
+    figure = worth_figure(*recorded(H100, H200, LONG))
+    assert "published, other loads: FP8 at 100, BF16 at 50 req/s: 1.60×" in figure.alt
+    assert "h100-80gb-long-prompts, all at once limit: BF16 KV capacity, FP8 GPU: 1.65× (1.63 to 1.67)" in figure.alt
+    # A ratio without repeats is not drawn.
+    assert "75 req/s" not in figure.alt
+
+
+def test_an_emulated_run_marks_what_it_is_drawn_in():
+    assert "EMULATED" in lab.worth_table(*recorded(EMULATED, H100)).caption
+    # It has one seed: nothing of it is drawn, so that nothing needs the mark.
+    beside = worth_figure(*recorded(EMULATED, H100))
+    assert EMULATED not in beside.caption and "EMULATED" not in beside.caption
+    alone = worth_figure(*recorded(EMULATED))
+    assert "EMULATED" in alone.caption and any("EMULATED" in text.get_text() for text in alone.canvas.axes[0].texts)
+
+
+def test_the_readmes_figure_is_that_of_the_recorded_runs():
+    """`make front` brings it up to date."""
+    shown = lab.worth_figure(*recorded(H100, H200, LONG))
+    assert (DATA / "recorded" / H100 / "figures" / "worth.svg").read_text() == shown.svg
+
+
+def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
+    prose = " ".join(
+        " ".join(cell.source.split())
+        for cell in nbformat.read(notebooks.FRONT, as_version=4).cells
+        if cell.cell_type == "markdown"
+    )
+    seen = evidence(open_run(source=LONG))
+    tokens, joules = (
+        seen.compare("fp8", "bf16", math.inf, metric)
+        for metric in ("output_token_throughput", "joules_per_output_token")
+    )
+    assert f"FP8 gives {tokens.value:.2f} times the tokens for {joules.value:.2f} times the energy each" in prose
+    low, high = zip(*(_frontend_costs(name) for name in (H100, H200)), strict=True)
+    assert f"needs {low[0]} to {high[0]} µs of CPU" in prose and f"H200's host {low[1]} to {high[1]}" in prose
+
+
+def _frontend_costs(name):
+    summaries = open_run(source=name).summaries()
+    ids = [f"{variant}-100rps-r{seed}" for variant in ("bf16", "fp8") for seed in (1, 2, 3)]
+    costs = [round(frontend_us_per_token(summaries[level])) for level in ids]
+    return min(costs), max(costs)
+
+
+def test_the_front_ends_cost_is_cpu_time_over_tokens():
+    summary = {"frontend_cpu_steady": 1.04, "steady_output_token_throughput": 10_000.0, "time_dilation": 1.0}
+    assert frontend_us_per_token(summary) == pytest.approx(104)
+    assert frontend_us_per_token(summary | {"time_dilation": 2.0}) == pytest.approx(208)
+    assert frontend_us_per_token(summary | {"frontend_cpu_steady": None}) is None
