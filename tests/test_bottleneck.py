@@ -32,7 +32,11 @@ def served(rate=50.0, capacity=100.0, requests=1000):
 
 
 def judged(records, telemetry=None, **changed):
-    summary = {"valid": True, "invalid_reason": None, "client_busiest_core": 0.1, "preemptions": 0.0} | IDLE | changed
+    summary = (
+        {"valid": True, "invalid_reason": None, "client_busiest_core": 0.1, "preemptions": 0.0, "requests": 1000}
+        | IDLE
+        | changed
+    )
     return what_limited(summary, records, telemetry)
 
 
@@ -72,6 +76,7 @@ def test_short_levels_do_not_show_whether_a_backlog_stays():
     (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
     (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
     (60, {"preemptions": 12.0}, "KV capacity", "12 requests were preempted"),
+    (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "front end", "front end 1.00"),
     (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
 ])  # fmt: skip
 def test_constructed_levels_are_attributed(capacity, changed, cause, said):

@@ -7,7 +7,16 @@ import pytest
 
 from conftest import make_records
 from fp8lab.errors import BadInput
-from fp8lab.measure.capacity import SLO, Attainment, allowed_violations, attains, bracket, required_requests, search
+from fp8lab.measure.capacity import (
+    SLO,
+    Attainment,
+    Bracket,
+    allowed_violations,
+    attains,
+    bracket,
+    required_requests,
+    search,
+)
 from fp8lab.traces import arrival_times
 
 TIGHT = SLO("a test's", 120, 50)
@@ -79,9 +88,14 @@ def test_the_search_ends_when_nothing_meets_or_everything_does():
     assert found == (200, math.inf) and str(found) == "at least 200"
 
 
+def test_an_invalid_probe_bounds_nothing_and_ends_the_search():
+    states = {25.0: "met", 50.0: "met", 100.0: "invalid"}
+    assert search(states.get, 25.0) == (Bracket(50.0, math.inf), [(25.0, "met"), (50.0, "met")])
+
+
 def test_contradicting_repeats_count_as_missed():
     assert bracket([(25, "met"), (50, "met"), (50, "missed"), (75, "met")]) == (25, 50)
-    assert str(bracket([])) == "not tried"
+    assert str(bracket([])) == str(bracket([(25, "undecided")])) == "not known"
 
 
 def test_what_no_level_decided_bounds_nothing():

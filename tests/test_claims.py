@@ -79,6 +79,38 @@ def test_all_seeds_are_judged_and_their_disagreement_is_said(run):
     assert "seeds 1.60×, 1.12× (they disagree about the tolerance)" in found.reason and len(found.levels) == 4
 
 
+def test_an_interval_across_the_tolerance_is_undecided_whatever_the_mean(run):
+    """Three seeds with a mean as published: far apart they decide nothing, close together they do."""
+    for spread, expected in ((0.3, "undecided"), (0.02, "reproduced, other cause")):
+        for seed, factor in enumerate((1 - spread, 1, 1 / (1 - spread)), start=1):
+            scattered = {
+                key: {name: value * (factor if key[0] == "fp8" else 1) for name, value in values.items()}
+                for key, values in (PUBLISHED | EQUAL).items()
+            }
+            found = fill(run, scattered, repeat=seed)["C1"]
+        assert found.measured == pytest.approx(11921 / 7437) and found.verdict == expected
+        assert found.cause == "no (the offered load)"
+    assert "allows both answers" not in found.reason
+
+
+def test_whether_the_stated_cause_holds_is_told_whatever_the_value(run):
+    """Twice the published gain, and the load alone brings all of it."""
+    double = {
+        key: {name: value * (2 if key[1] == 100 else 1) for name, value in values.items()}
+        for key, values in (PUBLISHED | EQUAL).items()
+    }
+    found = fill(run, double)["C1"]
+    assert found.verdict == "not reproduced" and found.cause == "no (the offered load)"
+    assert claims.claims_table(run).rows[0][5:7] == ("not reproduced", "no (the offered load)")
+
+
+def test_an_invalid_seed_is_left_out_and_said(run):
+    fill(run, PUBLISHED)
+    fill(run, PUBLISHED, repeat=3)
+    found = fill(run, {("fp8", 100): PUBLISHED["fp8", 100]}, repeat=2, valid=False, invalid_reason="late")["C1"]
+    assert "left out as INVALID: fp8-100rps-r2" in found.reason and "fp8-100rps-r2" not in found.levels
+
+
 def test_other_numbers_are_not_reproduced(run):
     other = {
         key: {name: value * (2 if key[0] == "fp8" else 1) for name, value in v.items()} for key, v in PUBLISHED.items()

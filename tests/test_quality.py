@@ -131,7 +131,7 @@ def test_a_comparison_of_known_numbers():
 
 def test_what_the_noise_floor_hides_is_no_difference():
     floor = flat(perplexity_ratio=Estimate(1.0001, 0.999, 1.001), kl_mean=Estimate(1e-4, 9e-5, 2e-4))
-    below = flat(perplexity_ratio=Estimate(1.002, 0.9995, 1.004), kl_mean=Estimate(3e-4, 1.5e-4, 4e-4))
+    below = flat(perplexity_ratio=Estimate(1.002, 0.9995, 1.004), kl_mean=Estimate(2.5e-4, 1e-4, 4e-4))
     above = flat(perplexity_ratio=Estimate(1.01, 1.005, 1.02), kl_mean=Estimate(3e-4, 2.1e-4, 4e-4))
     better = flat(perplexity_ratio=Estimate(0.99, 0.98, 0.995))
     for metric in ("perplexity_ratio", "kl_mean"):
@@ -140,6 +140,14 @@ def test_what_the_noise_floor_hides_is_no_difference():
     fewer = flat(top1_agreement=Estimate(0.9, 0.89, 0.91), same_prefix=Estimate(3, 2, 4))
     for metric in ("top1_agreement", "same_prefix"):
         assert quality.distinguishable(metric, fewer, flat()) and not quality.distinguishable(metric, flat(), flat())
+
+
+def test_two_uncertain_lengths_are_compared_with_each_other():
+    """A quarter longer against a floor that is a tenth off either way: apart, though the intervals meet."""
+    floor = flat(output_ratio=Estimate(0.98, 0.87, 1.11))
+    longer, little = (flat(output_ratio=Estimate(*ends)) for ends in ((1.25, 1.11, 1.44), (0.84, 0.74, 0.97)))
+    assert quality.distinguishable("output_ratio", longer, floor)
+    assert not quality.distinguishable("output_ratio", little, floor)
 
 
 def flat(**metrics) -> Comparison:

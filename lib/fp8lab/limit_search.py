@@ -37,8 +37,11 @@ def find_limit(
         needed = max(capacity.required_requests(1, slo.share), math.ceil(seconds * rate))
         requests = held["level"]["requests"] if held else needed
         result = load_test(server, rate=rate, requests=requests, run=run, workers=workers)
+        if not result.valid:
+            StatusLine().done(f"{level.id}: INVALID, so the search ends here: {result.summary['invalid_reason']}")
+            return "invalid"
         found = capacity.attains(result.records, slo)
         StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
-        return found.state if result.valid else "undecided"
+        return found.state
 
     return capacity.search(probe, start, max_probes=max_probes)[0]

@@ -56,6 +56,12 @@ def fp8_kv(command: Sequence[str]) -> bool:
     return _flag(command, "--kv-cache-dtype").startswith("fp8")
 
 
+def most_running(command: Sequence[str]) -> int | None:
+    """How many requests a vLLM command lets run at once; None when it leaves that to vLLM."""
+    value = _flag(command, "--max-num-seqs")
+    return int(value) if value.isdecimal() else None
+
+
 def _flag(command: Sequence[str], *names: str) -> str:
     """The value of a command's flag, given as `--flag value` or `--flag=value`; "auto" if it is not given."""
     words = [part for word in command for part in (word.split("=", 1) if word.startswith("-") else [word])]

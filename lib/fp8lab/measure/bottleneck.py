@@ -26,6 +26,8 @@ _LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
+# A few preemptions at a peak do not make the KV cache the limit: this share of the requests does.
+_PREEMPTED = 0.01
 # A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
 # that merely streams what a full GPU makes is as busy and holds none.
 _HELD = 0.05
@@ -154,8 +156,9 @@ class _Used:
 
 def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:
     """Evidence that the KV cache was full; empty when it was not."""
-    if summary.get("preemptions"):
-        return f"{summary['preemptions']:.0f} requests were preempted for want of KV blocks"
+    preempted = summary.get("preemptions") or 0
+    if preempted > _PREEMPTED * summary["requests"]:
+        return f"{preempted:.0f} requests were preempted for want of KV blocks"
     if telemetry is not None:
         known = telemetry[["waiting", "kv_cache_usage"]].dropna()
         waited = ((known["waiting"] > 0) & (known["kv_cache_usage"] >= _FULL)).mean() if len(known) else 0

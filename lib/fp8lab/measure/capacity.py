@@ -118,7 +118,7 @@ def _at_most(k: int, n: int, p: float) -> float:
 class Bracket(NamedTuple):
     """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it.
 
-    0 and inf: no such rate was tried.
+    0 and inf: no rate that was tried showed it.
     """
 
     low: float
@@ -126,7 +126,7 @@ class Bracket(NamedTuple):
 
     def __str__(self) -> str:
         if self.low == 0:
-            return f"below {self.high:g}" if self.high < math.inf else "not tried"
+            return f"below {self.high:g}" if self.high < math.inf else "not known"
         return f"{self.low:g} to {self.high:g}" if self.high < math.inf else f"at least {self.low:g}"
 
 
@@ -144,17 +144,20 @@ def search(
 ) -> tuple[Bracket, list[tuple[float, str]]]:
     """Finds the limit by doubling (or halving) from `start`, then by bisection; (bracket, what was tried in order).
 
-    `probe(rate)` measures one level and returns its attainment's state. The search ends when the bracket is within
-    `tolerance` (high / low - 1), or after `max_probes`. Eight probes suffice for any limit from a half to eight
-    times `start`.
+    `probe(rate)` measures one level and returns its attainment's state, or "invalid" for one that says nothing. The
+    search ends when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. Eight
+    probes suffice for any limit from a half to eight times `start`.
     """
     if not (start > 0 and tolerance > 0 and max_probes > 0):
         raise BadInput(f"search: start {start}, tolerance {tolerance} and max_probes {max_probes} must be above 0")
     tried: list[tuple[float, str]] = []
     rate = start
     while len(tried) < max_probes:
+        state = probe(rate)
+        if state == "invalid":
+            break
         # What a probe of full length leaves undecided is at the limit: it was not shown to be met.
-        tried.append((rate, "met" if probe(rate) == "met" else "missed"))
+        tried.append((rate, "met" if state == "met" else "missed"))
         found = bracket(tried)
         if found.high / max(found.low, 1e-9) - 1 <= tolerance:
             break

@@ -15,6 +15,7 @@ from ..load.answers import Reading
 
 RESAMPLES = 1000
 _ROWS_AT_ONCE = 8192
+_RATIOS = ("perplexity_ratio", "output_ratio")
 
 
 @dataclass(frozen=True)
@@ -158,24 +159,24 @@ def quantile_interval(values: np.ndarray, group: np.ndarray, q: float, *, seed: 
 
 
 def distinguishable(metric: str, variant: Comparison, floor: Comparison) -> bool:
-    """Whether a variant differs by more than the reference differs from itself in another batch composition.
+    """Whether a variant differs from the reference by more than the reference does from itself in another batch
+    composition: further from no difference than the floor, and further from the floor than the two intervals, taken
+    as independent (their facing half-widths added in quadrature), allow."""
+    (value, low, high), (own, own_low, own_high) = (
+        _differences(metric, getattr(one, metric)) for one in (variant, floor)
+    )
+    facing = (value - low, own_high - own) if value > own else (high - value, own - own_low)
+    further = abs(value) > abs(own) if metric in _RATIOS else value > own
+    return further and abs(value - own) > math.hypot(*facing)
 
-    It does when its whole interval lies farther from "no difference" than the floor's interval reaches.
-    """
-    return _distance(metric, getattr(variant, metric))[0] > _distance(metric, getattr(floor, metric))[1]
 
-
-def _distance(metric: str, estimate: Estimate) -> tuple[float, float]:
-    """The nearest and the farthest that an interval lies from no difference at all."""
-    if metric in ("kl_mean", "kl_p99"):
-        return estimate.low, estimate.high
-    if metric in ("top1_agreement", "same_answers"):
-        return 1 - estimate.high, 1 - estimate.low
-    if metric == "same_prefix":  # the longer, the nearer; no length means no difference
-        return -estimate.high, -estimate.low
-    ends = [math.log(estimate.low), math.log(estimate.high)]
-    nearest = 0.0 if ends[0] <= 0 <= ends[1] else min(map(abs, ends))
-    return nearest, max(map(abs, ends))
+def _differences(metric: str, estimate: Estimate) -> tuple[float, float, float]:
+    """An estimate and its ends as differences that can be subtracted: of ratios the logarithms; shares and lengths
+    that stay the same are turned round, so that more is further."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if metric in _RATIOS:
+        return math.log(value), math.log(low), math.log(high)
+    return (value, low, high) if metric in ("kl_mean", "kl_p99") else (-value, -high, -low)
 
 
 def _listed(reading: Reading, rows: slice) -> tuple[np.ndarray, np.ndarray]:

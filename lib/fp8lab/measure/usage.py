@@ -32,7 +32,7 @@ def summarize_usage(
     tokens = int(done["output_tokens"].sum())
     return usage | {
         "energy_j": energy,
-        "energy_counter_j": _increase(run["gpu_energy_j"]),
+        "energy_counter_j": _between(telemetry[["at_s", "gpu_energy_j"]].dropna(), run["at_s"]),
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
@@ -54,6 +54,14 @@ def _integral(power: pd.DataFrame) -> float | None:
 def _increase(counter: pd.Series) -> float | None:
     known = counter.dropna()
     return float(known.iloc[-1] - known.iloc[0]) if len(known) > 1 else None
+
+
+def _between(counter: pd.DataFrame, at: pd.Series) -> float | None:
+    """How much a counter, read less often than the rest, rose from the first instant of `at` to the last."""
+    if len(counter) < 2 or at.empty:
+        return None
+    times, values = counter.to_numpy(float).T
+    return float(np.diff(np.interp([at.iloc[0], at.iloc[-1]], times, values))[0])
 
 
 def _known(value: float) -> float | None:

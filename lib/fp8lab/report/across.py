@@ -26,7 +26,9 @@ def claims_across(*runs: Run) -> Table:
     ]
     names = [f"{run.path.name}{' (EMULATED)' if run.emulated else ''}" for run in runs]
     return Table(
-        "The published claims, run by run: measured, 95 % interval, verdict", ("", "claim", "published", *names), rows
+        "The published claims, run by run: measured, 95 % interval, verdict, and whether the stated cause holds",
+        ("", "claim", "published", *names),
+        rows,
     )
 
 
@@ -110,4 +112,5 @@ def _said(one: Verdict) -> str:
     between = "" if one.interval is None or math.isnan(one.interval[0]) else (
         f" ({' to '.join(show_value(end, 'x' if one.unit == 'x' else '') for end in one.interval)})"
     )  # fmt: skip
-    return f"{show_value(one.measured, one.unit)}{between}: {one.verdict}"
+    cause = f"; stated cause: {one.cause}" if one.cause and one.verdict != "not run" else ""
+    return f"{show_value(one.measured, one.unit)}{between}: {one.verdict}{cause}"

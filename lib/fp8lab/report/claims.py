@@ -1,15 +1,18 @@
 """From a run to verdicts: the published value, the measured one, and whether the claim holds.
 
-`reproduced`                the measured value is what was claimed, within the tolerance that was fixed beforehand
-`reproduced, other cause`   it is, but the stated cause is not: the effect is gone at equal load, or something
-                            else than the stated cause was the limit
-`not reproduced`            it is not
+`reproduced`                the measured value is what was claimed, with its whole interval within the tolerance
+`reproduced, other cause`   it is, but the stated cause does not hold
+`not reproduced`            it is not: its interval lies outside the tolerance
 `undecided`                 measured, and its interval or its length allows both answers
 `invalid run`               a level that the claim rests on was not measured properly
 `not run`                   a level is missing, or the GPU was emulated: nothing was measured
 
-Judged is the (geometric) mean of all seeds that were measured as published: a single seed can be an odd one, and which
-one comes first is chance. Each seed's value is told beside it.
+Whether the stated cause holds is asked apart from the value, and told whatever the value is: "no (the offered load)" when
+the same step in load brings most of the effect without FP8, "no (the front end)" when that, and not the card, was the
+limit, "undecided" when the interval allows both; empty where this kit has no test of it.
+
+Judged is the (geometric) mean of all valid seeds that were measured as published: a single seed can be an odd one, and
+which one comes first is chance. Each seed's value is told beside it. With a single one the value alone is judged.
 """
 
 import math
@@ -29,8 +32,9 @@ _MOST = 2 / 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, judged. `published`, `measured` and `interval` (95 %, over the seeds) are in `unit`; `levels` are
-    the level ids it rests on, `limits` what limited each."""
+    """One claim, judged. `published`, `measured` and `interval` (95 %, over the seeds) are in `unit`; `cause` says
+    whether the stated cause holds ("" where that is not tested); `levels` are the level ids it rests on, `limits` what
+    limited each."""
 
     id: str
     title: str
@@ -42,6 +46,7 @@ class Verdict:
     published_parts: dict[str, float]
     measured_parts: dict[str, float | None]
     verdict: str
+    cause: str
     reason: str
     levels: list[str]
     limits: dict[str, str]
@@ -74,14 +79,15 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
-            _interval(v), v.verdict, v.reason, _rests_on(v),
+            _interval(v), v.verdict, v.cause or "–", v.reason, _rests_on(v),
         )
         for v in judge(run)
     ]  # fmt: skip
     emulated = "EMULATED GPU: nothing here was measured on a GPU. " if run.emulated else ""
     caption = f"{emulated}The published claims against run {run.path.name}: {run.profile.title}"
     this_run = "this run (EMULATED)" if run.emulated else "this run"
-    columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "reason", "rests on (limited by)")
+    columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "stated cause")
+    columns += ("reason", "rests on (limited by)")
     shown = len(columns) - 2 * brief
     return Table(caption, columns[:shown], [row[:shown] for row in rows])
 
@@ -115,7 +121,7 @@ def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
     value = claim["fp8"]["value"]
     common = {
         "id": claim["id"], "title": claim["title"], "unit": claim["unit"], "published": value, "measured": None,
-        "interval": None, "published_parts": {"fp8": value}, "measured_parts": {}, "emulated": seen.run.emulated,
+        "interval": None, "cause": "", "published_parts": {"fp8": value}, "measured_parts": {}, "emulated": seen.run.emulated,
         "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
     }  # fmt: skip
     return Verdict(**common | found)
@@ -132,43 +138,72 @@ def _judge(claim: dict, protocol: str, seen: Evidence) -> Verdict:
     if shared:
         mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
         measured = mean.value
-    word, reason = _verdict(claim, ids, value, mean, seeds, seen)
+    cause = _cause(claim, ids, mean, seen) if mean else ""
+    word, reason = _verdict(claim, ids, value, mean, cause, seeds, seen)
     return verdict(
         claim, seen, ids,
         protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
         interval=(mean.low, mean.high) if mean and not math.isnan(mean.low) else None,
-        published_parts=said, verdict=word, reason=reason,
+        published_parts=said, verdict=word, cause=cause, reason=reason,
         measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
     )  # fmt: skip
 
 
-def _verdict(claim: dict, ids: list[str], value: float, mean: Ratio | None, seeds, seen: Evidence) -> tuple[str, str]:
+def _verdict(
+    claim: dict, ids: list[str], value: float, mean: Ratio | None, cause: str, seeds, seen: Evidence
+) -> tuple[str, str]:
     if unjudged := not_judged(seen, ids):
         return unjudged
     if mean is None:
         return "invalid run", f"no {claim['metric']} was measured: nothing completed"
-    change = mean.value / value - 1
+    change, ends = mean.value / value - 1, [mean.low / value - 1, mean.high / value - 1]
     near = f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
-    behind = "".join(f"; {text}" for text in (_each_seed(claim, seeds, value), _causes(claim, seen)) if text)
+    told = (_each_seed(claim, seeds, value), _left_out(claim, seen), _causes(claim, seen))
+    behind = "".join(f"; {text}" for text in told if text)
     if why := without_gpu(seen):
         return "not run", f"{why}; {near}{behind}"
-    if not _within(claim, change):
+    if math.isnan(ends[0]):
+        ends = [change, change]
+    low, high = _allowed(claim)
+    if ends[1] < low or ends[0] > high:
         return "not reproduced", f"{near}, outside the tolerance of {claim['tolerance']:.0%}{behind}"
-    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
-        floor = load.value if math.isnan(load.low) else load.low
-        if mean.value > 1 and floor - 1 >= _MOST * (mean.value - 1):
-            return "reproduced, other cause", f"{near}; the offered load did it, not {claim['cause']}{behind}"
-    limit = seen.limit(ids[-1]).cause
-    if claim["cause"] == "the card" and not limit.startswith(("GPU", "unknown")):
-        return "reproduced, other cause", f"{near}; the limit was the {limit}, not {claim['cause']}{behind}"
-    return "reproduced", f"{near}{behind}"
+    if ends[0] < low or ends[1] > high:
+        return (
+            "undecided",
+            f"{near}; its interval is wider than the tolerance of {claim['tolerance']:.0%} and allows both answers{behind}",
+        )
+    return "reproduced, other cause" if cause.startswith("no") else "reproduced", f"{near}{behind}"
 
 
-def _within(claim: dict, change: float) -> bool:
-    """Whether a relative change from the published value is one that the claim allows."""
+def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
+    """Whether the stated cause holds: "no (the other one)", "undecided", or "" where nothing speaks against it."""
+    if claim["quantity"] == "ratio" and mean.value > 1 and (load := _load_alone(claim, seen)):
+        needed = _MOST * (mean.value - 1)
+        low, high = (load.value, load.value) if math.isnan(load.low) else (load.low, load.high)
+        return "no (the offered load)" if low - 1 >= needed else "undecided" if high - 1 >= needed else ""
+    if claim["cause"] == "the card":
+        others = {seen.limit(level).cause for level in ids if level in seen.summaries}
+        if not any(cause.startswith(("GPU", "KV", "unknown")) for cause in others):
+            return f"no (the {' or the '.join(sorted(others))})"
+    return ""
+
+
+def _left_out(claim: dict, seen: Evidence) -> str:
+    """The invalid seeds of a claim's levels, as text: nothing rests on them."""
+    sides = {(side, float(claim[side]["rate"])) for side in ("bf16", "fp8") if side in claim}
+    found = [
+        level_id
+        for level_id, s in seen.summaries.items()
+        if (s["level"]["variant"], float(s["level"]["rate"])) in sides and not s["valid"]
+    ]
+    return f"left out as INVALID: {', '.join(found)}" if found else ""
+
+
+def _allowed(claim: dict) -> tuple[float, float]:
+    """The relative changes from the published value, lowest and highest, that the claim allows."""
     low = -math.inf if claim["direction"] == "at most" else -claim["tolerance"]
     high = math.inf if claim["direction"] == "at least" else claim["tolerance"]
-    return low <= change <= high
+    return low, high
 
 
 def _each_seed(claim: dict, seeds, value: float) -> str:
@@ -177,7 +212,8 @@ def _each_seed(claim: dict, seeds, value: float) -> str:
     each = {seed: over[seed] / (under[seed] if under else 1.0) for seed in over if not under or seed in under}
     if len(each) < 2:
         return ""
-    answers = {_within(claim, one / value - 1) for one in each.values()}
+    low, high = _allowed(claim)
+    answers = {low <= one / value - 1 <= high for one in each.values()}
     shown = ", ".join(f"{one:.2f}×" if under else number(one) for one in each.values())
     return f"seeds {shown}{'' if len(answers) == 1 else ' (they disagree about the tolerance)'}"
 

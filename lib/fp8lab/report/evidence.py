@@ -137,22 +137,25 @@ class Evidence:
         return any(self.limit(level_id).cause not in ("offered load", "unknown") for level_id in ids)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def noise(self, metric: str, *, saturated: bool) -> Noise | None:
-        """The repeat-to-repeat noise of a metric, pooled over all rates and front ends with repeats.
+    def noise(self, metric: str, *, saturated: bool, burst: bool) -> Noise | None:
+        """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats.
 
-        Below saturation it is some tenths of a percent, beyond it several percent, so each has its own.
+        Below saturation it is some tenths of a percent, beyond it several percent, and a pile that grows scatters more
+        than one that was sent at once: each has its own. Where a kind has no repeats, those of the same saturation
+        stand in.
         """
-        groups = [
-            self.cells((bf16, fp8), rate, metric)
+        groups = {
+            (rate, bf16): self.cells((bf16, fp8), rate, metric)
             for bf16, fp8, _ in self.pairs()
             for rate in self.rates(bf16, fp8)
             if self.saturated(bf16, fp8, rate=rate) == saturated
-        ]
-        return pooled_noise(groups)
+        }
+        alike = [cells for (rate, _), cells in groups.items() if math.isinf(rate) == burst]
+        return pooled_noise(alike) or pooled_noise(list(groups.values()))
 
     def compare(self, over: str, under: str, rate: float, metric: str) -> Ratio | None:
         """`over` / `under` at one rate, paired by seed; None when they share none."""
-        noise = self.noise(metric, saturated=self.saturated(over, under, rate=rate))
+        noise = self.noise(metric, saturated=self.saturated(over, under, rate=rate), burst=math.isinf(rate))
         return ratio(self.seeds(over, rate, metric), self.seeds(under, rate, metric), noise)
 
 

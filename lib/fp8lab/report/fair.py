@@ -1,6 +1,7 @@
 """Tables of the fair comparison: equal load, ablation, what limited each level, and how far from the card's limit."""
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
 from ..errors import BadInput
@@ -9,6 +10,7 @@ from ..measure.compare import ABLATION, Ratio, contrast
 from ..measure.kv import paging_waste, reserving_waste
 from ..paths import repository_relative
 from ..runs import Run
+from ..shapes import most_running
 from ..tables import Table
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 
@@ -24,10 +26,12 @@ def emulated_note(run: Run) -> str:
     return "EMULATED GPU, nothing measured. " if run.emulated else ""
 
 
-def limits_table(run: Run) -> Table:
-    """What limited each level, the evidence, and whether the level counts."""
+def limits_table(run: Run, variants: Sequence[str] = ()) -> Table:
+    """What limited each level (of `variants`, or of all), the evidence, and whether the level counts."""
     seen, rows = evidence(run), []
     for level_id, summary in seen.summaries.items():
+        if variants and summary["level"]["variant"] not in variants:
+            continue
         limit = seen.limit(level_id)
         state = "VALID" if summary["valid"] else "INVALID"
         rows.append((level_id, limit.cause, limit.evidence, state))
@@ -70,7 +74,8 @@ def equal_load_table(run: Run) -> Table:
     seen = evidence(run)
     pairs = {front_end: (bf16, fp8) for bf16, fp8, front_end in seen.pairs()}
     rows = [
-        (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one), _said(one, better), one.model,
+        (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one),
+         _said(one, better) + _ramp_and_drain(seen, metric, pairs[front_end], rate, one), one.model,
          seen.parts(pairs[front_end], rate))
         for metric, (name, better) in METRICS.items()
         for front_end, rate, one in equal_load_ratios(seen, metric)
@@ -99,7 +104,7 @@ def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str,
         for rate in seen.rates(*names):
             cells = {names[name]: values for name, values in seen.cells(names, rate, metric).items()}
             if len(cells) == len(names):
-                noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate))
+                noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate), burst=math.isinf(rate))
                 for effect, weights in ABLATION.items():
                     if one := contrast(cells, weights, noise):
                         found.append((front_end, rate, effect, one))
@@ -111,10 +116,11 @@ def ablation_table(run: Run) -> Table:
     seen = evidence(run)
     suffixes = {front_end: suffix for suffix, front_end in FRONT_ENDS.items()}
     rows = [
-        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one), _said(one, better),
-         seen.parts([variant + suffixes[front_end] for variant in ABLATION["interaction"]], rate))
+        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one),
+         _said(one, better) + _across_parts(seen, effect, suffixes[front_end], rate), parts)
         for metric, (name, better) in METRICS.items()
         for front_end, rate, effect, one in ablation_effects(seen, metric)
+        for parts in [seen.parts([variant + suffixes[front_end] for variant in ABLATION["interaction"]], rate)]
     ]  # fmt: skip
     caption = (
         f"{emulated_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
@@ -155,25 +161,30 @@ def kv_room(seen: Evidence) -> list[tuple[str, int, float, float, float | None]]
 
 
 def kv_table(run: Run) -> Table:
-    """What the KV cache can hold of this trace, against what ever ran at once."""
+    """What the KV cache can hold of this trace, against what ever ran at once and what vLLM's seats allow."""
     seen = evidence(run)
+    seats = {s["level"]["variant"]: most_running(s["server"]["command"]) for s in seen.summaries.values()}
     rows = [
-        (variant, f"{tokens:,}", f"{room:,.0f}", f"{most:,.0f}", "–" if fullest is None else f"{fullest:.0%}")
+        (variant, f"{tokens:,}", f"{room:,.0f}", show_number(seats[variant], 0), f"{most:,.0f}",
+         "–" if fullest is None else f"{fullest:.0%}")
         for variant, tokens, room, most, fullest in kv_room(seen)
-    ]
+    ]  # fmt: skip
     each = seen.kv_tokens_a_request()
     held = f"; a running request held {each:.0f} tokens on average" if each else ""
-    columns = ("variant", "KV cache, tokens", "requests it can hold", "most running", "fullest")
+    columns = ("variant", "KV cache, tokens", "requests it can hold", "--max-num-seqs", "most running", "fullest")
     return Table(f"{emulated_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
 
 
 def paging_table(run: Run) -> Table:
     """What paging leaves unused of the KV memory, against reserving a maximum, for this run's requests."""
     seen = evidence(run)
-    level = next((one for one in map(seen.level, seen.summaries) if one is not None), None)
+    # The level that the claim on it is judged by, where there is one.
+    ids = sorted(seen.summaries, key=lambda level_id: level_id != "fp8-100rps-r1")
+    level = next((one for one in map(seen.level, ids) if one is not None), None)
     if level is None:
         return Table(f"{emulated_note(run)}Run {run.path.name} holds no records", ("scheme", "empty"), [])
     rows = [("blocks of 16 tokens (PagedAttention)", f"{paging_waste(level.records):.1%}")]
+    rows.append(("the same, as published", "at most 4%"))
     rows += [(f"reserving {n:,} tokens a request", f"{reserving_waste(level.records, n):.0%}") for n in (2048, 8192)]
     return Table(
         f"{emulated_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}",
@@ -295,6 +306,25 @@ def _with_parts(caption: str, columns: tuple, rows: list[tuple]) -> tuple[str, t
 
 def _interval(one: Ratio) -> str:
     return "–" if math.isnan(one.low) else f"{one.low:.3f} to {one.high:.3f}"
+
+
+def _across_parts(seen: Evidence, effect: str, suffix: str, rate: float) -> str:
+    """A warning where an effect also compares parts of the run: where they do not cancel in its contrast."""
+    net: dict[str, float] = {}
+    for variant, weight in ABLATION[effect].items():
+        part = seen.parts([variant + suffix], rate)
+        net[part] = net.get(part, 0.0) + weight
+    return " (but it also compares parts of the run)" if len(net) > 1 and any(net.values()) else ""
+
+
+def _ramp_and_drain(seen: Evidence, metric: str, pair: tuple[str, str], rate: float, one: Ratio) -> str:
+    """What the steady state says of a throughput ratio where both variants kept up: there they deliver what is offered,
+    and a whole run's difference is its ramp and drain."""
+    if metric != "output_token_throughput" or not one.shown or seen.saturated(*pair, rate=rate):
+        return ""
+    bf16, fp8 = pair
+    steady = seen.compare(fp8, bf16, rate, "steady_output_token_throughput")
+    return f" (both kept up: in its ramp and drain; steady state {steady})" if steady else ""
 
 
 def _said(one: Ratio, better: str) -> str:
