@@ -73,6 +73,8 @@ def test_short_levels_do_not_show_whether_a_backlog_stays():
     (100, {"frontend_cpu_max_steady": 1.02}, "front end", "just kept up"),
     (60, {"gpu_util_steady": 0.6, "engine_cpu_max_steady": 1.0}, "engine", "engine 1.00"),
         (60, {"gpu_util_steady": 0.6}, "unknown", "no kernel running 40%"),
+    (60, {"gpu_util_steady": 0.6, "running_steady": 90.0}, "engine", "engine 0.60"),
+    (60, {"gpu_util_steady": 0.1, "engine_cpu_max_steady": 0.2, "running_steady": 90.0}, "unknown", "engine 0.20"),
     (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
     (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
     (60, {"preemptions": 12.0}, "KV capacity", "12 requests were preempted"),

@@ -10,6 +10,7 @@ from fp8lab import cli
 from fp8lab.evaluation import comparisons
 from fp8lab.measure.capacity import SLO, attains
 from fp8lab.measure.compare import ratio
+from fp8lab.measure.quality import distinguishable
 from fp8lab.measure.usage import frontend_us_per_token
 from fp8lab.paths import PROJECT
 from fp8lab.report.across import claims_across
@@ -105,10 +106,15 @@ def test_headline_numbers_are_those_of_the_recorded_run(text):
 def test_the_answers_are_those_of_the_recorded_run():
     held = comparisons(open_run(source="smollm2-h200"))
     for variant, name in {"fp8-weights": "FP8 weights", "fp8-kv": "FP8 KV cache, scale 1.0", "fp8": "both"}.items():
-        ratio, same = held[variant].perplexity_ratio, held[variant].top1_agreement.value
-        row = f"| {name} | {ratio.value:.3f}× ({ratio.low:.3f} to {ratio.high:.3f}) | {100 * same:.1f} % |"
+        one, floor = held[variant], held["bf16-again"]
+        ratio, same, length = one.perplexity_ratio, one.top1_agreement.value, one.output_ratio
+        row = f"| {name} | {ratio.value:.3f}× ({ratio.low:.3f} to {ratio.high:.3f}) | {100 * same:.1f} % "
+        row += f"| {one.same_prefix.value:.0f} tokens | "
+        differs = distinguishable("output_ratio", one, floor)
+        row += f"{length.value:.2f}× ({length.low:.2f} to {length.high:.2f}) |" if differs else "no difference shown |"
         assert row in README
-    assert f"{100 * held['bf16-again'].top1_agreement.value:.1f} %" in README
+    assert f"{100 * floor.top1_agreement.value:.1f} %" in README
+    assert f"after {floor.same_prefix.value:.0f} tokens" in " ".join(README.split())
 
 
 def test_the_chinese_readme_keeps_step():

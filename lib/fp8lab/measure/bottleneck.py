@@ -26,6 +26,7 @@ _LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
+_ENGINE_WORKS = 0.5
 # A few preemptions at a peak do not make the KV cache the limit: this share of the requests does.
 _PREEMPTED = 0.01
 # A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
@@ -125,9 +126,10 @@ def what_limited(
     if used.gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
     if used.gpu < _GPU_WAITS:
-        # Steps are launched by the engine process alone: a GPU that idles while requests run waits for it, whether it
-        # computes (near a full core) or waits in turn.
-        busy = used.full("engine") or (summary.get("running_steady") or 0) >= 1
+        # Steps are launched by the engine process alone: a GPU that idles while requests run waits for it. One that
+        # idles most of the time itself waits for something that was not sampled.
+        running = (summary.get("running_steady") or 0) >= 1
+        busy = used.full("engine") or (running and (used.cores["engine"] or 0) >= _ENGINE_WORKS)
         return Limit("engine" if busy else "unknown", evidence)
     if used.gpu < _GPU_FULL:
         return Limit("GPU and engine", evidence)
