@@ -85,6 +85,11 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path)
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_plan_with_nothing_left_says_so():
+    done = fp8lab("plan", "--run", "emulated-h100")
+    assert done.returncode == 0 and done.stdout.endswith("nothing is left to measure\n")
+
+
 def test_a_run_folder_of_another_profile_is_refused(tmp_path):
     run = open_run(tmp_path / "run", read_profile("tiny-cpu"))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}

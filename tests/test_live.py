@@ -26,6 +26,16 @@ def test_the_chart_shows_what_goes_on():
     assert drawn(picture).count("<polyline") == 4 and "EMULATED" not in drawn(picture)
 
 
+def test_what_is_not_known_yet_is_not_drawn():
+    chart = LiveChart("bf16-10rps-r1")
+    for at in (0.2, 0.6, 0.9):
+        picture = chart.add(progress(at))
+    assert "TTFT, ms –" in picture and "TTFT, ms: – (most –)" in drawn(picture) and 'points=""' in drawn(picture)
+    picture = chart.add(progress(1.5))
+    *_, ttft = re.findall(r'points="([^"]*)"', drawn(picture))
+    assert len(ttft.split()) == 1 and "nan" not in drawn(picture)
+
+
 def test_a_long_level_keeps_a_small_picture():
     chart = LiveChart("<long> (EMULATED GPU)")
     for second in range(2000):

@@ -30,6 +30,13 @@ def test_a_shared_run_opens_on_another_machine(home):
     assert open_run(source=archive).path == again.path  # unpacked once
 
 
+def test_a_run_of_answers_alone_is_shared_too(home):
+    run = open_run(source="smollm2-h200")
+    (page,), archive = share(run, home / "out", notebooks=notebooks.find("07_quality"))
+    assert not run.summaries() and page.read_text().count("<figure>") == 3
+    assert open_run(source=archive).read_parts("quality") == run.read_parts("quality")
+
+
 def test_nothing_measured_is_nothing_to_share(home):
     run = open_run(home / "run", read_profile("emulated-h100"))
     with pytest.raises(BadInput, match="nothing to share"):

@@ -21,3 +21,12 @@ def test_a_wide_table_scrolls_in_a_box_with_a_name_and_keeps_its_sentences_reada
         f'<div role="group" aria-label="{name}" tabindex="0" style="overflow-x:auto"><table><caption'
     )
     assert re.findall(r'min-width:12em">(\w+)</th>', page) == ["why"]
+
+
+def test_a_number_and_its_unit_stay_on_one_line_in_a_page():
+    table = Table("Use", ("level", "said"), [("fp8-weights-rust-infrps-r1", "60 % busy at 63 req/s; 5 samples")])
+    assert (
+        "60\xa0% busy at 63\xa0req/s; 5 samples" in table._repr_html_()
+        and "\xa0" not in repr(table) + table.to_markdown()
+    )
+    assert 'white-space:nowrap">fp8-weights-rust-infrps-r1' in table._repr_html_()

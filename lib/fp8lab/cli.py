@@ -14,7 +14,7 @@ from .errors import BadInput, Fp8labError
 EXAMPLES = {
     "": """
         fp8lab reproduce                          the whole story on this machine, front notebook and verdicts
-        fp8lab reproduce --notebook steps         the same, step by step, four notebooks
+        fp8lab reproduce --notebook steps         the same, step by step, six notebooks
         fp8lab serve fp8 --print-command          the exact vLLM command of a variant
         fp8lab quality                            what FP8 does to a trained model's answers
         fp8lab claims runs/latest                 the verdicts of a run
@@ -49,11 +49,13 @@ EXAMPLES = {
     "share": """
         fp8lab share runs/latest                         a page and an archive, in shared/
         fp8lab share runs/h200 --notebook front --notebook 05_fair_comparison --out ~/outbox
+        fp8lab share smollm2-h200 --notebook 07_quality  a run of answers
         fp8lab reproduce --source h200.zip               what the other side runs
     """,
     "batch": """
         fp8lab batch matrix.toml                         all of it; again: goes on where it stopped
         fp8lab batch matrix.toml --out runs/overnight
+        fp8lab batch data/batches/two-workloads.toml     an example that runs without a GPU
 
         matrix.toml:
           profiles  = ["h200-80gb", "mine.toml"]
@@ -209,7 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.")
     share.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
     share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")
-    share.add_argument("--notebook", action="append", metavar="N", help="as in reproduce (default: front); repeatable")
+    share.add_argument(
+        "--notebook",
+        action="append",
+        metavar="N",
+        help="as in reproduce (default: front, or 07_quality for a run without levels); repeatable",
+    )
     share.add_argument("--tokens", action="store_true", help="keep every token's timestamp in the archive")
 
     batch = command("batch", commands.batch, (

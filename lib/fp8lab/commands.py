@@ -41,7 +41,8 @@ def reproduce(args) -> None:
                 print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
             raise
         print(repository_relative(page))
-    print(claims_table(run))
+    print(claims_table(run, brief=True))
+    print(f"reasons: fp8lab claims {repository_relative(run.path)}")
 
 
 def measure(args) -> None:
@@ -112,7 +113,9 @@ def share(args) -> None:
     from .sharing import share as share_run
 
     run = open_run(source=args.run)
-    notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
+    # A run of answers alone has nothing for the front notebook to show.
+    told_by = "front" if run.summaries() else "07_quality"
+    notebooks = [path for name in args.notebook or [told_by] for path in find(name)]
     pages, archive = share_run(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
     for path in (*pages, archive):
         print(f"{repository_relative(path)}  {path.stat().st_size / 1e6:.1f} MB")

@@ -27,6 +27,9 @@ def level_seconds(profile: Profile, level: Level) -> float:
 def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = None) -> Table:
     """What is to be measured, server by server, with minutes; with a `run`, only what it lacks."""
     work = missing_work(run, profile, protocols)
+    caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
+    if not work:
+        return Table(caption, ("plan",), [("nothing is left to measure",)])
     rows, total = [], 0.0
     for variant, levels in work:
         seconds = _START_S[profile.device] + sum(level_seconds(profile, level) for level in levels)
@@ -39,4 +42,4 @@ def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = Non
         rows.append((variant, f"{len(levels)}", rates, f"{seconds / 60:.1f}"))
     rows.append(("together", f"{sum(len(levels) for _, levels in work)}", "", f"{total / 60:.1f}"))
     columns = ("variant (one server each)", "levels", "offered rates, requests/s", "minutes")
-    return Table(f"Plan of profile {profile.name}: {', '.join(protocols)}", columns, rows)
+    return Table(caption, columns, rows)

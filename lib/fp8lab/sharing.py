@@ -18,12 +18,13 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
     """Writes the pages and the archive of `run` into the folder `target`; (pages, archive).
 
     The notebooks are executed on the run as it is: nothing is measured. The archive holds provenance, records
-    and telemetry of every complete level, no logs, and token timestamps only with `tokens` (they are large).
+    and telemetry of every complete level, what was measured of quality, no logs, and token timestamps only with
+    `tokens` (they are large). Raises BadInput for a run that holds neither levels nor answers.
     """
     from .notebooks import execute
 
-    if not run.summaries():
-        raise BadInput(f"{run.path.name} holds no complete level yet: there is nothing to share")
+    if not run.summaries() and not run.read_parts("quality"):
+        raise BadInput(f"{run.path.name} holds no complete level and no answers yet: there is nothing to share")
     target.mkdir(parents=True, exist_ok=True)
     pages = []
     with tempfile.TemporaryDirectory() as scratch:

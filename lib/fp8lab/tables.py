@@ -10,9 +10,13 @@ from .text import visible
 
 # A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
 _NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
+# Where a line may not break in a page: between a number and its unit.
+_UNITS = "%|req/s|requests/s|tok/s|tokens/s|TB/s|TFLOP/s|GiB|KiB|GB|MB|ms|µs|s|min|W|J|tokens"
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+_BEFORE_UNIT = re.compile(rf"(?<=\d) (?=(?:{_UNITS})(?![\w/]))")
 _NUMERIC = "text-align:right;font-variant-numeric:tabular-nums"
 _TEXT = "text-align:left;white-space:normal"
-_NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 24
+_NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 32
 # A column of sentences stays readable where the page is narrow: the table then scrolls in its own box.
 _SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:12em"
 _CAPTION = "text-align:left;min-width:20em"
@@ -70,4 +74,4 @@ class Table:
 def _cell(text: str, style: str, scope: str = "") -> str:
     """A cell, with a `scope` the header of its row or column; a header needs a text."""
     tag, scope = ("th", f' scope="{scope}"') if scope and text else ("td", "")
-    return f'<{tag}{scope} style="{style}">{html.escape(text)}</{tag}>'
+    return f'<{tag}{scope} style="{style}">{html.escape(_BEFORE_UNIT.sub(_NO_BREAK, text))}</{tag}>'

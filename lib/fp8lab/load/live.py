@@ -30,7 +30,7 @@ class LiveChart:
             values = (sent, progress.in_flight, progress.tokens_per_s, progress.ttft_ms)
             self._at.append(progress.elapsed_s)
             for series, value in zip(self._series.values(), values, strict=True):
-                series.append(0.0 if math.isnan(value) else float(value))
+                series.append(float(value))
             if len(self._at) > _POINTS:  # every second sample says as much
                 del self._at[::2]
                 for series in self._series.values():
@@ -52,19 +52,25 @@ class LiveChart:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
             f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'
         )
-        told = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in self._series.items())
+        told = ", ".join(f"{name} {_said(values[-1])}" for name, values in self._series.items())
         alt = html.escape(f"{self._name} after {self._at[-1]:.0f} s: {told}", quote=True)
         data = base64.b64encode(svg.encode()).decode()
         return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}" style="max-width:100%">'
 
     def _panel(self, left: float, name: str, values: list[float]) -> str:
-        top, end = max(*values, 1e-9) * 1.1, max(self._at[-1], 1e-9)
+        # What is not known yet (TTFT before a first token) is no point of the line.
+        known = [(at, value) for at, value in zip(self._at, values, strict=True) if not math.isnan(value)]
+        most, end = max((value for _, value in known), default=math.nan), max(self._at[-1], 1e-9)
+        top = (most or 1.0) * 1.1
         points = " ".join(
-            f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}"
-            for at, value in zip(self._at, values, strict=True)
+            f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}" for at, value in known
         )
         return (
-            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {values[-1]:,.0f} (most {max(values):,.0f})</text>'
+            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {_said(values[-1])} (most {_said(most)})</text>'
             f'<line x1="{left}" y1="{18 + _HEIGHT}" x2="{left + _WIDTH}" y2="{18 + _HEIGHT}" stroke="#999"/>'
             f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/>'
         )
+
+
+def _said(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:,.0f}"
