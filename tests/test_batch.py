@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 
 import pytest
 
-from fp8lab.batch import load_matrix
+from fp8lab.batch import _Queue, _run, load_matrix, write_pages
 from fp8lab.errors import BadInput
+from fp8lab.files import write_json
+from fp8lab.paths import DATA
 from fp8lab.profiles import read_profile
 from fp8lab.runs import open_run
 
@@ -96,6 +99,45 @@ def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matr
     short = open_run(source=out / "small-short" / "run")
     assert short.profile.workload.trace == "random" and list(short.summaries()) == ["bf16-100rps-r1"]
     assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * (16 + 1)  # Llama's begin-of-text token
+
+
+def test_the_pages_name_the_job_and_link_the_log_of_one_that_failed(tmp_path):
+    jobs = {"emulated-h100": {"state": "done"}, "<broken>": {"state": "failed"}, "damaged": {"state": "failed"}}
+    write_json(tmp_path / "queue.json", {"jobs": jobs})
+    for name in jobs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").write_text("what was said\n")
+    for name in ("emulated-h100", "damaged"):
+        shutil.copytree(DATA / "recorded" / "emulated-h100", tmp_path / name / "run")
+    next((tmp_path / "damaged").glob("run/levels/*/summary.json")).write_text("{")
+    write_pages(tmp_path)
+    index, comparison = ((tmp_path / name).read_text() for name in ("index.html", "comparison.html"))
+    assert 'href="&lt;broken&gt;/log.txt"' in index and "emulated-h100/log.txt" not in index
+    assert "claims against emulated-h100:" in comparison and "run run" not in comparison
+    assert "EMULATED" in comparison and "Its run cannot be read" in comparison
+
+
+def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
+    queue = _Queue(tmp_path, ["a", "b", "c"])
+    assert queue.take() == ("a", 1) and queue.take() == ("b", 2)  # two GPUs
+    assert queue.finish("b", 1) == 1
+    assert "failed" in (tmp_path / "index.html").read_text()  # the pages follow each job
+    assert queue.take() == ("c", 3) and queue.take() is None
+    assert queue.finish("a", 0) == 2
+
+
+def test_a_jobs_output_is_in_its_log_and_in_the_terminal(tmp_path, capfd):
+    command = [sys.executable, "-c", "import sys; print('out', flush=True); sys.exit('why it failed')"]
+    (tmp_path / "log.txt").write_text("an earlier try\n")
+    assert _run(command, os.environ, tmp_path / "log.txt", shown=True) == 1
+    assert (tmp_path / "log.txt").read_text() == "an earlier try\nout\nwhy it failed\n"
+    assert capfd.readouterr().err == "out\nwhy it failed\n"
+
+
+def test_the_example_is_a_matrix_that_runs_without_a_gpu():
+    matrix = load_matrix(DATA / "batches" / "two-workloads.toml")
+    assert [name for name, _, _ in matrix.jobs()] == ["emulated-h100-chat", "emulated-h100-summaries"]
+    assert all(read_profile(profile).device == "emulated" for profile in matrix.profiles)
 
 
 def _queue(out):

@@ -3,7 +3,8 @@
 <batch folder>/queue.json           every job and its state: waiting, running, done, failed
 <batch folder>/<job>/profile.toml   what the job runs
 <batch folder>/<job>/run/           its run folder, which resumes by itself
-<batch folder>/index.html           all jobs; comparison.html: their levels side by side
+<batch folder>/<job>/log.txt        what its process said
+<batch folder>/index.html           all jobs; comparison.html: their levels side by side; both as of the last job that ended
 """
 
 import contextlib
@@ -13,19 +14,22 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
-from .errors import BadInput
+from .errors import BadInput, Fp8labError
 from .gpu import gpu_names
 from .notebooks import check_parameters, find
 from .paths import RUNS, repository_relative
 from .profiles import Level, read_profile
-from .runs import open_run, write_json
+from .runs import Run, open_run, write_json
 from .tables import Table
 
+_LOOK_S = 0.5
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
 
@@ -91,6 +95,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
     workers = [
         threading.Thread(target=_work, args=(queue, matrix, place, len(places) > 1), daemon=True) for place in places
     ]
+    write_pages(folder)
     try:
         for worker in workers:
             worker.start()
@@ -101,8 +106,6 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
         for worker in workers:
             worker.join()
         raise
-    finally:
-        write_pages(folder)
     print(repository_relative(folder / "index.html"))
     return 0 if all(job["state"] == "done" for job in queue.jobs.values()) else 1
 
@@ -122,17 +125,22 @@ class _Queue:
         self.jobs = {name: held[name] if name in done else {"state": "waiting"} for name in names}
         self._store()
 
-    def take(self) -> str | None:
+    def take(self) -> tuple[str, int] | None:
+        """The next job, and the how manyth it is to begin; None when none is left."""
         with self._lock:
             waiting = [name for name, job in self.jobs.items() if job["state"] == "waiting"]
             if self._closed or not waiting:
                 return None
             self._set(waiting[0], state="running")
-            return waiting[0]
+            return waiting[0], len(self.jobs) - len(waiting) + 1
 
-    def finish(self, name: str, exit_code: int) -> None:
+    def finish(self, name: str, exit_code: int) -> int:
+        """Notes how a job ended, in the pages too; returns how many have."""
+        # Within the lock: jobs that end together write the same pages.
         with self._lock:
             self._set(name, state="done" if exit_code == 0 else "failed", exit_code=exit_code)
+            write_pages(self.folder)
+            return sum(job["state"] in ("done", "failed") for job in self.jobs.values())
 
     def close(self) -> None:
         self._closed = True
@@ -150,19 +158,35 @@ def _work(queue: _Queue, matrix: Matrix, gpu: int | None, several: bool) -> None
     environment = dict(os.environ)
     if gpu is not None and several:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    while name := queue.take():
+    while taken := queue.take():
+        name, place = taken
         job = queue.folder / name
         command = [sys.executable, "-m", "fp8lab.cli", "reproduce", "--notebook", matrix.notebook]
         command += ["-p", "protocols", _toml(list(matrix.protocols))]
         command += ["--profile", str(job / "profile.toml"), "--run", str(job / "run")]
-        done = sum(one["state"] == "done" for one in queue.jobs.values())
-        print(f"[{done + 1}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
-        with open(job / "log.txt", "ab") as log:
-            output = {"stdout": log, "stderr": log} if several else {"stdout": log}
-            exit_code = subprocess.run(command, env=environment, check=False, **output).returncode
-        queue.finish(name, exit_code)
-        if exit_code:
-            print(f"{name} FAILED with exit code {exit_code}; its log: {job / 'log.txt'}", file=sys.stderr)
+        print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
+        exit_code = _run(command, environment, job / "log.txt", shown=not several)
+        ended = queue.finish(name, exit_code)
+        how = f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}" if exit_code else "done"
+        print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
+
+
+def _run(command: list[str], environment: Mapping[str, str], log: Path, *, shown: bool) -> int:
+    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code."""
+    # Read back from the file: a pipe would stay open for as long as anything that the job leaves behind.
+    with open(log, "ab") as output, open(log, encoding="utf-8", errors="replace") as said:
+        said.seek(0, os.SEEK_END)
+        job = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        while (exit_code := job.poll()) is None:
+            time.sleep(_LOOK_S)
+            _show(said, shown)
+        _show(said, shown)
+    return exit_code
+
+
+def _show(said: TextIO, shown: bool) -> None:
+    if shown:
+        print(said.read(), end="", file=sys.stderr, flush=True)
 
 
 def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
@@ -195,28 +219,20 @@ def _toml(value) -> str:
 
 def write_pages(folder: Path) -> None:
     """index.html (every job, its state and its page) and comparison.html (all levels side by side)."""
-    from .report.claims import claims_table
-
     jobs = json.loads((folder / "queue.json").read_text())["jobs"]
     items, rows, verdicts = [], [], []
     for name, job in jobs.items():
-        pages = sorted((folder / name / "run").glob("rendered/*.html"))
-        links = ", ".join(
-            f'<a href="{html.escape(str(p.relative_to(folder)))}">{html.escape(p.stem)}</a>' for p in pages
-        )
+        links = ", ".join(_links(folder, name, job["state"]))
         items.append(f"<tr><th scope='row'>{html.escape(name)}</th><td>{job['state']}</td><td>{links or '–'}</td></tr>")
         if not (folder / name / "run" / "run.json").is_file():
             continue
-        run = open_run(source=folder / name / "run")
-        mark = " (EMULATED)" if run.emulated else ""
-        for level_id, s in run.summaries().items():
-            numbers = (
-                (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
-                (s["mean_tpot_ms"], "{:.1f}"), (s.get("joules_per_output_token"), "{:.3f}"),
-            )  # fmt: skip
-            cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
-            rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
-        verdicts.append(f"<h2>{html.escape(name)}</h2>{claims_table(run)._repr_html_()}")
+        try:
+            run = open_run(source=folder / name / "run")
+            rows += _levels_of(run, name)
+            told = _verdicts_of(run, name)._repr_html_()
+        except Fp8labError as error:  # one damaged run must not end the others
+            told = f"<p>Its run cannot be read: {html.escape(str(error))}</p>"
+        verdicts.append(f"<h2>{html.escape(name)}</h2>{told}")
     head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
     table = f"<table>{head}{''.join(items)}</table>"
     scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
@@ -227,6 +243,36 @@ def write_pages(folder: Path) -> None:
         Table("Every level of every run", columns, rows)._repr_html_() if rows else "<p>Nothing is measured yet.</p>"
     )
     _write_page(folder / "comparison.html", f"Batch {folder.name}: comparison", levels + "".join(verdicts))
+
+
+def _links(folder: Path, name: str, state: str) -> list[str]:
+    """A job's pages; with them its log when it failed."""
+    pages = [(page.stem, page) for page in sorted((folder / name / "run").glob("rendered/*.html"))]
+    log = folder / name / "log.txt"
+    if state == "failed" and log.is_file():
+        pages.append(("log", log))
+    return [f'<a href="{html.escape(str(page.relative_to(folder)))}">{html.escape(text)}</a>' for text, page in pages]
+
+
+def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
+    rows, mark = [], " (EMULATED)" if run.emulated else ""
+    for level_id, s in run.summaries().items():
+        numbers = (
+            (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
+            (s["mean_tpot_ms"], "{:.1f}"), (s.get("joules_per_output_token"), "{:.3f}"),
+        )  # fmt: skip
+        cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
+        rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
+    return rows
+
+
+def _verdicts_of(run: Run, name: str) -> Table:
+    """The claims against a job's run; every run's folder has the same name, so the job's stands in its place."""
+    from .report.claims import claims_table
+    from .report.fair import emulated_note
+
+    caption = f"{emulated_note(run)}The published claims against {name}: {run.profile.title}"
+    return replace(claims_table(run), caption=caption)
 
 
 def _write_page(path: Path, title: str, body: str) -> None:
