@@ -1,9 +1,10 @@
+import itertools
 import json
 
 import pytest
 
 from fp8lab.profiles import read_profile
-from fp8lab.report import claims, figures, show
+from fp8lab.report import background_figures, claims, figures, show
 from fp8lab.runs import open_run, write_json
 
 # What the published experiment reports, as if a run had measured just that.
@@ -167,6 +168,36 @@ def test_figures_draw_what_there_is(run, draw, levels):
     page = shown._repr_html_()
     assert page.startswith("<figure><img src=") and 'alt="' in page and "<figcaption>" in page
     assert "published" in shown.alt.lower() or "published" in shown.caption.lower()
+
+
+def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
+    drawn = {name: background_figures.memory(open_run(source=name)) for name in ("h100-80gb", "h200-80gb")}
+    said = {name: [text.get_text() for text in one.canvas.axes[0].texts] for name, one in drawn.items()}
+    assert {"vLLM's share 71.6", "the card 79.6"} <= set(said["h100-80gb"])
+    assert "vLLM's share 71.3" in said["h200-80gb"]  # held to the memory of a smaller card
+    assert not any(text.startswith("the card") for text in said["h200-80gb"])
+
+
+def test_a_colour_of_a_variant_means_that_variant():
+    lines = background_figures.batching(open_run(source="h200-80gb")).canvas.axes[0].lines
+    assert len(lines) >= 3 and not {line.get_color() for line in lines} & {color for color, _ in figures.STYLE.values()}
+
+
+def test_arithmetic_is_of_no_run():
+    drawn = background_figures.number_line()
+    assert "Run" not in drawn.caption and [t.get_text() for t in drawn.canvas.axes[0].get_xticklabels()][-1] == "16"
+
+
+def test_names_at_the_ends_of_lines_do_not_lie_on_each_other():
+    from matplotlib.text import Text
+
+    canvas, axes = figures.new_canvas(None, "How?")
+    axes.set(xlim=(0, 1), ylim=(0, 100))
+    figures.label_ends(axes, [("b", 0.5, 51, "#000"), ("a", 0.5, 50, "#000"), ("c", 0.5, 50.5, "#000")])
+    canvas.draw_without_rendering()
+    boxes = sorted((*Text.get_window_extent(note).intervaly, note.get_text()) for note in axes.texts)
+    assert [name for _, _, name in boxes] == ["a", "c", "b"]
+    assert all(below[1] <= above[0] for below, above in itertools.pairwise(boxes))
 
 
 def test_emulated_figures_say_so(tmp_path):

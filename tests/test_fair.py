@@ -7,10 +7,13 @@ import pytest
 import fp8lab as lab
 from fp8lab.errors import BadInput
 from fp8lab.measure.capacity import DEFAULT, MLPERF_SERVER
+from fp8lab.measure.compare import Ratio
 from fp8lab.profiles import read_profile
 from fp8lab.report import fair, fair_figures
 from fp8lab.report.evidence import evidence
+from fp8lab.report.forest import forest
 from fp8lab.runs import open_run
+from fp8lab.shapes import model_shape
 
 TABLES = [
     fair.limits_table, fair.validity_table, fair.equal_load_table, fair.ablation_table, fair.throughputs_table,
@@ -46,6 +49,30 @@ def test_figures_ask_a_question_and_say_what_is_seen(run, draw):
     if run.emulated:
         assert "EMULATED" in figure.caption
         assert any("EMULATED" in text.get_text() for text in figure.canvas.axes[0].texts)
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_an_alternative_text_can_be_read_out(run, draw):
+    assert len(draw(run).alt) <= 650
+
+
+def test_an_interval_beyond_the_axis_ends_in_an_arrow():
+    within = forest([open_run(source="h100-80gb")], "f", "How?", [("a", Ratio(1.2, 1.1, 1.3, 3, ""))], "ratio", "c")
+    beyond = forest([open_run(source="h100-80gb")], "f", "How?", [("a", Ratio(1.2, 0.1, 9.0, 3, ""))], "ratio", "c")
+    arrows = [[line.get_marker() for line in figure.canvas.axes[0].lines] for figure in (within, beyond)]
+    assert not {"<", ">"} & set(arrows[0]) and {"<", ">"} <= set(arrows[1])
+    assert "arrow" in beyond.canvas.axes[0].get_xlabel() and "arrow" not in within.canvas.axes[0].get_xlabel()
+
+
+def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
+    profile = read_profile("h100-80gb")
+    shape, card = model_shape(profile.model.shapes), profile.gpu
+    steps = fair_figures._steps(shape, context=400)
+    # One request's step multiplies each weight that it reads once: two FLOP for two bytes.
+    assert steps["decode for 1"] == pytest.approx(1, rel=0.01)
+    assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
+    told = fair_figures.roofline(open_run(source="h100-80gb")).caption
+    assert re.search(r"memory is the limit of decode for 1 .*; compute is the limit of prefill", told)
 
 
 def test_variants_are_told_apart_without_colour():

@@ -1,5 +1,7 @@
 """The article's background, computed from a run: what fills the card, and how batching fills its time."""
 
+import numpy as np
+
 from ..measure.metrics import concurrency_over_time
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
@@ -21,7 +23,7 @@ def memory(run: Run) -> Figure:
         for v in ("bf16", "fp8-weights", "fp8-kv", "fp8")
         if servers.get(v, {}).get("server", {}).get("kv_cache_tokens")
     ]
-    canvas, axes = new_canvas(run, "What fills the card's memory?", height=1.5 + 0.45 * max(1, len(variants)))
+    canvas, axes = new_canvas(run, "What fills the card's memory?", height=1.6 + 0.45 * max(1, len(variants)))
     axes.grid(axis="y", visible=False)
     for variant in variants if shape else ():
         server = servers[variant]["server"]
@@ -44,15 +46,35 @@ def memory(run: Run) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
+    told += _limits(axes, run)
     if names:
         canvas.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     caption = (
         "Weights and KV cache as vLLM reports them; the rest (activations, CUDA graphs, the driver) is what NVML counts "
-        "beside them, where a GPU was sampled. What FP8 takes from the weights, vLLM gives to the KV cache."
+        "beside them, where a GPU was sampled; some of it is outside vLLM's share. What FP8 takes from the weights, vLLM gives to the KV cache."
     )
     return Figure(
         "memory", canvas, f"Stacked bars. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(caption, run)
     )
+
+
+def _limits(axes, run: Run) -> list[str]:
+    """Draws what vLLM may take of the card, and the card's end unless the run was held far below it; both in words."""
+    card, words = run.profile.gpu, " ".join(run.profile.server.flags).replace("=", " ").split()
+    if card is None:
+        return []
+    limits = [("the card", card.memory_gib, "left")]
+    if "--gpu-memory-utilization" in words:
+        share = card.memory_gib * float(words[words.index("--gpu-memory-utilization") + 1])
+        limits = [("vLLM's share", share, "right"), *(limits if card.memory_gib < 1.3 * share else ())]
+    for name, gib, side in limits:
+        axes.axvline(gib, color=INK, lw=1)
+        axes.annotate(
+            f"{name} {gib:.1f}", (gib, 1), (3 if side == "left" else -3, 4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha=side, fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.set_xlim(0, max(axes.get_xlim()[1], limits[-1][1] * 1.16))
+    return [f"{name}: {gib:.1f} GiB" for name, gib, _ in limits]
 
 
 def batching(run: Run) -> Figure:
@@ -65,51 +87,46 @@ def batching(run: Run) -> Figure:
     told = "nothing is measured yet"
     if level is not None:
         times, in_flight = concurrency_over_time(level.records)
-        axes.step(times, in_flight, where="post", color=INK, lw=1.6, label="in flight for the client")
+        last = level.records["scheduled_s"].max()
+        axes.step(times, in_flight, where="post", color=INK, lw=1.6)
+        _name(axes, "in flight for the client", times, in_flight, 0.5 * last, (-50, 34))
         told = f"at most {in_flight.max():,.0f} in flight"
         if level.telemetry is not None and (sampled := level.telemetry.dropna(subset=["running"])).shape[0]:
-            axes.plot(
-                sampled["at_s"],
-                sampled["running"],
-                color="#0072B2",
-                ls="--",
-                marker=".",
-                ms=4,
-                label="running in the engine",
-            )
-            axes.plot(
-                sampled["at_s"],
-                sampled["waiting"],
-                color="#D55E00",
-                ls=":",
-                marker="x",
-                ms=4,
-                label="waiting in the engine",
-            )
+            axes.plot(sampled["at_s"], sampled["running"], color=GREY, ls="--", marker=".", ms=4)
+            axes.plot(sampled["at_s"], sampled["waiting"], color=GREY, ls=":", marker="x", ms=4)
+            _name(axes, "running in the engine", sampled["at_s"], sampled["running"], 0.7 * last, (0, -42))
+            _name(axes, "waiting in the engine", sampled["at_s"], sampled["waiting"], 0.5 * last, (0, 16))
             told += (
                 f", {sampled['running'].max():,.0f} running and {sampled['waiting'].max():,.0f} waiting in the engine"
             )
-        last = level.records["scheduled_s"].max()
         axes.axvline(last, color=GREY, lw=1)
         axes.annotate(
             "last arrival", (last, axes.get_ylim()[1]), (3, -10), textcoords="offset points", fontsize=8, color=GREY
         )
-        axes.legend(frameon=False, fontsize=8)
         told = f"Level {id}, offered {rate_name(level.level.rate)}: {told}"
     axes.set(xlabel="seconds", ylabel="requests", xlim=(0, None), ylim=(0, None))
     caption = (
         f"Level {id}. A request joins the running batch at the next step and leaves it with its last token; none waits "
         "for a batch to end. Between the solid and the dashed line: requests that had not reached the engine, or whose "
-        "last tokens had not left the front end."
+        "last tokens had not left the front end. In flight is the exact count at every instant; the peak in the table of "
+        "levels counts all that were in flight within a whole second."
     )
     return Figure("batching", canvas, f"Line chart. {told}.", caption_of(caption, run))
 
 
-def number_line(run: Run) -> Figure:
+def _name(axes, name: str, xs, ys, x: float, offset: tuple[float, float]) -> None:
+    """Names a line at `x`, `offset` points away."""
+    axes.annotate(
+        name, (x, np.interp(x, xs, ys)), offset, textcoords="offset points", ha="center", va="center", fontsize=8,
+        color=INK, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6},
+    )  # fmt: skip
+
+
+def number_line() -> Figure:
     """The positive values of the two FP8 formats up to 16, and how far each goes."""
     from ..measure.fp8 import FORMATS, largest, values
 
-    canvas, axes = new_canvas(run, "Which numbers do E4M3 and E5M2 have?", height=2.1)
+    canvas, axes = new_canvas(None, "Which numbers do E4M3 and E5M2 have?", height=2.1)
     axes.grid(axis="y", visible=False)
     told, top = [], 16
     for y, name in enumerate(FORMATS):
@@ -122,6 +139,8 @@ def number_line(run: Run) -> Figure:
         told.append(f"{name} has {between} values from 1 to below 2 and goes to {largest(name):,.0f}")
     axes.set_yticks(range(len(FORMATS)), list(FORMATS))
     axes.set_ylim(len(FORMATS) - 0.5, -0.5)
+    powers = (0, 1, 2, 4, 8, top)
+    axes.set_xticks(powers, [f"{power}" for power in powers])
     axes.set(xlabel="value (negative ones mirror these)", xlim=(-0.3, top + 3))
     caption = f"{'; '.join(told)}. A scale moves a tensor's largest value to the end of the line; what is small keeps its relative steps."
-    return Figure("number_line", canvas, f"Two number lines. {'; '.join(told)}.", caption_of(caption, run))
+    return Figure("number_line", canvas, f"Two number lines. {'; '.join(told)}.", caption)

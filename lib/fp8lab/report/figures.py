@@ -1,5 +1,6 @@
 """The four headline figures, drawn from level summaries. Each answers the question in its title."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -11,6 +12,8 @@ from .evidence import evidence
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
 INK, GREY = "#222222", "#767676"
+# What a screen reader can be asked to read aloud; a longer text is told in summary.
+LONGEST_ALT = 600
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def rate(run: Run) -> Figure:
     """Offered against completed request rate, both variants."""
     canvas, axes = new_canvas(run, "How much of the offered rate is completed?")
     claim = _claim("C3")["fp8"]
-    points, told = _points(run, "request_throughput"), []
+    points, told, ends = _points(run, "request_throughput"), [], []
     top = max([claim["rate"], *(x for variant in points.values() for x, _ in variant)]) * 1.15
     axes.plot([0, top], [0, top], color=GREY, lw=1, ls=":")
     axes.annotate(
@@ -51,15 +54,19 @@ def rate(run: Run) -> Figure:
         if not series:
             continue
         color, marker = STYLE[variant]
-        axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
+        axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6)
+        ends.append((variant, *series[-1], color))
         told += [f"{variant} completed {y:.1f} of {x:g} req/s" for x, y in series]
-    axes.plot(claim["rate"], claim["value"], marker="*", ms=13, mfc="white", mec=INK, ls="", label="published (FP8)")
-    axes.set(
-        xlabel="offered rate, requests/s", ylabel="completed rate, requests/s", xlim=(0, top), ylim=(0, top * 0.85)
-    )
-    axes.legend(frameon=False, loc="upper left")
+    # Behind what was measured, and large enough to be seen around a marker.
+    axes.plot(claim["rate"], claim["value"], marker="*", ms=17, mfc="white", mec=INK, ls="", zorder=1.5)
+    ends.append(("published (FP8)", claim["rate"], claim["value"], INK))
+    axes.set(xlabel="offered rate, requests/s", ylabel="completed rate, requests/s")
+    axes.set(xlim=(0, top * 1.15), ylim=(0, top * 0.85))
+    label_ends(axes, ends)
     caption = f"Completed rate over the whole run, drain tail included. Published: {claim['value']} of {claim['rate']} req/s (FP8)."
-    return Figure("rate", canvas, f"Line chart. {'; '.join(told)}.", caption_of(caption, run))
+    return Figure(
+        "rate", canvas, f"Line chart. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(caption, run)
+    )
 
 
 def tpot(run: Run) -> Figure:
@@ -120,8 +127,50 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(caption, run))
 
 
-def new_canvas(run: Run, title: str, height: float = 3.8):
-    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU."""
+def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
+    """Names lines at their right ends, (name, x, y, colour) each, instead of a legend. Names that would lie on each
+    other are moved apart; a thin line leads to each."""
+    axes.figure.draw_without_rendering()  # only then is known where things are
+    ends = sorted(ends, key=lambda end: end[2])
+    at = [axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi for _, x, y, _ in ends]
+    apart = list(itertools.accumulate(at, lambda below, own: max(own, below + 11)))
+    upward = sum(apart) / len(at) - sum(at) / len(at)
+    for (name, x, y, color), own, moved in zip(ends, at, apart, strict=True):
+        leader = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5}
+        axes.annotate(
+            name, (x, y), (24, moved - upward - own), textcoords="offset points", va="center", fontsize=8.5, color=color,
+            arrowprops=leader,
+        )  # fmt: skip
+
+
+def label_where_free(axes, points: list[tuple[str, float, float]]) -> None:
+    """Writes a name beside each of `points`, (name, x, y) each, where it lies on no other point and no other name."""
+    from matplotlib.text import Annotation
+
+    axes.figure.draw_without_rendering()
+    pixel, size = axes.figure.dpi / 72, 7
+    at = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
+    taken += [note.get_window_extent().extents for note in axes.texts if isinstance(note, Annotation)]
+    for (name, *point), (x, y) in zip(points, at, strict=True):
+        wide, high = 0.62 * size * len(name) * pixel, size * pixel
+        for side, left in (("left", x + 6 * pixel), ("right", x - 6 * pixel - wide)):
+            box = (left, y - high / 2, left + wide, y + high / 2)
+            if not any(_overlap(box, other) for other in taken):
+                offset = (6 if side == "left" else -6, 0)
+                axes.annotate(
+                    name, point, offset, textcoords="offset points", ha=side, va="center", fontsize=size, color=INK
+                )
+                taken.append(box)
+                break
+
+
+def _overlap(one: tuple, other: tuple) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def new_canvas(run: Run | None, title: str, height: float = 3.8):
+    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.4, height), layout="constrained")
@@ -130,7 +179,7 @@ def new_canvas(run: Run, title: str, height: float = 3.8):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-    if run.profile.device != "cuda":
+    if run and run.profile.device != "cuda":
         mark = "EMULATED" if run.emulated else "CPU"
         axes.text(
             0.5,

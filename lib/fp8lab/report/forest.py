@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from ..measure.compare import Ratio
 from ..runs import Run
-from .figures import GREY, INK, Figure, caption_of, new_canvas
+from .figures import GREY, INK, LONGEST_ALT, Figure, caption_of, new_canvas
+
+_LEFT, _RIGHT = 0.4, 2.5
 
 
 def forest(
@@ -17,9 +19,11 @@ def forest(
     caption: str,
     *,
     said: tuple[str, float] | None = None,
+    summary: str = "",
 ) -> Figure:
     """`rows` are (text, ratio), drawn from the top; filled where the interval leaves out 1. `said` is a (text, ratio)
-    without an interval, somebody else's, drawn first as a star. The page is marked when a run is EMULATED."""
+    without an interval, somebody else's, drawn first as a star. The page is marked when a run is EMULATED. `summary`
+    stands for the rows in the alternative text where they are too many to be read out."""
     shown = next((run for run in runs if run.profile.device != "cuda"), runs[0])
     lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)
     canvas, axes = new_canvas(shown, title, height=max(1.6, 0.9 + 0.24 * lines))
@@ -28,12 +32,18 @@ def forest(
     canvas.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     axes.grid(axis="y", visible=False)
     axes.axvline(1, color=INK, lw=1)
+    beyond = False
     texts = [text for text, _ in ([said] if said else []) + list(rows)]
     if said:
         axes.plot(said[1], 0, "*", color=INK, mfc="white", ms=12)
     for y, (_, one) in enumerate(rows, start=bool(said)):
         low, high = (one.value, one.value) if math.isnan(one.low) else (one.low, one.high)
-        axes.plot([low, high], [y, y], color=INK if one.shown else GREY, lw=2.2 if one.shown else 1.2)
+        color = INK if one.shown else GREY
+        axes.plot([low, high], [y, y], color=color, lw=2.2 if one.shown else 1.2)
+        ends = [(_LEFT, "<")] * (low < _LEFT) + [(_RIGHT, ">")] * (high > _RIGHT)
+        for end, arrow in ends:
+            axes.plot(end, y, arrow, color=color, ms=6, clip_on=False)
+        beyond = beyond or bool(ends)
         axes.plot(one.value, y, "o", color=INK, mfc=INK if one.shown else "white", ms=5)
     axes.set_yticks(range(len(texts)), texts, fontsize=7.5)
     axes.set_ylim(max(1, len(texts)) - 0.5, -0.5)
@@ -41,10 +51,13 @@ def forest(
     ticks = (0.5, 0.7, 1, 1.4, 2)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.4, 2.5)
-    axes.set_xlabel(f"{label}\n(filled: the interval leaves out 1)")
+    axes.set_xlim(_LEFT, _RIGHT)
+    arrows = ";\narrow: it goes on" if beyond else ""
+    axes.set_xlabel(f"{label}\n(filled: the interval leaves out 1{arrows})")
     told = [f"{text}: {one}" for text, one in rows] or ["nothing is measured yet"]
     if said:
         told.insert(0, f"{said[0]}: {said[1]:.2f}×")
     alt = "; ".join(told).replace("\n", " ")
+    if summary and len(alt) > LONGEST_ALT:
+        alt = summary
     return Figure(name, canvas, f"Ratios with intervals. {alt}.", caption_of(caption, *runs))

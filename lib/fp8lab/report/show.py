@@ -16,6 +16,8 @@ from ..tables import Table
 from . import across, background_figures, fair_figures, figures
 
 _PIXELS_PER_INCH = 200
+# Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
+_TALL_INCHES, _OWN_PAGE = 4.5, ";max-height:225mm"
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Shown:
     svg: str
     alt: str
     caption: str
+    tall: bool = False
 
     def _repr_html_(self) -> str:
         data = base64.b64encode(self.svg.encode()).decode()
-        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(self.alt)}" style="max-width:100%">'
+        style = f"max-width:100%{_OWN_PAGE * self.tall}"
+        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(self.alt)}" style="{style}">'
         return f"<figure>{image}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
 
     def __repr__(self) -> str:
@@ -67,7 +71,7 @@ def batching_figure(run: Run) -> Shown:
 
 def number_line_figure(run: Run) -> Shown:
     """The values that the two FP8 formats have."""
-    return _show(run, background_figures.number_line(run))
+    return _show(run, background_figures.number_line())
 
 
 def saturation_figure(run: Run) -> Shown:
@@ -239,4 +243,5 @@ def _show(run: Run, figure: figures.Figure) -> Shown:
             folder.mkdir(exist_ok=True)
             (folder / f"{figure.name}.svg").write_text(vector.getvalue())
             figure.canvas.savefig(folder / f"{figure.name}.png", dpi=_PIXELS_PER_INCH)
-    return Shown(vector.getvalue(), figure.alt, figure.caption)
+    tall = figure.canvas.get_figheight() > _TALL_INCHES
+    return Shown(vector.getvalue(), figure.alt, figure.caption, tall)
