@@ -25,12 +25,12 @@ _PAGE = """{%- extends "index.html.j2" -%}
 _SCROLLING = r'<figure><div class="figure-box" role="group" aria-label="figure" tabindex="0">\1</div>'
 # Read on a phone, printed, and by people who tell colours badly apart.
 _STYLE = """
-:root { --jp-mirror-editor-comment-color: #2f6060; --jp-mirror-editor-number-color: #060; }
+:root { --jp-mirror-editor-comment-color: #2f6060; --jp-mirror-editor-number-color: #060; --jp-mirror-editor-operator-color: #8000d0; }
 main { max-width: 75rem; margin: 0 auto; }
 main a { text-decoration: underline; }
 .figure-box { overflow-x: auto; }
 .highlight pre, .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media screen { .figure-box img { min-width: 520px; } }
+@media screen { .figure-box img { min-width: 520px; object-fit: contain; } }
 @media (max-width: 40rem) {
   body.jp-Notebook { padding: 0.5rem; }
   figure { margin: 1em 0; }

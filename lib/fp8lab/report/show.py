@@ -31,7 +31,7 @@ class Shown:
 
     def _repr_html_(self) -> str:
         data = base64.b64encode(self.svg.encode()).decode()
-        style = f"max-width:100%{_OWN_PAGE * self.tall}"
+        style = "max-width:100%" + (_OWN_PAGE if self.tall else "")
         image = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(self.alt)}" style="{style}">'
         return f"<figure>{image}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
 
@@ -243,5 +243,5 @@ def _show(run: Run, figure: figures.Figure) -> Shown:
             folder.mkdir(exist_ok=True)
             (folder / f"{figure.name}.svg").write_text(vector.getvalue())
             figure.canvas.savefig(folder / f"{figure.name}.png", dpi=_PIXELS_PER_INCH)
-    tall = figure.canvas.get_figheight() > _TALL_INCHES
+    tall = bool(figure.canvas.get_figheight() > _TALL_INCHES)
     return Shown(vector.getvalue(), figure.alt, figure.caption, tall)
