@@ -126,7 +126,7 @@ class _Queue:
         self._store()
 
     def take(self) -> tuple[str, int] | None:
-        """The next job, and the how manyth it is to begin; None when none is left."""
+        """The next job, and its place in the order of beginning; None when none is left."""
         with self._lock:
             waiting = [name for name, job in self.jobs.items() if job["state"] == "waiting"]
             if self._closed or not waiting:
