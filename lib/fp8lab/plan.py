@@ -8,19 +8,21 @@ from .profiles import Level, Profile
 from .runs import Run
 from .tables import Table
 
-# Rough and on the long side: starts as seen on two cores and on an H200 (compiling included), the rate at which one
-# front-end process drains what has piled up, and vLLM's client, which imports for long before it sends.
-_START_S = {"cuda": 100, "emulated": 35, "cpu": 45}
-_DRAIN_TOKENS_PER_S = 12_000
+# Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
+# prompts are read and one front-end process drains what has piled up, and vLLM's client, which imports for long.
+_START_S = {"cuda": 140, "emulated": 35, "cpu": 45}
+_PROMPT_TOKENS_PER_S = 40_000
+_DRAIN_TOKENS_PER_S = 10_000
 _TAIL_S = 4
 _CROSS_CHECK_START_S = 20
 
 
 def level_seconds(profile: Profile, level: Level) -> float:
     """About how many wall seconds one level takes, its cross-check included."""
-    tokens = sum(trace_for(profile, level).output_tokens)
+    trace = trace_for(profile, level)
     arrivals = 0.0 if math.isinf(level.rate) else level.requests / level.rate
-    load = (max(arrivals, tokens / _DRAIN_TOKENS_PER_S) + _TAIL_S) * profile.time_dilation
+    work = sum(trace.output_tokens) / _DRAIN_TOKENS_PER_S + sum(trace.prompt_tokens) / _PROMPT_TOKENS_PER_S
+    load = (max(arrivals, work) + _TAIL_S) * profile.time_dilation
     return 2 * load + _CROSS_CHECK_START_S if level.cross_check else load
 
 
