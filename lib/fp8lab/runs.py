@@ -16,7 +16,9 @@ import functools
 import itertools
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ from .tables import Table
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
 _LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
+# A recorded run's name is one folder's: no path, nothing hidden.
+_RECORDED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -260,15 +264,28 @@ class Run:
             write_json(self.path / "run.json", self.manifest)
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
-        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced."""
+        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced once the copy is
+        whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
+        as it was, when the disk is full."""
+        if not _RECORDED.fullmatch(name):
+            raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
         target = DATA / "recorded" / name
+        if target.resolve() == self.path.resolve():
+            raise BadInput(f"{name!r} is this recorded run itself; choose another name")
         if unknown := sorted(set(tokens) - set(self.summaries())):
             raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
-        shutil.rmtree(target, ignore_errors=True)
-        for file in self.files(tokens):
-            copy = target / file.relative_to(self.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        files = self.files(tokens)
+        with told(target):
+            DATA.joinpath("recorded").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
+                whole = Path(scratch, "whole")
+                for file in files:
+                    copy = whole / file.relative_to(self.path)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+                if target.exists():
+                    target.rename(Path(scratch, "earlier"))
+                whole.rename(target)
         return target
 
     def files(self, tokens: Sequence[str] = ()) -> list[Path]:
