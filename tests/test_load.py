@@ -1,7 +1,9 @@
 """The load generator against a server whose times are known and which commits faults."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -126,6 +128,42 @@ def test_the_level_ends_at_its_deadline():
         sent = send(url, fixed_length(4, output_tokens=1000), drain_timeout_s=1.0)
     assert time.monotonic() - began < 6
     assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in sent.outcomes)
+
+
+def test_a_closed_loop_ends_at_its_deadline_with_a_record_of_every_request():
+    with streaming_server("--itl-ms", "500") as url:
+        began = time.monotonic()
+        sent = send(url, fixed_length(6, output_tokens=1000), max_concurrency=2, workers=1, drain_timeout_s=1.0)
+    assert time.monotonic() - began < 6 and not sent.client.lost_workers
+    running, waiting = sent.outcomes[:2], sent.outcomes[2:]
+    assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in running)
+    assert all(outcome.error == "not sent: the level ended before its turn" for outcome in waiting)
+
+
+@pytest.fixture
+def full_queue():
+    """The URL of a server that accepts nobody and whose queue is full: who connects now waits in vain."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as held:
+        for _ in range(8):
+            client = held.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"idle_timeout_s": 1.0}, "no connection: not accepted within 1 s"),
+        ({"drain_timeout_s": 2.0}, "no connection: not accepted when the level ended"),
+        ({"drain_timeout_s": 2.0, "max_concurrency": 4}, "no connection: not accepted when the level ended"),
+    ],
+)
+def test_a_server_that_accepts_nobody_ends_the_level_in_time_and_in_words(full_queue, options, reason):
+    began = time.monotonic()
+    sent = send(full_queue, fixed_length(4), workers=2, **options)
+    assert time.monotonic() - began < 12
+    assert [outcome.error for outcome in sent.outcomes] == [reason] * 4 and not sent.client.lost_workers
 
 
 def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch):

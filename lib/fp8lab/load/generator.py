@@ -88,10 +88,11 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    `max_concurrency` caps what is in flight, which makes the level closed-loop. A stream fails after
-    `idle_timeout_s` without a byte, and `drain_timeout_s` after the last arrival all that still run do.
-    Once `problem()`, which must not wait, says why it should, the level ends early. A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
-    cannot work, LevelFailed when no worker could start, KeyboardInterrupt after ending the workers.
+    `max_concurrency` caps what is in flight, which makes the level closed-loop. A request fails after
+    `idle_timeout_s` without a connection or a byte, and `drain_timeout_s` after the last arrival all that still run
+    or wait for their turn do. Once `problem()`, which must not wait, says why it should, the level ends early. A
+    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
+    LevelFailed when a worker could not start, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
     due = np.asarray(due_s, dtype=float)
