@@ -2,18 +2,22 @@
 
 import contextlib
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from conftest import streaming_server
-from fp8lab.errors import BadInput, Stopped
+from fp8lab.errors import BadInput, LevelFailed, Stopped
 from fp8lab.load.generator import default_workers, self_check, send_load
 from fp8lab.load.level import measure_level
 from fp8lab.load.records import to_tables
@@ -186,6 +190,30 @@ def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch)
     assert len(sent.outcomes) == 200 and 0 < len(errors) < 150
     assert all("load worker" in error for error in errors)
     assert sent.client.lost_workers and self_check(np.zeros(1), np.ones(1), sent.client)
+
+
+def test_scratch_that_cannot_be_made_is_told_in_words(sse_url, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext("/nowhere"))
+    with pytest.raises(LevelFailed, match=r"worker 0 could not write to /nowhere/.* \(No such file.*\); make room"):
+        send(sse_url)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_scratch_that_fills_up_ends_the_level_and_says_so(sse_url, capfd):
+    """The limit on a file's size fails the workers' writes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_workers(progress):
+        for child in psutil.Process().children():
+            child.rlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+
+    began = time.monotonic()
+    sent = send(sse_url, due=np.linspace(0, 60, 20), workers=1, on_progress=limit_workers)
+    assert time.monotonic() - began < 20 and "Traceback" not in capfd.readouterr().err
+    lost = r"load worker 0 could not write to .*spool \(File too large\); make room"
+    assert re.match(lost, sent.client.lost_workers[0]) and len(sent.outcomes) == 20
+    assert all(re.match(f"lost: {lost}", outcome.error) for outcome in sent.outcomes if outcome.error)
+    assert sent.outcomes[-1].error
 
 
 def test_an_interrupt_ends_the_workers(sse_url):

@@ -1,11 +1,12 @@
 """One load worker: a process that sends its share of a schedule and writes down what comes back.
 
 It is started by the generator as `python -m fp8lab.load.worker`, takes a pickled Job on standard input,
-answers with JSON lines (ready, progress, end) on standard output, and appends pickled batches of outcomes
+answers with JSON lines (ready or unready, progress, end) on standard output, and appends pickled batches of outcomes
 to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
 """
 
 import asyncio
+import contextlib
 import gc
 import json
 import math
@@ -63,6 +64,7 @@ class Worker:
         self.slot = asyncio.Event()
         self.all_done = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.trouble: str | None = None
         self.spool = open(job.spool, "ab", buffering=1 << 20)  # noqa: SIM115 - closed in run()
 
     async def run(self) -> None:
@@ -85,8 +87,10 @@ class Worker:
             ticker.cancel()
             pulse.cancel()
             self.flush()
-            self.spool.close()
+            with contextlib.suppress(OSError):  # what it could not write is told already
+                self.spool.close()
             end = {
+                "trouble": self.trouble,
                 "cpu_s": time.process_time() - cpu,
                 "wall_s": monotonic() - start,
                 "stalls_s": sorted(self.stalls)[-20:],
@@ -238,11 +242,17 @@ class Worker:
                 self.stalls.append(late)
 
     def flush(self) -> None:
-        if self.ended:
-            batch, self.ended = self.ended, []
-            payload = pickle.dumps(batch, protocol=5)
+        """Appends what ended to the spool; when that cannot be written, the level is stopped."""
+        if self.trouble or not self.ended:
+            return
+        batch, self.ended = self.ended, []
+        payload = pickle.dumps(batch, protocol=5)
+        try:
             self.spool.write(struct.pack("<I", len(payload)) + payload)
             self.spool.flush()
+        except OSError as error:
+            self.trouble = unwritable(self.job.spool, error)
+            self.stopping.set()
 
     @staticmethod
     async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:
@@ -270,6 +280,11 @@ def read_spool(path: str) -> list[Outcome]:
     return outcomes
 
 
+def unwritable(spool: str, error: OSError) -> str:
+    """What is to be said of a worker that cannot keep its records."""
+    return f"could not write to {spool} ({error.strerror}); make room there, or name another folder in TMPDIR"
+
+
 def tell(kind: str, **values) -> None:
     sys.stdout.write(json.dumps({"kind": kind, **values}) + "\n")
     sys.stdout.flush()
@@ -280,7 +295,11 @@ def main() -> None:
     job = pickle.load(sys.stdin.buffer)
 
     async def run():
-        await Worker(job).run()
+        try:
+            worker = Worker(job)
+        except OSError as error:
+            return tell("unready", trouble=unwritable(job.spool, error))
+        await worker.run()
 
     uvloop.run(run())
 
