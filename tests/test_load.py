@@ -1,17 +1,23 @@
 """The load generator against a server whose times are known and which commits faults."""
 
+import contextlib
 import os
+import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from conftest import streaming_server
-from fp8lab.errors import BadInput, Stopped
+from fp8lab.errors import BadInput, LevelFailed, Stopped
 from fp8lab.load.generator import default_workers, self_check, send_load
 from fp8lab.load.level import measure_level
 from fp8lab.load.records import to_tables
@@ -128,6 +134,42 @@ def test_the_level_ends_at_its_deadline():
     assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in sent.outcomes)
 
 
+def test_a_closed_loop_ends_at_its_deadline_with_a_record_of_every_request():
+    with streaming_server("--itl-ms", "500") as url:
+        began = time.monotonic()
+        sent = send(url, fixed_length(6, output_tokens=1000), max_concurrency=2, workers=1, drain_timeout_s=1.0)
+    assert time.monotonic() - began < 6 and not sent.client.lost_workers
+    running, waiting = sent.outcomes[:2], sent.outcomes[2:]
+    assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in running)
+    assert all(outcome.error == "not sent: the level ended before its turn" for outcome in waiting)
+
+
+@pytest.fixture
+def full_queue():
+    """The URL of a server that accepts nobody and whose queue is full: who connects now waits in vain."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as held:
+        for _ in range(8):
+            client = held.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"idle_timeout_s": 1.0}, "no connection: not accepted within 1 s"),
+        ({"drain_timeout_s": 2.0}, "no connection: not accepted when the level ended"),
+        ({"drain_timeout_s": 2.0, "max_concurrency": 4}, "no connection: not accepted when the level ended"),
+    ],
+)
+def test_a_server_that_accepts_nobody_ends_the_level_in_time_and_in_words(full_queue, options, reason):
+    began = time.monotonic()
+    sent = send(full_queue, fixed_length(4), workers=2, **options)
+    assert time.monotonic() - began < 12
+    assert [outcome.error for outcome in sent.outcomes] == [reason] * 4 and not sent.client.lost_workers
+
+
 def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch):
     killed = []
 
@@ -148,6 +190,30 @@ def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch)
     assert len(sent.outcomes) == 200 and 0 < len(errors) < 150
     assert all("load worker" in error for error in errors)
     assert sent.client.lost_workers and self_check(np.zeros(1), np.ones(1), sent.client)
+
+
+def test_scratch_that_cannot_be_made_is_told_in_words(sse_url, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext("/nowhere"))
+    with pytest.raises(LevelFailed, match=r"worker 0 could not write to /nowhere/.* \(No such file.*\); make room"):
+        send(sse_url)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_scratch_that_fills_up_ends_the_level_and_says_so(sse_url, capfd):
+    """The limit on a file's size fails the workers' writes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_workers(progress):
+        for child in psutil.Process().children():
+            child.rlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+
+    began = time.monotonic()
+    sent = send(sse_url, due=np.linspace(0, 60, 20), workers=1, on_progress=limit_workers)
+    assert time.monotonic() - began < 20 and "Traceback" not in capfd.readouterr().err
+    lost = r"load worker 0 could not write to .*spool \(File too large\); make room"
+    assert re.match(lost, sent.client.lost_workers[0]) and len(sent.outcomes) == 20
+    assert all(re.match(f"lost: {lost}", outcome.error) for outcome in sent.outcomes if outcome.error)
+    assert sent.outcomes[-1].error
 
 
 def test_an_interrupt_ends_the_workers(sse_url):

@@ -11,7 +11,10 @@ import threading
 import time
 
 import pandas as pd
+import psutil
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import fp8lab as lab
 from conftest import marked, wait_for
@@ -272,6 +275,81 @@ def whole(level: Level):
     records = pd.concat([result.records] * 10).head(level.requests).reset_index(drop=True)
     summary = result.summary | {"requests": level.requests, "failures": {}}
     return dataclasses.replace(result, records=records, summary=summary)
+
+
+@pytest.fixture
+def level_folder(tmp_path):
+    """The folder of the only level of a run."""
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    run.write(make_result())
+    return run.path / "levels" / LEVEL.id
+
+
+def read_again(level_folder):
+    return open_run(source=level_folder.parents[1]).read(LEVEL)
+
+
+@pytest.mark.parametrize("name", ["records", "tokens"])
+def test_a_flipped_bit_in_any_column_is_found(level_folder, name):
+    path = level_folder / f"{name}.parquet"
+    whole_file = path.read_bytes()
+    group = parquet.ParquetFile(path).metadata.row_group(0)
+    for column in (group.column(number) for number in range(group.num_columns)):
+        damaged = bytearray(whole_file)
+        first = column.dictionary_page_offset or column.data_page_offset
+        damaged[first + column.total_compressed_size - 1] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(RunDamaged, match=rf"{name}\.parquet cannot be read .*--again {LEVEL.id}"):
+            read_again(level_folder)
+
+
+def test_no_damage_of_a_table_is_another_error(level_folder):
+    """Bits flipped anywhere, the description at the file's end included: the table or RunDamaged, nothing else."""
+    chance, found = random.Random(20260124), 0
+    for name in ("records", "tokens"):
+        path = level_folder / f"{name}.parquet"
+        whole_file = path.read_bytes()
+        for _ in range(300):
+            damaged = bytearray(whole_file)
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                assert len(read_again(level_folder).records) == 3
+            except RunDamaged:
+                found += 1
+        path.write_bytes(whole_file)
+    assert found > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("records", lambda t: t.drop(columns="chunks"), "it lacks chunks"),
+        ("records", lambda t: t.assign(chunks="many"), "holds chunks that are no numbers"),
+        ("tokens", lambda t: t.rename(columns={"at_s": "at"}), "it lacks at_s"),
+        ("tokens", lambda t: t.assign(at_s=[{"a": 1}] * len(t)).drop(columns="request"), "it lacks request"),
+    ],
+)
+def test_a_table_with_other_columns_is_damage(level_folder, name, change, reason):
+    path = level_folder / f"{name}.parquet"
+    change(pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(RunDamaged, match=f"{reason}.*--again {LEVEL.id}"):
+        read_again(level_folder)
+
+
+@pytest.mark.parametrize("name", ["records", "tokens", "telemetry"])
+def test_a_small_file_that_holds_gigabytes_is_refused_unread(level_folder, name):
+    path = level_folder / f"{name}.parquet"
+    columns = [*pd.read_parquet(level_folder / "records.parquet"), "at_s"]
+    million = pyarrow.table(dict.fromkeys(columns, pyarrow.nulls(1_000_000, pyarrow.int64())))
+    with parquet.ParquetWriter(path, million.schema, compression="zstd") as file:
+        for _ in range(20):
+            file.write_table(million)
+    assert path.stat().st_size < 1 << 20
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(RunDamaged, match="it holds 20,000,000 rows, .*: more than there can be"):
+        read_again(level_folder)
+    assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"', "[" * 100_000, '{"schema": 1}', '{"level": 3}'])

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import make_records
 from fp8lab import runs
-from fp8lab.errors import BadInput, RunDamaged, RunMismatch
+from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
 from fp8lab.measure.metrics import summarize
 from fp8lab.profiles import Level, read_profile
 from fp8lab.runs import LevelResult, open_run
@@ -161,6 +161,46 @@ def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):
     assert open_run(source="kept").read(Level(variant="fp8", rate=50, requests=3)).tokens is not None
     with pytest.raises(BadInput, match="no complete level x"):
         run.record("kept", tokens=["x"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../kept", "a/b", "ABSOLUTE", ".hidden", "x" * 65])
+def test_recording_under_what_is_no_name_is_refused_and_deletes_nothing(run, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(runs, "DATA", tmp_path / "data")
+    thesis = tmp_path / "mine" / "thesis.txt"
+    for file in (thesis, tmp_path / "data" / "claims.toml", tmp_path / "data" / "recorded" / "kept" / "run.json"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    run.write(make_result())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match="is no name"):
+        run.record(str(thesis.parent) if name == "ABSOLUTE" else name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_recording_a_recorded_run_onto_itself_is_refused_and_harmless(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "DATA", tmp_path)
+    run.write(make_result())
+    target = run.record("kept")
+    with pytest.raises(BadInput, match="'kept' is this recorded run itself"):
+        open_run(source="kept").record("kept")
+    assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
+    assert open_run(source="kept").record("other") != target
+
+
+def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "DATA", tmp_path / "data")
+    run.write(make_result())
+    run.record("kept")
+    before = sorted((tmp_path / "data").rglob("*"))
+
+    def disk_full(*_paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.shutil, "copyfile", disk_full)
+    with pytest.raises(NotWritten, match="No space left on device"):
+        run.record("kept")
+    assert sorted((tmp_path / "data").rglob("*")) == before
+    assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
 
 
 def test_provenance_names_no_host_and_no_user(run):

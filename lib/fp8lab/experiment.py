@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 
-from .errors import BadInput, ServerFailed
+from .errors import BadInput, Fp8labError, LevelFailed, ServerFailed
 from .load import vllm_bench
 from .load.generator import send_load
 from .load.level import measure_level
@@ -22,6 +22,10 @@ from .server.launch import Server, ServerInfo
 from .tables import Table
 from .text import visible
 from .traces import Trace, arrival_times, named_trace, sharegpt_like
+
+# What a cross-check may take beyond its planned seconds before its client counts as hung.
+_PATIENCE_S = 300.0
+_PATIENCE = 5
 
 
 class RecordedServer:
@@ -161,8 +165,9 @@ def measure(
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
     interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
     recorded run this only reads. Raises InUse when another process writes to the run, RunDamaged before anything is
-    started when a level of it cannot be read, and ServerFailed at the end when a server died under load: its further
-    levels are then missing, those of the other variants are there.
+    started when a level of it cannot be read. At the end, with all that could be measured there, raises ServerFailed
+    when a server did not start or died under load (its further levels are missing), LevelFailed when only a
+    cross-check failed.
     """
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
@@ -182,29 +187,53 @@ def measure(
                 raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}")
             work = []
         failed = [
-            said for variant, levels in work if (said := _measure_variant(run, profile, variant, levels, workers))
+            error for variant, levels in work for error in _measure_variant(run, profile, variant, levels, workers)
         ]
     if failed:
-        raise ServerFailed("; ".join(failed))
+        kind = ServerFailed if any(isinstance(error, ServerFailed) for error in failed) else LevelFailed
+        raise kind("\n".join(map(str, failed)))
     return [run.read(level) for level in asked]
 
 
-def _measure_variant(run: Run, profile: Profile, variant: str, levels: list[Level], workers: int | None) -> str | None:
-    """Measures `levels` on one server; what went wrong when it did not outlast them."""
-    with serve(profile, variant, run=run) as server:
-        warm_up(server)
-        for number, level in enumerate(levels):
-            if problem := server.problem():
-                left = ", ".join(level.id for level in levels[number:])
-                return f"the {variant} server did not last: {problem}; not measured: {left}"
-            load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
-            if level.cross_check and not server.problem():
+def _measure_variant(
+    run: Run, profile: Profile, variant: str, levels: list[Level], workers: int | None
+) -> list[Fp8labError]:
+    """Measures `levels` on one server; what went wrong on the way, which is no reason to leave out other variants."""
+    try:
+        server = start_server(profile, variant, run=run)
+    except ServerFailed as error:
+        StatusLine().done(f"{variant}: not measured, {str(error).partition(chr(10))[0]}")
+        return [ServerFailed(f"{error}\nnot measured: {_names(levels)}")]
+    with server:
+        return _measure_on(server, levels, run, workers)
+
+
+def _measure_on(server: Server, levels: list[Level], run: Run, workers: int | None) -> list[Fp8labError]:
+    failed: list[Fp8labError] = []
+    warm_up(server)
+    for number, level in enumerate(levels):
+        if problem := server.problem():
+            said = f"the {server.variant} server did not last: {problem}; not measured: {_names(levels[number:])}"
+            return [*failed, ServerFailed(said)]
+        load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+        if level.cross_check and not server.problem():
+            try:
                 cross_check(server, level, run)
-    return None
+            except LevelFailed as error:
+                StatusLine().done(f"{level.id}: no cross-check, {error}")
+                failed.append(LevelFailed(f"{level.id} has no cross-check: {error}"))
+    return failed
+
+
+def _names(levels: Sequence[Level]) -> str:
+    return ", ".join(level.id for level in levels)
 
 
 def cross_check(server: Server, level: Level, run: Run) -> dict:
-    """The same load once more with `vllm bench serve`, stored beside the level; returns its result."""
+    """The same load once more with `vllm bench serve`, stored beside the level; returns its result. Raises LevelFailed
+    when that client fails or hangs."""
+    from .plan import level_seconds  # a plan asks this module what is still to be done
+
     profile = server.profile
     if level.id in run.cross_checks():
         return run.cross_checks()[level.id]
@@ -213,6 +242,7 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
         tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        timeout_s=_PATIENCE_S + _PATIENCE * level_seconds(profile, level),
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(

@@ -5,12 +5,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from .errors import NotWritten, RunDamaged
+
+# More is damage: the likeliest tokens of every position of a text of three million tokens, the most that is stored.
+_MOST_ROWS = 1 << 26
+# A row holds numbers and, at the longest, a prompt's whole answer.
+_MOST_BYTES_A_ROW = 1 << 16
 
 
 def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
@@ -23,7 +28,8 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
                 floats = list(table.select_dtypes("floating"))
                 others = [column for column in table if column not in floats] if floats else True
                 table.to_parquet(
-                    path, compression="zstd", index=False, use_byte_stream_split=floats, use_dictionary=others
+                    path, compression="zstd", index=False, use_byte_stream_split=floats, use_dictionary=others,
+                    write_page_checksum=True,
                 )  # fmt: skip
                 sync(path)
 
@@ -76,11 +82,24 @@ def read_json(path: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
     return value
 
 
-def read_parquet(path: Path, remedy: str) -> pd.DataFrame:
+def read_parquet(path: Path, remedy: str, columns: Sequence[str] = (), most_rows: int = _MOST_ROWS) -> pd.DataFrame:
+    """A table that has `columns` and at most `most_rows` rows: more are refused unread, a small file can hold
+    gigabytes. Raises RunDamaged with the `remedy` for anything else."""
+    import pyarrow.parquet
+
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{path} cannot be read ({error}); {remedy}") from None
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            rows, size = sum(group.num_rows for group in groups), sum(group.total_byte_size for group in groups)
+            if rows > most_rows or size > _MOST_BYTES_A_ROW * (rows + 1):
+                raise ValueError(f"it holds {rows:,} rows, {size:,} bytes: more than there can be")
+            table = file.read().to_pandas()
+        if lacking := sorted(set(columns) - set(table)):
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        return table
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunDamaged(f"{path} cannot be read ({said[:300]}); {remedy}") from None
 
 
 def plain(value):

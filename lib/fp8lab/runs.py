@@ -16,7 +16,9 @@ import functools
 import itertools
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,14 @@ from .tables import Table
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
 _LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
+# The columns of its tables; see `load.records.to_tables`.
+_RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
+_RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
+_TOKENS = ("request", "at_s")
+# A day of telemetry, five times a second.
+_MOST_SAMPLES = 24 * 3600 * 5
+# A recorded run's name is one folder's: no path, nothing hidden.
+_RECORDED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -145,16 +155,23 @@ class Run:
             held = ", ".join(self.summaries()) or "none"
             raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
         folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
-        tables = [
-            read_parquet(path, remedy) if path.exists() or name == "records" else None
-            for name in ("records", "tokens", "telemetry")
-            for path in [folder / f"{name}.parquet"]
-        ]
-        if len(tables[0]) != summary["requests"]:
+        records = read_parquet(folder / "records.parquet", remedy, _RECORDS, most_rows=level.requests)
+        if len(records) != summary["requests"]:
             raise RunDamaged(
-                f"{folder / 'records.parquet'} holds {len(tables[0])} requests, its summary {summary['requests']}; {remedy}"
+                f"{folder / 'records.parquet'} holds {len(records)} requests, its summary {summary['requests']}; {remedy}"
             )
-        return LevelResult(level, summary, *tables)
+        try:
+            chunks = int(records["chunks"].sum())
+        except (TypeError, ValueError):
+            raise RunDamaged(f"{folder / 'records.parquet'} holds chunks that are no numbers; {remedy}") from None
+        tokens, telemetry = folder / "tokens.parquet", folder / "telemetry.parquet"
+        return LevelResult(
+            level,
+            summary,
+            records,
+            read_parquet(tokens, remedy, _TOKENS, most_rows=chunks) if tokens.exists() else None,
+            read_parquet(telemetry, remedy, most_rows=_MOST_SAMPLES) if telemetry.exists() else None,
+        )
 
     def write(self, result: LevelResult) -> None:
         """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
@@ -260,15 +277,28 @@ class Run:
             write_json(self.path / "run.json", self.manifest)
 
     def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
-        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced."""
+        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced once the copy is
+        whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
+        as it was, when the disk is full."""
+        if not _RECORDED.fullmatch(name):
+            raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
         target = DATA / "recorded" / name
+        if target.resolve() == self.path.resolve():
+            raise BadInput(f"{name!r} is this recorded run itself; choose another name")
         if unknown := sorted(set(tokens) - set(self.summaries())):
             raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
-        shutil.rmtree(target, ignore_errors=True)
-        for file in self.files(tokens):
-            copy = target / file.relative_to(self.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        files = self.files(tokens)
+        with told(target):
+            DATA.joinpath("recorded").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
+                whole = Path(scratch, "whole")
+                for file in files:
+                    copy = whole / file.relative_to(self.path)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+                if target.exists():
+                    target.rename(Path(scratch, "earlier"))
+                whole.rename(target)
         return target
 
     def files(self, tokens: Sequence[str] = ()) -> list[Path]:

@@ -1,11 +1,12 @@
 """Starts, loads and stops a server again and again: does anything grow?
 
     make soak                                        # 20 starts of the emulated server, at most 20 minutes
-    make soak ARGS="--starts 5 --minutes 3"
+    make soak ARGS="--starts 9 --minutes 8"
 
 After each stop it counts this process's memory, descriptors, threads and children, the files in the temporary
-folder and the processes of servers. The last line of standard output is one JSON document; exit code 1 when
-something grew. The first rounds are left out: imports and caches fill once.
+folder and the processes of servers. The last line of standard output is one JSON document; exit code 1, and why,
+when something grew, a request failed, or there were too few rounds to tell (fewer than 9). The first rounds are left
+out: imports and caches fill once.
 """
 
 import argparse
@@ -24,6 +25,9 @@ import fp8lab as lab
 from fp8lab.server import leftovers
 
 SETTLED = 3
+COMPARED = 3
+# The first rounds, the early ones and the late ones that are compared with them.
+ENOUGH = SETTLED + 2 * COMPARED
 # Allocators keep a little; a leak of one level's records would be twenty times as much.
 MEMORY_MIB = 8.0
 
@@ -61,12 +65,24 @@ def one_round(profile, number: int, run: lab.Run, requests: int) -> dict:
 
 def grew(rounds: list[dict]) -> list[str]:
     """What holds more at the end than after the first rounds."""
-    early, late = rounds[SETTLED : SETTLED + 3], rounds[-3:]
+    early, late = rounds[SETTLED : SETTLED + COMPARED], rounds[-COMPARED:]
     # Connections that a pool has not closed yet make descriptors come and go: a leak raises the least of them.
     found = [key for key in ("descriptors", "threads", "children", "server_processes", "temporary_files")
              if min(row[key] for row in late) > max(row[key] for row in early)]  # fmt: skip
     memory = median(row["memory_mib"] for row in late) - median(row["memory_mib"] for row in early)
     return found + (["memory_mib"] if memory > MEMORY_MIB else [])
+
+
+def problems(rounds: list[dict]) -> list[str]:
+    """Why these rounds do not show that nothing grows; empty when they do."""
+    found = []
+    if len(rounds) < ENOUGH:
+        found.append(f"only {len(rounds)} rounds, at least {ENOUGH} are needed: more --starts or --minutes")
+    elif growth := grew(rounds):
+        found.append(f"grew: {', '.join(growth)}")
+    if failed := sum(row["failed"] for row in rounds):
+        found.append(f"{failed} requests failed")
+    return found
 
 
 def main() -> int:
@@ -88,20 +104,21 @@ def main() -> int:
             rounds.append(one_round(profile, len(rounds), run, args.requests) | counts(temporary))
             print(f"{len(rounds)}: {json.dumps(rounds[-1])}", file=sys.stderr, flush=True)
     tempfile.tempdir = None
-    growth = grew(rounds) if len(rounds) > SETTLED + 3 else []
-    settled = rounds[min(SETTLED, len(rounds) - 1)]
+    found = problems(rounds)
+    seen = {} if not rounds else {
+        "start_s": median(row["start_s"] for row in rounds),
+        "stop_s_most": max(row["stop_s"] for row in rounds),
+        "after_round": {str(n): rounds[n - 1] for n in (min(SETTLED + 1, len(rounds)), len(rounds))},
+    }  # fmt: skip
     print(json.dumps({
         "profile": profile.name,
         "starts": len(rounds),
         "minutes": (time.monotonic() - began) / 60,
         "failed_requests": sum(row["failed"] for row in rounds),
-        "start_s": median(row["start_s"] for row in rounds),
-        "stop_s_most": max(row["stop_s"] for row in rounds),
-        "after_round": {str(SETTLED + 1): settled, str(len(rounds)): rounds[-1]},
-        "grew": growth,
-        "enough_rounds": len(rounds) > SETTLED + 3,
+        **seen,
+        "problems": found,
     }))  # fmt: skip
-    return 1 if growth else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import BadInput, LevelFailed
 from ..traces import Trace
 from .stream import Endpoint, Outcome
 from .team import ClientReport, Team
@@ -88,10 +88,11 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    `max_concurrency` caps what is in flight, which makes the level closed-loop. A stream fails after
-    `idle_timeout_s` without a byte, and `drain_timeout_s` after the last arrival all that still run do.
-    Once `problem()`, which must not wait, says why it should, the level ends early. A failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that
-    cannot work, LevelFailed when no worker could start, KeyboardInterrupt after ending the workers.
+    `max_concurrency` caps what is in flight, which makes the level closed-loop. A request fails after
+    `idle_timeout_s` without a connection or a byte, and `drain_timeout_s` after the last arrival all that still run
+    or wait for their turn do. Once `problem()`, which must not wait, says why it should, the level ends early. A
+    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
+    LevelFailed when a worker could not start, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
     due = np.asarray(due_s, dtype=float)
@@ -106,8 +107,7 @@ def send_load(
         expected = tokens / span / time_dilation if span else _BURST_CHUNKS_PER_S / time_dilation
         workers = default_workers(expected)
     workers = min(workers, len(trace), max_concurrency or len(trace))
-    _sweep()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch:
+    with scratch_folder() as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, (span + drain_timeout_s) * time_dilation)  # fmt: skip
         with team:
@@ -145,12 +145,17 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     return problems
 
 
-def _sweep() -> None:
-    """Removes what killed processes of this user left in the temporary folder."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def scratch_folder() -> tempfile.TemporaryDirectory:
+    """A temporary folder, for a `with` statement; removes those that killed processes of this user left. Raises
+    LevelFailed when none can be made."""
+    try:
+        for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
+    except OSError as error:
+        raise LevelFailed(f"no temporary folder can be made ({error.strerror}); name another in TMPDIR") from None
 
 
 def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: float) -> Progress:

@@ -43,7 +43,7 @@ class Team:
         self.ends: list[dict | None] = [None] * workers
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
         self.indices: list[list[int]] = []
-        self.lost: list[str] = []
+        self.troubles: dict[int, str] = {}
         self.deadline = deadline
         address = endpoint.resolve()
         burst = int((due_wall < due_wall[0] + 0.5).sum())
@@ -91,8 +91,11 @@ class Team:
 
     def wait_until_ready(self):
         for number, process in enumerate(self.processes):
-            if not process.stdout.readline():
+            line = process.stdout.readline()
+            if not line:
                 raise LevelFailed(f"load worker {number} ended with exit code {process.wait()} before it was ready")
+            if trouble := json.loads(line).get("trouble"):
+                raise LevelFailed(f"load worker {number} {trouble}")
 
     def start(self) -> float:
         start = time.monotonic() + 0.02
@@ -122,7 +125,7 @@ class Team:
                         selector.unregister(key.fileobj)
                         if self.ends[number] is None:
                             code = self.processes[number].wait()
-                            self.lost.append(f"load worker {number} died (exit code {code})")
+                            self.troubles[number] = f"died (exit code {code})"
                 if problem():
                     self.end_early()
                 now = time.monotonic() - start
@@ -139,17 +142,20 @@ class Team:
     def _line(self, number: int, message: dict) -> None:
         if message["kind"] == "end":
             self.ends[number] = message
+            if message["trouble"]:
+                self.troubles[number] = message["trouble"]
             message = message | {"in_flight": 0, "streaming": 0, "ttft_sum": self.last[number].get("ttft_sum", 0.0)}
         elif "cpu_s" in message:
             self.cpu_marks[number].append((message["at"], message["cpu_s"]))
         self.last[number] = message
 
     def outcomes(self) -> list[Outcome]:
-        """One outcome for every request, also for those whose worker died."""
+        """One outcome for every request, also for those whose worker died or could not keep them."""
         found = {o.index: o for spool in self.spools if spool.exists() for o in read_spool(str(spool))}
         for number, indices in enumerate(self.indices):
+            lost = f"lost: load worker {number} {self.troubles.get(number, 'left no record of it')}"
             for index in indices:
-                found.setdefault(index, Outcome(index, 0, error=f"load worker {number} died before it ended"))
+                found.setdefault(index, Outcome(index, 0, error=lost))
         return [found[index] for index in sorted(found)]
 
     def report(self, start_delay_s: float) -> ClientReport:
@@ -161,7 +167,7 @@ class Team:
             busiest_core=max((busiest_second(marks) for marks in self.cpu_marks), default=0.0),
             stall_max_ms=1e3 * max((s for end in ends for s in end["stalls_s"]), default=0.0),
             start_delay_s=start_delay_s,
-            lost_workers=tuple(self.lost),
+            lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
         )
 
 

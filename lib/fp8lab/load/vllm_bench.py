@@ -1,17 +1,22 @@
 """vLLM's own client, `vllm bench serve`, on the same server with the same trace: an independent cross-check."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from ..errors import LevelFailed
+from ..files import told
+from ..private import secrets_of
+from ..server import watchdog
 from ..traces import Trace
+from .generator import scratch_folder
 from .stream import Endpoint
 
 # By module, not by command: the CPU build's distribution has another name, which breaks the command.
@@ -28,6 +33,7 @@ def run(
     seed: int = 0,
     burstiness: float = 1.0,
     time_dilation: float = 1.0,
+    timeout_s: float = 3600.0,
 ) -> dict:
     """Offers `trace` at `rate` requests/s with vLLM's client; its result in this project's names, in model time.
 
@@ -35,11 +41,14 @@ def run(
 
     Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens,
     mean/p99 of ttft, tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a
-    core over a second) with client_cpu_s. Raises LevelFailed when the client fails.
+    core over a second) with client_cpu_s. The client ends with this process, however that ends. Raises LevelFailed
+    when it fails or takes more than `timeout_s` wall seconds.
     """
-    with tempfile.TemporaryDirectory(prefix="fp8lab-bench-") as folder:
-        dataset, result = Path(folder, "trace.json"), Path(folder, "result.json")
-        dataset.write_text(json.dumps(trace.to_sharegpt(begin_tokens=1)))
+    with scratch_folder() as folder:
+        dataset, result, log = (Path(folder, name) for name in ("trace.json", "result.json", "log"))
+        with told(dataset):
+            dataset.write_text(json.dumps(trace.to_sharegpt(begin_tokens=1)))
+            log.touch()
         command = [
             sys.executable, "-c", _RUN, "--backend", "openai", "--base-url", endpoint.base_url,
             "--endpoint", endpoint.path, "--model", endpoint.model, "--tokenizer", tokenizer,
@@ -49,30 +58,45 @@ def run(
             "--save-result", "--result-dir", folder, "--result-filename", "result.json",
         ]  # fmt: skip
         environment = os.environ | {"OPENAI_API_KEY": endpoint.api_key or ""}
-        with open(Path(folder, "log"), "w+") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            try:
-                marks = _cpu_marks(process)
-            finally:
-                process.kill()
-                process.wait()
-            if not result.is_file():
-                log.seek(0)
-                raise LevelFailed(f"vllm bench serve failed: {log.read()[-800:]}")
-        said = json.loads(result.read_text())
+        deadline = time.monotonic() + timeout_s
+        marks = _run_guarded(command, environment, log, deadline)
+        try:
+            said = json.loads(result.read_text())
+        except (OSError, ValueError):
+            how = f"did not end within {timeout_s:.0f} s" if time.monotonic() > deadline else "failed"
+            raise LevelFailed(f"vllm bench serve {how}: {log.read_text(errors='replace')[-800:]}") from None
     return _in_our_names(said, marks, time_dilation)
 
 
-def _cpu_marks(process: subprocess.Popen) -> list[tuple[float, float]]:
-    """(time, CPU seconds) of the client, five times a second until it ends."""
-    watched, marks = psutil.Process(process.pid), []
-    while process.poll() is None:
+def _run_guarded(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, deadline: float
+) -> list[tuple[float, float]]:
+    """Runs the client until it ends or the deadline has passed, under a watchdog, as a server is: see `_cpu_marks`."""
+    guard = [sys.executable, watchdog.__file__, "--log", str(log), "--grace", "2"]
+    guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
+    with subprocess.Popen(
+        [*guard, "--", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as process:
         try:
-            times = watched.cpu_times()
-        except psutil.NoSuchProcess:
-            break
-        marks.append((time.monotonic(), times.user + times.system))
-        time.sleep(0.2)
+            return _cpu_marks(process, deadline)
+        finally:
+            process.stdin.close()  # ends a client that still runs
+
+
+def _cpu_marks(guard: subprocess.Popen, deadline: float) -> list[tuple[float, float]]:
+    """(time, CPU seconds) of the guarded client, five times a second until it ends or the deadline has passed."""
+    marks = []
+    # A client that could not even be started has no pid.
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        client = psutil.Process(int(guard.stdout.readline().split()[1]))
+        while guard.poll() is None and time.monotonic() < deadline:
+            times = client.cpu_times()
+            marks.append((time.monotonic(), times.user + times.system))
+            time.sleep(0.2)
     return marks
 
 

@@ -1,13 +1,15 @@
 """One load worker: a process that sends its share of a schedule and writes down what comes back.
 
 It is started by the generator as `python -m fp8lab.load.worker`, takes a pickled Job on standard input,
-answers with JSON lines (ready, progress, end) on standard output, and appends pickled batches of outcomes
+answers with JSON lines (ready or unready, progress, end) on standard output, and appends pickled batches of outcomes
 to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
 """
 
 import asyncio
+import contextlib
 import gc
 import json
+import math
 import os
 import pickle
 import signal
@@ -26,6 +28,8 @@ TICK_S = 0.25
 _EARLY_S = 0.0005
 _STALL_S = 0.005
 _ENDLESS_CHUNKS = 10_000
+# Opening ahead only spares the first requests a wait; what does not open soon is tried again when it is needed.
+_OPEN_AHEAD_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Worker:
         self.job = job
         self.idle: list[Connection] = []
         self.busy: set[Connection] = set()
-        self.opening = 0
+        self.opening: set[asyncio.Task] = set()
+        self.deadline = math.inf
         self.ended: list[Outcome] = []
         self.counts = dict.fromkeys(("sent", "done", "failed", "tokens", "first_tokens"), 0)
         self.ttft_sum = 0.0
@@ -59,6 +64,7 @@ class Worker:
         self.slot = asyncio.Event()
         self.all_done = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.trouble: str | None = None
         self.spool = open(job.spool, "ab", buffering=1 << 20)  # noqa: SIM115 - closed in run()
 
     async def run(self) -> None:
@@ -67,6 +73,7 @@ class Worker:
         start = await self.wait_for_start()
         if start is None:
             return
+        self.deadline = start + self.job.deadline_s
         cpu = time.process_time()
         # A collection in the middle of a level would stall every stream; the records have no cycles.
         gc.disable()
@@ -74,15 +81,16 @@ class Worker:
         pulse = asyncio.create_task(self.pulse())
         try:
             await self.send_all(start)
-            await self.first_of(self.all_done, self.stopping, timeout=start + self.job.deadline_s - monotonic())
-            for connection in list(self.busy):
-                connection.fail("not finished when the level ended")
+            await self.first_of(self.all_done, self.stopping, timeout=self.deadline - monotonic())
+            await self.fail_unfinished()
         finally:
             ticker.cancel()
             pulse.cancel()
             self.flush()
-            self.spool.close()
+            with contextlib.suppress(OSError):  # what it could not write is told already
+                self.spool.close()
             end = {
+                "trouble": self.trouble,
                 "cpu_s": time.process_time() - cpu,
                 "wall_s": monotonic() - start,
                 "stalls_s": sorted(self.stalls)[-20:],
@@ -91,16 +99,29 @@ class Worker:
             for connection in self.idle:
                 connection.close()
 
+    async def fail_unfinished(self) -> None:
+        for connection in list(self.busy):
+            connection.fail("not finished when the level ended")
+        for task in self.opening:
+            task.cancel()
+        if self.opening:
+            await asyncio.wait(self.opening)
+
     async def open_connections(self) -> None:
         """Opens what the level will need at once; a refusal here shows again at the first request."""
         for begin in range(0, self.job.connections, 128):
             batch = range(begin, min(begin + 128, self.job.connections))
             opened = await asyncio.gather(
-                *(connect(self.job.endpoint, self.job.address, self.on_end) for _ in batch), return_exceptions=True
+                *(self.connect(min(_OPEN_AHEAD_S, self.job.idle_timeout_s)) for _ in batch), return_exceptions=True
             )
             self.idle += [connection for connection in opened if isinstance(connection, Connection)]
             if len(self.idle) < begin + len(batch):
                 return
+
+    async def connect(self, within_s: float) -> Connection:
+        """Raises OSError, also when the server does not accept in time: a full queue of it leaves one waiting."""
+        async with asyncio.timeout(within_s):
+            return await connect(self.job.endpoint, self.job.address, self.on_end)
 
     async def wait_for_start(self) -> float | None:
         """The shared start instant, or None when the generator went away."""
@@ -124,10 +145,10 @@ class Worker:
             while (wait := start + due - monotonic()) > _EARLY_S and not self.stopping.is_set():
                 await self.first_of(self.stopping, timeout=wait) if wait > 1.0 else await asyncio.sleep(wait)
                 burst = 0
-            while limit and len(self.busy) + self.opening >= limit and not self.stopping.is_set():
+            while limit and len(self.busy) + len(self.opening) >= limit and not self.ending():
                 self.slot.clear()
-                await self.first_of(self.slot, self.stopping)
-            if self.stopping.is_set():
+                await self.first_of(self.slot, self.stopping, timeout=self.deadline - monotonic())
+            if self.ending():
                 self.finish_unsent(index)
                 return
             self.start_request(request, Outcome(index, asked))
@@ -135,9 +156,13 @@ class Worker:
             if burst % 64 == 0:
                 await asyncio.sleep(0)  # a burst must not keep the answers waiting
 
+    def ending(self) -> bool:
+        return self.stopping.is_set() or monotonic() >= self.deadline
+
     def finish_unsent(self, index: int) -> None:
+        why = "was stopped" if self.stopping.is_set() else "ended before its turn"
         for unsent in self.job.indices[self.job.indices.index(index) :]:
-            self.record(Outcome(unsent, 0, error="not sent: the level was stopped"))
+            self.record(Outcome(unsent, 0, error=f"not sent: the level {why}"))
 
     def start_request(self, request: bytes, outcome: Outcome) -> None:
         self.counts["sent"] += 1
@@ -149,26 +174,31 @@ class Worker:
                 return
             connection.close()
         outcome.sent = monotonic()
-        self.opening += 1
-        self.connecting = asyncio.ensure_future(self.send_on_new(request, outcome))
+        self.send_on_new(request, outcome)
 
-    async def send_on_new(self, request: bytes, outcome: Outcome) -> None:
+    def send_on_new(self, request: bytes, outcome: Outcome) -> None:
+        self.opening.add(asyncio.create_task(self.open_and_send(request, outcome)))
+
+    async def open_and_send(self, request: bytes, outcome: Outcome) -> None:
+        within = self.job.idle_timeout_s
         try:
-            connection = await connect(self.job.endpoint, self.job.address, self.on_end)
+            connection = await self.connect(within)
         except OSError as error:
-            outcome.error = f"no connection: {error.strerror or error}"
+            outcome.error = f"no connection: {error.strerror or str(error) or f'not accepted within {within:g} s'}"
+            self.record(outcome)
+        except asyncio.CancelledError:
+            outcome.error = "no connection: not accepted when the level ended"
             self.record(outcome)
         else:
             self.busy.add(connection)
             connection.send(request, outcome)
         finally:
-            self.opening -= 1
+            self.opening.discard(asyncio.current_task())
 
     def on_end(self, connection: Connection, outcome: Outcome, retry: bytes | None) -> None:
         self.busy.discard(connection)
         if retry is not None:
-            self.opening += 1
-            self.connecting = asyncio.ensure_future(self.send_on_new(retry, outcome))
+            self.send_on_new(retry, outcome)
             return
         if connection.usable:
             self.idle.append(connection)
@@ -199,7 +229,7 @@ class Worker:
                 connection.fail(f"more than {endless(connection.outcome)} chunks; the stream does not end")
             self.flush()
             streaming = sum(len(c.outcome.chunks) for c in self.busy if c.outcome)
-            live = {"in_flight": len(self.busy) + self.opening, "streaming": streaming, "ttft_sum": self.ttft_sum}
+            live = {"in_flight": len(self.busy) + len(self.opening), "streaming": streaming, "ttft_sum": self.ttft_sum}
             tell("progress", at=now - start, cpu_s=time.process_time(), **self.counts, **live)
 
     async def pulse(self) -> None:
@@ -212,11 +242,17 @@ class Worker:
                 self.stalls.append(late)
 
     def flush(self) -> None:
-        if self.ended:
-            batch, self.ended = self.ended, []
-            payload = pickle.dumps(batch, protocol=5)
+        """Appends what ended to the spool; when that cannot be written, the level is stopped."""
+        if self.trouble or not self.ended:
+            return
+        batch, self.ended = self.ended, []
+        payload = pickle.dumps(batch, protocol=5)
+        try:
             self.spool.write(struct.pack("<I", len(payload)) + payload)
             self.spool.flush()
+        except OSError as error:
+            self.trouble = unwritable(self.job.spool, error)
+            self.stopping.set()
 
     @staticmethod
     async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:
@@ -244,6 +280,11 @@ def read_spool(path: str) -> list[Outcome]:
     return outcomes
 
 
+def unwritable(spool: str, error: OSError) -> str:
+    """What is to be said of a worker that cannot keep its records."""
+    return f"could not write to {spool} ({error.strerror}); make room there, or name another folder in TMPDIR"
+
+
 def tell(kind: str, **values) -> None:
     sys.stdout.write(json.dumps({"kind": kind, **values}) + "\n")
     sys.stdout.flush()
@@ -254,7 +295,11 @@ def main() -> None:
     job = pickle.load(sys.stdin.buffer)
 
     async def run():
-        await Worker(job).run()
+        try:
+            worker = Worker(job)
+        except OSError as error:
+            return tell("unready", trouble=unwritable(job.spool, error))
+        await worker.run()
 
     uvloop.run(run())
 
