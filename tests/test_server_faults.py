@@ -4,22 +4,47 @@ by a stand-in for vLLM where vLLM itself would be slow; the GPU's answers are co
 import dataclasses
 import json
 import os
+import pkgutil
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
-from fp8lab.errors import BadInput, InUse, ServerFailed
+from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.locks import Lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
+from fp8lab.server.launch import Server
+from fp8lab.server.scratch import Scratch, sweep
+
+
+@pytest.fixture
+def card(fake_vllm, tmp_path, monkeypatch):
+    """A function that sets what the GPU says, and a cuda profile on it."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+    def says(used_gib=0.5, processes=()):
+        (tmp_path / "nvml.json").write_text(json.dumps({"used_gib": used_gib, "processes": list(processes)}))
+
+    says()
+    fake_vllm()  # the environment of the stand-in
+    path = tmp_path / f"{tmp_path.name}.toml"
+    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
+    yield says, path
+    sys.modules.pop("pynvml", None)
 
 
 def start_fails(profile, tmp_path, variant="bf16", error=ServerFailed) -> tuple[str, float]:
@@ -96,6 +121,121 @@ def test_a_stale_server_that_slips_in_is_never_measured(fake_vllm, tmp_path):
     assert "is held by pid" in said and "answers models ['another'], not this start's 'bf16-" in said
 
 
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("fp8lab.server.launch.subprocess", "Popen"),
+        ("fp8lab.server.launch.log", "reported"),
+        ("fp8lab.server.launch.StatusLine", "done"),
+    ],
+    ids=["as the watchdog starts", "when it is ready", "at the last line"],
+)
+def test_ctrl_c_anywhere_in_a_start_leaves_nothing(fake_vllm, tmp_path, monkeypatch, where, name):
+    real = pkgutil.resolve_name(f"{where}.{name}")
+    interrupted = []
+
+    def interrupting(*args, **options):
+        value = real(*args, **options)
+        if not interrupted:
+            interrupted.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(f"{where}.{name}", interrupting)
+    said, _ = start_fails(lab.load_profile(str(fake_vllm("polite-family"))), tmp_path, error=Stopped)
+    assert interrupted and "nothing of it is left" in said
+
+
+def test_a_helper_that_ends_during_the_start_is_no_fault(fake_vllm, tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    pids = Server.pids
+    monkeypatch.setattr(Server, "pids", lambda server: (*pids(server), ended.pid))
+    with lab.serve(lab.load_profile(str(fake_vllm())), "bf16", log_path=tmp_path / "server.log") as server:
+        assert server.problem() is None and len(server._processes) == len(pids(server))
+
+
+def test_an_interrupted_stop_is_taken_up_again(card, tmp_path, monkeypatch):
+    _, path = card
+    profile = lab.load_profile(str(path))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    pids, wait = marked(profile.name), server._watchdog.wait
+    monkeypatch.setattr(server._watchdog, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert not server.alive and server.problem() == "the server was stopped"
+    monkeypatch.setattr(server._watchdog, "wait", wait)
+    server.stop()
+    nothing_left(profile.name, pids, within=1)
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()  # the GPU's lock is free
+
+
+def test_a_stop_waits_until_the_gpus_memory_is_free(card, tmp_path):
+    says, path = card
+    server = lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log")
+    says(40.0)
+    began, timer = time.monotonic(), threading.Timer(3.0, says)
+    timer.start()
+    server.stop()
+    assert not timer.is_alive() and 3 <= time.monotonic() - began < 6
+
+
+def test_memory_that_stays_in_use_is_told(card, tmp_path, monkeypatch):
+    says, path = card
+    monkeypatch.setattr("fp8lab.server.launch._MEMORY_WAIT_S", 0.5)
+    server = lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log")
+    says(40.0)
+    with pytest.warns(UserWarning, match="39.5 GiB of GPU memory are still in use"):
+        server.stop()
+    says()
+    lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log").stop()
+
+
+# The folder for a server's sockets.
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """A function that lists the folders there are; they lie in a place of this test's own."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return lambda: list((tmp_path / "tmp").glob("fp8lab-*"))
+
+
+def test_a_start_that_is_refused_leaves_no_folder(card, scratch, tmp_path):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    says(40.0)
+    start_fails(profile, tmp_path, error=InUse)
+    says()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten):
+        lab.start_server(profile, "bf16", log_path=tmp_path / "file" / "server.log")
+    assert scratch() == []
+
+
+def test_a_killed_watchdogs_folder_goes_with_the_stop_or_the_next_start(fake_vllm, scratch, tmp_path):
+    profile = lab.load_profile(str(fake_vllm()))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    (folder,) = scratch()
+    os.utime(folder, (0, 0))
+    sweep()
+    assert scratch() == [folder]  # in use
+    server._watchdog.kill()
+    server._watchdog.wait()
+    sweep()
+    assert scratch() == [folder]  # its owner still is there
+    server.stop()
+    assert scratch() == []
+    abandoned = Scratch()
+    os.close(abandoned.fd)
+    sweep()
+    assert scratch() == [Path(abandoned.path)]  # perhaps it is being made
+    os.utime(abandoned.path, (0, 0))
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()
+    assert scratch() == []
+
+
 # Under load.
 
 
@@ -168,26 +308,6 @@ def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path)
 
 
 # The GPU: one start at a time, and nobody else beside it.
-
-
-@pytest.fixture
-def card(fake_vllm, tmp_path, monkeypatch):
-    """A function that sets what the GPU says, and a cuda profile on it."""
-    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
-    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-
-    def says(used_gib=0.5, processes=()):
-        (tmp_path / "nvml.json").write_text(json.dumps({"used_gib": used_gib, "processes": list(processes)}))
-
-    says()
-    fake_vllm()  # the environment of the stand-in
-    path = tmp_path / f"{tmp_path.name}.toml"
-    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
-    yield says, path
-    sys.modules.pop("pynvml", None)
 
 
 def test_another_job_on_the_gpu_is_named_and_nothing_starts(card, tmp_path):
