@@ -20,6 +20,7 @@ import pytest
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
+from fp8lab.load.watch import Watch
 from fp8lab.locks import Lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
@@ -36,8 +37,10 @@ def card(fake_vllm, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
 
-    def says(used_gib=0.5, processes=()):
-        (tmp_path / "nvml.json").write_text(json.dumps({"used_gib": used_gib, "processes": list(processes)}))
+    def says(used_gib=0.5, processes=(), lost=False, handles=True):
+        said = {"used_gib": used_gib, "processes": list(processes), "lost": lost, "handles": handles}
+        (tmp_path / "new.json").write_text(json.dumps(said))
+        (tmp_path / "new.json").replace(tmp_path / "nvml.json")  # whole: it is read meanwhile
 
     says()
     fake_vllm()  # the environment of the stand-in
@@ -334,6 +337,40 @@ def test_a_job_that_comes_onto_the_gpu_during_a_level_makes_it_invalid(card, tmp
         says()
     assert not result.valid and "12.5 GiB of GPU memory" in result.summary["invalid_reason"]
     assert len(result.records) == 500 and result.records["sent_s"].max() < 8
+
+
+@pytest.mark.parametrize("loss", [{"lost": True}, {"lost": True, "handles": False}], ids=["silent", "gone"])
+def test_a_gpu_that_is_lost_during_a_level_makes_it_invalid(card, tmp_path, loss):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    timer = threading.Timer(2.5, lambda: says(**loss))
+    timer.start()
+    with pytest.warns(UserWarning, match="INVALID: the GPU cannot be read any more"):
+        result = lab.load_test(server, rate=50, requests=500)
+    assert len(result.records) == 500 and len(completed(result.records)) >= 50
+    assert result.records["sent_s"].max() < 8
+    # The rest of the telemetry went on.
+    seen = result.telemetry
+    assert seen["gpu_memory_gib"].notna().any() and seen["gpu_memory_gib"].isna().iloc[-1]
+    assert seen["at_s"].max() > seen.loc[seen["gpu_memory_gib"].notna(), "at_s"].max() + 0.3
+    assert seen["frontend_cpu"].iloc[-3:].notna().any()
+    with pytest.warns(UserWarning, match="whether its memory is free again is unknown"):
+        server.stop()
+    assert marked(profile.name) == []
+    with pytest.raises(BadInput, match="none is visible|cannot be read"):
+        lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    says()
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()
+
+
+def test_a_watch_that_fails_is_a_problem_and_no_error():
+    def fail():
+        raise ValueError("no such thing")
+
+    with Watch(fail) as watch:
+        pass
+    assert watch.problem() == "the server could not be watched any more: ValueError('no such thing')"
 
 
 def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):

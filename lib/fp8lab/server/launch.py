@@ -114,8 +114,8 @@ class Server:
             with contextlib.suppress(psutil.Error):
                 if process.status() == psutil.STATUS_STOPPED:
                     return f"the server's process {process.pid} was suspended (SIGSTOP)"
-        if self._gpu_lock and (new := [o for o in gpu.occupants() if o.pid not in self._gpu_pids]):
-            return f"another job came onto the GPU: {'; '.join(place.describe(o.pid, o.memory_gib) for o in new)}"
+        if said := self._gpu_problem():
+            return said
         try:
             status, text = self._ask("GET", "/health")
         except httpx.ConnectError:
@@ -125,6 +125,15 @@ class Server:
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
         return None if status == 200 else f"the server's engine failed: /health answers {status} {text[:200]}".strip()
+
+    def _gpu_problem(self) -> str | None:
+        if not self._gpu_lock:
+            return None
+        if self._memory_before is not None and gpu.memory_used_gib() is None:
+            return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
+        new = [o for o in gpu.occupants() if o.pid not in self._gpu_pids]
+        held = "; ".join(place.describe(o.pid, o.memory_gib) for o in new)
+        return f"another job came onto the GPU: {held}" if new else None
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
@@ -304,11 +313,14 @@ class Server:
         if self._memory_before is None:
             return
         deadline = time.monotonic() + _MEMORY_WAIT_S
-        while (left := gpu.memory_used_gib() - self._memory_before) > _MEMORY_TOLERANCE_GIB:
+        while (used := gpu.memory_used_gib()) is not None and used > self._memory_before + _MEMORY_TOLERANCE_GIB:
             if time.monotonic() > deadline:
+                left = used - self._memory_before
                 warnings.warn(f"{left:.1f} GiB of GPU memory are still in use after the server ended", stacklevel=3)
                 return
             time.sleep(0.25)
+        if used is None:
+            warnings.warn("the GPU cannot be read: whether its memory is free again is unknown", stacklevel=3)
 
 
 def start_server(

@@ -69,8 +69,11 @@ def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
 
 def take_gpu(what: str) -> Lock:
     """The lock on the GPU, for a server called `what`. Raises InUse when another start holds it, or when anything
-    computes on the card or fills it: a server beside it would not be measured alone."""
-    lock = Lock(cache_dir() / "locks" / f"{gpu.gpu_uuid()}.lock", f"the GPU (for {what})")
+    computes on the card or fills it: a server beside it would not be measured alone. BadInput for a card that is lost."""
+    uuid = gpu.gpu_uuid()
+    if uuid is None:
+        raise BadInput("the GPU cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
+    lock = Lock(cache_dir() / "locks" / f"{uuid}.lock", f"the GPU (for {what})")
     try:
         check_gpu()
     except BaseException:
