@@ -24,6 +24,7 @@ from fp8lab.load.watch import Watch
 from fp8lab.locks import Lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
+from fp8lab.server.ask import ask
 from fp8lab.server.launch import Server
 from fp8lab.server.scratch import Scratch, sweep
 
@@ -83,11 +84,15 @@ def test_a_flag_that_vllm_does_not_know(fake_vllm, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "phase"),
-    [("never-ready", "loading weights"), ("no-completion", "waiting for the first completion")],
+    [
+        ("never-ready", "loading weights"),
+        ("no-completion", "waiting for the first completion"),
+        ("drip-always", "waiting for the first completion"),
+    ],
 )
 def test_a_server_that_never_gets_ready_ends_at_its_deadline(fake_vllm, tmp_path, fault, phase):
     said, seconds = start_fails(lab.load_profile(str(fake_vllm(fault, timeout=2))), tmp_path)
-    assert f"was not ready within 2 s (last phase: {phase})" in said and seconds < 10
+    assert f"was not ready within 2 s (last phase: {phase})" in said and seconds < 6
 
 
 def test_a_long_line_in_the_log_costs_no_memory(fake_vllm, tmp_path):
@@ -106,8 +111,8 @@ def test_it_listens_here_only_and_wants_the_key_of_this_start(fake_vllm, tmp_pat
         lab.serve(profile, "fp8", log_path=tmp_path / "b.log") as b,
     ):
         assert a.api_key != b.api_key and a.model != b.model
-        a._http.headers["Authorization"] = f"Bearer {b.api_key}"
-        assert a._ask("GET", "/v1/models")[0] == 401
+        assert ask(a._port, "GET", "/v1/models", key=a.api_key, within=4)[0] == 200
+        assert ask(a._port, "GET", "/v1/models", key=b.api_key, within=4)[0] == 401
 
 
 def test_a_taken_port_names_who_holds_it(fake_vllm):
@@ -308,6 +313,36 @@ def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path)
     assert time.monotonic() - began < 15
     assert not result.summary["valid"] and 8 <= result.summary["completed"] < 40 == len(result.records)
     assert "requests failed, above 1%; most often with: no bytes for 2 s" in result.summary["invalid_reason"]
+
+
+@pytest.mark.parametrize("fault", ["drip-head", "drip-body"])
+def test_a_health_that_drips_does_not_hold_the_level(fake_vllm, tmp_path, fault):
+    with lab.serve(lab.load_profile(str(fake_vllm(fault))), "bf16", log_path=tmp_path / "server.log") as server:
+        began = time.monotonic()
+        result = lab.load_test(server, rate=20, requests=40)  # 2 s of arrivals
+        assert time.monotonic() - began < 2 + 4 + 4 + 3  # the look under way, the last one, and summing up
+        with pytest.raises(TimeoutError):
+            server._ask("GET", "/health", within=0.7)
+    assert result.valid and len(completed(result.records)) == 40
+
+
+def test_a_reply_that_is_none_is_an_oserror():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def talk():
+            connection, _ = listening.accept()
+            connection.recv(4096)
+            connection.sendall(b"\x00\x01 nonsense\r\n\r\n")
+            connection.close()
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        with pytest.raises(OSError, match="no HTTP reply: BadStatusLine"):
+            ask(port, "GET", "/health", key="k", within=4)
+        talker.join()
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "GET", "/health", key="k", within=4)
 
 
 # The GPU: one start at a time, and nobody else beside it.

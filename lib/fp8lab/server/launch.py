@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import shlex
@@ -14,7 +15,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx
 import psutil
 
 from .. import gpu
@@ -28,6 +28,7 @@ from ..progress import StatusLine
 from ..provenance import portable
 from ..tables import Table
 from . import leftovers, log, place, watchdog
+from .ask import ask
 from .command import HOST, build_command, build_environment
 from .scratch import Scratch, sweep
 
@@ -37,7 +38,6 @@ _MEMORY_WAIT_S = 30.0
 # A busy front end answers late; one that is silent for so long hangs.
 _HANG_S = 60.0
 _PROBE_S = 4.0
-_MAX_REPLY_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +80,12 @@ class Server:
         self._scratch: Scratch | None = None
         self._heard_at = 0.0
         self._stopping = self._ended = False
-        self._http = httpx.Client(
-            base_url=self.base_url,
-            headers={"Authorization": f"Bearer {self.api_key}"},
-            timeout=_PROBE_S,
-            trust_env=False,
-        )
 
     def metrics(self) -> str:
         """vLLM's own counters, in Prometheus' text format. Raises OSError when the server does not answer."""
         try:
             status, text = self._ask("GET", "/metrics")
-        except httpx.HTTPError as error:
+        except OSError as error:
             raise OSError(f"no metrics from {self.base_url}: {error}") from error
         if status != 200:
             raise OSError(f"no metrics from {self.base_url}: HTTP {status}")
@@ -118,9 +112,9 @@ class Server:
             return said
         try:
             status, text = self._ask("GET", "/health")
-        except httpx.ConnectError:
+        except ConnectionRefusedError:
             return "the server refuses connections"
-        except httpx.HTTPError as error:
+        except OSError as error:
             silent = time.monotonic() - self._heard_at
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
@@ -172,7 +166,6 @@ class Server:
             guard.stdout.close()
         if self._scratch:
             self._scratch.remove()
-        self._http.close()
 
     def __enter__(self) -> "Server":
         return self
@@ -272,10 +265,14 @@ class Server:
 
     def _answers(self, deadline: float) -> bool:
         """Whether this very server is ready: healthy, serving this start's name, able to complete."""
+
+        def patience(at_most: float = math.inf) -> float:
+            return min(at_most, max(1.0, deadline - time.monotonic()))
+
         try:
-            if self._ask("GET", "/health")[0] != 200:
+            if self._ask("GET", "/health", within=patience(_PROBE_S))[0] != 200:
                 return False
-            status, text = self._ask("GET", "/v1/models")
+            status, text = self._ask("GET", "/v1/models", within=patience(_PROBE_S))
             served = _served_names(text) if status == 200 else None
             if served != [self.model]:
                 said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
@@ -285,23 +282,15 @@ class Server:
                     f"end that process, or choose another port (log: {self.log_path})"
                 )
             body = {"model": self.model, "prompt": " time", "max_tokens": 2, "ignore_eos": True}
-            patience = max(1.0, deadline - time.monotonic())
-            status, text = self._ask("POST", "/v1/completions", json=body, timeout=patience)
-        except httpx.TransportError:
+            status, text = self._ask("POST", "/v1/completions", body=body, within=patience())
+        except OSError:
             return False
         if status != 200:
             raise ServerFailed(f"the first completion was refused: HTTP {status} {text[:300]}; log: {self.log_path}")
         return True
 
-    def _ask(self, method: str, path: str, **options) -> tuple[int, str]:
-        """(status, text) of a request; a text beyond 4 MiB is cut there."""
-        with self._http.stream(method, path, **options) as response:
-            text = bytearray()
-            for part in response.iter_bytes():
-                text += part
-                if len(text) > _MAX_REPLY_BYTES:
-                    break
-            return response.status_code, bytes(text[:_MAX_REPLY_BYTES]).decode(errors="replace")
+    def _ask(self, method: str, path: str, *, within: float = _PROBE_S, **options) -> tuple[int, str]:
+        return ask(self._port, method, path, key=self.api_key, within=within, **options)
 
     def _failure(self, command: list[str], how: str, seconds: float) -> str:
         telling, remedy = log.root_cause(log.read(self.log_path, self._secrets.values()))
