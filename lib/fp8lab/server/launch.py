@@ -32,6 +32,8 @@ from .ask import ask
 from .command import HOST, build_command, build_environment
 from .scratch import Scratch, sweep
 
+# The folder that holds the package fp8lab.
+_LIB = str(Path(__file__).resolve().parents[2])
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
@@ -208,6 +210,9 @@ class Server:
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
         self._secrets = secrets_of(environment)
+        # vLLM imports parts of fp8lab (the guard, the emulated GPU), wherever this process has it from.
+        known = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+        environment["PYTHONPATH"] = os.pathsep.join([*known, _LIB])
         with told(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
