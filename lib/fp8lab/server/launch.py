@@ -23,7 +23,7 @@ from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
 from ..private import secrets_of
-from ..profiles import Profile, check_device
+from ..profiles import Profile, check_device, check_environment
 from ..progress import StatusLine
 from ..provenance import portable
 from ..tables import Table
@@ -324,11 +324,12 @@ def start_server(
 
     `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
     The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant, InUse for a taken port or GPU, ServerFailed when the start fails,
+    Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when the start fails,
     Stopped when it is interrupted.
     """
     profile.variant_flags(variant)
     check_device(profile)
+    check_environment(profile)
     if port is not None:
         place.check_port(port)
     place.warn_of_leftovers()

@@ -16,6 +16,7 @@ drip-head, drip-body
 drip-always     /health answers so from the start
 freeze          stops itself (SIGSTOP) at the 10th for 5 s
 long-line       logs a line of 64 MiB, then starts
+blurt-out       exits with an error that quotes the variable HF_TOKEN
 tell-secrets    logs its whole environment and its arguments, then starts
 """
 
@@ -143,6 +144,8 @@ def main() -> None:
         parser.error("unrecognized arguments: --no-such-flag")
     options.ttft_ms, options.itl_ms = 10, 0.5
     print("INFO 01-01 00:00:00 [utils.py:1] non-default args", " ".join(others), flush=True)
+    if FAULT == "blurt-out":
+        sys.exit(f"RuntimeError: no access with {os.environ['HF_TOKEN']}")
     if FAULT in ENDS:
         sys.exit(ENDS[FAULT])
     if FAULT.endswith("family"):
