@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,9 +20,10 @@ import pytest
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
+from fp8lab import gpu
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.load.watch import Watch
-from fp8lab.locks import Lock
+from fp8lab.locks import Lock, machine_lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
 from fp8lab.server.ask import ask
@@ -48,7 +50,9 @@ def card(fake_vllm, tmp_path, monkeypatch):
     path = tmp_path / f"{tmp_path.name}.toml"
     path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
     yield says, path
+    uuid = gpu.gpu_uuid()
     sys.modules.pop("pynvml", None)
+    Path("/run/lock", f"fp8lab-{uuid}.lock").unlink(missing_ok=True)
 
 
 def start_fails(profile, tmp_path, variant="bf16", error=ServerFailed) -> tuple[str, float]:
@@ -426,13 +430,75 @@ def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
 
 
 def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
-    from fp8lab import gpu
-
-    for chosen in ("0", "0,1", "GPU-00000000-fake"):
+    for chosen in ("0", "0,1", gpu.gpu_uuid()):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpu.memory_used_gib() == 0.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert gpu.memory_used_gib() is None and gpu.gpu_names() == []
+
+
+def test_another_cache_folder_is_no_way_around_the_lock(card, tmp_path, monkeypatch):
+    _, path = card
+    profile = lab.load_profile(str(path))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "first.log"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+        with pytest.raises(InUse, match=rf"the GPU .*is in use by pid {os.getpid()}; wait"):
+            lab.start_server(profile, "fp8", log_path=tmp_path / "second.log")
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A folder that all users may write to, in the place of /run/lock."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o1777)
+    monkeypatch.setattr("fp8lab.locks._SHARED", (tmp_path / "missing", folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may act as two users")
+def test_the_lock_is_the_same_for_all_users(shared):
+    code = f"from pathlib import Path; from fp8lab import locks; locks._SHARED = (Path({str(shared)!r}),)\n"
+    code += "try: lock = locks.machine_lock('x', 'x')\nexcept locks.InUse as error: print(error, flush=True)\n"
+    code += "else: print('mine', flush=True); input()"
+
+    def start(user: int) -> subprocess.Popen:
+        # Root's own interpreter may lie where nobody else reads: become the user only then.
+        become = f"import os, fp8lab.locks, fp8lab.errors; os.setuid({user}); os.umask(0o077)\n"
+        command = [sys.executable, "-c", become + code]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    for first, second in ((65534, 65533), (0, 65534)):
+        with start(first) as holder:
+            assert holder.stdout.readline() == "mine\n"
+            with start(second) as other:
+                assert f"x is in use by pid {holder.pid}; wait" in other.communicate()[0]
+            holder.kill()
+        with start(second) as other:
+            assert other.stdout.readline() == "mine\n"
+            other.kill()
+        next(shared.iterdir()).unlink()
+
+
+def test_a_link_or_a_pipe_in_the_locks_place_is_not_followed(shared, tmp_path):
+    precious, lock = tmp_path / "precious", shared / "fp8lab-x.lock"
+    precious.write_text("precious")
+    for lay in (lock.symlink_to, lock.hardlink_to):
+        lay(precious)
+        with pytest.raises(NotWritten, match="x cannot be locked"):
+            machine_lock("x", "x")
+        lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(NotWritten, match="not a plain file"):
+        machine_lock("x", "x")
+    assert precious.read_text() == "precious"
+
+
+def test_without_a_folder_for_all_the_lock_lies_in_the_cache(shared, tmp_path):
+    shared.chmod(0o755)
+    machine_lock("x", "x").release()
+    assert (tmp_path / "cache" / "fp8lab" / "locks" / "x.lock").exists() and not list(shared.iterdir())
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):

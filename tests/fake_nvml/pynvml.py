@@ -7,11 +7,13 @@ A lost card answers no question; without handles it is not even found.
 
 import json
 import os
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 NVML_CLOCK_SM = 1
-UUID = "GPU-00000000-fake"
+# A card of each test's own: the lock on it is the whole machine's.
+UUID = f"GPU-fake-{zlib.crc32(os.environ['FAKE_NVML'].encode()):08x}"
 
 
 class NVMLError(Exception):

@@ -10,8 +10,7 @@ import psutil
 
 from .. import gpu
 from ..errors import BadInput, InUse
-from ..locks import Lock
-from ..paths import cache_dir
+from ..locks import Lock, machine_lock
 from . import leftovers
 from .command import HOST
 
@@ -73,7 +72,7 @@ def take_gpu(what: str) -> Lock:
     uuid = gpu.gpu_uuid()
     if uuid is None:
         raise BadInput("the GPU cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
-    lock = Lock(cache_dir() / "locks" / f"{uuid}.lock", f"the GPU (for {what})")
+    lock = machine_lock(uuid, f"the GPU (for {what})")
     try:
         check_gpu()
     except BaseException:
