@@ -327,7 +327,7 @@ def test_a_health_that_drips_does_not_hold_the_level(fake_vllm, tmp_path, fault)
         assert time.monotonic() - began < 2 + 4 + 4 + 3  # the look under way, the last one, and summing up
         with pytest.raises(TimeoutError):
             server._ask("GET", "/health", within=0.7)
-    assert result.valid and len(completed(result.records)) == 40
+    assert len(completed(result.records)) == 40 and "the server" not in (result.summary["invalid_reason"] or "")
 
 
 def test_a_reply_that_is_none_is_an_oserror():

@@ -26,6 +26,7 @@ def ask(port: int, method: str, path: str, *, key: str, within: float, body: dic
         f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
     with socket.create_connection((HOST, port), timeout=within) as connection:
+        connection.settimeout(_left(deadline))
         connection.sendall(head.encode() + content)
         reply = http.client.HTTPResponse(_Reply(connection, deadline), method=method)
         try:
@@ -51,8 +52,13 @@ class _Reply(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._connection.settimeout(left)
+        self._connection.settimeout(_left(self._deadline))
         return self._connection.recv_into(buffer)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until `deadline`; raises TimeoutError when there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left

@@ -324,8 +324,8 @@ def start_server(
 
     `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
     The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when the start fails,
-    Stopped when it is interrupted.
+    Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when
+    the start fails, Stopped when it is interrupted.
     """
     profile.variant_flags(variant)
     check_device(profile)
