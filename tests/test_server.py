@@ -1,5 +1,6 @@
 """Real vLLM servers: the tiny model computed on the CPU, and starts that fail."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import fp8lab as lab
 from conftest import marked, nothing_left
 from fp8lab.errors import BadInput, ServerFailed
 from fp8lab.profiles import read_profile
-from fp8lab.server import command, leftovers, log
+from fp8lab.server import command, guard, leftovers, log
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,23 @@ def test_it_reports_what_vllm_reports(tiny):
     assert "running" in repr(tiny)
 
 
+def answers_without_and_with_key(server, path: str, **body) -> tuple[int, int]:
+    key = {"Authorization": f"Bearer {server.api_key}"}
+    return tuple(
+        httpx.request("POST" if body else "GET", server.base_url + path, headers=headers, json=body or None).status_code
+        for headers in ({}, key)
+    )
+
+
 def test_a_request_without_the_key_is_refused(tiny):
-    url = f"{tiny.base_url}/v1/models"
-    assert httpx.get(url).status_code == 401
-    assert httpx.get(url, headers={"Authorization": f"Bearer {tiny.api_key}"}).status_code == 200
+    completion = {"model": tiny.model, "prompt": "a", "max_tokens": 1}
+    for path in ("/v1/completions", "/invocations", "/tokenize"):
+        assert answers_without_and_with_key(tiny, path, **completion) == (401, 200), path
+    for path in ("/v1/models", "/version"):
+        assert answers_without_and_with_key(tiny, path) == (401, 200), path
+    assert httpx.get(f"{tiny.base_url}/tokenize", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    for path in ("/health", "/metrics"):
+        assert answers_without_and_with_key(tiny, path) == (200, 200), path
 
 
 def test_telemetry_knows_its_processes(tiny):
@@ -149,7 +163,7 @@ def test_stop_may_happen_twice_and_frees_the_port(tmp_path):
 
 def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(short_profile, tmp_path):
     profile = lab.load_profile(str(short_profile))
-    died = []
+    died, noticed = [], []
 
     def kill_engine():
         engine = next(p for p in server._processes if "EngineCore" in " ".join(p.cmdline()))
@@ -158,11 +172,20 @@ def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(short_prof
 
     with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
         pids = server.pids()
+        ask = server.problem
+
+        def problem():
+            if said := ask():
+                noticed.append(time.monotonic())
+            return said
+
+        server.problem = problem
         timer = threading.Timer(4.0, kill_engine)
         timer.start()
         with pytest.warns(UserWarning, match="is INVALID"):
             result = lab.load_test(server, rate=25, requests=500)  # 70 s of arrivals in dilated time
-        assert time.monotonic() - died[0] < 5 + 5  # noticed within 5 s; summing up takes a moment
+        assert noticed[0] - died[0] < 5
+        assert time.monotonic() - died[0] < 5 + 5  # summing up takes a moment
     assert "the server" in result.summary["invalid_reason"] and len(result.records) == 500
     nothing_left(profile.name, pids)
 
@@ -192,6 +215,36 @@ def test_emulated_is_the_gpus_command_plus_one_flag():
     real = command.build_command(read_profile("h100-80gb"), "fp8", port=1)
     emulated = command.build_command(read_profile("emulated-h100"), "fp8", port=1)
     assert emulated == [*real, "--distributed-executor-backend", command.EXECUTOR]
+
+
+def test_every_start_is_guarded_except_behind_the_rust_front_end():
+    profile = read_profile("h100-80gb")
+    for variant in profile.variants:
+        started = command.build_command(profile, variant, served_name="x")
+        assert ("--middleware" in started) == (not variant.endswith("-rust")), variant
+        assert "--middleware" not in command.build_command(profile, variant)
+
+
+def test_the_guard_closes_a_websocket_and_lets_a_lifespan_pass(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    passed, sent = [], []
+
+    async def app(scope, _receive, _send):
+        passed.append(scope["type"])
+
+    async def send(event):
+        sent.append(event["type"])
+
+    def ask(kind, **scope):
+        asyncio.run(guard.KeyGuard(app)({"type": kind, **scope}, None, send))
+
+    key = [(b"authorization", b"Bearer right")]
+    ask("lifespan")
+    ask("websocket", path="/v1/realtime", headers=[])
+    ask("websocket", path="/v1/realtime", headers=key)
+    ask("http", path="/health/../invocations", headers=[])
+    assert passed == ["lifespan", "websocket"]
+    assert sent == ["websocket.close", "http.response.start", "http.response.body"]
 
 
 def test_the_log_says_how_far_a_start_is_and_why_it_failed():

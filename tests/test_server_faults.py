@@ -4,22 +4,55 @@ by a stand-in for vLLM where vLLM itself would be slow; the GPU's answers are co
 import dataclasses
 import json
 import os
+import pkgutil
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
-from fp8lab.errors import BadInput, InUse, ServerFailed
-from fp8lab.locks import Lock
+from fp8lab import gpu
+from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
+from fp8lab.load.watch import Watch
+from fp8lab.locks import Lock, machine_lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
+from fp8lab.server.ask import ask
+from fp8lab.server.launch import Server
+from fp8lab.server.scratch import Scratch, sweep
+
+
+@pytest.fixture
+def card(fake_vllm, tmp_path, monkeypatch):
+    """A function that sets what the GPU says, and a cuda profile on it."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+    def says(used_gib=0.5, processes=(), lost=False, handles=True):
+        said = {"used_gib": used_gib, "processes": list(processes), "lost": lost, "handles": handles}
+        (tmp_path / "new.json").write_text(json.dumps(said))
+        (tmp_path / "new.json").replace(tmp_path / "nvml.json")  # whole: it is read meanwhile
+
+    says()
+    fake_vllm()  # the environment of the stand-in
+    path = tmp_path / f"{tmp_path.name}.toml"
+    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
+    yield says, path
+    uuid = gpu.gpu_uuid()
+    sys.modules.pop("pynvml", None)
+    Path("/run/lock", f"fp8lab-{uuid}.lock").unlink(missing_ok=True)
 
 
 def start_fails(profile, tmp_path, variant="bf16", error=ServerFailed) -> tuple[str, float]:
@@ -55,11 +88,15 @@ def test_a_flag_that_vllm_does_not_know(fake_vllm, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "phase"),
-    [("never-ready", "loading weights"), ("no-completion", "waiting for the first completion")],
+    [
+        ("never-ready", "loading weights"),
+        ("no-completion", "waiting for the first completion"),
+        ("drip-always", "waiting for the first completion"),
+    ],
 )
 def test_a_server_that_never_gets_ready_ends_at_its_deadline(fake_vllm, tmp_path, fault, phase):
     said, seconds = start_fails(lab.load_profile(str(fake_vllm(fault, timeout=2))), tmp_path)
-    assert f"was not ready within 2 s (last phase: {phase})" in said and seconds < 10
+    assert f"was not ready within 2 s (last phase: {phase})" in said and seconds < 6
 
 
 def test_a_long_line_in_the_log_costs_no_memory(fake_vllm, tmp_path):
@@ -78,8 +115,8 @@ def test_it_listens_here_only_and_wants_the_key_of_this_start(fake_vllm, tmp_pat
         lab.serve(profile, "fp8", log_path=tmp_path / "b.log") as b,
     ):
         assert a.api_key != b.api_key and a.model != b.model
-        a._http.headers["Authorization"] = f"Bearer {b.api_key}"
-        assert a._ask("GET", "/v1/models")[0] == 401
+        assert ask(a._port, "GET", "/v1/models", key=a.api_key, within=4)[0] == 200
+        assert ask(a._port, "GET", "/v1/models", key=b.api_key, within=4)[0] == 401
 
 
 def test_a_taken_port_names_who_holds_it(fake_vllm):
@@ -94,6 +131,121 @@ def test_a_taken_port_names_who_holds_it(fake_vllm):
 def test_a_stale_server_that_slips_in_is_never_measured(fake_vllm, tmp_path):
     said, _ = start_fails(lab.load_profile(str(fake_vllm("wrong-name"))), tmp_path)
     assert "is held by pid" in said and "answers models ['another'], not this start's 'bf16-" in said
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("fp8lab.server.launch.subprocess", "Popen"),
+        ("fp8lab.server.launch.log", "reported"),
+        ("fp8lab.server.launch.StatusLine", "done"),
+    ],
+    ids=["as the watchdog starts", "when it is ready", "at the last line"],
+)
+def test_ctrl_c_anywhere_in_a_start_leaves_nothing(fake_vllm, tmp_path, monkeypatch, where, name):
+    real = pkgutil.resolve_name(f"{where}.{name}")
+    interrupted = []
+
+    def interrupting(*args, **options):
+        value = real(*args, **options)
+        if not interrupted:
+            interrupted.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(f"{where}.{name}", interrupting)
+    said, _ = start_fails(lab.load_profile(str(fake_vllm("polite-family"))), tmp_path, error=Stopped)
+    assert interrupted and "nothing of it is left" in said
+
+
+def test_a_helper_that_ends_during_the_start_is_no_fault(fake_vllm, tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    pids = Server.pids
+    monkeypatch.setattr(Server, "pids", lambda server: (*pids(server), ended.pid))
+    with lab.serve(lab.load_profile(str(fake_vllm())), "bf16", log_path=tmp_path / "server.log") as server:
+        assert server.problem() is None and len(server._processes) == len(pids(server))
+
+
+def test_an_interrupted_stop_is_taken_up_again(card, tmp_path, monkeypatch):
+    _, path = card
+    profile = lab.load_profile(str(path))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    pids, wait = marked(profile.name), server._watchdog.wait
+    monkeypatch.setattr(server._watchdog, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert not server.alive and server.problem() == "the server was stopped"
+    monkeypatch.setattr(server._watchdog, "wait", wait)
+    server.stop()
+    nothing_left(profile.name, pids, within=1)
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()  # the GPU's lock is free
+
+
+def test_a_stop_waits_until_the_gpus_memory_is_free(card, tmp_path):
+    says, path = card
+    server = lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log")
+    says(40.0)
+    began, timer = time.monotonic(), threading.Timer(3.0, says)
+    timer.start()
+    server.stop()
+    assert not timer.is_alive() and 3 <= time.monotonic() - began < 6
+
+
+def test_memory_that_stays_in_use_is_told(card, tmp_path, monkeypatch):
+    says, path = card
+    monkeypatch.setattr("fp8lab.server.launch._MEMORY_WAIT_S", 0.5)
+    server = lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log")
+    says(40.0)
+    with pytest.warns(UserWarning, match="39.5 GiB of GPU memory are still in use"):
+        server.stop()
+    says()
+    lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log").stop()
+
+
+# The folder for a server's sockets.
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """A function that lists the folders there are; they lie in a place of this test's own."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return lambda: list((tmp_path / "tmp").glob("fp8lab-*"))
+
+
+def test_a_start_that_is_refused_leaves_no_folder(card, scratch, tmp_path):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    says(40.0)
+    start_fails(profile, tmp_path, error=InUse)
+    says()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten):
+        lab.start_server(profile, "bf16", log_path=tmp_path / "file" / "server.log")
+    assert scratch() == []
+
+
+def test_a_killed_watchdogs_folder_goes_with_the_stop_or_the_next_start(fake_vllm, scratch, tmp_path):
+    profile = lab.load_profile(str(fake_vllm()))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    (folder,) = scratch()
+    os.utime(folder, (0, 0))
+    sweep()
+    assert scratch() == [folder]  # in use
+    server._watchdog.kill()
+    server._watchdog.wait()
+    sweep()
+    assert scratch() == [folder]  # its owner still is there
+    server.stop()
+    assert scratch() == []
+    abandoned = Scratch()
+    os.close(abandoned.fd)
+    sweep()
+    assert scratch() == [Path(abandoned.path)]  # perhaps it is being made
+    os.utime(abandoned.path, (0, 0))
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()
+    assert scratch() == []
 
 
 # Under load.
@@ -167,27 +319,37 @@ def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path)
     assert "requests failed, above 1%; most often with: no bytes for 2 s" in result.summary["invalid_reason"]
 
 
+@pytest.mark.parametrize("fault", ["drip-head", "drip-body"])
+def test_a_health_that_drips_does_not_hold_the_level(fake_vllm, tmp_path, fault):
+    with lab.serve(lab.load_profile(str(fake_vllm(fault))), "bf16", log_path=tmp_path / "server.log") as server:
+        began = time.monotonic()
+        result = lab.load_test(server, rate=20, requests=40)  # 2 s of arrivals
+        assert time.monotonic() - began < 2 + 4 + 4 + 3  # the look under way, the last one, and summing up
+        with pytest.raises(TimeoutError):
+            server._ask("GET", "/health", within=0.7)
+    assert len(completed(result.records)) == 40 and "the server" not in (result.summary["invalid_reason"] or "")
+
+
+def test_a_reply_that_is_none_is_an_oserror():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def talk():
+            connection, _ = listening.accept()
+            connection.recv(4096)
+            connection.sendall(b"\x00\x01 nonsense\r\n\r\n")
+            connection.close()
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        with pytest.raises(OSError, match="no HTTP reply: BadStatusLine"):
+            ask(port, "GET", "/health", key="k", within=4)
+        talker.join()
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "GET", "/health", key="k", within=4)
+
+
 # The GPU: one start at a time, and nobody else beside it.
-
-
-@pytest.fixture
-def card(fake_vllm, tmp_path, monkeypatch):
-    """A function that sets what the GPU says, and a cuda profile on it."""
-    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
-    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-
-    def says(used_gib=0.5, processes=()):
-        (tmp_path / "nvml.json").write_text(json.dumps({"used_gib": used_gib, "processes": list(processes)}))
-
-    says()
-    fake_vllm()  # the environment of the stand-in
-    path = tmp_path / f"{tmp_path.name}.toml"
-    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
-    yield says, path
-    sys.modules.pop("pynvml", None)
 
 
 def test_another_job_on_the_gpu_is_named_and_nothing_starts(card, tmp_path):
@@ -216,6 +378,40 @@ def test_a_job_that_comes_onto_the_gpu_during_a_level_makes_it_invalid(card, tmp
     assert len(result.records) == 500 and result.records["sent_s"].max() < 8
 
 
+@pytest.mark.parametrize("loss", [{"lost": True}, {"lost": True, "handles": False}], ids=["silent", "gone"])
+def test_a_gpu_that_is_lost_during_a_level_makes_it_invalid(card, tmp_path, loss):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    server = lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    timer = threading.Timer(2.5, lambda: says(**loss))
+    timer.start()
+    with pytest.warns(UserWarning, match="INVALID: the GPU cannot be read any more"):
+        result = lab.load_test(server, rate=50, requests=500)
+    assert len(result.records) == 500 and len(completed(result.records)) >= 50
+    assert result.records["sent_s"].max() < 8
+    # The rest of the telemetry went on.
+    seen = result.telemetry
+    assert seen["gpu_memory_gib"].notna().any() and seen["gpu_memory_gib"].isna().iloc[-1]
+    assert seen["at_s"].max() > seen.loc[seen["gpu_memory_gib"].notna(), "at_s"].max() + 0.3
+    assert seen["frontend_cpu"].iloc[-3:].notna().any()
+    with pytest.warns(UserWarning, match="whether its memory is free again is unknown"):
+        server.stop()
+    assert marked(profile.name) == []
+    with pytest.raises(BadInput, match="none is visible|cannot be read"):
+        lab.start_server(profile, "bf16", log_path=tmp_path / "server.log")
+    says()
+    lab.start_server(profile, "bf16", log_path=tmp_path / "server.log").stop()
+
+
+def test_a_watch_that_fails_is_a_problem_and_no_error():
+    def fail():
+        raise ValueError("no such thing")
+
+    with Watch(fail) as watch:
+        pass
+    assert watch.problem() == "the server could not be watched any more: ValueError('no such thing')"
+
+
 def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
     _, path = card
     log = str(tmp_path / "first.log")
@@ -234,13 +430,75 @@ def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
 
 
 def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
-    from fp8lab import gpu
-
-    for chosen in ("0", "0,1", "GPU-00000000-fake"):
+    for chosen in ("0", "0,1", gpu.gpu_uuid()):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpu.memory_used_gib() == 0.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert gpu.memory_used_gib() is None and gpu.gpu_names() == []
+
+
+def test_another_cache_folder_is_no_way_around_the_lock(card, tmp_path, monkeypatch):
+    _, path = card
+    profile = lab.load_profile(str(path))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "first.log"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+        with pytest.raises(InUse, match=rf"the GPU .*is in use by pid {os.getpid()}; wait"):
+            lab.start_server(profile, "fp8", log_path=tmp_path / "second.log")
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A folder that all users may write to, in the place of /run/lock."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o1777)
+    monkeypatch.setattr("fp8lab.locks._SHARED", (tmp_path / "missing", folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may act as two users")
+def test_the_lock_is_the_same_for_all_users(shared):
+    code = f"from pathlib import Path; from fp8lab import locks; locks._SHARED = (Path({str(shared)!r}),)\n"
+    code += "try: lock = locks.machine_lock('x', 'x')\nexcept locks.InUse as error: print(error, flush=True)\n"
+    code += "else: print('mine', flush=True); input()"
+
+    def start(user: int) -> subprocess.Popen:
+        # Root's own interpreter may lie where nobody else reads: become the user only then.
+        become = f"import os, fp8lab.locks, fp8lab.errors; os.setuid({user}); os.umask(0o077)\n"
+        command = [sys.executable, "-c", become + code]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    for first, second in ((65534, 65533), (0, 65534)):
+        with start(first) as holder:
+            assert holder.stdout.readline() == "mine\n"
+            with start(second) as other:
+                assert f"x is in use by pid {holder.pid}; wait" in other.communicate()[0]
+            holder.kill()
+        with start(second) as other:
+            assert other.stdout.readline() == "mine\n"
+            other.kill()
+        next(shared.iterdir()).unlink()
+
+
+def test_a_link_or_a_pipe_in_the_locks_place_is_not_followed(shared, tmp_path):
+    precious, lock = tmp_path / "precious", shared / "fp8lab-x.lock"
+    precious.write_text("precious")
+    for lay in (lock.symlink_to, lock.hardlink_to):
+        lay(precious)
+        with pytest.raises(NotWritten, match="x cannot be locked"):
+            machine_lock("x", "x")
+        lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(NotWritten, match="not a plain file"):
+        machine_lock("x", "x")
+    assert precious.read_text() == "precious"
+
+
+def test_without_a_folder_for_all_the_lock_lies_in_the_cache(shared, tmp_path):
+    shared.chmod(0o755)
+    machine_lock("x", "x").release()
+    assert (tmp_path / "cache" / "fp8lab" / "locks" / "x.lock").exists() and not list(shared.iterdir())
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, through NVML. No GPU, or no driver, is an ordinary answer."""
+"""The NVIDIA GPUs of this machine, through NVML. No GPU, no driver, or a card that went lost is an ordinary answer."""
 
 import contextlib
 import os
@@ -29,40 +29,41 @@ def _nvml():
     try:
         yield pynvml
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def gpu_names() -> list[str]:
     """Names of the visible GPUs, in order; empty without a GPU or driver."""
     with _gpus() as (nvml, handles):
-        return [nvml.nvmlDeviceGetName(handle) for handle in handles]
+        names = [_answer(nvml, nvml.nvmlDeviceGetName, handle) for handle in handles]
+        return [name for name in names if name]
 
 
 def driver_version() -> str | None:
     with _nvml() as nvml:
-        return nvml.nvmlSystemGetDriverVersion() if nvml else None
+        return _answer(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
 
 
 def memory_used_gib() -> float | None:
-    """Memory in use on the first GPU, which a server would take, in GiB; None without one."""
+    """Memory in use on the first GPU, which a server would take, in GiB; None without one that can be read."""
     with _gpus() as (nvml, handles):
-        return nvml.nvmlDeviceGetMemoryInfo(handles[0]).used / 2**30 if handles else None
+        memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
+        return memory.used / 2**30 if memory else None
 
 
 def gpu_uuid() -> str | None:
-    """The name under which the first GPU is known everywhere; None without one."""
+    """The name under which the first GPU is known everywhere; None without one that can be read."""
     with _gpus() as (nvml, handles):
-        return nvml.nvmlDeviceGetUUID(handles[0]) if handles else None
+        return _answer(nvml, nvml.nvmlDeviceGetUUID, handles[0]) if handles else None
 
 
 def occupants() -> list[Occupant]:
     """Who computes on the first GPU. In a container NVML may show none, or pids of the host."""
     with _gpus() as (nvml, handles):
-        try:
-            listed = nvml.nvmlDeviceGetComputeRunningProcesses(handles[0]) if handles else []
-        except nvml.NVMLError:
-            return []  # this driver does not tell; the memory in use still does
-        found = {process.pid: process.usedGpuMemory for process in listed}
+        # Some drivers do not tell; the memory in use still does.
+        listed = _answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handles[0]) if handles else None
+        found = {process.pid: process.usedGpuMemory for process in listed or []}
         # All bits set is NVML's "not available".
         known = {pid: used for pid, used in found.items() if used is not None and used < 2**60}
         return [Occupant(pid, known[pid] / 2**30 if pid in known else None) for pid in sorted(found)]
@@ -89,7 +90,7 @@ class GpuReader:
         Without `slow` only what changes quickly, shares and power: each question costs the driver's time.
         """
         nvml, handle, row = self._nvml, self._handle, {}
-        if not handle:
+        if handle is None:
             return row
         with contextlib.suppress(nvml.NVMLError):
             util = nvml.nvmlDeviceGetUtilizationRates(handle)
@@ -107,6 +108,14 @@ class GpuReader:
         return row
 
 
+def _answer(nvml, question, *args):
+    """What NVML answers; None when it does not."""
+    try:
+        return question(*args)
+    except nvml.NVMLError:
+        return None
+
+
 @contextlib.contextmanager
 def _gpus():
     """(NVML, the visible GPUs' handles); (None, []) without a driver."""
@@ -118,14 +127,17 @@ def _handles(nvml) -> list:
     """The GPUs that a server started here would see, in its order: NVML itself ignores CUDA_VISIBLE_DEVICES."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        names = [str(index) for index in range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)]
+    else:
+        names = [name for part in chosen.split(",") if (name := part.strip())]
     handles = []
-    for name in filter(None, (part.strip() for part in chosen.split(","))):
-        try:
-            by_index = name.isdigit()
-            handles.append(
-                nvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else nvml.nvmlDeviceGetHandleByUUID(name)
-            )
-        except nvml.NVMLError:
-            break  # as CUDA does: what follows a name that is not there is not visible
+    for name in names:
+        handle = (
+            _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
+            if name.isdigit()
+            else _answer(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
+        )
+        if handle is None:
+            break  # as CUDA does: what follows a GPU that is not there is not visible
+        handles.append(handle)
     return handles

@@ -1,18 +1,39 @@
-"""Which variables and flags hold secrets, by their names."""
+"""Which variables and flags hold secrets, by their names and by what they hold."""
 
 import re
 from collections.abc import Mapping
 
-_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+# A personal access token (PAT) and the like, with or without what it is for.
+_NAME = re.compile(r"((^|_)(TOKEN|KEY|PASS|PAT|CREDENTIALS?)|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
+# As in HTTPS_PROXY or DATABASE_URL: scheme://user:password@host.
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@:]*:(?P<password>[^\s/?#@]+)@", re.IGNORECASE)
 # What is shorter is a word, which a log holds anyway.
 _MIN_LENGTH = 8
 
 
 def is_secret(name: str) -> bool:
     """Whether a variable (`HF_TOKEN`) or flag (`--api-key`) of this name holds a secret."""
-    return bool(_NAME.search(name.lstrip("-").replace("-", "_")))
+    return bool(_NAME.search(re.sub(r"[-.]", "_", name.lstrip("-"))))
+
+
+def has_password(text: str) -> bool:
+    """Whether `text` holds a URL with a user's password."""
+    return bool(_URL.search(text))
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environment` that hold secrets."""
-    return {key: value for key, value in environment.items() if is_secret(key) and len(value) >= _MIN_LENGTH}
+    return {
+        key: value
+        for key, value in environment.items()
+        if (is_secret(key) and len(value) >= _MIN_LENGTH) or has_password(value)
+    }
+
+
+def secret_in(text: str, environment: Mapping[str, str]) -> str | None:
+    """The name of the variable whose secret, or whose URL's password, occurs in `text`; None when there is none."""
+    for name, value in secrets_of(environment).items():
+        values = [value, *(found["password"] for found in _URL.finditer(value))]
+        if any(len(secret) >= _MIN_LENGTH and secret in text for secret in values):
+            return name
+    return None

@@ -1,15 +1,19 @@
 """Stands in for NVML where PYTHONPATH puts this folder first: one card, as the JSON file FAKE_NVML says.
 
-{"used_gib": 0.5, "processes": [[pid, GiB or null], ...]}
+{"used_gib": 0.5, "processes": [[pid, GiB or null], ...], "lost": false, "handles": true}
+
+A lost card answers no question; without handles it is not even found.
 """
 
 import json
 import os
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 NVML_CLOCK_SM = 1
-UUID = "GPU-00000000-fake"
+# A card of each test's own: the lock on it is the whole machine's.
+UUID = f"GPU-fake-{zlib.crc32(os.environ['FAKE_NVML'].encode()):08x}"
 
 
 class NVMLError(Exception):
@@ -17,7 +21,15 @@ class NVMLError(Exception):
 
 
 def _says() -> dict:
-    return json.loads(Path(os.environ["FAKE_NVML"]).read_text())
+    says = json.loads(Path(os.environ["FAKE_NVML"]).read_text())
+    if says["lost"]:
+        raise NVMLError("GPU is lost")
+    return says
+
+
+def _find() -> None:
+    if not json.loads(Path(os.environ["FAKE_NVML"]).read_text())["handles"]:
+        raise NVMLError("GPU is lost")
 
 
 def nvmlInit():
@@ -35,20 +47,24 @@ def nvmlDeviceGetCount():
 def nvmlDeviceGetHandleByIndex(index):
     if index:
         raise NVMLError("Invalid Argument")
+    _find()
     return 0
 
 
 def nvmlDeviceGetHandleByUUID(uuid):
     if uuid != UUID:
         raise NVMLError("Not Found")
+    _find()
     return 0
 
 
 def nvmlDeviceGetName(_handle):
+    _says()
     return "NVIDIA H100 80GB HBM3 (a stand-in)"
 
 
 def nvmlDeviceGetUUID(_handle):
+    _says()
     return UUID
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 
@@ -11,6 +12,7 @@ from ..profiles import Profile
 
 HOST = "127.0.0.1"
 EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
+GUARD = "fp8lab.server.guard.KeyGuard"
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 
 
@@ -23,15 +25,17 @@ def served_model(profile: Profile, variant: str) -> str:
 
 
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
-    """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag."""
+    """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag.
+
+    A server of one start has a `served_name` of its own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
     flags = profile.variant_flags(variant)
     model = served_model(profile, variant)
     load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
-    name = ["--served-model-name", served_name] if served_name else []
+    own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
     command = [sys.executable, "-m", *_entry_point(), "--model", model, *load, *flags]
-    return [*command, *profile.server.flags, *address, *name, *executor]
+    return [*command, *profile.server.flags, *address, *own, *executor]
 
 
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
@@ -50,6 +54,12 @@ def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
     """The command with its environment, to be pasted into a shell."""
     environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
     return " ".join([*environment, shlex.join(build_command(profile, variant, port=port))])
+
+
+def _guard(profile: Profile, variant: str) -> list[str]:
+    """The flag that guards every path; none for the Rust front end, which loads no Python."""
+    environment = os.environ | build_environment(profile, variant)
+    return ["--middleware", GUARD] if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "0" else []
 
 
 def _entry_point() -> list[str]:

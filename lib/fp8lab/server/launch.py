@@ -4,19 +4,17 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx
 import psutil
 
 from .. import gpu
@@ -25,19 +23,23 @@ from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
 from ..private import secrets_of
-from ..profiles import Profile, check_device
+from ..profiles import Profile, check_device, check_environment
 from ..progress import StatusLine
 from ..provenance import portable
 from ..tables import Table
 from . import leftovers, log, place, watchdog
+from .ask import ask
 from .command import HOST, build_command, build_environment
+from .scratch import Scratch, sweep
 
+# The folder that holds the package fp8lab.
+_LIB = str(Path(__file__).resolve().parents[2])
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
+_MEMORY_WAIT_S = 30.0
 # A busy front end answers late; one that is silent for so long hangs.
 _HANG_S = 60.0
 _PROBE_S = 4.0
-_MAX_REPLY_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +79,15 @@ class Server:
         self._processes: list[psutil.Process] = []
         self._memory_before: float | None = None
         self._secrets: Mapping[str, str] = {}
-        self._scratch = ""
+        self._scratch: Scratch | None = None
         self._heard_at = 0.0
-        self._http = httpx.Client(
-            base_url=self.base_url,
-            headers={"Authorization": f"Bearer {self.api_key}"},
-            timeout=_PROBE_S,
-            trust_env=False,
-        )
+        self._stopping = self._ended = False
 
     def metrics(self) -> str:
         """vLLM's own counters, in Prometheus' text format. Raises OSError when the server does not answer."""
         try:
             status, text = self._ask("GET", "/metrics")
-        except httpx.HTTPError as error:
+        except OSError as error:
             raise OSError(f"no metrics from {self.base_url}: {error}") from error
         if status != 200:
             raise OSError(f"no metrics from {self.base_url}: HTTP {status}")
@@ -98,12 +95,12 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        return self._watchdog is not None and self._watchdog.poll() is None
+        return self._watchdog is not None and not self._stopping and self._watchdog.poll() is None
 
     def problem(self) -> str | None:
         """Why this server cannot be measured any more, in words; None while it can. Takes up to 4 s, and may be
         called beside a running load: a busy server is no problem, one that stays silent for a minute is."""
-        if self._watchdog is None:
+        if self._watchdog is None or self._stopping:
             return "the server was stopped"
         if code := self._watchdog.poll():
             return f"the server's watchdog was killed (exit code {code}); stop the server and start it again"
@@ -113,17 +110,26 @@ class Server:
             with contextlib.suppress(psutil.Error):
                 if process.status() == psutil.STATUS_STOPPED:
                     return f"the server's process {process.pid} was suspended (SIGSTOP)"
-        if self._gpu_lock and (new := [o for o in gpu.occupants() if o.pid not in self._gpu_pids]):
-            return f"another job came onto the GPU: {'; '.join(place.describe(o.pid, o.memory_gib) for o in new)}"
+        if said := self._gpu_problem():
+            return said
         try:
             status, text = self._ask("GET", "/health")
-        except httpx.ConnectError:
+        except ConnectionRefusedError:
             return "the server refuses connections"
-        except httpx.HTTPError as error:
+        except OSError as error:
             silent = time.monotonic() - self._heard_at
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
         return None if status == 200 else f"the server's engine failed: /health answers {status} {text[:200]}".strip()
+
+    def _gpu_problem(self) -> str | None:
+        if not self._gpu_lock:
+            return None
+        if self._memory_before is not None and gpu.memory_used_gib() is None:
+            return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
+        new = [o for o in gpu.occupants() if o.pid not in self._gpu_pids]
+        held = "; ".join(place.describe(o.pid, o.memory_gib) for o in new)
+        return f"another job came onto the GPU: {held}" if new else None
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
@@ -133,24 +139,35 @@ class Server:
         )
 
     def stop(self) -> None:
-        """Ends the server and everything that it started; waits until the GPU's memory is free again."""
-        if self._watchdog is None:
+        """Ends the server and everything that it started; waits until the GPU's memory is free again.
+
+        After an interruption another call goes on where it was; the server itself ends without one."""
+        if self._ended:
             return
-        guard, self._watchdog = self._watchdog, None
-        guard.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            guard.wait(_STOP_GRACE_S + 5)
-        # Nothing is left unless the watchdog itself was killed; then this finds it.
+        self._stopping = True
+        try:
+            self._end_processes()
+            self._wait_for_memory()
+            self._ended = True
+            atexit.unregister(self.stop)
+        finally:
+            # Until the server has ended, its watchdog holds the GPU's lock too.
+            if self._gpu_lock:
+                self._gpu_lock.release()
+
+    def _end_processes(self) -> None:
+        if guard := self._watchdog:
+            guard.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                guard.wait(_STOP_GRACE_S + 5)
+        # Nothing is left unless the watchdog was killed, or interrupted while it was started; then this finds it.
         leftovers.stop_id(self.model)
-        guard.kill()
-        guard.wait()
-        guard.stdout.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._http.close()
-        atexit.unregister(self.stop)
-        self._wait_for_memory()
-        if self._gpu_lock:
-            self._gpu_lock.release()
+        if guard:
+            guard.kill()
+            guard.wait()
+            guard.stdout.close()
+        if self._scratch:
+            self._scratch.remove()
 
     def __enter__(self) -> "Server":
         return self
@@ -172,42 +189,58 @@ class Server:
         return self._table()._repr_html_()
 
     def _start(self, status: StatusLine) -> None:
-        command = build_command(self.profile, self.variant, port=self._port, served_name=self.model)
-        extra = build_environment(self.profile, self.variant)
+        """Returns when the server is ready; however else it ends, nothing of the server is left."""
+        atexit.register(self.stop)
+        try:
+            command = build_command(self.profile, self.variant, port=self._port, served_name=self.model)
+            extra = build_environment(self.profile, self.variant)
+            started = time.monotonic()
+            self._launch(command, extra)
+            self._wait_until_ready(command, started, status)
+            self._take_stock(command, extra, time.monotonic() - started)
+            kv = f"{self.info.kv_cache_tokens:,} tokens of KV cache" if self.info.kv_cache_tokens else "ready"
+            status.done(f"{self.variant} ready after {self.info.startup_s:.0f} s, {kv}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _launch(self, command: list[str], extra: Mapping[str, str]) -> None:
         mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self._port)
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
         self._secrets = secrets_of(environment)
-        # vLLM leaves its sockets behind, three at each start; here they go with their folder.
-        self._scratch = environment["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="fp8lab-")
+        # vLLM imports parts of fp8lab (the guard, the emulated GPU), wherever this process has it from.
+        known = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+        environment["PYTHONPATH"] = os.pathsep.join([*known, _LIB])
         with told(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
         if self.profile.device == "cuda":
             self._gpu_lock = place.take_gpu(f"{self.variant} of profile {self.profile.name}")
             self._memory_before = gpu.memory_used_gib()
-        started = time.monotonic()
+        # vLLM leaves its sockets behind, three at each start; here they go with their folder.
+        self._scratch = Scratch()
+        environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
         guard = [sys.executable, watchdog.__file__, "--log", str(self.log_path), "--grace", str(_STOP_GRACE_S)]
-        guard += ["--scratch", self._scratch]
+        guard += ["--scratch", self._scratch.path]
         guard += [part for name in self._secrets for part in ("--secret", name)]
+        # Should this process die, the GPU stays locked until the server has ended.
+        held = [lock.fd for lock in (self._scratch, self._gpu_lock) if lock]
         self._watchdog = subprocess.Popen(
             [*guard, "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
             start_new_session=True,
-            # Should this process die, the GPU stays locked until the server has ended.
-            pass_fds=[self._gpu_lock.fd] if self._gpu_lock else [],
+            pass_fds=held,
         )
-        atexit.register(self.stop)
-        try:
-            self._wait_until_ready(command, started, status)
-        except BaseException:
-            self.stop()
-            raise
-        seconds = time.monotonic() - started
-        self._processes = [psutil.Process(pid) for pid in self.pids()]
+
+    def _take_stock(self, command: list[str], extra: Mapping[str, str], seconds: float) -> None:
+        """What the ready server is: its processes, those on the GPU, what it says of memory."""
+        for pid in self.pids():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a helper that has ended since
+                self._processes.append(psutil.Process(pid))
         self._gpu_pids = {o.pid for o in gpu.occupants()} if self._gpu_lock else set()
         self._heard_at = time.monotonic()
         said = log.reported(log.read(self.log_path))
@@ -237,10 +270,14 @@ class Server:
 
     def _answers(self, deadline: float) -> bool:
         """Whether this very server is ready: healthy, serving this start's name, able to complete."""
+
+        def patience(at_most: float = math.inf) -> float:
+            return min(at_most, max(1.0, deadline - time.monotonic()))
+
         try:
-            if self._ask("GET", "/health")[0] != 200:
+            if self._ask("GET", "/health", within=patience(_PROBE_S))[0] != 200:
                 return False
-            status, text = self._ask("GET", "/v1/models")
+            status, text = self._ask("GET", "/v1/models", within=patience(_PROBE_S))
             served = _served_names(text) if status == 200 else None
             if served != [self.model]:
                 said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
@@ -250,23 +287,15 @@ class Server:
                     f"end that process, or choose another port (log: {self.log_path})"
                 )
             body = {"model": self.model, "prompt": " time", "max_tokens": 2, "ignore_eos": True}
-            patience = max(1.0, deadline - time.monotonic())
-            status, text = self._ask("POST", "/v1/completions", json=body, timeout=patience)
-        except httpx.TransportError:
+            status, text = self._ask("POST", "/v1/completions", body=body, within=patience())
+        except OSError:
             return False
         if status != 200:
             raise ServerFailed(f"the first completion was refused: HTTP {status} {text[:300]}; log: {self.log_path}")
         return True
 
-    def _ask(self, method: str, path: str, **options) -> tuple[int, str]:
-        """(status, text) of a request; a text beyond 4 MiB is cut there."""
-        with self._http.stream(method, path, **options) as response:
-            text = bytearray()
-            for part in response.iter_bytes():
-                text += part
-                if len(text) > _MAX_REPLY_BYTES:
-                    break
-            return response.status_code, bytes(text[:_MAX_REPLY_BYTES]).decode(errors="replace")
+    def _ask(self, method: str, path: str, *, within: float = _PROBE_S, **options) -> tuple[int, str]:
+        return ask(self._port, method, path, key=self.api_key, within=within, **options)
 
     def _failure(self, command: list[str], how: str, seconds: float) -> str:
         telling, remedy = log.root_cause(log.read(self.log_path, self._secrets.values()))
@@ -274,15 +303,18 @@ class Server:
         lines += [f"what to do: {remedy}"] if remedy else []
         return "\n".join([*lines, f"log: {self.log_path}", f"command: {shlex.join(command)}"])
 
-    def _wait_for_memory(self, timeout_s: float = 30.0) -> None:
+    def _wait_for_memory(self) -> None:
         if self._memory_before is None:
             return
-        deadline = time.monotonic() + timeout_s
-        while (left := gpu.memory_used_gib() - self._memory_before) > _MEMORY_TOLERANCE_GIB:
+        deadline = time.monotonic() + _MEMORY_WAIT_S
+        while (used := gpu.memory_used_gib()) is not None and used > self._memory_before + _MEMORY_TOLERANCE_GIB:
             if time.monotonic() > deadline:
+                left = used - self._memory_before
                 warnings.warn(f"{left:.1f} GiB of GPU memory are still in use after the server ended", stacklevel=3)
                 return
             time.sleep(0.25)
+        if used is None:
+            warnings.warn("the GPU cannot be read: whether its memory is free again is unknown", stacklevel=3)
 
 
 def start_server(
@@ -292,26 +324,27 @@ def start_server(
 
     `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
     The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant, InUse for a taken port or GPU, ServerFailed when the start fails,
-    Stopped when it is interrupted.
+    Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when
+    the start fails, Stopped when it is interrupted.
     """
     profile.variant_flags(variant)
     check_device(profile)
+    check_environment(profile)
     if port is not None:
         place.check_port(port)
     place.warn_of_leftovers()
+    sweep()
     port = port or place.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
     try:
         server._start(status)
+        return server
     except KeyboardInterrupt:
+        server.stop()  # the first stop may have been interrupted too
         status.done(f"{variant}: stopped while it started")
         raise Stopped(f"the {variant} server had not started, nothing of it is left; run the same again") from None
-    kv = f"{server.info.kv_cache_tokens:,} tokens of KV cache" if server.info.kv_cache_tokens else "ready"
-    status.done(f"{variant} ready after {server.info.startup_s:.0f} s, {kv}")
-    return server
 
 
 def _served_names(text: str) -> list[str] | None:

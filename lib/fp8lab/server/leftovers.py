@@ -5,6 +5,7 @@ without any file: also when the run folder, the owner and the watchdog are gone.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,10 @@ class Leftover:
 
 def mark(*, id: str, variant: str, profile: str, port: int) -> str:
     """The variable's value for a server that this process starts."""
-    owner = psutil.Process()
+    owner = os.getpid()
     return json.dumps(
         {"id": id, "variant": variant, "profile": profile, "port": port}
-        | {"owner_pid": owner.pid, "owner_started": owner.create_time()}
+        | {"owner_pid": owner, "owner_started": _started(owner)}
     )
 
 
@@ -48,7 +49,8 @@ def servers() -> list[Leftover]:
     found: dict[str, tuple[dict, list[psutil.Process]]] = {}
     for process in psutil.process_iter():
         try:
-            value = process.environ().get(MARK)
+            # Root may read all; another user's servers are not its own.
+            value = process.environ().get(MARK) if process.uids().real == os.getuid() else None
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
         if value and (details := _details(value)):
@@ -90,8 +92,19 @@ def _details(value: str) -> dict | None:
     """What a mark says; None for a value that is none."""
     try:
         details = json.loads(value)
-        return details if details["id"] and isinstance(details["owner_pid"], int) else None
+        numbers = isinstance(details["owner_pid"], int) and isinstance(details["owner_started"], int)
+        return details if details["id"] and numbers else None
     except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When the process started, in clock ticks since the machine's boot: a time of day would move when the clock is set.
+    None when it has ended."""
+    try:
+        # The command, in parentheses, may hold anything; what follows it is numbers.
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
         return None
 
 
@@ -104,14 +117,10 @@ def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
             started = min(started, process.create_time())
         except psutil.NoSuchProcess:
             continue
-    try:
-        owned = psutil.Process(details["owner_pid"]).create_time() == details["owner_started"]
-    except psutil.NoSuchProcess:
-        owned = False
     keys = ("id", "variant", "profile", "port", "owner_pid")
     return Leftover(
         **{key: details[key] for key in keys},
-        owned=owned,
+        owned=_started(details["owner_pid"]) == details["owner_started"],
         watched=watched,
         pids=tuple(sorted(process.pid for process in processes)),
         memory_gib=memory / 2**30,

@@ -10,8 +10,7 @@ import psutil
 
 from .. import gpu
 from ..errors import BadInput, InUse
-from ..locks import Lock
-from ..paths import cache_dir
+from ..locks import Lock, machine_lock
 from . import leftovers
 from .command import HOST
 
@@ -69,8 +68,11 @@ def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
 
 def take_gpu(what: str) -> Lock:
     """The lock on the GPU, for a server called `what`. Raises InUse when another start holds it, or when anything
-    computes on the card or fills it: a server beside it would not be measured alone."""
-    lock = Lock(cache_dir() / "locks" / f"{gpu.gpu_uuid()}.lock", f"the GPU (for {what})")
+    computes on the card or fills it: a server beside it would not be measured alone. BadInput for a card that is lost."""
+    uuid = gpu.gpu_uuid()
+    if uuid is None:
+        raise BadInput("the GPU cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
+    lock = machine_lock(uuid, f"the GPU (for {what})")
     try:
         check_gpu()
     except BaseException:

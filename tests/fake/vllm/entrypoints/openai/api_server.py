@@ -11,8 +11,12 @@ wrong-name      serves another model than it was asked to
 die             is gone at the 10th streamed request
 hang            accepts and answers nothing from the 10th on, /health neither
 engine-dies     the same, but /health answers 503
+drip-head, drip-body
+                the same, but /health answers a byte at a time, and never ends
+drip-always     /health answers so from the start
 freeze          stops itself (SIGSTOP) at the 10th for 5 s
 long-line       logs a line of 64 MiB, then starts
+blurt-out       exits with an error that quotes the variable HF_TOKEN
 tell-secrets    logs its whole environment and its arguments, then starts
 """
 
@@ -55,6 +59,11 @@ class Server(Session):
             return
         if self.url.startswith("/v1") and self.authorization.decode() != f"Bearer {os.environ['VLLM_API_KEY']}":
             self.reply(401, '{"error":"Unauthorized"}')
+        elif self.url == "/health" and (self.state.dripping or FAULT == "drip-always"):
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\n" + (b"content-length: 99999\r\n\r\n" if FAULT == "drip-body" else b"x: ")
+            )
+            self.drip()
         elif self.url == "/health":
             self.reply(503 if self.state.hanging else 200, "")
         elif self.url == "/metrics":
@@ -80,6 +89,13 @@ class Server(Session):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif FAULT in ("hang", "engine-dies"):
             self.state.hanging = True
+        elif FAULT.startswith("drip"):
+            self.state.dripping = True
+
+    def drip(self):
+        if not self.transport.is_closing():
+            self.transport.write(b"x")
+            asyncio.get_running_loop().call_later(0.5, self.drip)
 
     def begin(self):
         return False if self.state.hanging else super().begin()
@@ -94,7 +110,7 @@ class Server(Session):
 
 
 class State:
-    streams, hanging = 0, False
+    streams, hanging, dripping = 0, False, False
 
 
 def start_family(generations: int = 2) -> None:
@@ -128,6 +144,8 @@ def main() -> None:
         parser.error("unrecognized arguments: --no-such-flag")
     options.ttft_ms, options.itl_ms = 10, 0.5
     print("INFO 01-01 00:00:00 [utils.py:1] non-default args", " ".join(others), flush=True)
+    if FAULT == "blurt-out":
+        sys.exit(f"RuntimeError: no access with {os.environ['HF_TOKEN']}")
     if FAULT in ENDS:
         sys.exit(ENDS[FAULT])
     if FAULT.endswith("family"):
