@@ -2,11 +2,13 @@ import dataclasses
 import json
 import math
 
+import pandas as pd
 import pytest
 
 from conftest import make_records
 from fp8lab import runs
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
+from fp8lab.experiment import measure
 from fp8lab.measure.metrics import summarize
 from fp8lab.profiles import Level, read_profile
 from fp8lab.runs import LevelResult, open_run
@@ -14,8 +16,9 @@ from fp8lab.runs import LevelResult, open_run
 LEVEL = Level(variant="bf16", rate=50, requests=3)
 
 
-def make_result(level=LEVEL) -> LevelResult:
+def make_result(level=LEVEL, requests=3) -> LevelResult:
     records = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
+    records = pd.concat([records] * math.ceil(requests / 3), ignore_index=True)[:requests]
     tokens = records[["request"]].assign(at_s=records["first_token_s"])
     summary = summarize(records, tokens) | {"valid": True, "invalid_reason": None, "emulated": True}
     summary["level"] = dataclasses.asdict(level)
@@ -79,6 +82,16 @@ def test_a_recorded_run_is_read_only(run):
     assert recorded.read(LEVEL).summary["completed"] == 3
     with pytest.raises(BadInput, match="read-only"):
         recorded.write(make_result())
+
+
+def test_part_of_a_run_is_read_as_far_as_it_goes(run, profile, capsys):
+    """A colleague's run that was stopped half-way can be looked at; one that holds nothing of what is asked cannot."""
+    with pytest.raises(BadInput, match="lacks the levels bf16-50rps-r1, fp8-100rps-r1: all that were asked for"):
+        measure(open_run(source=run.path), profile, "as published")
+    level = profile.levels("as published")[0]
+    run.write(make_result(level, 1000))
+    (held,) = measure(open_run(source=run.path), profile, "as published")
+    assert held.level == level and "lacks fp8-100rps-r1: drawn without" in capsys.readouterr().err
 
 
 def test_damage_names_the_file_and_the_remedy(run):

@@ -164,7 +164,7 @@ def measure(
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
     interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
-    recorded run this only reads. Raises InUse when another process writes to the run, RunDamaged before anything is
+    recorded run this only reads, and returns what it holds of them. Raises InUse when another process writes to the run, RunDamaged before anything is
     started when a level of it cannot be read. At the end, with all that could be measured there, raises ServerFailed
     when a server did not start or died under load (its further levels are missing), LevelFailed when only a
     cross-check failed.
@@ -182,10 +182,15 @@ def measure(
                 run.read(level)
         work = missing_work(run, profile, protocols)
         if work and run.read_only:
-            lacking = [level.id for _, levels in work for level in levels if not run.has(level)]
+            # Part of a run is shown as far as it goes: what rests on the rest says so itself.
+            lacking = [level.id for level in asked if not run.has(level)]
+            if len(lacking) == len(asked):
+                raise BadInput(
+                    f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}: all that were asked for"
+                )
             if lacking:
-                raise BadInput(f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}")
-            work = []
+                StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
+            asked, work = [level for level in asked if run.has(level)], []
         failed = [
             error for variant, levels in work for error in _measure_variant(run, profile, variant, levels, workers)
         ]
