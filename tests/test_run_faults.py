@@ -27,13 +27,14 @@ KILLS = 50
 PROTOCOLS = ["as published", "equal load"]
 # Imports everything, then forks one measurement for each line it reads: no start pays for pandas again.
 NURSERY = """
-import os, sys, warnings
+import os, sys, tempfile, warnings
 import pandas, pyarrow, pyarrow.parquet, httpx
 import fp8lab as lab
 from fp8lab import experiment, runs
 from fp8lab.load import level, records
 from fp8lab.measure import metrics, usage
 warnings.simplefilter("ignore")
+tempfile.gettempdir()  # Python tries the folder out with a file, once: killed in that instant it would leave it
 profile = lab.load_profile(sys.argv[1])
 for line in sys.stdin:
     child = os.fork()
