@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from conftest import marked, nothing_left, wait_for
 from fp8lab.batch import _Queue, _run, load_matrix, write_pages
 from fp8lab.errors import BadInput
 from fp8lab.files import write_json
@@ -101,6 +103,20 @@ def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matr
     assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * (16 + 1)  # Llama's begin-of-text token
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_batch_that_ends_alone_leaves_no_job_and_no_server(tmp_path, fake_vllm, signum):
+    """Not its process group: a `kill` of the one process, or the kernel's for want of memory."""
+    profile = fake_vllm(requests=2000)
+    path = tmp_path / "m.toml"
+    path.write_text(f'profiles = ["{profile}"]\n')
+    process = batch(path, start_new_session=True)
+    pids = wait_for(lambda: marked("profile"), 120, "a server")  # a job's profile is called so
+    job = psutil.Process(process.pid).children()
+    process.send_signal(signum)
+    process.communicate(timeout=30)
+    nothing_left("profile", [*pids, *(one.pid for one in job)])
+
+
 def test_the_pages_name_the_job_and_link_the_log_of_one_that_failed(tmp_path):
     jobs = {"emulated-h100": {"state": "done"}, "<broken>": {"state": "failed"}, "damaged": {"state": "failed"}}
     write_json(tmp_path / "queue.json", {"jobs": jobs})
@@ -129,7 +145,8 @@ def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
 def test_a_jobs_output_is_in_its_log_and_in_the_terminal(tmp_path, capfd):
     command = [sys.executable, "-c", "import sys; print('out', flush=True); sys.exit('why it failed')"]
     (tmp_path / "log.txt").write_text("an earlier try\n")
-    assert _run(command, os.environ, tmp_path / "log.txt", shown=True) == 1
+    queue = _Queue(tmp_path, ["a"])
+    assert _run(queue, command, os.environ, tmp_path / "log.txt", shown=True) == 1
     assert (tmp_path / "log.txt").read_text() == "an earlier try\nout\nwhy it failed\n"
     assert capfd.readouterr().err == "out\nwhy it failed\n"
 

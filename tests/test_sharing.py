@@ -58,3 +58,20 @@ def test_a_broken_archive_is_refused(home):
     (home / "run.zip").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(BadInput, match="cannot be unpacked"):
         open_run(source=home / "run.zip")
+
+
+def broken(path, *, at, to):
+    """Changes one byte of a file; `at` counts from the first `PK` of its list of contents when it is negative."""
+    data = bytearray(path.read_bytes())
+    data[at if at >= 0 else data.index(b"PK\x01\x02") - at] = to
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("at, to", [(60, 0xFF), (-8, 1), (-10, 99)], ids=["contents", "encrypted", "method"])
+def test_a_damaged_archive_is_one_error(home, at, to):
+    path = home / "run.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("run/run.json", "{}" * 1000)
+    broken(path, at=at, to=to)
+    with pytest.raises(BadInput, match="run.zip cannot be unpacked"):
+        open_run(source=path)

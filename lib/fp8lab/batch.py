@@ -11,12 +11,13 @@ import contextlib
 import html
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -29,6 +30,8 @@ from .profiles import Level, read_profile
 from .runs import Run, open_run, write_json
 from .tables import Table
 
+# Set for a job's process: its standard input is a pipe that ends with the batch.
+TIED = "FP8LAB_TIED_TO_STDIN"
 _LOOK_S = 0.5
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
@@ -102,6 +105,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
         for worker in workers:
             worker.join()
     except KeyboardInterrupt:
+        # A Ctrl-C has reached the jobs as well; a signal to this process alone has not.
         queue.close()
         for worker in workers:
             worker.join()
@@ -117,6 +121,7 @@ class _Queue:
         self.folder = folder
         self._lock = threading.Lock()
         self._closed = False
+        self._running: set[subprocess.Popen] = set()
         held = {}
         with contextlib.suppress(OSError, ValueError):
             held = json.loads((folder / "queue.json").read_text())["jobs"]
@@ -143,7 +148,21 @@ class _Queue:
             return sum(job["state"] in ("done", "failed") for job in self.jobs.values())
 
     def close(self) -> None:
+        """No job is taken any more; those that run are asked to end."""
         self._closed = True
+        for process in list(self._running):
+            process.terminate()
+
+    @contextlib.contextmanager
+    def running(self, process: subprocess.Popen) -> Iterator[None]:
+        """Knows of a job's process while the block runs."""
+        self._running.add(process)
+        try:
+            if self._closed:
+                process.terminate()
+            yield
+        finally:
+            self._running.discard(process)
 
     def _set(self, name: str, **job) -> None:
         self.jobs[name] = job
@@ -165,23 +184,41 @@ def _work(queue: _Queue, matrix: Matrix, gpu: int | None, several: bool) -> None
         command += ["-p", "protocols", _toml(list(matrix.protocols))]
         command += ["--profile", str(job / "profile.toml"), "--run", str(job / "run")]
         print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
-        exit_code = _run(command, environment, job / "log.txt", shown=not several)
+        exit_code = _run(queue, command, environment, job / "log.txt", shown=not several)
         ended = queue.finish(name, exit_code)
         how = f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}" if exit_code else "done"
         print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
 
 
-def _run(command: list[str], environment: Mapping[str, str], log: Path, *, shown: bool) -> int:
-    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code."""
+def _run(queue: _Queue, command: list[str], environment: Mapping[str, str], log: Path, *, shown: bool) -> int:
+    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code.
+
+    The job holds the end of a pipe from this process and ends when that does, however it does.
+    """
     # Read back from the file: a pipe would stay open for as long as anything that the job leaves behind.
     with open(log, "ab") as output, open(log, encoding="utf-8", errors="replace") as said:
         said.seek(0, os.SEEK_END)
-        job = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        while (exit_code := job.poll()) is None:
-            time.sleep(_LOOK_S)
-            _show(said, shown)
+        tied = {**environment, TIED: "1"}
+        job = subprocess.Popen(command, env=tied, stdin=subprocess.PIPE, stdout=output, stderr=output)
+        with queue.running(job), job.stdin:
+            while (exit_code := job.poll()) is None:
+                time.sleep(_LOOK_S)
+                _show(said, shown)
         _show(said, shown)
     return exit_code
+
+
+def end_with_owner() -> None:
+    """Lets this process end, as by SIGTERM, when the batch that started it is gone; does nothing in any other."""
+    if os.environ.pop(TIED, None):
+        threading.Thread(target=_wait_for_the_owners_end, daemon=True).start()
+
+
+def _wait_for_the_owners_end() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 1):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _show(said: TextIO, shown: bool) -> None:

@@ -16,12 +16,14 @@ from .errors import BadInput, Fp8labError
 
 
 def reproduce(args) -> None:
+    from .batch import end_with_owner
     from .notebooks import check_parameters, execute, find
     from .paths import RUNS, repository_relative
     from .profiles import load_profile
     from .report.claims import claims_table
     from .runs import open_run
 
+    end_with_owner()
     notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
     chosen = {name: _value(text) for name, text in args.parameter}
     for notebook in notebooks:

@@ -4,11 +4,13 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from .errors import BadInput
 from .paths import cache_dir, repository_relative
 from .runs import Run
+from .text import visible
 
 # Ten times the largest recorded run; an archive that claims more is not one of ours.
 _LARGEST_BYTES = 2 * 2**30
@@ -44,7 +46,8 @@ def unpacked(archive: Path) -> Path:
 
     Raises BadInput for anything else: it may come from a stranger.
     """
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_dir() / "shared" / digest
     try:
         with zipfile.ZipFile(archive) as file:
@@ -58,6 +61,7 @@ def unpacked(archive: Path) -> Path:
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     file.extractall(Path(scratch) / "run")
                     (Path(scratch) / "run").rename(target)
-    except zipfile.BadZipFile as error:
-        raise BadInput(f"{archive.name} cannot be unpacked: {error}") from None
+    # RuntimeError: encrypted; NotImplementedError: an unknown way of packing; ValueError, OSError: names that cannot be.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, ValueError, OSError) as error:
+        raise BadInput(f"{archive.name} cannot be unpacked: {visible(str(error))}") from None
     return target / top.pop()
