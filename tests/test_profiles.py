@@ -114,3 +114,15 @@ def test_profiles_that_extend_each_other_are_refused(tmp_path):
 def test_a_profile_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         read_profile("tiny-cpu").name = "other"
+
+
+def test_a_stored_profile_names_no_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr(gpu, "gpu_names", lambda: ["NVIDIA H100"])
+    profile = load_profile("h100-80gb", model=str(tmp_path / "model"))
+    stored = profile.as_dict()
+    assert stored["model"]["checkpoints"] == {"default": "~/model"}
+    again = from_dict(stored)
+    assert again.as_dict() == stored and again.model.checkpoint("fp8") == str(tmp_path / "model")

@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import BadInput
 from .paths import DATA
 from .private import has_password, is_secret, secret_in
+from .provenance import portable
 
 DEVICES = ("cuda", "emulated", "cpu")
 WEIGHTS = ("random", "packaged", "checkpoint")
@@ -156,8 +157,11 @@ class Profile:
         return self.protocols[protocol]
 
     def as_dict(self) -> dict:
-        """The resolved profile as plain values in the shape of its file; `from_dict` reads it back."""
+        """The resolved profile as plain values in the shape of its file; `from_dict` reads it back. Paths below the
+        home folder begin with ~: it may be shared."""
         values = dataclasses.asdict(self)
+        checkpoints = values["model"]["checkpoints"]
+        values["model"]["checkpoints"] = {variant: portable(name) for variant, name in checkpoints.items()}
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 
