@@ -127,8 +127,8 @@ def test_an_invalid_level_spoils_what_rests_on_it(run):
 
 def test_emulated_numbers_get_no_verdict(tmp_path):
     run = open_run(tmp_path / "run", read_profile("emulated-h100"))
-    verdicts = fill(run, PUBLISHED, emulated=True)
-    assert {v.verdict for v in verdicts.values()} == {"not run"}
+    verdicts = fill(run, PUBLISHED | EQUAL, emulated=True)
+    assert {(v.verdict, v.cause) for v in verdicts.values()} == {("not run", "")}
     assert all("EMULATED" in v.reason and v.measured for v in verdicts.values())
     assert "EMULATED" in repr(claims.claims_table(run))
 

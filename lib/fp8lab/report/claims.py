@@ -138,7 +138,7 @@ def _judge(claim: dict, protocol: str, seen: Evidence) -> Verdict:
     if shared:
         mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
         measured = mean.value
-    cause = _cause(claim, ids, mean, seen) if mean else ""
+    cause = _cause(claim, ids, mean, seen) if mean and not without_gpu(seen) else ""
     word, reason = _verdict(claim, ids, value, mean, cause, seeds, seen)
     return verdict(
         claim, seen, ids,
