@@ -164,8 +164,8 @@ def measure(
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
     interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
-    recorded run this only reads, and returns what it holds of them. Raises InUse when another process writes to the run, RunDamaged before anything is
-    started when a level of it cannot be read. At the end, with all that could be measured there, raises ServerFailed
+    recorded run this only reads, and returns what it holds of them. Raises InUse when another process writes to the
+    run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be measured there, raises ServerFailed
     when a server did not start or died under load (its further levels are missing), LevelFailed when only a
     cross-check failed.
     """
