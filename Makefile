@@ -2,7 +2,7 @@
 # make test        formatting, linting, unit tests, real servers, notebooks
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
-# make soak        20 starts, loads and stops in a row: does anything grow? (at most 20 min)
+# make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
 # make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
 #

@@ -1,6 +1,6 @@
 """Starts, loads and stops a server again and again: does anything grow?
 
-    make soak                                        # 20 starts of the emulated server, at most 20 minutes
+    make soak                                        # 20 starts of the emulated server, at most 30 minutes
     make soak ARGS="--starts 9 --minutes 8"
 
 After each stop it counts this process's memory, descriptors, threads and children, the files in the temporary
@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="emulated-h100")
     parser.add_argument("--starts", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=20.0, help="begin no further round after so long")
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin no further round after so long")
     parser.add_argument("--requests", type=int, default=60)
     args = parser.parse_args()
     profile = lab.load_profile(args.profile)
