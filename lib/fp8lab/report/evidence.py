@@ -14,8 +14,14 @@ from ..profiles import Level
 from ..runs import LevelResult, Run
 from ..shapes import fp8_kv, fp8_weights, model_shape
 
-# How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end.
-FRONT_ENDS = {"": "one Python process", "-api4": "four Python processes", "-rust": "Rust"}
+# How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end. The last one also
+# relieves the engine process, the next in line.
+FRONT_ENDS = {
+    "": "one Python process",
+    "-api4": "four Python processes",
+    "-rust": "Rust",
+    "-rust-graphs": "Rust and larger CUDA graphs",
+}
 _WRITING_S = 5.0
 
 

@@ -14,7 +14,7 @@ from .figures import GREY, INK, LONGEST_ALT, STYLE, Figure, caption_of, label_wh
 from .forest import forest
 
 # Behind another front end a variant keeps its colour and marker, drawn half full or hollow.
-_FRONT_END = {"": ("full", "-"), "-api4": ("left", ":"), "-rust": ("none", "--")}
+_FRONT_END = {"": ("full", "-"), "-api4": ("left", ":"), "-rust": ("none", "--"), "-rust-graphs": ("bottom", "-.")}
 
 
 def _style(variant: str) -> dict:
