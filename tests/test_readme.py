@@ -32,6 +32,14 @@ def test_the_claims_table_is_that_of_the_recorded_runs():
     assert block.strip() == claims_across(*(open_run(source=name) for name in RECORDED)).to_markdown()
 
 
+def busy_in_large_steps(seen, level_id: str) -> float:
+    """The share of time with a kernel running while more than 512 requests decode and none waits for its prefill."""
+    telemetry = seen.level(level_id).telemetry
+    running, waiting = telemetry["running"].ffill(), telemetry["waiting"].ffill()
+    # From 3 s on the burst is in; a batch that is still at its cap may hold prefills.
+    return telemetry["gpu_util"][(telemetry["at_s"] > 3) & (waiting == 0) & (running > 512) & (running < 1000)].mean()
+
+
 def headline_numbers() -> list[str]:
     """The numbers that the READMEs' prose rests on, as it writes them."""
     h100, seen, long_prompts = (evidence(open_run(source=name)) for name in (*RECORDED, "h100-80gb-long-prompts"))
@@ -41,11 +49,15 @@ def headline_numbers() -> list[str]:
     ]  # the load alone
     ratios += [one.compare("fp8", "bf16", 50, name) for one in (h100, seen) for name in (metric, joules)]
     ratios += [long_prompts.compare("fp8", "bf16", math.inf, name) for name in (metric, joules)]
+    ratios += [h100.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, name) for name in (metric, joules)]
+    ratios.append(h100.compare("fp8-rust", "bf16-rust", math.inf, metric))
     ratios.append(seen.compare("fp8-rust", "bf16-rust", math.inf, metric))
     behind_rust = {name: one for front_end, _, name, one in ablation_effects(seen, metric) if front_end == "Rust"}
     ratios += [behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]]
     halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
-    told = [f"{one.value:.2f}×" for one in (*ratios, halves["FP8 weights"], halves["FP8 KV cache"])]
+    long_halves = {name: one for _, _, name, one in ablation_effects(long_prompts, metric)}
+    halved = [half[name] for half in (halves, long_halves) for name in ("FP8 weights", "FP8 KV cache")]
+    told = [f"{one.value:.2f}×" for one in (*ratios, *halved)]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
     for one in (h100, seen):
         assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
@@ -71,8 +83,15 @@ def headline_numbers() -> list[str]:
     for names in (("bf16", "bf16-api4", "bf16-rust"), ("fp8", "fp8-api4", "fp8-rust")):
         told.append(f"{max(row[4] for row in fullest if row[0] in names):.0%}".replace("%", " %"))
     preempted = {s["level"]["variant"]: s["preemptions"] for s in long_prompts.summaries.values()}
-    assert preempted == {"bf16": 40, "fp8": 0}
+    assert preempted == {"bf16": 40, "fp8": 0, "fp8-weights": 44, "fp8-kv": 0}
     assert max(row[3] for row in kv_room(long_prompts)) == 300
+    busy = [round(100 * h100.summaries[f"bf16-rust-graphs-infrps-r{n}"]["gpu_util_steady"]) for n in (1, 2, 3)]
+    told.append(f"{min(busy)} to {max(busy)} %")
+    for variant in ("fp8-rust", "fp8-rust-graphs"):
+        busy = [round(100 * busy_in_large_steps(h100, f"{variant}-infrps-r{seed}")) for seed in (1, 2, 3)]
+        told.append(f"{min(busy)} to {max(busy)} %")
+    engine = [h100.summaries[f"fp8-rust-graphs-infrps-r{seed}"]["engine_cpu_max_steady"] for seed in (1, 2, 3)]
+    told.append(f"{min(engine):.2f} to {max(engine):.2f}")
     engine = [
         s["engine_cpu_max_steady"] for level, s in seen.summaries.items() if re.match("fp8(-weights)?-rust-inf", level)
     ]

@@ -24,12 +24,13 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
         if table is not None:
             path = folder / f"{name}.parquet"
             with told(path):
-                # Floats by their bytes' place: a third smaller than as they lie, and nothing is lost.
-                floats = list(table.select_dtypes("floating"))
-                others = [column for column in table if column not in floats] if floats else True
+                # Whole numbers by their differences, floats by their bytes' place: two thirds of what they take as they
+                # lie, and nothing is lost.
+                encodings = {column: "DELTA_BINARY_PACKED" for column in table.select_dtypes("integer")}
+                encodings |= {column: "BYTE_STREAM_SPLIT" for column in table.select_dtypes("floating")}
                 table.to_parquet(
-                    path, compression="zstd", index=False, use_byte_stream_split=floats, use_dictionary=others,
-                    write_page_checksum=True,
+                    path, compression="zstd", compression_level=19, index=False, column_encoding=encodings,
+                    use_dictionary=[column for column in table if column not in encodings], write_page_checksum=True,
                 )  # fmt: skip
                 sync(path)
 

@@ -61,7 +61,7 @@ def worth_figure(*runs: Run) -> Figure:
         seen = evidence(run)
         for front_end, rate, one in equal_load_ratios(seen, _THROUGHPUT):
             if one.pairs >= 2:
-                behind = "" if front_end == FRONT_ENDS[""] else f", {front_end} front end"
+                behind = "" if front_end == FRONT_ENDS[""] else f", behind {front_end}"
                 limit = _mostly(*(_causes(seen, variant, rate) for variant in _pair(seen, front_end)))
                 rows.append((f"{run.path.name}, {rate_name(rate)}{behind}\nlimit: {limit}", one))
                 drawn.append(run)

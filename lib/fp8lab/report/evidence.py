@@ -20,7 +20,7 @@ FRONT_ENDS = {
     "": "one Python process",
     "-api4": "four Python processes",
     "-rust": "Rust",
-    "-rust-graphs": "Rust and larger CUDA graphs",
+    "-rust-graphs": "Rust, larger CUDA graphs",
 }
 _WRITING_S = 5.0
 

@@ -62,7 +62,10 @@ def saturation(run: Run) -> Figure:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_plainly)
     _legend(axes, "upper left")
-    caption = "Mean of the seeds, bars from the lowest to the highest. Half full: four API servers; hollow: the Rust front end."
+    caption = (
+        "Mean of the seeds, bars from the lowest to the highest. Left half full: four API servers; hollow: the Rust front "
+        "end; lower half full: that and larger CUDA graphs."
+    )
     return Figure(
         "saturation",
         canvas,
