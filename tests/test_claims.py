@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fp8lab.profiles import read_profile
-from fp8lab.report import background_figures, claims, figures, show
+from fp8lab.report import background_figures, claims, drawing, figures, show
 from fp8lab.runs import open_run, write_json
 
 # What the published experiment reports, as if a run had measured just that.
@@ -180,7 +180,7 @@ def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
 
 def test_a_colour_of_a_variant_means_that_variant():
     lines = background_figures.batching(open_run(source="h200-80gb")).canvas.axes[0].lines
-    assert len(lines) >= 3 and not {line.get_color() for line in lines} & {color for color, _ in figures.STYLE.values()}
+    assert len(lines) >= 3 and not {line.get_color() for line in lines} & {color for color, _ in drawing.STYLE.values()}
 
 
 def test_arithmetic_is_of_no_run():
@@ -191,9 +191,9 @@ def test_arithmetic_is_of_no_run():
 def test_names_at_the_ends_of_lines_do_not_lie_on_each_other():
     from matplotlib.text import Text
 
-    canvas, axes = figures.new_canvas(None, "How?")
+    canvas, axes = drawing.new_canvas(None, "How?")
     axes.set(xlim=(0, 1), ylim=(0, 100))
-    figures.label_ends(axes, [("b", 0.5, 51, "#000"), ("a", 0.5, 50, "#000"), ("c", 0.5, 50.5, "#000")])
+    drawing.label_ends(axes, [("b", 0.5, 51, "#000"), ("a", 0.5, 50, "#000"), ("c", 0.5, 50.5, "#000")])
     canvas.draw_without_rendering()
     boxes = sorted((*Text.get_window_extent(note).intervaly, note.get_text()) for note in axes.texts)
     assert [name for _, _, name in boxes] == ["a", "c", "b"]

@@ -9,7 +9,7 @@ from fp8lab.errors import BadInput
 from fp8lab.measure.capacity import DEFAULT, MLPERF_SERVER
 from fp8lab.measure.compare import Ratio
 from fp8lab.profiles import read_profile
-from fp8lab.report import fair, fair_figures
+from fp8lab.report import capacity, drawing, fair, fair_figures, roofline
 from fp8lab.report.evidence import evidence
 from fp8lab.report.forest import forest
 from fp8lab.runs import open_run
@@ -17,12 +17,12 @@ from fp8lab.shapes import model_shape
 
 TABLES = [
     fair.limits_table, fair.validity_table, fair.equal_load_table, fair.ablation_table, fair.throughputs_table,
-    fair.kv_table, fair.paging_table, fair.roofline_table, fair.limit_table,
-    lambda run: fair.attainment_table(run, DEFAULT), lambda run: fair.capacity_plan(run, MLPERF_SERVER, 500),
+    fair.kv_table, fair.paging_table, fair.roofline_table, capacity.limit_table,
+    lambda run: capacity.attainment_table(run, DEFAULT), lambda run: capacity.capacity_plan(run, MLPERF_SERVER, 500),
 ]  # fmt: skip
 FIGURES = [
     fair_figures.saturation, fair_figures.equal_load, fair_figures.ablation, fair_figures.littles_law,
-    fair_figures.kv_capacity, fair_figures.roofline, lambda run: fair_figures.objective(run, DEFAULT),
+    fair_figures.kv_capacity, roofline.roofline, lambda run: fair_figures.objective(run, DEFAULT),
 ]  # fmt: skip
 
 
@@ -67,16 +67,16 @@ def test_an_interval_beyond_the_axis_ends_in_an_arrow():
 def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
     profile = read_profile("h100-80gb")
     shape, card = model_shape(profile.model.shapes), profile.gpu
-    steps = fair_figures._steps(shape, context=400)
+    steps = roofline._steps(shape, context=400)
     # One request's step multiplies each weight that it reads once: two FLOP for two bytes.
     assert steps["decode for 1"] == pytest.approx(1, rel=0.01)
     assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
-    told = fair_figures.roofline(open_run(source="h100-80gb")).caption
+    told = roofline.roofline(open_run(source="h100-80gb")).caption
     assert re.search(r"memory is the limit of decode for 1 .*; compute is the limit of prefill", told)
 
 
 def test_variants_are_told_apart_without_colour():
-    styles = [fair_figures._style(variant) for variant in read_profile("h200-80gb").variants]
+    styles = [drawing.variant_style(variant) for variant in read_profile("h200-80gb").variants]
     shapes = [(style["marker"], style["fillstyle"]) for style in styles]
     assert len(set(shapes)) == len(shapes)
 
@@ -116,7 +116,7 @@ def test_the_plan_is_arithmetic_on_the_bracket():
     assert re.match(r"\d", row[4]) and re.match(r"\d", row[5])
     for rate, headroom in ((0, 0.2), (float("inf"), 0.2), (10, 1.0)):
         with pytest.raises(BadInput, match="target_rate"):
-            fair.capacity_plan(run, MLPERF_SERVER, rate, headroom)
+            capacity.capacity_plan(run, MLPERF_SERVER, rate, headroom)
 
 
 def test_a_recorded_run_brackets_its_limit():

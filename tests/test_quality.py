@@ -23,6 +23,7 @@ from fp8lab.measure import quality
 from fp8lab.measure.quality import Comparison, Estimate
 from fp8lab.models import packaged_model
 from fp8lab.profiles import read_profile
+from fp8lab.recording import record
 from fp8lab.runs import open_run
 
 TASK = lab.QualityTask(document_tokens=64, documents=6, prompts=3, answer_tokens=12)
@@ -356,7 +357,7 @@ def test_another_question_is_not_mixed_in(measured):
 
 def test_a_recorded_run_shows_the_same(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "DATA", tmp_path)
-    target = measured.record("smollm2")
+    target = record(measured, "smollm2")
     kept = {path.name for path in (target / "quality").iterdir()}
     names = ("bf16", "fp32", "fp32-again")
     assert kept == {f"{name}{end}" for name in names for end in (".json", ".parquet", "-answers.parquet")}

@@ -11,6 +11,7 @@ from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
 from fp8lab.experiment import measure
 from fp8lab.measure.metrics import summarize
 from fp8lab.profiles import Level, read_profile
+from fp8lab.recording import record
 from fp8lab.runs import LevelResult, open_run
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)
@@ -169,11 +170,11 @@ def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "DATA", tmp_path)
     run.write(make_result())
     run.write(make_result(Level(variant="fp8", rate=50, requests=3)))
-    target = run.record("kept", tokens=["fp8-50rps-r1"])
+    target = record(run, "kept", tokens=["fp8-50rps-r1"])
     assert open_run(source=target).read(LEVEL).tokens is None
     assert open_run(source="kept").read(Level(variant="fp8", rate=50, requests=3)).tokens is not None
     with pytest.raises(BadInput, match="no complete level x"):
-        run.record("kept", tokens=["x"])
+        record(run, "kept", tokens=["x"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../kept", "a/b", "ABSOLUTE", ".hidden", "x" * 65])
@@ -186,24 +187,24 @@ def test_recording_under_what_is_no_name_is_refused_and_deletes_nothing(run, mon
     run.write(make_result())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadInput, match="is no name"):
-        run.record(str(thesis.parent) if name == "ABSOLUTE" else name)
+        record(run, str(thesis.parent) if name == "ABSOLUTE" else name)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_recording_a_recorded_run_onto_itself_is_refused_and_harmless(run, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "DATA", tmp_path)
     run.write(make_result())
-    target = run.record("kept")
+    target = record(run, "kept")
     with pytest.raises(BadInput, match="'kept' is this recorded run itself"):
-        open_run(source="kept").record("kept")
+        record(open_run(source="kept"), "kept")
     assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
-    assert open_run(source="kept").record("other") != target
+    assert record(open_run(source="kept"), "other") != target
 
 
 def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "DATA", tmp_path / "data")
     run.write(make_result())
-    run.record("kept")
+    record(run, "kept")
     before = sorted((tmp_path / "data").rglob("*"))
 
     def disk_full(*_paths):
@@ -211,7 +212,7 @@ def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tm
 
     monkeypatch.setattr(runs.shutil, "copyfile", disk_full)
     with pytest.raises(NotWritten, match="No space left on device"):
-        run.record("kept")
+        record(run, "kept")
     assert sorted((tmp_path / "data").rglob("*")) == before
     assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
 

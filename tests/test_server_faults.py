@@ -115,8 +115,8 @@ def test_it_listens_here_only_and_wants_the_key_of_this_start(fake_vllm, tmp_pat
         lab.serve(profile, "fp8", log_path=tmp_path / "b.log") as b,
     ):
         assert a.api_key != b.api_key and a.model != b.model
-        assert ask(a._port, "GET", "/v1/models", key=a.api_key, within=4)[0] == 200
-        assert ask(a._port, "GET", "/v1/models", key=b.api_key, within=4)[0] == 401
+        assert ask(a.port, "GET", "/v1/models", key=a.api_key, within=4)[0] == 200
+        assert ask(a.port, "GET", "/v1/models", key=b.api_key, within=4)[0] == 401
 
 
 def test_a_taken_port_names_who_holds_it(fake_vllm):
@@ -326,7 +326,7 @@ def test_a_health_that_drips_does_not_hold_the_level(fake_vllm, tmp_path, fault)
         result = lab.load_test(server, rate=20, requests=40)  # 2 s of arrivals
         assert time.monotonic() - began < 2 + 4 + 4 + 3  # the look under way, the last one, and summing up
         with pytest.raises(TimeoutError):
-            server._ask("GET", "/health", within=0.7)
+            server.ask("GET", "/health", within=0.7)
     assert len(completed(result.records)) == 40 and "the server" not in (result.summary["invalid_reason"] or "")
 
 

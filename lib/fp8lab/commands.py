@@ -130,10 +130,11 @@ def batch(args) -> int:
 
 
 def record(args) -> None:
+    from . import recording
     from .paths import repository_relative
     from .runs import open_run
 
-    print(repository_relative(open_run(source=args.run).record(args.name, args.tokens or ())))
+    print(repository_relative(recording.record(open_run(source=args.run), args.name, args.tokens or ())))
 
 
 def serve(args) -> None:

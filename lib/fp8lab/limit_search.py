@@ -6,8 +6,8 @@ from .experiment import RecordedServer, load_test
 from .measure import capacity
 from .profiles import Level
 from .progress import StatusLine
+from .report.capacity import attainment
 from .report.evidence import evidence
-from .report.fair import attainment
 from .runs import Run
 from .server.launch import Server
 

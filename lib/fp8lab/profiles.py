@@ -6,7 +6,6 @@ starts from another profile: tables are merged, everything else is replaced.
 
 import dataclasses
 import math
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA
-from .private import has_password, is_secret, secret_in
+from .profile_secrets import check_environment, check_written
 from .provenance import portable
 
 DEVICES = ("cuda", "emulated", "cpu")
@@ -277,40 +276,5 @@ def _parse(table: dict, name: str) -> Profile:
             raise BadInput(
                 f"profile {name}: variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
             )
-    _check_secrets(profile)
+    check_written(profile)
     return profile
-
-
-def _flags(profile: Profile) -> list[str]:
-    return [str(flag) for flags in (profile.server.flags, *profile.variants.values()) for flag in flags]
-
-
-def _variables(profile: Profile) -> list[tuple[str, str]]:
-    environments = (profile.server.env, *profile.variant_env.values())
-    return [(name, str(value)) for environment in environments for name, value in environment.items()]
-
-
-def _check_secrets(profile: Profile) -> None:
-    """Raises BadInput for a flag or variable that carries a secret: flags and profile are logged and stored."""
-    flags, variables = _flags(profile), _variables(profile)
-    named = [flag.partition("=")[0] for flag in flags if flag.startswith("--")] + [name for name, _ in variables]
-    found = [name for name in named if is_secret(name)]
-    found += [f"variable {name} (a URL with a password)" for name, value in variables if has_password(value)]
-    found += ["a flag (a URL with a password)" for flag in flags if has_password(flag)]
-    if found:
-        raise BadInput(
-            f"profile {profile.name}: {found[0]} holds a secret, which would be stored with the run; "
-            "leave it out and set it in the environment (HF_TOKEN; the server's key is made anew at each start)"
-        )
-
-
-def check_environment(profile: Profile) -> None:
-    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment,
-    under whatever name: it would be stored with the run."""
-    texts = [*_flags(profile), *(value for _, value in _variables(profile)), *profile.model.checkpoints.values()]
-    for text in texts:
-        if name := secret_in(text, os.environ):
-            raise BadInput(
-                f"profile {profile.name}: a flag or variable holds the value of {name}, which would be stored with the "
-                f"run; leave it out: the server has {name} from the environment"
-            )

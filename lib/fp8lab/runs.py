@@ -16,10 +16,8 @@ import functools
 import itertools
 import math
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +40,6 @@ _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
 _TOKENS = ("request", "at_s")
 # A day of telemetry, five times a second.
 _MOST_SAMPLES = 24 * 3600 * 5
-# A recorded run's name is one folder's: no path, nothing hidden.
-_RECORDED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -275,42 +271,6 @@ class Run:
         if not any(all(place.get(key) == here[key] for key in ("machine", "software", "source")) for place in known):
             self.manifest.setdefault("continued", []).append(here)
             write_json(self.path / "run.json", self.manifest)
-
-    def record(self, name: str, tokens: Sequence[str] = ()) -> Path:
-        """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced once the copy is
-        whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
-        as it was, when the disk is full."""
-        if not _RECORDED.fullmatch(name):
-            raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
-        target = DATA / "recorded" / name
-        if target.resolve() == self.path.resolve():
-            raise BadInput(f"{name!r} is this recorded run itself; choose another name")
-        if unknown := sorted(set(tokens) - set(self.summaries())):
-            raise BadInput(f"run {self.path.name} holds no complete level {', '.join(unknown)}")
-        files = self.files(tokens)
-        with told(target):
-            DATA.joinpath("recorded").mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
-                whole = Path(scratch, "whole")
-                for file in files:
-                    copy = whole / file.relative_to(self.path)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, copy)
-                if target.exists():
-                    target.rename(Path(scratch, "earlier"))
-                whole.rename(target)
-        return target
-
-    def files(self, tokens: Sequence[str] = ()) -> list[Path]:
-        """What another reader of this run needs: provenance, every complete level, what was measured of quality (less
-        the likeliest tokens of every position), figures as SVG. No logs, and token timestamps of the levels `tokens`
-        only."""
-        found = [self.path / "run.json", *sorted(self.path.glob("figures/*.svg"))]
-        for level_id in self.summaries():
-            files = sorted(self._folder(level_id).iterdir())
-            found += [file for file in files if file.stem != "tokens" or level_id in tokens]
-        found += [file for file in sorted(self.path.glob("quality/[!.]*")) if not file.stem.endswith("-top")]
-        return found
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id

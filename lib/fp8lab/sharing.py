@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import cache_dir, repository_relative
+from .recording import files
 from .runs import Run
 from .text import visible
 
@@ -36,7 +37,7 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
             pages.append(Path(shutil.copyfile(page, target / f"{name}.html")))
     archive = target / f"{run.path.resolve().name}.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in run.files(list(run.summaries()) if tokens else ()):
+        for path in files(run, list(run.summaries()) if tokens else ()):
             file.write(path, Path(run.path.resolve().name) / path.relative_to(run.path))
     return pages, archive
 

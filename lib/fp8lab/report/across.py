@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from ..runs import Run
 from ..tables import Table
 from .claims import Verdict, judge, published, show_value
+from .drawing import Figure
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import emulated_note, equal_load_ratios
-from .figures import Figure
 from .forest import forest
 
 _THROUGHPUT, _JOULES = "output_token_throughput", "joules_per_output_token"

@@ -6,8 +6,8 @@ from ..measure.metrics import concurrency_over_time
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
 from .claims import level_id, published
+from .drawing import GREY, INK, Figure, caption_of, new_canvas
 from .evidence import evidence, rate_name
-from .figures import GREY, INK, Figure, caption_of, new_canvas
 
 # Light to dark, hatched, so that the parts are told apart in print.
 _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest", "#BBBBBB", ".."))

@@ -1,29 +1,12 @@
 """The four headline figures, drawn from level summaries. Each answers the question in its title."""
 
-import itertools
 import math
-from dataclasses import dataclass
 from statistics import geometric_mean
 
 from ..runs import Run
 from .claims import published
+from .drawing import GREY, INK, STYLE, Figure, caption_of, label_ends, new_canvas, plainly
 from .evidence import evidence
-
-# Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
-STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
-INK, GREY = "#222222", "#767676"
-# What a screen reader can be asked to read aloud; a longer text is told in summary.
-LONGEST_ALT = 600
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure with its words: `alt` says what is seen, `caption` what it means."""
-
-    name: str
-    canvas: object
-    alt: str
-    caption: str
 
 
 def throughput(run: Run) -> Figure:
@@ -114,7 +97,7 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
         ticks.append(f"offered {rate_} req/s")
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(ylabel=label, xlim=(-0.75, 1.75), ylim=(0, top * 1.25))
-    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(plainly)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles, labels, frameon=False, loc="upper left")
     crossed = (
@@ -125,75 +108,6 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     caption = f"{crossed} (black lines); side by side stand the two variants at equal load"
     caption += ", thin lines from the lowest to the highest seed." if any(len(v) > 1 for v in seeds.values()) else "."
     return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(caption, run))
-
-
-def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Names lines at their right ends, (name, x, y, colour) each, instead of a legend. Names that would lie on each
-    other are moved apart; a thin line leads to each."""
-    axes.figure.draw_without_rendering()  # only then is known where things are
-    ends = sorted(ends, key=lambda end: end[2])
-    at = [axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi for _, x, y, _ in ends]
-    apart = list(itertools.accumulate(at, lambda below, own: max(own, below + 11)))
-    upward = sum(apart) / len(at) - sum(at) / len(at)
-    for (name, x, y, color), own, moved in zip(ends, at, apart, strict=True):
-        leader = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5}
-        axes.annotate(
-            name, (x, y), (24, moved - upward - own), textcoords="offset points", va="center", fontsize=8.5, color=color,
-            arrowprops=leader,
-        )  # fmt: skip
-
-
-def label_where_free(axes, points: list[tuple[str, float, float]]) -> None:
-    """Writes a name beside each of `points`, (name, x, y) each, where it lies on no other point and no other name."""
-    from matplotlib.text import Annotation
-
-    axes.figure.draw_without_rendering()
-    pixel, size = axes.figure.dpi / 72, 7
-    at = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
-    taken += [note.get_window_extent().extents for note in axes.texts if isinstance(note, Annotation)]
-    for (name, *point), (x, y) in zip(points, at, strict=True):
-        wide, high = 0.62 * size * len(name) * pixel, size * pixel
-        for side, left in (("left", x + 6 * pixel), ("right", x - 6 * pixel - wide)):
-            box = (left, y - high / 2, left + wide, y + high / 2)
-            if not any(_overlap(box, other) for other in taken):
-                offset = (6 if side == "left" else -6, 0)
-                axes.annotate(
-                    name, point, offset, textcoords="offset points", ha=side, va="center", fontsize=size, color=INK
-                )
-                taken.append(box)
-                break
-
-
-def _overlap(one: tuple, other: tuple) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def new_canvas(run: Run | None, title: str, height: float = 3.8):
-    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(6.4, height), layout="constrained")
-    axes = canvas.subplots()
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", lw=0.8)
-    axes.set_axisbelow(True)
-    if run and run.profile.device != "cuda":
-        mark = "EMULATED" if run.emulated else "CPU"
-        axes.text(
-            0.5,
-            0.5,
-            mark,
-            transform=axes.transAxes,
-            ha="center",
-            va="center",
-            rotation=20,
-            fontsize=44,
-            color="#bbbbbb",
-            alpha=0.45,
-        )
-    return canvas, axes
 
 
 def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -212,12 +126,6 @@ def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
 
 def _claim(id: str) -> dict:
     return next(claim for claim in published()["claims"] if claim["id"] == id)
-
-
-def caption_of(text: str, *runs: Run) -> str:
-    """`text` with what every caption says: where it comes from, and that it is emulated if it is."""
-    emulated = "EMULATED GPU, nothing measured. " if any(run.emulated for run in runs) else ""
-    return f"{emulated}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
 
 
 def _above(color: str) -> dict:

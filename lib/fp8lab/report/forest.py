@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..measure.compare import Ratio
 from ..runs import Run
-from .figures import GREY, INK, LONGEST_ALT, Figure, caption_of, new_canvas
+from .drawing import GREY, INK, LONGEST_ALT, Figure, caption_of, new_canvas
 
 _LEFT, _RIGHT = 0.4, 2.5
 

@@ -8,7 +8,7 @@ import numpy as np
 from ..evaluation import AGAIN, comparisons, reference_variant, tables
 from ..measure.quality import identical_prefix
 from ..runs import Run
-from .figures import INK, STYLE, Figure, caption_of, new_canvas
+from .drawing import INK, STYLE, Figure, caption_of, new_canvas
 
 _FLOOR = ("#767676", "x")
 _FALLBACK = ("#56B4E9", "v")

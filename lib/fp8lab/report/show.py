@@ -13,7 +13,7 @@ from ..profiles import Profile
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
 from ..tables import Table
-from . import across, background_figures, fair_figures, figures
+from . import across, background_figures, drawing, fair_figures, figures, roofline
 
 _PIXELS_PER_INCH = 200
 # Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
@@ -106,7 +106,7 @@ def kv_capacity_figure(run: Run) -> Shown:
 
 def roofline_figure(run: Run) -> Shown:
     """The card's physical limit and what the levels needed of it."""
-    return _show(run, fair_figures.roofline(run))
+    return _show(run, roofline.roofline(run))
 
 
 def objective_figure(run: Run, slo: SLO) -> Shown:
@@ -230,7 +230,7 @@ def flags_table(profile: Profile) -> Table:
     )
 
 
-def _show(run: Run, figure: figures.Figure) -> Shown:
+def _show(run: Run, figure: drawing.Figure) -> Shown:
     from matplotlib import rc_context
 
     vector = io.StringIO()

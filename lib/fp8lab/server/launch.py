@@ -3,11 +3,8 @@
 import atexit
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import secrets
-import shlex
 import subprocess
 import sys
 import time
@@ -18,17 +15,18 @@ from pathlib import Path
 import psutil
 
 from .. import gpu
-from ..errors import ServerFailed, Stopped
+from ..errors import Stopped
 from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
 from ..private import secrets_of
-from ..profiles import Profile, check_device, check_environment
+from ..profile_secrets import check_environment
+from ..profiles import Profile, check_device
 from ..progress import StatusLine
 from ..provenance import portable
 from ..tables import Table
-from . import leftovers, log, place, watchdog
-from .ask import ask
+from . import leftovers, log, place, readiness, watchdog
+from .ask import PROBE_S, ask
 from .command import HOST, build_command, build_environment
 from .scratch import Scratch, sweep
 
@@ -39,7 +37,6 @@ _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
 # A busy front end answers late; one that is silent for so long hangs.
 _HANG_S = 60.0
-_PROBE_S = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +64,11 @@ class Server:
     """A running vLLM server. Stop it with `stop()` or by leaving its `with` block; either may happen twice."""
 
     def __init__(self, profile: Profile, variant: str, port: int, log_path: Path):
-        self.profile, self.variant, self.log_path = profile, variant, log_path
+        self.profile, self.variant, self.port, self.log_path = profile, variant, port, log_path
         self.base_url = f"http://{HOST}:{port}"
         self.model = f"{variant}-{secrets.token_hex(4)}"
         self.api_key = secrets.token_urlsafe(32)
         self.info: ServerInfo | None = None
-        self._port = port
         self._watchdog: subprocess.Popen | None = None
         self._gpu_lock: Lock | None = None
         self._gpu_pids: set[int] = set()
@@ -86,12 +82,16 @@ class Server:
     def metrics(self) -> str:
         """vLLM's own counters, in Prometheus' text format. Raises OSError when the server does not answer."""
         try:
-            status, text = self._ask("GET", "/metrics")
+            status, text = self.ask("GET", "/metrics")
         except OSError as error:
             raise OSError(f"no metrics from {self.base_url}: {error}") from error
         if status != 200:
             raise OSError(f"no metrics from {self.base_url}: HTTP {status}")
         return text
+
+    def ask(self, method: str, path: str, *, within: float = PROBE_S, **options) -> tuple[int, str]:
+        """(status, text) of a request with this start's key; for `options` and errors see `server.ask`."""
+        return ask(self.port, method, path, key=self.api_key, within=within, **options)
 
     @property
     def alive(self) -> bool:
@@ -113,7 +113,7 @@ class Server:
         if said := self._gpu_problem():
             return said
         try:
-            status, text = self._ask("GET", "/health")
+            status, text = self.ask("GET", "/health")
         except ConnectionRefusedError:
             return "the server refuses connections"
         except OSError as error:
@@ -121,6 +121,14 @@ class Server:
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
         return None if status == 200 else f"the server's engine failed: /health answers {status} {text[:200]}".strip()
+
+    def exit_code(self) -> str:
+        """The exit code of a server that has died, as its watchdog tells it, or "unknown". It tells once."""
+        return self._watchdog.stdout.read().decode().rpartition("exited ")[2].strip() or "unknown"
+
+    def log(self) -> str:
+        """What the server wrote so far, without the secrets that it was given."""
+        return log.read(self.log_path, self._secrets.values())
 
     def _gpu_problem(self) -> str | None:
         if not self._gpu_lock:
@@ -192,11 +200,11 @@ class Server:
         """Returns when the server is ready; however else it ends, nothing of the server is left."""
         atexit.register(self.stop)
         try:
-            command = build_command(self.profile, self.variant, port=self._port, served_name=self.model)
+            command = build_command(self.profile, self.variant, port=self.port, served_name=self.model)
             extra = build_environment(self.profile, self.variant)
             started = time.monotonic()
             self._launch(command, extra)
-            self._wait_until_ready(command, started, status)
+            readiness.wait(self, command, started, status)
             self._take_stock(command, extra, time.monotonic() - started)
             kv = f"{self.info.kv_cache_tokens:,} tokens of KV cache" if self.info.kv_cache_tokens else "ready"
             status.done(f"{self.variant} ready after {self.info.startup_s:.0f} s, {kv}")
@@ -205,7 +213,7 @@ class Server:
             raise
 
     def _launch(self, command: list[str], extra: Mapping[str, str]) -> None:
-        mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self._port)
+        mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
@@ -243,7 +251,7 @@ class Server:
                 self._processes.append(psutil.Process(pid))
         self._gpu_pids = {o.pid for o in gpu.occupants()} if self._gpu_lock else set()
         self._heard_at = time.monotonic()
-        said = log.reported(log.read(self.log_path))
+        said = log.reported(self.log())
         self.info = ServerInfo(
             self.variant,
             tuple(portable(argument) for argument in command),
@@ -253,55 +261,6 @@ class Server:
             said.model_memory_gib,
             self.profile.emulated,
         )
-
-    def _wait_until_ready(self, command: list[str], started: float, status: StatusLine) -> None:
-        deadline = started + self.profile.server.start_timeout_s
-        while not self._answers(deadline):
-            seconds = time.monotonic() - started
-            reached = log.phase(log.read(self.log_path))
-            status.update(f"{self.variant}: {reached}", f"{seconds:.0f} s")
-            if not self.alive:
-                code = self._watchdog.stdout.read().decode().rpartition("exited ")[2].strip()
-                raise ServerFailed(self._failure(command, f"ended with exit code {code or 'unknown'}", seconds))
-            if time.monotonic() > deadline:
-                how = f"was not ready within {self.profile.server.start_timeout_s:.0f} s (last phase: {reached})"
-                raise ServerFailed(self._failure(command, how, seconds))
-            time.sleep(0.25)
-
-    def _answers(self, deadline: float) -> bool:
-        """Whether this very server is ready: healthy, serving this start's name, able to complete."""
-
-        def patience(at_most: float = math.inf) -> float:
-            return min(at_most, max(1.0, deadline - time.monotonic()))
-
-        try:
-            if self._ask("GET", "/health", within=patience(_PROBE_S))[0] != 200:
-                return False
-            status, text = self._ask("GET", "/v1/models", within=patience(_PROBE_S))
-            served = _served_names(text) if status == 200 else None
-            if served != [self.model]:
-                said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
-                who = place.listener(self._port)
-                raise ServerFailed(
-                    f"port {self._port} is held by {who} and answers {said}, not this start's {self.model!r}; "
-                    f"end that process, or choose another port (log: {self.log_path})"
-                )
-            body = {"model": self.model, "prompt": " time", "max_tokens": 2, "ignore_eos": True}
-            status, text = self._ask("POST", "/v1/completions", body=body, within=patience())
-        except OSError:
-            return False
-        if status != 200:
-            raise ServerFailed(f"the first completion was refused: HTTP {status} {text[:300]}; log: {self.log_path}")
-        return True
-
-    def _ask(self, method: str, path: str, *, within: float = _PROBE_S, **options) -> tuple[int, str]:
-        return ask(self._port, method, path, key=self.api_key, within=within, **options)
-
-    def _failure(self, command: list[str], how: str, seconds: float) -> str:
-        telling, remedy = log.root_cause(log.read(self.log_path, self._secrets.values()))
-        lines = [f"the {self.variant} server {how}, {seconds:.0f} s after its start", *(f"    {t}" for t in telling)]
-        lines += [f"what to do: {remedy}"] if remedy else []
-        return "\n".join([*lines, f"log: {self.log_path}", f"command: {shlex.join(command)}"])
 
     def _wait_for_memory(self) -> None:
         if self._memory_before is None:
@@ -345,11 +304,3 @@ def start_server(
         server.stop()  # the first stop may have been interrupted too
         status.done(f"{variant}: stopped while it started")
         raise Stopped(f"the {variant} server had not started, nothing of it is left; run the same again") from None
-
-
-def _served_names(text: str) -> list[str] | None:
-    """The model names in a reply of /v1/models; None when it is no such reply."""
-    try:
-        return [model["id"] for model in json.loads(text)["data"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
