@@ -9,8 +9,8 @@ import fp8lab as lab
 from fp8lab import notebooks
 from fp8lab.measure.usage import frontend_us_per_token
 from fp8lab.paths import DATA
-from fp8lab.report.across import worth_figure
-from fp8lab.report.evidence import evidence
+from fp8lab.report.across import _causes, worth_figure
+from fp8lab.report.evidence import Evidence, evidence
 from fp8lab.runs import open_run
 
 H100, H200, LONG, EMULATED = "h100-80gb", "h200-80gb", "h100-80gb-long-prompts", "emulated-h100"
@@ -42,6 +42,13 @@ def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
     assert "h100-80gb-long-prompts, all at once limit: BF16 KV capacity, FP8 GPU: 1.65× (1.63 to 1.67)" in figure.alt
     # A ratio without repeats is not drawn.
     assert "75 req/s" not in figure.alt
+
+
+def test_an_invalid_seed_is_no_cause():
+    seen = Evidence(open_run(source=H100))
+    whole = _causes(seen, "fp8", 100)
+    seen.summaries = seen.summaries | {"fp8-100rps-r2": seen.summaries["fp8-100rps-r2"] | {"valid": False}}
+    assert (whole.total(), _causes(seen, "fp8", 100).total()) == (3, 2)
 
 
 def test_an_emulated_run_marks_what_it_is_drawn_in():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from conftest import marked, nothing_left, wait_for
+from fp8lab import batch as batches
 from fp8lab.batch import _Queue, _run, load_matrix, write_pages
 from fp8lab.errors import BadInput
 from fp8lab.files import write_json
@@ -50,6 +51,13 @@ def matrix(tmp_path):
     (tmp_path / "small.toml").write_text(PROFILE)
     (tmp_path / "matrix.toml").write_text(MATRIX)
     return tmp_path / "matrix.toml"
+
+
+def test_pages_that_fail_do_not_end_the_queue(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batches, "write_pages", lambda _folder: 1 / 0)
+    queue = _Queue(tmp_path, ["one", "two"])
+    assert queue.take() == ("one", 1) and queue.finish("one", 0) == 1 and queue.take() == ("two", 2)
+    assert "the pages of" in capsys.readouterr().err
 
 
 def test_a_matrix_is_every_profile_with_every_workload(matrix):

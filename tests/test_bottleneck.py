@@ -77,7 +77,7 @@ def test_short_levels_do_not_show_whether_a_backlog_stays():
     (60, {"gpu_util_steady": 0.1, "engine_cpu_max_steady": 0.2, "running_steady": 90.0}, "unknown", "engine 0.20"),
     (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
     (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
-    (60, {"preemptions": 12.0}, "KV capacity", "12 requests were preempted"),
+    (60, {"preemptions": 12.0}, "KV capacity", "12 preemptions"),
     (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "front end", "front end 1.00"),
     (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
 ])  # fmt: skip
@@ -181,4 +181,4 @@ def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
 def test_paging_wastes_the_end_of_the_last_block():
     records = make_records([0.0], [1.0], [2.0], [6])  # prompt 10, contexts 11 to 16: one block of 16
     assert paging_waste(records) == pytest.approx(1 - sum(range(11, 17)) / (6 * 16))
-    assert held_tokens(records) == 13.5 and reserving_waste(records, 27) == 0.5
+    assert held_tokens(records) == 13.5 and reserving_waste(records, 27) == 0.5 and reserving_waste(records, 14) is None

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from fp8lab.profiles import read_profile
-from fp8lab.report import background_figures, claims, drawing, figures, show
+from fp8lab.report import background_figures, claims, drawing, figures, recommendations, show
+from fp8lab.report.evidence import evidence
 from fp8lab.runs import open_run, write_json
 
 # What the published experiment reports, as if a run had measured just that.
@@ -214,3 +215,24 @@ def test_tables_escape_what_they_show():
 
     table = Table("<b>", ("a|b",), [("<script>",)])
     assert "<script>" not in table._repr_html_() and "a\\|b" in table.to_markdown()
+
+
+def test_a_reservation_too_little_for_the_requests_is_said_to_be():
+    said = {}
+    for name, level_id in (("h100-80gb-long-prompts", "fp8-infrps-r1"), ("h100-80gb", "fp8-100rps-r1")):
+        seen = evidence(open_run(source=name))
+        said[name] = recommendations._paging_waste(claims.claim_of("R3"), seen, [level_id])["reason"]
+    assert said["h100-80gb-long-prompts"].endswith("reserving 2,048 tokens a request would be too little for some")
+    assert said["h100-80gb"].endswith("%")
+
+
+def test_parts_of_a_run_may_be_machines_or_commits():
+    reason = next(v.reason for v in claims.judge(open_run(source="h200-80gb")) if v.id == "R2")
+    assert "measured in parts 1, 4 of the run (other machines or commits, run.json)" in reason
+
+
+def test_two_seeds_alone_decide_little(run):
+    """Without levels to compare their noise with, the interval of two seeds is wide."""
+    fill(run, {("fp8", 100): PUBLISHED["fp8", 100]})
+    found = fill(run, {("fp8", 100): PUBLISHED["fp8", 100] | {"mean_tpot_ms": 36}}, repeat=2)["C4"]
+    assert found.verdict == "undecided" and found.interval[0] < 36 and found.interval[1] > 38.75

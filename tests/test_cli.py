@@ -48,6 +48,11 @@ def test_importing_is_quick():
             "rate 0.0 is not above 0",
         ),
         (["load-test", "--base-url", "ftp://h", "--model", "m", "--out", "{tmp}/o"], "base URL 'ftp://h'"),
+        (["load-test", "--base-url", "http://h:x", "--model", "m", "--out", "{tmp}/o"], "base URL 'http://h:x'"),
+        (
+            ["load-test", "--base-url", "http://h:99999", "--model", "m", "--out", "{tmp}/o"],
+            "base URL 'http://h:99999'",
+        ),
         (["load-test", "--base-url", "http://no.such.host.invalid", "--model", "m", "--out", "{tmp}/o"], "no host"),
         (
             ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--requests", "0", "--out", "{tmp}/o"],

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fp8lab.measure.compare import ABLATION, contrast, pooled_noise, ratio, student_t
+from fp8lab.measure.compare import ABLATION, Noise, contrast, pooled_noise, ratio, student_t
 
 TRIALS = 2000
 
@@ -70,6 +70,23 @@ def test_without_noise_effects_are_exact():
     assert main.value == pytest.approx(math.sqrt(12 / 10 * 15 / 11))
     assert contrast(cells, ABLATION["interaction"]).value == pytest.approx(15 * 10 / (12 * 11))
     assert math.isnan(main.low) and not main.shown and "no interval" in str(main)
+
+
+def test_two_pairs_without_comparable_levels_have_their_own_spread():
+    one = ratio({1: 2.0, 2: 2.2}, {1: 1.0, 2: 1.0})
+    half = math.log(1.1) / 2 * student_t(1)  # the standard error of the mean of two is half their distance
+    assert math.log(one.high / one.value) == pytest.approx(half) == math.log(one.value / one.low)
+    assert one.model == "Student's t from 2 seeds"
+    assert "pooled" in ratio({1: 2.0, 2: 2.2}, {1: 1.0, 2: 1.0}, Noise(0.01, 6)).model
+
+
+def test_two_pairs_cover_as_they_say():
+    rng, covered = random.Random(5), 0
+    for _ in range(TRIALS):
+        cells = simulate(rng, {"bf16": 100.0, "fp8": 110.0}, 2, 0.03)
+        one = ratio(cells["fp8"], cells["bf16"])
+        covered += one.low <= 1.1 <= one.high
+    assert 0.93 <= covered / TRIALS <= 0.97
 
 
 def test_only_shared_seeds_are_compared():

@@ -1,16 +1,18 @@
 """The fair comparison's tables and figures, on the recorded runs and on runs that lack much."""
 
+import math
 import re
 
 import pytest
 
 import fp8lab as lab
 from fp8lab.errors import BadInput
+from fp8lab.measure.bottleneck import Limit
 from fp8lab.measure.capacity import DEFAULT, MLPERF_SERVER
 from fp8lab.measure.compare import Ratio
 from fp8lab.profiles import read_profile
 from fp8lab.report import capacity, drawing, fair, fair_figures, roofline
-from fp8lab.report.evidence import evidence
+from fp8lab.report.evidence import Evidence, evidence
 from fp8lab.report.forest import forest
 from fp8lab.runs import open_run
 from fp8lab.shapes import model_shape
@@ -67,12 +69,69 @@ def test_an_interval_beyond_the_axis_ends_in_an_arrow():
 def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
     profile = read_profile("h100-80gb")
     shape, card = model_shape(profile.model.shapes), profile.gpu
+    # A step multiplies each weight that it reads once for each request: two FLOP for two bytes.
+    assert roofline._steps(shape, context=0)["decode for 32"] == pytest.approx(32)
     steps = roofline._steps(shape, context=400)
-    # One request's step multiplies each weight that it reads once: two FLOP for two bytes.
-    assert steps["decode for 1"] == pytest.approx(1, rel=0.01)
     assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
-    told = roofline.roofline(open_run(source="h100-80gb")).caption
-    assert re.search(r"memory is the limit of decode for 1 .*; compute is the limit of prefill", told)
+    figure = roofline.roofline(open_run(source="h100-80gb"))
+    assert re.search(r"memory is the limit of decode for 32 .*; compute is the limit of prefill", figure.caption)
+    ticks = [note.get_text() for note in figure.canvas.axes[0].texts if re.match("decode|prefill", note.get_text())]
+    assert ticks == list(steps) and all(f"{tick} (" in figure.caption for tick in ticks)
+
+
+def test_without_telemetry_no_step_is_drawn_or_told(monkeypatch):
+    monkeypatch.setattr(Evidence, "kv_tokens_a_request", lambda self: None)
+    figure = roofline.roofline(open_run(source="h100-80gb"))
+    assert "Ticks" not in figure.caption and not any(
+        "decode" in note.get_text() for note in figure.canvas.axes[0].texts
+    )
+
+
+def test_the_caption_explains_the_markers_that_were_drawn():
+    told = {name: fair_figures.saturation(open_run(source=name)).caption for name in ("h100-80gb", "h200-80gb")}
+    assert "left half full for four Python processes" in told["h200-80gb"]
+    assert ("lower half full" in told["h100-80gb"], "lower half full" in told["h200-80gb"]) == (True, False)
+    assert "Markers" not in fair_figures.saturation(open_run(source="h100-80gb-long-prompts")).caption
+
+
+def test_a_whole_runs_gain_is_its_ramp_and_drain_only_beyond_the_steady_states_interval(monkeypatch):
+    told = {row[1]: row[5] for row in fair.equal_load_table(open_run(source="h200-80gb")).rows if "kept up" in row[5]}
+    assert "in its ramp and drain; steady state 1.00×" in told["50 req/s"]
+    assert told["60 req/s"].endswith("(both kept up; steady state 1.06× (1.00 to 1.13))")
+    seen, said = evidence(open_run(source="h200-80gb")), []
+    for steady in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(0.9, 0.8, 0.95, 3, "")):
+        monkeypatch.setattr(Evidence, "compare", lambda self, *_, steady=steady: steady)
+        said.append(fair._steady_state(seen, "output_token_throughput", "", 50, Ratio(1.05, 1.01, 1.09, 3, "")))
+    assert ["ramp" in text for text in said] == [False, True]
+
+
+def test_a_reservation_that_cannot_hold_the_requests_is_no_waste():
+    rows = dict(fair.paging_table(open_run(source="h100-80gb-long-prompts")).rows)
+    assert rows["reserving 2,048 tokens a request"] == "too little: some hold more"
+    assert rows["reserving 8,192 tokens a request"].endswith("%") and rows["the same, as published"] == "at most 4%"
+    assert "%" in dict(fair.paging_table(open_run(source="h100-80gb")).rows)["reserving 2,048 tokens a request"]
+
+
+def test_a_level_of_unknown_limit_keeps_up_if_its_records_say_so(monkeypatch):
+    monkeypatch.setattr(Evidence, "limit", lambda self, level_id: Limit("unknown", "no GPU was sampled"))
+    seen = Evidence(open_run(source="h200-80gb"))
+    assert not seen.saturated("bf16", rate=25)
+    assert seen.saturated("bf16", rate=100) and seen.saturated("bf16", rate=math.inf)
+
+
+def test_a_level_that_does_not_count_is_left_out_everywhere():
+    run = open_run(source="h200-80gb")
+    whole, seen = Evidence(run), Evidence(run)
+    seen.summaries = {
+        level_id: s | ({"valid": False, "duration_s": None} if level_id == "fp8-60rps-r1" else {})
+        for level_id, s in whole.summaries.items()
+    }
+    assert whole.parts(("bf16", "fp8"), 60) == "3, 4" and seen.parts(("bf16", "fp8"), 60) in ("3", "4")
+    assert 60 in whole.rates("fp8") and 60 not in seen.rates("fp8")
+    assert not seen.levels(("fp8",), 60) and list(seen.levels(("fp8",), 60, valid=False)) == ["fp8-60rps-r1"]
+    # Valid, and nothing completed.
+    seen.summaries["fp8-60rps-r1"] |= {"valid": True}
+    assert seen.parts(("fp8",), 60) == ""
 
 
 def test_variants_are_told_apart_without_colour():

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from conftest import streaming_server
-from fp8lab.errors import BadInput, LevelFailed, Stopped
+from fp8lab.errors import BadInput, LevelFailed, NotWritten, Stopped
+from fp8lab.load import generator
 from fp8lab.load.generator import default_workers, self_check, send_load
 from fp8lab.load.level import measure_level
 from fp8lab.load.records import to_tables
@@ -193,10 +194,15 @@ def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch)
 
 
 def test_scratch_that_cannot_be_made_is_told_in_words(sse_url, monkeypatch, capfd):
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext("/nowhere"))
+    monkeypatch.setattr(generator, "Scratch", lambda: contextlib.nullcontext("/nowhere"))
     with pytest.raises(LevelFailed, match=r"worker 0 could not write to /nowhere/.* \(No such file.*\); make room"):
         send(sse_url)
     assert "Traceback" not in capfd.readouterr().err
+    monkeypatch.undo()
+    told = r"no temporary folder can be made \(No such file.*; make room, or name another"
+    with monkeypatch.context() as gone, pytest.raises(NotWritten, match=told):
+        gone.setattr(tempfile, "tempdir", "/nowhere")
+        send(sse_url)
 
 
 def test_scratch_that_fills_up_ends_the_level_and_says_so(sse_url, capfd):
@@ -282,7 +288,7 @@ def test_self_check_limits():
 def test_busiest_second_finds_a_burst():
     marks = [(t / 4, min(t / 4, 2) if t < 8 else 2.0) for t in range(41)]
     assert busiest_second(marks) == pytest.approx(1.0)
-    assert busiest_second([(0.0, 0.0), (0.5, 0.5)]) == 0.0
+    assert busiest_second([(0.0, 0.0), (0.5, 0.5)]) is None
 
 
 def test_default_workers_follow_rate_and_cores(monkeypatch):

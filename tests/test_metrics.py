@@ -69,12 +69,6 @@ def test_latency_counts_from_sending_and_from_the_schedule():
     assert each["ttft_from_schedule_ms"] == pytest.approx(400)
 
 
-def test_goodput_needs_both_limits():
-    assert metrics.goodput(HAND, ttft_ms=250, tpot_ms=150) == pytest.approx(2 / 3.2)
-    assert metrics.goodput(HAND, ttft_ms=250, tpot_ms=50) == pytest.approx(0)
-    assert metrics.goodput(HAND, ttft_ms=1000, tpot_ms=50) == pytest.approx(1 / 3.2)
-
-
 def test_steady_window_leaves_out_ramp_and_drain():
     # A hundred requests a second for 100 s, each 5 s long: steady between the first and last seconds.
     sent = np.arange(0, 100, 0.01)

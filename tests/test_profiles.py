@@ -1,10 +1,13 @@
 import dataclasses
+import sys
 
 import pytest
 
 from fp8lab import gpu
 from fp8lab.errors import BadInput
-from fp8lab.profiles import Level, from_dict, load_profile, profile_names, read_profile
+from fp8lab.paths import PROJECT
+from fp8lab.profiles import Level, Model, from_dict, load_profile, profile_names, read_profile
+from fp8lab.provenance import portable
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -126,3 +129,25 @@ def test_a_stored_profile_names_no_home_folder(tmp_path, monkeypatch):
     assert stored["model"]["checkpoints"] == {"default": "~/model"}
     again = from_dict(stored)
     assert again.as_dict() == stored and again.model.checkpoint("fp8") == str(tmp_path / "model")
+
+
+def test_a_stored_model_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Inside the project, and beside it and the home folder under a name that begins as theirs do.
+    named = [f"{PROJECT}/data/models/x", f"{PROJECT}-models/x", f"{tmp_path}-other/x", "org/name"]
+    model = Model(checkpoints=dict(zip(("default", "bf16", "fp8", "fp8-kv"), named, strict=True)))
+    stored = dataclasses.replace(read_profile("h100-80gb"), model=model).as_dict()
+    assert list(stored["model"]["checkpoints"].values()) == named
+
+
+def test_a_command_is_shown_without_this_machines_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shown = {
+        sys.executable: "python3",
+        f"{PROJECT}/data/x": "./data/x",
+        f"{PROJECT}-models/x": f"{PROJECT}-models/x",
+        f"{tmp_path}/x": "~/x",
+        f"{tmp_path}-other/x": f"{tmp_path}-other/x",
+        "--port": "--port",
+    }
+    assert [portable(argument) for argument in shown] == list(shown.values())

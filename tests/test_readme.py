@@ -52,7 +52,7 @@ def headline_numbers() -> list[str]:
     ratios += [h100.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, name) for name in (metric, joules)]
     ratios.append(h100.compare("fp8-rust", "bf16-rust", math.inf, metric))
     ratios.append(seen.compare("fp8-rust", "bf16-rust", math.inf, metric))
-    behind_rust = {name: one for front_end, _, name, one in ablation_effects(seen, metric) if front_end == "Rust"}
+    behind_rust = {name: one for suffix, _, name, one in ablation_effects(seen, metric) if suffix == "-rust"}
     ratios += [behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]]
     halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
     long_halves = {name: one for _, _, name, one in ablation_effects(long_prompts, metric)}

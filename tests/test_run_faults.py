@@ -19,10 +19,10 @@ from pyarrow import parquet
 
 import fp8lab as lab
 from conftest import marked, wait_for
+from fp8lab import scratch as folders
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged
 from fp8lab.profiles import Level, read_profile
 from fp8lab.runs import open_run
-from fp8lab.server import scratch as server_scratch
 from test_runs import LEVEL, make_result
 
 KILLS = 50
@@ -140,8 +140,8 @@ def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_pa
     wait_for(lambda: not marked(profile), 20, "the end of all servers")
     # What the killed ones left there is swept away at a start; a folder of the last minute may still be coming to life.
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr(server_scratch, "_YOUNG_S", 0)
-    server_scratch.sweep()
+    monkeypatch.setattr(folders, "_YOUNG_S", 0)
+    folders.sweep()
     assert not list(scratch.iterdir())
 
 

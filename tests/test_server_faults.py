@@ -26,9 +26,10 @@ from fp8lab.load.watch import Watch
 from fp8lab.locks import Lock, machine_lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
+from fp8lab.scratch import Scratch, sweep
+from fp8lab.server import place
 from fp8lab.server.ask import ask
 from fp8lab.server.launch import Server
-from fp8lab.server.scratch import Scratch, sweep
 
 
 @pytest.fixture
@@ -433,8 +434,15 @@ def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
     for chosen in ("0", "0,1", gpu.gpu_uuid()):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpu.memory_used_gib() == 0.5
+        assert gpu.visible() == [chosen.removesuffix(",1")]  # a batch gives each job one of these
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert gpu.memory_used_gib() is None and gpu.gpu_names() == []
+    assert gpu.memory_used_gib() is None and gpu.gpu_names() == gpu.visible() == []
+
+
+def test_a_listener_is_told_where_there_is_no_ipv6(monkeypatch):
+    monkeypatch.setattr(place.psutil, "net_connections", lambda _kind: [])
+    monkeypatch.setattr(place, "Path", lambda *_parts: Path("/nowhere"))
+    assert place.listener(1) == "another process"
 
 
 def test_another_cache_folder_is_no_way_around_the_lock(card, tmp_path, monkeypatch):

@@ -132,3 +132,18 @@ def test_what_is_wrong_for_all_variants_stops_at_once(fake_vllm, tmp_path, monke
     with pytest.raises(InUse):
         lab.measure(open_run(tmp_path / "run", profile), profile)
     assert tried == ["bf16"]
+
+
+def test_a_level_that_could_not_be_measured_costs_no_other(fake_vllm, tmp_path, monkeypatch):
+    profile, real = lab.load_profile(str(fake_vllm())), experiment.load_test
+
+    def sometimes(server, **options):
+        if server.variant == "bf16":
+            raise LevelFailed("load worker 0 ended with exit code 1 before it was ready")
+        return real(server, **options)
+
+    monkeypatch.setattr(experiment, "load_test", sometimes)
+    run = open_run(tmp_path / "run", profile)
+    with pytest.raises(LevelFailed, match="bf16-.* was not measured: load worker 0 ended with exit code 1"):
+        lab.measure(run, profile)
+    assert {summary["level"]["variant"] for summary in run.summaries().values()} == {"fp8"}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import BadInput
-from .gpu import gpu_names
+from .gpu import visible
 from .notebooks import check_parameters, find
 from .paths import RUNS, repository_relative
 from .profiles import Level, read_profile
@@ -93,11 +93,11 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
     # Without a GPU there is one machine to share; with several each takes the next job.
-    places = range(len(gpu_names())) or [None]
+    places = visible() or [None]
     workers = [
         threading.Thread(target=_work, args=(queue, matrix, place, len(places) > 1), daemon=True) for place in places
     ]
-    write_pages(folder)
+    _draw(folder)
     try:
         for worker in workers:
             worker.start()
@@ -143,7 +143,7 @@ class _Queue:
         # Within the lock: jobs that end together write the same pages.
         with self._lock:
             self._set(name, state="done" if exit_code == 0 else "failed", exit_code=exit_code)
-            write_pages(self.folder)
+            _draw(self.folder)
             return sum(job["state"] in ("done", "failed") for job in self.jobs.values())
 
     def close(self) -> None:
@@ -171,11 +171,19 @@ class _Queue:
         write_json(self.folder / "queue.json", {"jobs": self.jobs})
 
 
-def _work(queue: _Queue, matrix: Matrix, gpu: int | None, several: bool) -> None:
+def _draw(folder: Path) -> None:
+    """Writes the pages; whatever fails in them, the queue goes on: pages can be written again."""
+    try:
+        write_pages(folder)
+    except Exception as error:
+        print(f"the pages of {folder.name} were not written: {error!r}", file=sys.stderr, flush=True)
+
+
+def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None:
     """Takes jobs until none is left. A job is a process of its own, so that its end leaves nothing behind."""
     environment = dict(os.environ)
     if gpu is not None and several:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     while taken := queue.take():
         name, place = taken
         job = queue.folder / name

@@ -4,6 +4,7 @@ Each function takes the parsed arguments and returns an exit code or None. Impor
 bad arguments answer at once.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,8 +12,12 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BadInput, Fp8labError
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 
 def reproduce(args) -> None:
@@ -35,13 +40,8 @@ def reproduce(args) -> None:
     rendered = RUNS / f"redrawn-{run.path.resolve().name}" if run.read_only else run.path / "rendered"
     where = {"source" if run.read_only else "run_dir": repository_relative(run.path)}
     for notebook in notebooks:
-        try:
+        with _resumable(run):
             page = execute(notebook, rendered / notebook.name, where | chosen)
-        except (KeyboardInterrupt, Fp8labError):
-            if not run.read_only:
-                again = f"fp8lab reproduce --run {repository_relative(run.path)}"
-                print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
-            raise
         print(repository_relative(page))
     print(claims_table(run, brief=True))
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
@@ -56,12 +56,8 @@ def measure(args) -> None:
 
     run = open_run(args.run, args.profile)
     protocols = args.protocol or list(run.profile.protocols)
-    try:
+    with _resumable(run):
         measure_levels(run, run.profile, protocols, workers=args.workers, again=args.again)
-    except (KeyboardInterrupt, Fp8labError):
-        again = f"fp8lab measure --run {repository_relative(run.path)}"
-        print(f"\nnothing measured is lost; to go on where this stopped: {again}", file=sys.stderr)
-        raise
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
@@ -85,15 +81,8 @@ def quality(args) -> None:
     for variant in args.variant or ():
         profile.variant_flags(variant)
     run = open_run(args.run, profile)
-    try:
+    with _resumable(run):
         measure_quality(run, profile, args.variant or (), task=task)
-    except (KeyboardInterrupt, Fp8labError):
-        again = f"fp8lab quality --run {repository_relative(run.path)}"
-        print(
-            f"\nnothing measured is lost; to go on where this stopped, the same with --run: {again} ...",
-            file=sys.stderr,
-        )
-        raise
     print(quality_table(run))
     print(repository_relative(run.path))
 
@@ -166,6 +155,7 @@ def serve(args) -> None:
 
 
 def load_test(args) -> int:
+    from .files import told, write_json, write_tables
     from .load.level import measure_level
     from .load.stream import Endpoint
     from .traces import arrival_times, named_trace
@@ -189,13 +179,12 @@ def load_test(args) -> int:
         name = "all at once" if math.isinf(rate) else f"{rate:g} req/s"
     if args.max_concurrency:
         name = f"{name}, closed loop at {args.max_concurrency}"
-    out.mkdir(parents=True, exist_ok=True)
+    with told(out):
+        out.mkdir(parents=True, exist_ok=True)
     summary, records, tokens, _ = measure_level(
         endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
         exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout,
     )  # fmt: skip
-    from .files import write_json, write_tables
-
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
     print(json.dumps(summary))
@@ -265,6 +254,20 @@ def stop(args) -> None:
         print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
     if not found:
         print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")
+
+
+@contextlib.contextmanager
+def _resumable(run: "Run"):
+    """Says how to go on with `run` when what is done with it ends early."""
+    try:
+        yield
+    except (KeyboardInterrupt, Fp8labError):
+        if not run.read_only:
+            from .paths import repository_relative
+
+            how = f"the same command with --run {repository_relative(run.path)}"
+            print(f"\nnothing measured is lost; to go on where this stopped: {how}", file=sys.stderr)
+        raise
 
 
 def _value(text: str):

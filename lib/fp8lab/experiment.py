@@ -165,9 +165,9 @@ def measure(
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
     interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
     recorded run this only reads, and returns what it holds of them. Raises InUse when another process writes to the
-    run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be measured there, raises ServerFailed
-    when a server did not start or died under load (its further levels are missing), LevelFailed when only a
-    cross-check failed.
+    run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be
+    measured there, raises ServerFailed when a server did not start or died under load (its further levels are missing),
+    LevelFailed when only levels or cross-checks failed.
     """
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
@@ -191,9 +191,13 @@ def measure(
             if lacking:
                 StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
             asked, work = [level for level in asked if run.has(level)], []
-        failed = [
-            error for variant, levels in work for error in _measure_variant(run, profile, variant, levels, workers)
-        ]
+        failed: list[Fp8labError] = []
+        for variant, levels in work:
+            try:
+                failed += _measure_variant(run, profile, variant, levels, workers)
+            except Fp8labError as error:
+                # Wrong for all variants; what went wrong before is told too.
+                raise type(error)("\n".join(map(str, [*failed, error]))) from None
     if failed:
         kind = ServerFailed if any(isinstance(error, ServerFailed) for error in failed) else LevelFailed
         raise kind("\n".join(map(str, failed)))
@@ -220,7 +224,12 @@ def _measure_on(server: Server, levels: list[Level], run: Run, workers: int | No
         if problem := server.problem():
             said = f"the {server.variant} server did not last: {problem}; not measured: {_names(levels[number:])}"
             return [*failed, ServerFailed(said)]
-        load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+        try:
+            load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+        except LevelFailed as error:
+            StatusLine().done(f"{level.id}: not measured, {error}")
+            failed.append(LevelFailed(f"{level.id} was not measured: {error}"))
+            continue
         if level.cross_check and not server.problem():
             try:
                 cross_check(server, level, run)
@@ -250,8 +259,8 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     run.write_cross_check(level, result)
     status.done(
         f"{level.id}: vllm bench serve: {result['request_throughput']:.1f} req/s completed, "
-        f"{result['output_token_throughput']:,.0f} tok/s, TPOT {result['mean_tpot_ms']:.1f} ms, "
-        f"its client at {result['client_busiest_core']:.0%} of a core"
+        f"{result['output_token_throughput']:,.0f} tok/s, TPOT {result['mean_tpot_ms']:.1f} ms"
+        + ("" if (core := result["client_busiest_core"]) is None else f", its client at {core:.0%} of a core")
     )
     return result
 

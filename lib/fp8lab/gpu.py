@@ -40,6 +40,12 @@ def gpu_names() -> list[str]:
         return [name for name in names if name]
 
 
+def visible() -> list[str]:
+    """The GPUs that a server started here would see, as CUDA_VISIBLE_DEVICES names them."""
+    with _nvml() as nvml:
+        return list(_handles(nvml)) if nvml else []
+
+
 def driver_version() -> str | None:
     with _nvml() as nvml:
         return _answer(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
@@ -77,8 +83,7 @@ class GpuReader:
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
         self._nvml = self._stack.enter_context(_nvml())
-        handles = _handles(self._nvml) if self._nvml else []
-        self._handle = handles[0] if handles else None
+        self._handle = next(iter(_handles(self._nvml).values()), None) if self._nvml else None
         return self
 
     def __exit__(self, *exc) -> None:
@@ -120,17 +125,18 @@ def _answer(nvml, question, *args):
 def _gpus():
     """(NVML, the visible GPUs' handles); (None, []) without a driver."""
     with _nvml() as nvml:
-        yield nvml, _handles(nvml) if nvml else []
+        yield nvml, list(_handles(nvml).values()) if nvml else []
 
 
-def _handles(nvml) -> list:
-    """The GPUs that a server started here would see, in its order: NVML itself ignores CUDA_VISIBLE_DEVICES."""
+def _handles(nvml) -> dict:
+    """The GPUs that a server started here would see, in its order, by their names in CUDA_VISIBLE_DEVICES, which NVML
+    itself ignores."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         names = [str(index) for index in range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)]
     else:
         names = [name for part in chosen.split(",") if (name := part.strip())]
-    handles = []
+    handles = {}
     for name in names:
         handle = (
             _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
@@ -139,5 +145,5 @@ def _handles(nvml) -> list:
         )
         if handle is None:
             break  # as CUDA does: what follows a GPU that is not there is not visible
-        handles.append(handle)
+        handles[name] = handle
     return handles

@@ -9,7 +9,7 @@ RUNS = PROJECT / "runs"
 
 
 def cache_dir() -> Path:
-    """The folder for things that are built once for a user (model folders, server registry)."""
+    """The folder for things that are built once for a user (model folders, locks)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fp8lab"
 

@@ -40,6 +40,6 @@ def check_environment(profile: "Profile") -> None:
     for text in texts:
         if name := secret_in(text, os.environ):
             raise BadInput(
-                f"profile {profile.name}: a flag or variable holds the value of {name}, which would be stored with the "
+                f"profile {profile.name}: a flag, variable or checkpoint holds the value of {name}, which would be stored with the "
                 f"run; leave it out: the server has {name} from the environment"
             )

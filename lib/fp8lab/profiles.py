@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import BadInput
 from .paths import DATA
 from .profile_secrets import check_environment, check_written
-from .provenance import portable
+from .provenance import without_home
 
 DEVICES = ("cuda", "emulated", "cpu")
 WEIGHTS = ("random", "packaged", "checkpoint")
@@ -156,11 +156,11 @@ class Profile:
         return self.protocols[protocol]
 
     def as_dict(self) -> dict:
-        """The resolved profile as plain values in the shape of its file; `from_dict` reads it back. Paths below the
-        home folder begin with ~: it may be shared."""
+        """The resolved profile as plain values in the shape of its file; `from_dict` reads it back. Checkpoints
+        below the home folder begin with ~: it may be shared."""
         values = dataclasses.asdict(self)
         checkpoints = values["model"]["checkpoints"]
-        values["model"]["checkpoints"] = {variant: portable(name) for variant, name in checkpoints.items()}
+        values["model"]["checkpoints"] = {variant: without_home(name) for variant, name in checkpoints.items()}
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 

@@ -35,8 +35,21 @@ def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
     if argument == sys.executable:
         return "python3"
-    home = str(Path.home())
-    return argument.replace(str(PROJECT), ".").replace(home, "~") if argument.startswith("/") else argument
+    inside = _below(argument, PROJECT, ".")
+    return without_home(argument) if inside is None else inside
+
+
+def without_home(path: str) -> str:
+    """`path` with ~ for the home folder it lies in, and still the same path wherever it is read: it may be shared."""
+    inside = _below(path, Path.home(), "~")
+    return path if inside is None else inside
+
+
+def _below(path: str, folder: Path, name: str) -> str | None:
+    """`path` with `name` for `folder`; None when it does not lie in it."""
+    if not Path(path).is_relative_to(folder):
+        return None
+    return "/".join((name, *Path(path).relative_to(folder).parts))
 
 
 def _versions() -> dict[str, str]:

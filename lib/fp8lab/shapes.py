@@ -62,6 +62,12 @@ def most_running(command: Sequence[str]) -> int | None:
     return int(value) if value.isdecimal() else None
 
 
+def memory_share(command: Sequence[str]) -> float | None:
+    """The share (0 to 1) of the card's memory that a vLLM command takes; None when it leaves that to vLLM."""
+    value = _flag(command, "--gpu-memory-utilization")
+    return None if value == "auto" else float(value)
+
+
 def _flag(command: Sequence[str], *names: str) -> str:
     """The value of a command's flag, given as `--flag value` or `--flag=value`; "auto" if it is not given."""
     words = [part for word in command for part in (word.split("=", 1) if word.startswith("-") else [word])]

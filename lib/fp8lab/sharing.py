@@ -13,7 +13,7 @@ from .recording import files
 from .runs import Run
 from .text import visible
 
-# Ten times the largest recorded run; an archive that claims more is not one of ours.
+# Hundreds of times the largest recorded run, whose token timestamps are left out; more than that is not one of ours.
 _LARGEST_BYTES = 2 * 2**30
 
 

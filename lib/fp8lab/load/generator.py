@@ -6,16 +6,14 @@ still in flight. The generator watches itself, and a level that it could not sen
 
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInput, LevelFailed
+from ..errors import BadInput
+from ..scratch import Scratch
 from ..traces import Trace
 from .stream import Endpoint, Outcome
 from .team import ClientReport, Team
@@ -25,7 +23,6 @@ _CHUNKS_PER_S_PER_WORKER = 10_000
 _BURST_CHUNKS_PER_S = 25_000
 _BUSY_CORE = 0.90
 _STALL_MS = 1000.0
-_SCRATCH = "fp8lab-load-"
 _LAG_FLOOR_MS = 5.0
 _LAG_SHARE_OF_TTFT = 0.05
 
@@ -41,7 +38,6 @@ class Progress:
     in_flight: int
     done: int
     failed: int
-    tokens: int
     tokens_per_s: float
     ttft_ms: float
 
@@ -52,8 +48,13 @@ class Progress:
         failed = f", {self.failed} FAILED" if self.failed else ""
         return (
             f"{self.sent}/{self.requests} sent, {self.in_flight} in flight, {self.done} done{failed}, "
-            f"{self.tokens_per_s:,.0f} tok/s, TTFT {self.ttft_ms:.0f} ms{left}"
+            f"{self.tokens_per_s:,.0f} tok/s, TTFT {in_words(self.ttft_ms)} ms{left}"
         )
+
+
+def in_words(value: float) -> str:
+    """A number in words; "–" for nan, which is not known yet."""
+    return "–" if math.isnan(value) else f"{value:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def send_load(
     `idle_timeout_s` without a connection or a byte, and `drain_timeout_s` after the last arrival all that still run
     or wait for their turn do. Once `problem()`, which must not wait, says why it should, the level ends early. A
     failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
-    LevelFailed when a worker could not start, KeyboardInterrupt after ending the workers.
+    LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
     due = np.asarray(due_s, dtype=float)
@@ -107,7 +108,7 @@ def send_load(
         expected = tokens / span / time_dilation if span else _BURST_CHUNKS_PER_S / time_dilation
         workers = default_workers(expected)
     workers = min(workers, len(trace), max_concurrency or len(trace))
-    with scratch_folder() as scratch:
+    with Scratch() as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, (span + drain_timeout_s) * time_dilation)  # fmt: skip
         with team:
@@ -127,7 +128,7 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     """Why a level's client cannot be trusted, each with a remedy; empty when it can."""
     problems = list(client.lost_workers)
     more = f"add --workers {client.workers * 2}"
-    if client.busiest_core > _BUSY_CORE:
+    if (client.busiest_core or 0) > _BUSY_CORE:
         problems.append(f"a load worker used {client.busiest_core:.0%} of its core, above {_BUSY_CORE:.0%}; {more}")
     if client.stall_max_ms > _STALL_MS:
         problems.append(
@@ -145,19 +146,6 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     return problems
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory:
-    """A temporary folder, for a `with` statement; removes those that killed processes of this user left. Raises
-    LevelFailed when none can be made."""
-    try:
-        for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-            owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-            if owner.isdigit() and not Path("/proc", owner).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-        return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
-    except OSError as error:
-        raise LevelFailed(f"no temporary folder can be made ({error.strerror}); name another in TMPDIR") from None
-
-
 def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: float) -> Progress:
     def total(key):
         return sum(row.get(key, 0) for row in rows)
@@ -172,7 +160,6 @@ def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: f
         in_flight=total("in_flight"),
         done=total("done"),
         failed=total("failed"),
-        tokens=tokens,
         tokens_per_s=tokens / elapsed if elapsed > 0 else 0.0,
         ttft_ms=ttft * 1e3,
     )

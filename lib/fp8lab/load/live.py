@@ -7,10 +7,12 @@ import base64
 import html
 import math
 
-from .generator import Progress
+from .generator import Progress, in_words
 
 _WIDTH, _HEIGHT, _GAP = 190, 64, 12
 _POINTS = 240
+# Four ticks of every worker: a shorter stretch counts what some of them sent and not the others.
+_SAMPLE_S = 1.0
 
 
 class LiveChart:
@@ -21,21 +23,24 @@ class LiveChart:
         self._at: list[float] = []
         self._series: dict[str, list[float]] = {"sent, requests/s": [], "in flight": [], "tokens/s": [], "TTFT, ms": []}
         self._last: Progress | None = None
+        self._drawn = ""
 
     def add(self, progress: Progress) -> str:
-        """Takes one more sample; the picture with it."""
+        """Takes one more sample, if the last one is a second old; the picture with it."""
+        if self._last and progress.elapsed_s - self._last.elapsed_s < _SAMPLE_S:
+            return self._drawn
         last, self._last = self._last, progress
-        if last and progress.elapsed_s > last.elapsed_s:
+        if last:
             sent = (progress.sent - last.sent) / (progress.elapsed_s - last.elapsed_s)
             values = (sent, progress.in_flight, progress.tokens_per_s, progress.ttft_ms)
             self._at.append(progress.elapsed_s)
             for series, value in zip(self._series.values(), values, strict=True):
                 series.append(float(value))
-            if len(self._at) > _POINTS:  # every second sample says as much
-                del self._at[::2]
-                for series in self._series.values():
-                    del series[::2]
-        return self.picture()
+            if len(self._at) > _POINTS:  # every second sample says as much; the newest stays
+                for series in (self._at, *self._series.values()):
+                    del series[-2::-2]
+        self._drawn = self.picture()
+        return self._drawn
 
     def picture(self) -> str:
         """An `<img>` with its alternative text; empty before the second sample."""
@@ -52,7 +57,7 @@ class LiveChart:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
             f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'
         )
-        told = ", ".join(f"{name} {_said(values[-1])}" for name, values in self._series.items())
+        told = ", ".join(f"{name} {in_words(values[-1])}" for name, values in self._series.items())
         alt = html.escape(f"{self._name} after {self._at[-1]:.0f} s: {told}", quote=True)
         data = base64.b64encode(svg.encode()).decode()
         return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}" style="max-width:100%">'
@@ -66,11 +71,7 @@ class LiveChart:
             f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}" for at, value in known
         )
         return (
-            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {_said(values[-1])} (most {_said(most)})</text>'
+            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {in_words(values[-1])} (most {in_words(most)})</text>'
             f'<line x1="{left}" y1="{18 + _HEIGHT}" x2="{left + _WIDTH}" y2="{18 + _HEIGHT}" stroke="#999"/>'
             f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/>'
         )
-
-
-def _said(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:,.0f}"

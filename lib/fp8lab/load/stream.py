@@ -75,8 +75,12 @@ class Endpoint:
     ignore_eos: bool = True
 
     def __post_init__(self):
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urlsplit(self.base_url)
+            good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # a port that is none, half an IPv6 address
+            good = False
+        if not good:
             raise BadInput(f"base URL {self.base_url!r} is not http(s)://HOST[:PORT]")
         if url.username or url.password:
             raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")

@@ -20,12 +20,13 @@ _SPARE_CONNECTIONS = 64
 
 @dataclass(frozen=True)
 class ClientReport:
-    """How the client itself fared. CPU is the share of one core in the busiest second of the busiest worker."""
+    """How the client itself fared: `cpu_s` of all workers, `busiest_core` the share of a core in the busiest second of the
+    busiest one (None when the load took less than a second)."""
 
     workers: int
     closed_loop: bool
     cpu_s: float
-    busiest_core: float
+    busiest_core: float | None
     stall_max_ms: float
     start_delay_s: float
     lost_workers: tuple[str, ...] = ()
@@ -164,19 +165,19 @@ class Team:
             workers=len(self.processes),
             closed_loop=self.max_concurrency is not None,
             cpu_s=sum(end["cpu_s"] for end in ends),
-            busiest_core=max((busiest_second(marks) for marks in self.cpu_marks), default=0.0),
-            stall_max_ms=1e3 * max((s for end in ends for s in end["stalls_s"]), default=0.0),
+            busiest_core=max(filter(None, map(busiest_second, self.cpu_marks)), default=None),
+            stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
         )
 
 
-def busiest_second(marks: list[tuple[float, float]]) -> float:
-    """The largest share of a core over a window of at least a second, from (time, CPU seconds) marks."""
-    best, begin = 0.0, 0
+def busiest_second(marks: list[tuple[float, float]]) -> float | None:
+    """The largest share of a core over a window of at least a second, from (time, CPU seconds) marks; None without one."""
+    shares, begin = [], 0
     for at, cpu in marks:
         while begin + 1 < len(marks) and at - marks[begin + 1][0] >= 1.0:
             begin += 1
         if at - marks[begin][0] >= 1.0:
-            best = max(best, (cpu - marks[begin][1]) / (at - marks[begin][0]))
-    return best
+            shares.append((cpu - marks[begin][1]) / (at - marks[begin][0]))
+    return max(shares, default=None)

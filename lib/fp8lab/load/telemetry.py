@@ -1,7 +1,8 @@
-"""What the GPU, the server and the client did while a level ran: sampled by one thread, in one table.
+"""What the GPU, the server and the client did while a level ran: sampled by two threads, in one table.
 
 The GPU's shares and power (NVML) are read five times a second, CPU times twice, its memory, clock and energy counter
-and the server's own counters (`/metrics`) once. The thread measures its own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
+and the server's own counters (`/metrics`) once, by a thread of their own: a full front end answers late, and the other
+samples must not wait for it. The threads measure their own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
 import contextlib
@@ -48,18 +49,24 @@ class Telemetry:
         self._dilation = time_dilation
         self._rows: list[dict] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._adding = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._timed, args=(sample,), name="telemetry", daemon=True)
+            for sample in (self._sample_machine, self._sample_server)
+        ]
         self._last_cpu: dict[int, tuple[float, float]] = {}
         self._workers: list[psutil.Process] = []
         self.cpu_share = 0.0
 
     def __enter__(self) -> "Telemetry":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_exc) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
@@ -73,10 +80,16 @@ class Telemetry:
         columns += [f"{role}_{what}" for role in ROLES for what in ("cpu", "cpu_max")]
         table = pd.DataFrame(self._rows, columns=columns).astype("float64")
         table["at_s"] = (table["at_s"] - start) / self._dilation
-        return table
+        return table.sort_values("at_s", ignore_index=True)
 
-    def _run(self) -> None:
-        began, next_slow, next_cpu = time.monotonic(), 0.0, 0.0
+    def _timed(self, sample: Callable[[], None]) -> None:
+        began = time.monotonic()
+        sample()
+        with self._adding:
+            self.cpu_share += time.thread_time() / max(time.monotonic() - began, 1e-9)
+
+    def _sample_machine(self) -> None:
+        next_slow, next_cpu = 0.0, 0.0
         with GpuReader() as gpu:
             while True:
                 now = time.monotonic()
@@ -88,18 +101,18 @@ class Telemetry:
                     row |= self._cpu(now)
                 if slow:
                     next_slow = now + SLOW_PERIOD_S
-                    if self._metrics:
-                        row |= self._server_counters()
                 self._rows.append(row)
                 if self._stop.wait(max(0.0, PERIOD_S - (time.monotonic() - now))):
                     break
-        self.cpu_share = time.thread_time() / max(time.monotonic() - began, 1e-9)
 
-    def _server_counters(self) -> dict[str, float]:
-        try:
-            return parse_metrics(self._metrics())
-        except OSError:
-            return {}
+    def _sample_server(self) -> None:
+        while self._metrics:
+            asked = time.monotonic()
+            with contextlib.suppress(OSError):
+                counters = parse_metrics(self._metrics())
+                self._rows.append({"at_s": time.monotonic()} | counters)
+            if self._stop.wait(max(0.0, SLOW_PERIOD_S - (time.monotonic() - asked))):
+                break
 
     def _cpu(self, now: float) -> dict[str, float]:
         row = {}

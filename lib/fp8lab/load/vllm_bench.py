@@ -12,12 +12,11 @@ from pathlib import Path
 import psutil
 
 from ..errors import LevelFailed
-from ..files import told
-from ..private import secrets_of
-from ..server import watchdog
+from ..scratch import Scratch
+from ..server import guarded
 from ..traces import Trace
-from .generator import scratch_folder
 from .stream import Endpoint
+from .worker import unwritable
 
 # By module, not by command: the CPU build's distribution has another name, which breaks the command.
 _RUN = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
@@ -44,11 +43,13 @@ def run(
     core over a second) with client_cpu_s. The client ends with this process, however that ends. Raises LevelFailed
     when it fails or takes more than `timeout_s` wall seconds.
     """
-    with scratch_folder() as folder:
+    with Scratch() as folder:
         dataset, result, log = (Path(folder, name) for name in ("trace.json", "result.json", "log"))
-        with told(dataset):
+        try:
             dataset.write_text(json.dumps(trace.to_sharegpt(begin_tokens=1)))
             log.touch()
+        except OSError as error:
+            raise LevelFailed(f"vllm bench serve was not run: {unwritable(folder, error)}") from None
         command = [
             sys.executable, "-c", _RUN, "--backend", "openai", "--base-url", endpoint.base_url,
             "--endpoint", endpoint.path, "--model", endpoint.model, "--tokenizer", tokenizer,
@@ -72,15 +73,7 @@ def _run_guarded(
     command: Sequence[str], environment: Mapping[str, str], log: Path, deadline: float
 ) -> list[tuple[float, float]]:
     """Runs the client until it ends or the deadline has passed, under a watchdog, as a server is: see `_cpu_marks`."""
-    guard = [sys.executable, watchdog.__file__, "--log", str(log), "--grace", "2"]
-    guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
-    with subprocess.Popen(
-        [*guard, "--", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-    ) as process:
+    with guarded.popen(command, environment, log, grace_s=2) as process:
         try:
             return _cpu_marks(process, deadline)
         finally:

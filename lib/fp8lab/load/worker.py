@@ -1,6 +1,6 @@
 """One load worker: a process that sends its share of a schedule and writes down what comes back.
 
-It is started by the generator as `python -m fp8lab.load.worker`, takes a pickled Job on standard input,
+A team starts it and calls `main`. It takes a pickled Job on standard input,
 answers with JSON lines (ready or unready, progress, end) on standard output, and appends pickled batches of outcomes
 to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
 """
@@ -26,7 +26,6 @@ from .stream import Connection, Endpoint, Outcome, connect
 TICK_S = 0.25
 # libuv's timers count milliseconds: a request is sent when it is due within half of one.
 _EARLY_S = 0.0005
-_STALL_S = 0.005
 _ENDLESS_CHUNKS = 10_000
 # Opening ahead only spares the first requests a wait; what does not open soon is tried again when it is needed.
 _OPEN_AHEAD_S = 5.0
@@ -60,7 +59,7 @@ class Worker:
         self.ended: list[Outcome] = []
         self.counts = dict.fromkeys(("sent", "done", "failed", "tokens", "first_tokens"), 0)
         self.ttft_sum = 0.0
-        self.stalls: list[float] = []
+        self.stall_s = 0.0
         self.slot = asyncio.Event()
         self.all_done = asyncio.Event()
         self.stopping = asyncio.Event()
@@ -89,12 +88,7 @@ class Worker:
             self.flush()
             with contextlib.suppress(OSError):  # what it could not write is told already
                 self.spool.close()
-            end = {
-                "trouble": self.trouble,
-                "cpu_s": time.process_time() - cpu,
-                "wall_s": monotonic() - start,
-                "stalls_s": sorted(self.stalls)[-20:],
-            }
+            end = {"trouble": self.trouble, "cpu_s": time.process_time() - cpu, "stall_s": self.stall_s}
             tell("end", **self.counts, **end)
             for connection in self.idle:
                 connection.close()
@@ -237,9 +231,7 @@ class Worker:
         while True:
             due = monotonic() + 0.01
             await asyncio.sleep(0.01)
-            late = monotonic() - due
-            if late > _STALL_S:
-                self.stalls.append(late)
+            self.stall_s = max(self.stall_s, monotonic() - due)
 
     def flush(self) -> None:
         """Appends what ended to the spool; when that cannot be written, the level is stopped."""
@@ -280,9 +272,9 @@ def read_spool(path: str) -> list[Outcome]:
     return outcomes
 
 
-def unwritable(spool: str, error: OSError) -> str:
-    """What is to be said of a worker that cannot keep its records."""
-    return f"could not write to {spool} ({error.strerror}); make room there, or name another folder in TMPDIR"
+def unwritable(path: str, error: OSError) -> str:
+    """What is to be said of a client that cannot write where TMPDIR is."""
+    return f"could not write to {path} ({error.strerror}); make room there, or name another folder in TMPDIR"
 
 
 def tell(kind: str, **values) -> None:
@@ -302,7 +294,3 @@ def main() -> None:
         await worker.run()
 
     uvloop.run(run())
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ _LONG = 3.0
 _FULL = 0.95
 _CLIENT_FULL = 0.90
 _ENGINE_WORKS = 0.5
-# A few preemptions at a peak do not make the KV cache the limit: this share of the requests does.
+# A few preemptions at a peak do not make the KV cache the limit: more than this many a request do.
 _PREEMPTED = 0.01
 # A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
 # that merely streams what a full GPU makes is as busy and holds none.
@@ -106,7 +106,7 @@ def what_limited(
     growth = backlog_growth(records)
     held = held_by_front_end(records, telemetry)
     used = _Used(summary, held)
-    if summary["client_busiest_core"] > _CLIENT_FULL:
+    if (summary["client_busiest_core"] or 0) > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary['client_busiest_core']:.2f} of a core")
     if growth <= _GROWTH and not used.full("frontend"):
         return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
@@ -160,7 +160,7 @@ def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:
     """Evidence that the KV cache was full; empty when it was not."""
     preempted = summary.get("preemptions") or 0
     if preempted > _PREEMPTED * summary["requests"]:
-        return f"{preempted:.0f} requests were preempted for want of KV blocks"
+        return f"{preempted:.0f} preemptions for want of KV blocks"
     if telemetry is not None:
         known = telemetry[["waiting", "kv_cache_usage"]].dropna()
         waited = ((known["waiting"] > 0) & (known["kv_cache_usage"] >= _FULL)).mean() if len(known) else 0

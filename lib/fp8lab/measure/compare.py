@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
-# Fewer pairs than this say too little of their own spread.
+# Fewer pairs than this say too little of their own spread where that of comparable levels is known.
 _OWN_SPREAD = 3
 
 # One variant's values by seed, and several variants' by name.
@@ -80,7 +80,8 @@ def contrast(cells: Cells, weights: Mapping[str, float], noise: Noise | None = N
     """exp(sum of weight x log value) over the seeds that all weighted cells share; None when they share none.
 
     With three seeds or more the interval is Student's from the contrasts themselves. With fewer the spread is
-    taken to be `noise`, that of comparable levels: a stated model, and the best there is.
+    taken to be `noise`, that of comparable levels: a stated model, and the best there is. Without `noise` two seeds
+    give Student's interval with its one degree of freedom, and a single one gives none.
     """
     used = {name: cells[name] for name, weight in weights.items() if weight}
     seeds = _common_seeds(used)
@@ -88,7 +89,7 @@ def contrast(cells: Cells, weights: Mapping[str, float], noise: Noise | None = N
         return None
     each = [sum(weights[name] * math.log(values[seed]) for name, values in used.items()) for seed in seeds]
     mean, pairs = fmean(each), len(each)
-    if pairs >= _OWN_SPREAD:
+    if pairs >= (_OWN_SPREAD if noise else 2):
         half = student_t(pairs - 1) * stdev(each) / math.sqrt(pairs)
         model = f"Student's t from {pairs} seeds"
     elif noise:

@@ -21,9 +21,10 @@ def paging_waste(records: pd.DataFrame, block_size: int = 16) -> float:
     return 1 - contexts.sum() / (np.ceil(contexts / block_size) * block_size).sum()
 
 
-def reserving_waste(records: pd.DataFrame, length: int = 2048) -> float:
-    """The same if every request reserved `length` tokens from its first step on, as servers did before paging."""
-    return 1 - held_tokens(records) / length
+def reserving_waste(records: pd.DataFrame, length: int) -> float | None:
+    """The same if every request reserved `length` tokens from its first step on, as servers did before paging; None
+    where some request holds more than that."""
+    return None if _contexts(records).max(initial=0) > length else 1 - held_tokens(records) / length
 
 
 def _contexts(records: pd.DataFrame) -> np.ndarray:

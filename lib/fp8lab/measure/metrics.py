@@ -118,14 +118,6 @@ def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
     return instant(_STEADY[0]), instant(_STEADY[1])
 
 
-def goodput(records: pd.DataFrame, *, ttft_ms: float, tpot_ms: float) -> float:
-    """Completed requests/s that met both limits, over the whole run."""
-    each = latencies(records)
-    good = (each["ttft_ms"] <= ttft_ms) & ~(each["tpot_ms"] > tpot_ms)
-    duration = _duration(records)
-    return float(good.sum() / duration) if duration else 0.0
-
-
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
     """The metrics of a level, by name; what cannot be computed is None.
 

@@ -1,12 +1,11 @@
 """Several runs side by side: the same claims on several machines, and what FP8 was worth where what was the limit."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 from ..runs import Run
 from ..tables import Table
-from .claims import Verdict, judge, published, show_value
+from .claims import Verdict, claim_of, judge, show_interval, show_value
 from .drawing import Figure
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import emulated_note, equal_load_ratios
@@ -37,13 +36,13 @@ def worth_table(*runs: Run) -> Table:
     rows, runs = [], _once(runs)
     for run in runs:
         seen = evidence(run)
-        joules = {(front, rate): one for front, rate, one in equal_load_ratios(seen, _JOULES)}
-        for front_end, rate, one in equal_load_ratios(seen, _THROUGHPUT):
-            energy = joules.get((front_end, rate))
+        joules = {(suffix, rate): one for suffix, rate, one in equal_load_ratios(seen, _JOULES)}
+        for suffix, rate, one in equal_load_ratios(seen, _THROUGHPUT):
+            energy = joules.get((suffix, rate))
             rows.append(
                 (
-                    run.path.name, rate_name(rate), front_end, str(one), str(energy) if energy else "–",
-                    *(" or ".join(_causes(seen, variant, rate)) for variant in _pair(seen, front_end)),
+                    run.path.name, rate_name(rate), FRONT_ENDS[suffix], str(one), str(energy) if energy else "–",
+                    *(" or ".join(_causes(seen, variant + suffix, rate)) for variant in ("bf16", "fp8")),
                 )
             )  # fmt: skip
     columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
@@ -54,15 +53,15 @@ def worth_table(*runs: Run) -> Table:
 
 def worth_figure(*runs: Run) -> Figure:
     """The throughput ratios at equal load that rest on repeats, run by run, with what limited them, beside the published one."""
-    claim = next(claim for claim in published()["claims"] if claim["id"] == "C1")
+    claim = claim_of("C1")
     bf16, fp8 = claim["bf16"], claim["fp8"]
     rows, drawn = [], []
     for run in _once(runs):
         seen = evidence(run)
-        for front_end, rate, one in equal_load_ratios(seen, _THROUGHPUT):
+        for suffix, rate, one in equal_load_ratios(seen, _THROUGHPUT):
             if one.pairs >= 2:
-                behind = "" if front_end == FRONT_ENDS[""] else f", behind {front_end}"
-                limit = _mostly(*(_causes(seen, variant, rate) for variant in _pair(seen, front_end)))
+                behind = f", behind {FRONT_ENDS[suffix]}" if suffix else ""
+                limit = _mostly(*(_causes(seen, variant + suffix, rate) for variant in ("bf16", "fp8")))
                 rows.append((f"{run.path.name}, {rate_name(rate)}{behind}\nlimit: {limit}", one))
                 drawn.append(run)
     said = (
@@ -81,18 +80,9 @@ def _once(runs: Sequence[Run]) -> list[Run]:
     return list({run.path.resolve(): run for run in runs}.values())
 
 
-def _pair(seen: Evidence, front_end: str) -> tuple[str, str]:
-    return next((bf16, fp8) for bf16, fp8, name in seen.pairs() if name == front_end)
-
-
 def _causes(seen: Evidence, variant: str, rate: float) -> Counter[str]:
-    """What limited a variant at a rate, and how many of its seeds."""
-    ids = [
-        level_id
-        for level_id, s in seen.summaries.items()
-        if s["level"]["variant"] == variant and float(s["level"]["rate"]) == rate
-    ]
-    return Counter(seen.limit(level_id).cause for level_id in ids)
+    """What limited a variant at a rate, and how many of its valid seeds."""
+    return Counter(seen.limit(level_id).cause for level_id in seen.levels((variant,), rate))
 
 
 def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
@@ -109,8 +99,6 @@ def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
 def _said(one: Verdict) -> str:
     if one.measured is None or one.verdict in ("not run", "invalid run"):
         return one.verdict
-    between = "" if one.interval is None or math.isnan(one.interval[0]) else (
-        f" ({' to '.join(show_value(end, 'x' if one.unit == 'x' else '') for end in one.interval)})"
-    )  # fmt: skip
-    cause = f"; stated cause: {one.cause}" if one.cause and one.verdict != "not run" else ""
+    between = f" ({show_interval(one)})" if one.interval else ""
+    cause = f"; stated cause: {one.cause}" if one.cause else ""
     return f"{show_value(one.measured, one.unit)}{between}: {one.verdict}{cause}"

@@ -4,9 +4,9 @@ import numpy as np
 
 from ..measure.metrics import concurrency_over_time
 from ..runs import Run
-from ..shapes import fp8_kv, model_shape
-from .claims import level_id, published
-from .drawing import GREY, INK, Figure, caption_of, new_canvas
+from ..shapes import fp8_kv, memory_share, model_shape
+from .claims import claim_of, level_id
+from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 from .evidence import evidence, rate_name
 
 # Light to dark, hatched, so that the parts are told apart in print.
@@ -53,20 +53,17 @@ def memory(run: Run) -> Figure:
         "Weights and KV cache as vLLM reports them; the rest (activations, CUDA graphs, the driver) is what NVML counts "
         "beside them, where a GPU was sampled; some of it is outside vLLM's share. What FP8 takes from the weights, vLLM gives to the KV cache."
     )
-    return Figure(
-        "memory", canvas, f"Stacked bars. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(caption, run)
-    )
+    return Figure("memory", canvas, f"Stacked bars. {told_or(told)}.", caption_of(caption, run))
 
 
 def _limits(axes, run: Run) -> list[str]:
     """Draws what vLLM may take of the card, and the card's end unless the run was held far below it; both in words."""
-    card, words = run.profile.gpu, " ".join(run.profile.server.flags).replace("=", " ").split()
+    card, share = run.profile.gpu, memory_share(run.profile.server.flags)
     if card is None:
         return []
     limits = [("the card", card.memory_gib, "left")]
-    if "--gpu-memory-utilization" in words:
-        share = card.memory_gib * float(words[words.index("--gpu-memory-utilization") + 1])
-        limits = [("vLLM's share", share, "right"), *(limits if card.memory_gib < 1.3 * share else ())]
+    if share is not None:
+        limits = [("vLLM's share", share * card.memory_gib, "right"), *(limits if 1.3 * share > 1 else ())]
     for name, gib, side in limits:
         axes.axvline(gib, color=INK, lw=1)
         axes.annotate(
@@ -80,7 +77,7 @@ def _limits(axes, run: Run) -> list[str]:
 def batching(run: Run) -> Figure:
     """Requests running and waiting in the engine over time, and in flight for the client, at the published FP8 level."""
     seen = evidence(run)
-    claim = next(c for c in published()["claims"] if c["id"] == "C2")
+    claim = claim_of("C2")
     id = level_id("fp8", claim["fp8"]["rate"])
     canvas, axes = new_canvas(run, "How does continuous batching look while it runs?", height=3.2)
     level = seen.level(id) if id in seen.summaries else None
@@ -107,9 +104,9 @@ def batching(run: Run) -> Figure:
     axes.set(xlabel="seconds", ylabel="requests", xlim=(0, None), ylim=(0, None))
     caption = (
         f"Level {id}. A request joins the running batch at the next step and leaves it with its last token; none waits "
-        "for a batch to end. Between the solid and the dashed line: requests that had not reached the engine, or whose "
-        "last tokens had not left the front end. In flight is the exact count at every instant; the peak in the table of "
-        "levels counts all that were in flight within a whole second."
+        "for a batch to end. Between the solid and the dashed line: requests that wait in the engine (dotted), that had "
+        "not reached it, or whose last tokens had not left the front end. In flight is the exact count at every instant; the "
+        "peak in the table of levels counts all that were in flight within a whole second."
     )
     return Figure("batching", canvas, f"Line chart. {told}.", caption_of(caption, run))
 

@@ -14,9 +14,9 @@ from .fair import emulated_note, show_number
 def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, str]]:
     """(rate, state) of every valid level of a variant that was offered a rate, ascending."""
     tried = []
-    for level_id, s in seen.summaries.items():
+    for level_id, s in seen.levels((variant,)).items():
         rate = float(s["level"]["rate"])
-        if s["level"]["variant"] == variant and s["valid"] and math.isfinite(rate) and (level := seen.level(level_id)):
+        if math.isfinite(rate) and (level := seen.level(level_id)):
             tried.append((rate, attains(level.records, slo).state))
     return sorted(tried)
 
@@ -64,9 +64,7 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
             continue
         usable = low * (1 - headroom)
         tokens = fmean(
-            s["output_tokens"] / s["completed"]
-            for s in seen.summaries.values()
-            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == low and s["completed"]
+            s["output_tokens"] / s["completed"] for s in seen.levels((variant,), low).values() if s["completed"]
         )
         joules = seen.seeds(variant, low, "joules_per_output_token")
         rows.append(

@@ -9,7 +9,8 @@
 
 Whether the stated cause holds is asked apart from the value, and told whatever the value is: "no (the offered load)" when
 the same step in load brings most of the effect without FP8, "no (the front end)" when that, and not the card, was the
-limit, "undecided" when the interval allows both; empty where this kit has no test of it.
+limit, "undecided" when the interval allows both; empty where a test of it found nothing against it, and where this kit has
+none.
 
 Judged is the (geometric) mean of all valid seeds that were measured as published: a single seed can be an odd one, and
 which one comes first is chance. Each seed's value is told beside it. With a single one the value alone is judged.
@@ -33,8 +34,8 @@ _MOST = 2 / 3
 @dataclass(frozen=True)
 class Verdict:
     """One claim, judged. `published`, `measured` and `interval` (95 %, over the seeds) are in `unit`; `cause` says
-    whether the stated cause holds ("" where that is not tested); `levels` are the level ids it rests on, `limits` what
-    limited each."""
+    whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are the level ids it rests
+    on, `limits` what limited each."""
 
     id: str
     title: str
@@ -58,6 +59,11 @@ def published() -> dict:
     return tomllib.loads((DATA / "published.toml").read_text())
 
 
+def claim_of(id: str) -> dict:
+    """The published claim `id`, as it stands in `data/published.toml`."""
+    return next(claim for claim in published()["claims"] if claim["id"] == id)
+
+
 def judge(run: Run) -> list[Verdict]:
     """The verdict on every claim; also stored as `claims.json` in a run that can be written."""
     from .recommendations import RECOMMENDATIONS
@@ -79,7 +85,7 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
-            _interval(v), v.verdict, v.cause or "–", v.reason, _rests_on(v),
+            show_interval(v), v.verdict, v.cause or "–", v.reason, _rests_on(v),
         )
         for v in judge(run)
     ]  # fmt: skip
@@ -190,12 +196,8 @@ def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
 
 def _left_out(claim: dict, seen: Evidence) -> str:
     """The invalid seeds of a claim's levels, as text: nothing rests on them."""
-    sides = {(side, float(claim[side]["rate"])) for side in ("bf16", "fp8") if side in claim}
-    found = [
-        level_id
-        for level_id, s in seen.summaries.items()
-        if (s["level"]["variant"], float(s["level"]["rate"])) in sides and not s["valid"]
-    ]
+    held = [seen.levels((side,), claim[side]["rate"], valid=False) for side in ("bf16", "fp8") if side in claim]
+    found = [level_id for levels in held for level_id, s in levels.items() if not s["valid"]]
     return f"left out as INVALID: {', '.join(found)}" if found else ""
 
 
@@ -252,7 +254,8 @@ def _with_parts(value: float | None, parts: dict, v: Verdict) -> str:
     return f"{show_value(value, v.unit)} ({number(parts['fp8'])} / {number(parts['bf16'])})"
 
 
-def _interval(v: Verdict) -> str:
+def show_interval(v: Verdict) -> str:
+    """A verdict's 95 % interval as a table shows it; "–" without one."""
     return " to ".join(show_value(end, "x" if v.unit == "x" else "") for end in v.interval) if v.interval else "–"
 
 

@@ -1,7 +1,7 @@
 """The house's way of drawing: canvas, colours and markers, labels, and the words that go with a figure."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..runs import Run
@@ -14,6 +14,7 @@ INK, GREY = "#222222", "#767676"
 LONGEST_ALT = 600
 # Behind another front end a variant keeps its colour and marker, drawn half full or hollow.
 _FRONT_END = {"": ("full", "-"), "-api4": ("left", ":"), "-rust": ("none", "--"), "-rust-graphs": ("bottom", "-.")}
+_FILLINGS = {"full": "full", "left": "left half full", "none": "hollow", "bottom": "lower half full"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ def front_end_of(variant: str) -> tuple[str, str]:
     return variant.removesuffix(suffix), suffix
 
 
+def fillings_told(variants: Collection[str]) -> str:
+    """Which front end the markers of `variants` stand for, as a sentence to go on with; empty where all have the first."""
+    suffixes = {front_end_of(variant)[1] for variant in variants}
+    told = [f"{_FILLINGS[filling]} for {FRONT_ENDS[s]}" for s, (filling, _) in _FRONT_END.items() if s in suffixes]
+    return f" Markers by front end: {'; '.join(told)}." if suffixes - {""} else ""
+
+
 def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
     """Names lines at their right ends, (name, x, y, colour) each, instead of a legend. Names that would lie on each
     other are moved apart; a thin line leads to each."""
@@ -85,27 +93,24 @@ def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
 def label_where_free(axes, points: list[tuple[str, float, float]]) -> None:
     """Writes a name beside each of `points`, (name, x, y) each, where it lies on no other point and no other name."""
     from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()
     pixel, size = axes.figure.dpi / 72, 7
     at = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
-    taken += [note.get_window_extent().extents for note in axes.texts if isinstance(note, Annotation)]
+    taken = [Bbox.from_extents(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
+    taken += [note.get_window_extent() for note in axes.texts if isinstance(note, Annotation)]
     for (name, *point), (x, y) in zip(points, at, strict=True):
         wide, high = 0.62 * size * len(name) * pixel, size * pixel
         for side, left in (("left", x + 6 * pixel), ("right", x - 6 * pixel - wide)):
-            box = (left, y - high / 2, left + wide, y + high / 2)
-            if not any(_overlap(box, other) for other in taken):
+            box = Bbox.from_bounds(left, y - high / 2, wide, high)
+            if not box.count_overlaps(taken):
                 offset = (6 if side == "left" else -6, 0)
                 axes.annotate(
                     name, point, offset, textcoords="offset points", ha=side, va="center", fontsize=size, color=INK
                 )
                 taken.append(box)
                 break
-
-
-def _overlap(one: tuple, other: tuple) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def legend(axes, where: str) -> None:

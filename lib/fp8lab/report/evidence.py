@@ -3,10 +3,10 @@
 import bisect
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timedelta
 
-from ..measure.bottleneck import Limit, what_limited
+from ..measure.bottleneck import Limit, keeps_up, what_limited
 from ..measure.compare import Cells, Noise, Ratio, Seeds, pooled_noise, ratio
 from ..measure.metrics import steady_window
 from ..measure.roofline import Roofline, roofline
@@ -79,13 +79,21 @@ class Evidence:
                 running += known["running"].sum()
         return held / running if running else None
 
+    def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, dict]:
+        """The summaries of these variants' levels at `rate` (None: at any), by level id; with `valid` only of those
+        that count."""
+        return {
+            level_id: s
+            for level_id, s in self.summaries.items()
+            if s["level"]["variant"] in variants
+            and (rate is None or float(s["level"]["rate"]) == rate)
+            and (s["valid"] or not valid)
+        }
+
     def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
         """A metric of every valid repeat of a level, by repeat."""
-        return {
-            s["level"]["repeat"]: s[metric]
-            for s in self.summaries.values()
-            if s["level"]["variant"] == variant and float(s["level"]["rate"]) == rate and s["valid"] and s.get(metric)
-        }
+        held = self.levels((variant,), rate).values()
+        return {s["level"]["repeat"]: s[metric] for s in held if s.get(metric)}
 
     def cells(self, variants, rate: float, metric: str) -> Cells:
         """The same for several variants; those without a level are left out."""
@@ -103,21 +111,18 @@ class Evidence:
         if len(self._parts) < 2:
             return ""
         found = set()
-        for s in self.summaries.values():
-            if s["level"]["variant"] in variants and float(s["level"]["rate"]) == rate:
-                # A part is noted when its first level has ended and is written.
-                written = datetime.fromisoformat(s["started"]) + timedelta(
-                    seconds=s["duration_s"] * s["time_dilation"] + _WRITING_S
-                )
-                found.add(max(1, bisect.bisect_right(self._parts, written)))
+        for s in self.levels(variants, rate).values():
+            if s["duration_s"] is None:  # nothing completed: no value of it is compared
+                continue
+            # A part is noted when its first level has ended and is written.
+            lasted_s = s["duration_s"] * s["time_dilation"] + _WRITING_S
+            written = datetime.fromisoformat(s["started"]) + timedelta(seconds=lasted_s)
+            found.add(max(1, bisect.bisect_right(self._parts, written)))
         return ", ".join(str(part) for part in sorted(found))
 
     def rates(self, *variants: str) -> list[float]:
         """The rates at which each of `variants` has a valid level, ascending."""
-        sets = [
-            {float(s["level"]["rate"]) for s in self.summaries.values() if s["level"]["variant"] == v and s["valid"]}
-            for v in variants
-        ]
+        sets = [{float(s["level"]["rate"]) for s in self.levels((v,)).values()} for v in variants]
         return sorted(set.intersection(*sets))
 
     def variants(self) -> list[str]:
@@ -126,29 +131,29 @@ class Evidence:
         return [variant for variant in self.run.profile.variants if variant in held]
 
     def pairs(self) -> Iterator[tuple[str, str, str]]:
-        """(BF16 variant, FP8 variant, front end) for each front end that the run holds both behind."""
+        """(BF16 variant, FP8 variant, their suffix in `FRONT_ENDS`) for each front end that the run holds both behind."""
         held = set(self.variants())
-        for suffix, front_end in FRONT_ENDS.items():
+        for suffix in FRONT_ENDS:
             if {f"bf16{suffix}", f"fp8{suffix}"} <= held:
-                yield f"bf16{suffix}", f"fp8{suffix}", front_end
+                yield f"bf16{suffix}", f"fp8{suffix}", suffix
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def saturated(self, *variants: str, rate: float) -> bool:
-        """Whether some level of `variants` at `rate` was limited by something else than the offered load."""
-        ids = [
-            level_id
-            for level_id, s in self.summaries.items()
-            if s["level"]["variant"] in variants and float(s["level"]["rate"]) == rate
-        ]
-        return any(self.limit(level_id).cause not in ("offered load", "unknown") for level_id in ids)
+        """Whether some level of `variants` at `rate` was limited by something else than the offered load. Where the limit
+        is unknown, the records say whether a backlog grew; without records it counts as kept up."""
+
+        def kept_up(level_id: str) -> bool:
+            cause, level = self.limit(level_id).cause, self.level(level_id)
+            return cause == "offered load" or (cause == "unknown" and (level is None or keeps_up(level.records)))
+
+        return not all(kept_up(level_id) for level_id in self.levels(variants, rate))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def noise(self, metric: str, *, saturated: bool, burst: bool) -> Noise | None:
         """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats.
 
-        Below saturation it is some tenths of a percent, beyond it several percent, and a pile that grows scatters more
-        than one that was sent at once: each has its own. Where a kind has no repeats, those of the same saturation
-        stand in.
+        Below saturation it is small, beyond it larger, and a pile that grows scatters more than one that was sent at
+        once: each has its own. Where a kind has no repeats, those of the same saturation stand in.
         """
         groups = {
             (rate, bf16): self.cells((bf16, fp8), rate, metric)

@@ -9,6 +9,7 @@ from ..paths import repository_relative
 from ..runs import Run
 from ..shapes import most_running
 from ..tables import Table
+from . import claims
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -57,10 +58,10 @@ def validity_table(run: Run) -> Table:
 
 
 def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Ratio]]:
-    """(front end, rate, FP8 over BF16) for every rate and front end at which both were measured."""
+    """(front end's suffix, rate, FP8 over BF16) for every rate and front end at which both were measured."""
     return [
-        (front_end, rate, one)
-        for bf16, fp8, front_end in seen.pairs()
+        (suffix, rate, one)
+        for bf16, fp8, suffix in seen.pairs()
         for rate in seen.rates(bf16, fp8)
         if (one := seen.compare(fp8, bf16, rate, metric))
     ]
@@ -69,13 +70,12 @@ def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Rat
 def equal_load_table(run: Run) -> Table:
     """FP8 over BF16 at the same rate, trace and seeds, with 95 % intervals."""
     seen = evidence(run)
-    pairs = {front_end: (bf16, fp8) for bf16, fp8, front_end in seen.pairs()}
     rows = [
-        (name, rate_name(rate), front_end, f"{one.value:.3f}", _interval(one),
-         _said(one, better) + _ramp_and_drain(seen, metric, pairs[front_end], rate, one), one.model,
-         seen.parts(pairs[front_end], rate))
+        (name, rate_name(rate), FRONT_ENDS[suffix], f"{one.value:.3f}", _interval(one),
+         _said(one, better) + _steady_state(seen, metric, suffix, rate, one), one.model,
+         seen.parts((f"bf16{suffix}", f"fp8{suffix}"), rate))
         for metric, (name, better) in METRICS.items()
-        for front_end, rate, one in equal_load_ratios(seen, metric)
+        for suffix, rate, one in equal_load_ratios(seen, metric)
     ]  # fmt: skip
     columns = (
         "metric",
@@ -92,9 +92,9 @@ def equal_load_table(run: Run) -> Table:
 
 
 def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str, Ratio]]:
-    """(front end, rate, effect, ratio) for every rate and front end at which all four variants were measured."""
+    """(front end's suffix, rate, effect, ratio) for every rate and front end at which all four variants were measured."""
     found = []
-    for suffix, front_end in FRONT_ENDS.items():
+    for suffix in FRONT_ENDS:
         names = {f"{variant}{suffix}": variant for variant in ABLATION["interaction"]}
         if not set(names) <= set(seen.variants()):
             continue
@@ -104,20 +104,19 @@ def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str,
                 noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate), burst=math.isinf(rate))
                 for effect, weights in ABLATION.items():
                     if one := contrast(cells, weights, noise):
-                        found.append((front_end, rate, effect, one))
+                        found.append((suffix, rate, effect, one))
     return found
 
 
 def ablation_table(run: Run) -> Table:
     """The 2x2 of FP8 weights and FP8 KV cache: main effects and interaction, as ratios."""
     seen = evidence(run)
-    suffixes = {front_end: suffix for suffix, front_end in FRONT_ENDS.items()}
     rows = [
-        (name, rate_name(rate), front_end, effect, f"{one.value:.3f}", _interval(one),
-         _said(one, better) + _across_parts(seen, effect, suffixes[front_end], rate), parts)
+        (name, rate_name(rate), FRONT_ENDS[suffix], effect, f"{one.value:.3f}", _interval(one),
+         _said(one, better) + _across_parts(seen, effect, suffix, rate),
+         seen.parts([variant + suffix for variant in ABLATION["interaction"]], rate))
         for metric, (name, better) in METRICS.items()
-        for front_end, rate, effect, one in ablation_effects(seen, metric)
-        for parts in [seen.parts([variant + suffixes[front_end] for variant in ABLATION["interaction"]], rate)]
+        for suffix, rate, effect, one in ablation_effects(seen, metric)
     ]  # fmt: skip
     caption = (
         f"{emulated_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
@@ -146,7 +145,7 @@ def kv_room(seen: Evidence) -> list[tuple[str, int, float, float, float | None]]
     """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
     each, rows = seen.kv_tokens_a_request(), []
     for variant in seen.variants() if each else ():
-        held = [s for s in seen.summaries.values() if s["level"]["variant"] == variant]
+        held = list(seen.levels((variant,), valid=False).values())
         tokens = held[0]["server"]["kv_cache_tokens"]
         most, fullest = (
             max((s[key] for s in held if s.get(key) is not None), default=None)
@@ -174,15 +173,19 @@ def kv_table(run: Run) -> Table:
 
 def paging_table(run: Run) -> Table:
     """What paging leaves unused of the KV memory, against reserving a maximum, for this run's requests."""
-    seen = evidence(run)
+    seen, claim = evidence(run), claims.claim_of("R3")
     # The level that the claim on it is judged by, where there is one.
-    ids = sorted(seen.summaries, key=lambda level_id: level_id != "fp8-100rps-r1")
+    judged_by = claims.level_id("fp8", claim["fp8"]["rate"])
+    ids = sorted(seen.summaries, key=lambda level_id: level_id != judged_by)
     level = next((one for one in map(seen.level, ids) if one is not None), None)
     if level is None:
         return Table(f"{emulated_note(run)}Run {run.path.name} holds no records", ("scheme", "empty"), [])
     rows = [("blocks of 16 tokens (PagedAttention)", f"{paging_waste(level.records):.1%}")]
-    rows.append(("the same, as published", "at most 4%"))
-    rows += [(f"reserving {n:,} tokens a request", f"{reserving_waste(level.records, n):.0%}") for n in (2048, 8192)]
+    rows.append(("the same, as published", f"{claim['direction']} {claim['fp8']['value']:g}{claim['unit']}"))
+    for length in (2048, 8192):
+        waste = reserving_waste(level.records, length)
+        shown = "too little: some hold more" if waste is None else f"{waste:.0%}"
+        rows.append((f"reserving {length:,} tokens a request", shown))
     return Table(
         f"{emulated_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}",
         ("scheme", "empty"),
@@ -238,14 +241,17 @@ def _across_parts(seen: Evidence, effect: str, suffix: str, rate: float) -> str:
     return " (but it also compares parts of the run)" if len(net) > 1 and any(net.values()) else ""
 
 
-def _ramp_and_drain(seen: Evidence, metric: str, pair: tuple[str, str], rate: float, one: Ratio) -> str:
-    """What the steady state says of a throughput ratio where both variants kept up: there they deliver what is offered,
-    and a whole run's difference is its ramp and drain."""
-    if metric != "output_token_throughput" or not one.shown or seen.saturated(*pair, rate=rate):
+def _steady_state(seen: Evidence, metric: str, suffix: str, rate: float, one: Ratio) -> str:
+    """What the steady state says of a throughput ratio where both variants kept up: a whole run's difference lies
+    in its ramp and drain where the steady state's interval ends before it."""
+    bf16, fp8 = f"bf16{suffix}", f"fp8{suffix}"
+    if metric != "output_token_throughput" or not one.shown or seen.saturated(bf16, fp8, rate=rate):
         return ""
-    bf16, fp8 = pair
     steady = seen.compare(fp8, bf16, rate, "steady_output_token_throughput")
-    return f" (both kept up: in its ramp and drain; steady state {steady})" if steady else ""
+    if steady is None:
+        return ""
+    beyond = steady.high < one.value if one.value > 1 else steady.low > one.value
+    return f" (both kept up{': in its ramp and drain' if beyond else ''}; steady state {steady})"
 
 
 def _said(one: Ratio, better: str) -> str:

@@ -11,6 +11,7 @@ from .drawing import (
     INK,
     Figure,
     caption_of,
+    fillings_told,
     front_end_of,
     legend,
     new_canvas,
@@ -26,7 +27,7 @@ from .forest import forest
 
 def saturation(run: Run) -> Figure:
     """Offered rate against steady output throughput, every variant; all at once at the right."""
-    seen, told, summary = evidence(run), [], []
+    seen, told, summary, drawn = evidence(run), [], [], []
     canvas, axes = new_canvas(run, "Where does each variant stop keeping up?")
     finite = sorted({r for v in seen.variants() for r in seen.rates(v) if math.isfinite(r)}) or [1.0]
     burst = finite[-1] * 1.2
@@ -46,6 +47,7 @@ def saturation(run: Run) -> Figure:
             continue
         style = variant_style(variant)
         axes.plot([x for x, _ in points], [sum(v) / len(v) for _, v in points], label=variant, **style)
+        drawn.append(variant)
         for x, values in points:
             axes.vlines(x, min(values), max(values), color=style["color"], lw=1.2)
             at = "all at once" if x == burst else f"{x:g} req/s"
@@ -56,10 +58,7 @@ def saturation(run: Run) -> Figure:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(plainly)
     legend(axes, "upper left")
-    caption = (
-        "Mean of the seeds, bars from the lowest to the highest. Left half full: four API servers; hollow: the Rust front "
-        "end; lower half full: that and larger CUDA graphs."
-    )
+    caption = f"Mean of the seeds, bars from the lowest to the highest.{fillings_told(drawn)}"
     return Figure(
         "saturation",
         canvas,
@@ -72,7 +71,7 @@ def equal_load(run: Run) -> Figure:
     """FP8 over BF16 at equal load: ratios with 95 % intervals."""
     seen = evidence(run)
     groups = {
-        METRICS[metric][0]: [(_where(rate, front_end), one) for front_end, rate, one in equal_load_ratios(seen, metric)]
+        METRICS[metric][0]: [(_where(rate, suffix), one) for suffix, rate, one in equal_load_ratios(seen, metric)]
         for metric in METRICS
     }
     rows = [(f"{metric}, {where}", one) for metric, group in groups.items() for where, one in group]
@@ -88,8 +87,8 @@ def ablation(run: Run) -> Figure:
     seen = evidence(run)
     groups = {
         METRICS[metric][0]: [
-            (f"{_where(rate, front_end)}: {effect}", one)
-            for front_end, rate, effect, one in ablation_effects(seen, metric)
+            (f"{_where(rate, suffix)}: {effect}", one)
+            for suffix, rate, effect, one in ablation_effects(seen, metric)
             if math.isinf(rate) or metric == "joules_per_output_token"
         ]
         for metric in METRICS
@@ -192,8 +191,8 @@ def objective(run: Run, slo: SLO) -> Figure:
     )
 
 
-def _where(rate: float, front_end: str) -> str:
-    return rate_name(rate) + ("" if front_end == FRONT_ENDS[""] else f", {front_end}")
+def _where(rate: float, suffix: str) -> str:
+    return rate_name(rate) + (f", {FRONT_ENDS[suffix]}" if suffix else "")
 
 
 def _ratios_told(groups: Mapping[str, Sequence[tuple[str, Ratio]]]) -> str:

@@ -4,8 +4,8 @@ import math
 from statistics import geometric_mean
 
 from ..runs import Run
-from .claims import published
-from .drawing import GREY, INK, STYLE, Figure, caption_of, label_ends, new_canvas, plainly
+from .claims import claim_of
+from .drawing import GREY, INK, STYLE, Figure, caption_of, label_ends, new_canvas, plainly, told_or
 from .evidence import evidence
 
 
@@ -26,7 +26,7 @@ def concurrency(run: Run) -> Figure:
 def rate(run: Run) -> Figure:
     """Offered against completed request rate, both variants."""
     canvas, axes = new_canvas(run, "How much of the offered rate is completed?")
-    claim = _claim("C3")["fp8"]
+    claim = claim_of("C3")["fp8"]
     points, told, ends = _points(run, "request_throughput"), [], []
     top = max([claim["rate"], *(x for variant in points.values() for x, _ in variant)]) * 1.15
     axes.plot([0, top], [0, top], color=GREY, lw=1, ls=":")
@@ -47,9 +47,7 @@ def rate(run: Run) -> Figure:
     axes.set(xlim=(0, top * 1.15), ylim=(0, top * 0.85))
     label_ends(axes, ends)
     caption = f"Completed rate over the whole run, drain tail included. Published: {claim['value']} of {claim['rate']} req/s (FP8)."
-    return Figure(
-        "rate", canvas, f"Line chart. {'; '.join(told) or 'nothing is measured yet'}.", caption_of(caption, run)
-    )
+    return Figure("rate", canvas, f"Line chart. {told_or(told)}.", caption_of(caption, run))
 
 
 def tpot(run: Run) -> Figure:
@@ -58,7 +56,7 @@ def tpot(run: Run) -> Figure:
 
 
 def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
-    claim = _claim(claim_id)
+    claim = claim_of(claim_id)
     metric, seen = claim["metric"], evidence(run)
     fp8_rate = claim["fp8"]["rate"]
     bf16_rate = claim.get("bf16", {}).get("rate", 50)
@@ -107,7 +105,7 @@ def _bars(run: Run, claim_id: str, name: str, title: str, label: str) -> Figure:
     )
     caption = f"{crossed} (black lines); side by side stand the two variants at equal load"
     caption += ", thin lines from the lowest to the highest seed." if any(len(v) > 1 for v in seeds.values()) else "."
-    return Figure(name, canvas, f"Bar chart of {label}. {'; '.join(told)}.", caption_of(caption, run))
+    return Figure(name, canvas, f"Bar chart of {label}. {told_or(told)}.", caption_of(caption, run))
 
 
 def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -122,10 +120,6 @@ def _points(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
         for variant in seen.variants()
         if variant in STYLE
     }
-
-
-def _claim(id: str) -> dict:
-    return next(claim for claim in published()["claims"] if claim["id"] == id)
 
 
 def _above(color: str) -> dict:

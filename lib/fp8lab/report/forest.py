@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..measure.compare import Ratio
 from ..runs import Run
-from .drawing import GREY, INK, LONGEST_ALT, Figure, caption_of, new_canvas
+from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 
 _LEFT, _RIGHT = 0.4, 2.5
 
@@ -54,10 +54,8 @@ def forest(
     axes.set_xlim(_LEFT, _RIGHT)
     arrows = ";\narrow: it goes on" if beyond else ""
     axes.set_xlabel(f"{label}\n(filled: the interval leaves out 1{arrows})")
-    told = [f"{text}: {one}" for text, one in rows] or ["nothing is measured yet"]
+    alt = told_or([f"{text}: {one}" for text, one in rows], summary)
     if said:
-        told.insert(0, f"{said[0]}: {said[1]:.2f}×")
-    alt = "; ".join(told).replace("\n", " ")
-    if summary and len(alt) > LONGEST_ALT:
-        alt = summary
+        alt = f"{said[0]}: {said[1]:.2f}×; {alt}"
+    alt = alt.replace("\n", " ")
     return Figure(name, canvas, f"Ratios with intervals. {alt}.", caption_of(caption, *runs))

@@ -76,7 +76,7 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     if not any(cause.startswith("GPU") for cause in causes):
         reason += f"; the GPU was not the limit ({', '.join(sorted(causes))})"
     if "," in (parts := seen.parts([v + suffix for v in ("fp8", *_ALTERNATIVES)], rate)):
-        reason += f"; measured in parts {parts} of the run, so on several machines"
+        reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
     if all(one.low > claim["fp8"]["value"] for one in against.values()):
         word = "reproduced"
@@ -95,9 +95,10 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     """R3: how much of the allocated KV memory holds no token, for this trace; against reserving the most."""
     records = seen.level(ids[0]).records
     measured = 100 * paging_waste(records)
+    reserved = reserving_waste(records, 2048)
     reason = (
-        f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; "
-        f"reserving 2,048 tokens a request would leave {reserving_waste(records):.0%}"
+        f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
+        f"2,048 tokens a request would {'be too little for some' if reserved is None else f'leave {reserved:.0%}'}"
     )
     word = "reproduced" if measured <= claim["fp8"]["value"] else "not reproduced"
     return {"measured": measured, "measured_parts": {"fp8": measured}, "verdict": word, "reason": reason}

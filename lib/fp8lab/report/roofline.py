@@ -35,10 +35,11 @@ def roofline(run: Run) -> Figure:
         axes.annotate(
             text, (xs[1], peak / 1e12), (0, 3), textcoords="offset points", ha="right", fontsize=8, color=GREY
         )
-    steps = _steps(shape, seen.kv_tokens_a_request() or 0.0) if card and shape else {}
+    context = seen.kv_tokens_a_request()
+    steps = _steps(shape, context) if card and shape and context else {}
+    steps = {name: intensity for name, intensity in steps.items() if intensity > xs[0]}
     for name, intensity in steps.items():
-        if intensity > xs[0]:
-            _mark_on_roof(axes, name, intensity, card)
+        _mark_on_roof(axes, name, intensity, card)
     drawn, points, matrix, bandwidth = set(), [], {}, {}
     for level_id, s in seen.summaries.items():
         one = seen.roofline(level_id)
@@ -76,10 +77,10 @@ def roofline(run: Run) -> Figure:
 
 
 def _steps(shape: ModelShape, context: float) -> dict[str, float]:
-    """FLOP for each byte read, in BF16, of a step that decodes for 1, 32 or 256 requests with `context` tokens in the KV
+    """FLOP for each byte read, in BF16, of a step that decodes for 32 or 256 requests with `context` tokens in the KV
     cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.measure.roofline` does."""
     weights, kv = shape.weight_bytes_read(False), context * shape.kv_bytes_per_token(2)
-    decode = {n: n * shape.flops_per_token / (weights + n * kv) for n in (1, 32, 256)}
+    decode = {n: n * shape.flops_per_token / (weights + n * kv) for n in (32, 256)}
     prefill = 2.0 * (2048 * shape.layer_parameters + shape.vocabulary_parameters) / weights
     return {f"decode for {n}": one for n, one in decode.items()} | {"prefill of 2,048": prefill}
 

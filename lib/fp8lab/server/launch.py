@@ -6,7 +6,6 @@ import dataclasses
 import os
 import secrets
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ from ..profile_secrets import check_environment
 from ..profiles import Profile, check_device
 from ..progress import StatusLine
 from ..provenance import portable
+from ..scratch import Scratch
 from ..tables import Table
-from . import leftovers, log, place, readiness, watchdog
+from . import guarded, leftovers, log, place, readiness
 from .ask import PROBE_S, ask
 from .command import HOST, build_command, build_environment
-from .scratch import Scratch, sweep
 
 # The folder that holds the package fp8lab.
 _LIB = str(Path(__file__).resolve().parents[2])
@@ -103,7 +102,7 @@ class Server:
         if self._watchdog is None or self._stopping:
             return "the server was stopped"
         if code := self._watchdog.poll():
-            return f"the server's watchdog was killed (exit code {code}); stop the server and start it again"
+            return f"the server's watchdog was killed or failed (exit code {code}); stop the server and start it again"
         if code == 0:
             return f"the server died; its log: {self.log_path.name}"
         for process in self._processes:
@@ -142,9 +141,8 @@ class Server:
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
         watchdog = self._watchdog.pid if self._watchdog else None
-        return tuple(
-            p for server in leftovers.servers() if server.id == self.model for p in server.pids if p != watchdog
-        )
+        found = leftovers.find(self.model)
+        return tuple(pid for pid in found.pids if pid != watchdog) if found else ()
 
     def stop(self) -> None:
         """Ends the server and everything that it started; waits until the GPU's memory is free again.
@@ -169,7 +167,8 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(_STOP_GRACE_S + 5)
         # Nothing is left unless the watchdog was killed, or interrupted while it was started; then this finds it.
-        leftovers.stop_id(self.model)
+        if left := leftovers.find(self.model):
+            leftovers.stop(left)
         if guard:
             guard.kill()
             guard.wait()
@@ -230,19 +229,12 @@ class Server:
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
         self._scratch = Scratch()
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
-        guard = [sys.executable, watchdog.__file__, "--log", str(self.log_path), "--grace", str(_STOP_GRACE_S)]
-        guard += ["--scratch", self._scratch.path]
-        guard += [part for name in self._secrets for part in ("--secret", name)]
         # Should this process die, the GPU stays locked until the server has ended.
         held = [lock.fd for lock in (self._scratch, self._gpu_lock) if lock]
-        self._watchdog = subprocess.Popen(
-            [*guard, "--", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-            pass_fds=held,
-        )
+        self._watchdog = guarded.popen(
+            command, environment, self.log_path,
+            grace_s=_STOP_GRACE_S, options=("--scratch", self._scratch.path), held=held,
+        )  # fmt: skip
 
     def _take_stock(self, command: list[str], extra: Mapping[str, str], seconds: float) -> None:
         """What the ready server is: its processes, those on the GPU, what it says of memory."""
@@ -292,7 +284,6 @@ def start_server(
     if port is not None:
         place.check_port(port)
     place.warn_of_leftovers()
-    sweep()
     port = port or place.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)

@@ -16,6 +16,7 @@ from . import watchdog
 
 MARK = "FP8LAB_SERVER"
 _POLL_S = 0.05
+_GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,34 +59,31 @@ def servers() -> list[Leftover]:
     return sorted((_leftover(*entry) for entry in found.values()), key=lambda server: server.started)
 
 
-def stop(server: Leftover, grace_s: float = 10.0) -> None:
-    """SIGTERM to all of the server's processes and what descends from them; SIGKILL to those still there after
-    `grace_s`, and to what they started meanwhile, until nothing is left."""
+def find(id: str) -> Leftover | None:
+    """The server `id` if anything of it runs."""
+    return next((server for server in servers() if server.id == id), None)
+
+
+def stop(server: Leftover) -> None:
+    """SIGTERM to all of the server's processes and what descends from them; SIGKILL to those still there after ten
+    seconds, and to what they started meanwhile, until nothing is left."""
     processes = _processes(server.pids)
     for process in processes:
         _quietly(process.terminate)
         _quietly(process.resume)  # a suspended one takes no other signal
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + _GRACE_S
     while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    deadline = time.monotonic() + grace_s
-    while (
-        alive := [p for p in {*processes, *_processes(_pids(server.id))} if _runs(p)]
-    ) and time.monotonic() < deadline:
+    deadline = time.monotonic() + _GRACE_S
+    while (alive := [p for p in {*processes, *_remaining(server.id)} if _runs(p)]) and time.monotonic() < deadline:
         for process in alive:
             _quietly(process.kill)
         time.sleep(_POLL_S)
 
 
-def stop_id(id: str) -> None:
-    """Ends what is left of the server `id`; does nothing when nothing is."""
-    for server in servers():
-        if server.id == id:
-            stop(server)
-
-
-def _pids(id: str) -> tuple[int, ...]:
-    return next((server.pids for server in servers() if server.id == id), ())
+def _remaining(id: str) -> list[psutil.Process]:
+    left = find(id)
+    return _processes(left.pids) if left else []
 
 
 def _details(value: str) -> dict | None:
