@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fp8lab as lab
-from fp8lab import cli, notebooks, runs
+from fp8lab import cli, notebooks, recording, runs
 from fp8lab.errors import BadInput, LevelFailed, RunMismatch
 from fp8lab.evaluation import comparisons, default_variants, split, summaries, tables
 from fp8lab.load.answers import Reading, answer, read_documents, tokenize
@@ -356,7 +356,8 @@ def test_another_question_is_not_mixed_in(measured):
 
 
 def test_a_recorded_run_shows_the_same(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "DATA", tmp_path)
+    for room in (recording, runs):
+        monkeypatch.setattr(room, "DATA", tmp_path)
     target = record(measured, "smollm2")
     kept = {path.name for path in (target / "quality").iterdir()}
     names = ("bf16", "fp32", "fp32-again")

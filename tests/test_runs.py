@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab import runs
+from fp8lab import recording, runs
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
 from fp8lab.experiment import measure
 from fp8lab.measure.metrics import summarize
@@ -166,8 +166,13 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
     assert open_run(run.path, added).read_only is False
 
 
+def record_below(monkeypatch, folder):
+    for room in (recording, runs):
+        monkeypatch.setattr(room, "DATA", folder)
+
+
 def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "DATA", tmp_path)
+    record_below(monkeypatch, tmp_path)
     run.write(make_result())
     run.write(make_result(Level(variant="fp8", rate=50, requests=3)))
     target = record(run, "kept", tokens=["fp8-50rps-r1"])
@@ -179,7 +184,7 @@ def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../kept", "a/b", "ABSOLUTE", ".hidden", "x" * 65])
 def test_recording_under_what_is_no_name_is_refused_and_deletes_nothing(run, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(runs, "DATA", tmp_path / "data")
+    record_below(monkeypatch, tmp_path / "data")
     thesis = tmp_path / "mine" / "thesis.txt"
     for file in (thesis, tmp_path / "data" / "claims.toml", tmp_path / "data" / "recorded" / "kept" / "run.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +197,7 @@ def test_recording_under_what_is_no_name_is_refused_and_deletes_nothing(run, mon
 
 
 def test_recording_a_recorded_run_onto_itself_is_refused_and_harmless(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "DATA", tmp_path)
+    record_below(monkeypatch, tmp_path)
     run.write(make_result())
     target = record(run, "kept")
     with pytest.raises(BadInput, match="'kept' is this recorded run itself"):
@@ -202,7 +207,7 @@ def test_recording_a_recorded_run_onto_itself_is_refused_and_harmless(run, monke
 
 
 def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "DATA", tmp_path / "data")
+    record_below(monkeypatch, tmp_path / "data")
     run.write(make_result())
     record(run, "kept")
     before = sorted((tmp_path / "data").rglob("*"))
