@@ -1,6 +1,7 @@
 """Real vLLM servers: the tiny model computed on the CPU, and starts that fail."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from conftest import marked, nothing_left
 from fp8lab.errors import BadInput, ServerFailed
 from fp8lab.profiles import read_profile
 from fp8lab.server import command, guard, leftovers, log
+from fp8lab.traces import fixed_length
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +262,25 @@ def test_the_log_says_how_far_a_start_is_and_why_it_failed():
     )
     telling, remedy = log.root_cause(text)
     assert telling == ["torch.OutOfMemoryError: CUDA out of memory."] and "fp8lab status" in remedy
+
+
+CROWDED = """
+extends = "emulated-h100"
+title = "Prompts longer than a step, more requests than the KV cache holds"
+
+[server]
+flags = [
+  "--max-num-seqs", "64", "--max-num-batched-tokens", "256", "--max-model-len", "1024",
+  "--block-size", "16", "--num-gpu-blocks-override", "110",
+]
+"""
+
+
+def test_the_emulated_gpu_takes_prompts_in_pieces_and_survives_preemption(tmp_path):
+    (tmp_path / "crowded.toml").write_text(CROWDED)
+    profile = lab.load_profile(str(tmp_path / "crowded.toml"))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
+        result = lab.load_test(server, fixed_length(12, input_tokens=400, output_tokens=100), rate=math.inf)
+        said = {line.partition("{")[0]: line for line in server.metrics().splitlines()}
+    assert result.summary["completed"] == 12 and result.summary["output_tokens"] == 1200
+    assert float(said["vllm:num_preemptions_total"].rpartition(" ")[2]) > 0

@@ -26,6 +26,7 @@ def reproduce(args) -> None:
     from .paths import RUNS, repository_relative
     from .profiles import load_profile
     from .report.claims import claims_table
+    from .report.fair import validity_table
     from .runs import open_run
 
     end_with_owner()
@@ -44,6 +45,8 @@ def reproduce(args) -> None:
             page = execute(notebook, rendered / notebook.name, where | chosen)
         print(repository_relative(page))
     print(claims_table(run, brief=True))
+    if not all(summary["valid"] for summary in run.summaries().values()):
+        print(f"\n{validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
 
 

@@ -49,7 +49,7 @@ class EmulatedGpuExecutor(UniProcExecutor):
         peak = self.card["fp8_flops" if fp8_weights else "bf16_flops"]
         self.flops = peak * self.card["flops_fraction"]
         self.dilation = self.card["time_dilation"]
-        self.requests: dict[str, list[int]] = {}  # id -> [prompt tokens, computed tokens]
+        self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0
         logger.info("EMULATED GPU %s: Model loading took %.2f GiB", self.card["name"], self.weight_bytes / GIB)
 
@@ -116,20 +116,22 @@ class EmulatedGpuExecutor(UniProcExecutor):
         cached = scheduled.scheduled_cached_reqs
         for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             self.requests[request][1] = computed
-        emitting, context = [], 0
+        context, tokens_of = 0, {}
         for request, tokens in scheduled.num_scheduled_tokens.items():
             state = self.requests[request]
             state[1] += tokens
             context += state[1]
-            if state[1] >= state[0]:  # its prompt is complete: this step yields a token
-                emitting.append(request)
+            # A request whose tokens are all computed gets another one; one that is only part of the way, through a long
+            # prompt or after it was preempted, is in the answer with none.
+            tokens_of[request] = [self.shape.some_token] if state[1] == state[0] else []
+            state[0] += len(tokens_of[request])
         if scheduled.num_scheduled_tokens:
-            self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, len(emitting)))
-        token = self.shape.some_token
+            emitted = sum(map(len, tokens_of.values()))
+            self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, emitted))
         return ModelRunnerOutput(
-            req_ids=emitting,
-            req_id_to_index={request: i for i, request in enumerate(emitting)},
-            sampled_token_ids=[[token] for _ in emitting],
+            req_ids=list(tokens_of),
+            req_id_to_index={request: i for i, request in enumerate(tokens_of)},
+            sampled_token_ids=list(tokens_of.values()),
         )
 
     def _sample_tokens(self, _grammar):
