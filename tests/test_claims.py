@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fp8lab.profiles import read_profile
-from fp8lab.report import background_figures, claims, drawing, figures, recommendations, show
+from fp8lab.report import background_figures, claims, drawing, figures, published, recommendations, show
 from fp8lab.report.evidence import evidence
 from fp8lab.runs import open_run, write_json
 
@@ -221,7 +221,7 @@ def test_a_reservation_too_little_for_the_requests_is_said_to_be():
     said = {}
     for name, level_id in (("h100-80gb-long-prompts", "fp8-infrps-r1"), ("h100-80gb", "fp8-100rps-r1")):
         seen = evidence(open_run(source=name))
-        said[name] = recommendations._paging_waste(claims.claim_of("R3"), seen, [level_id])["reason"]
+        said[name] = recommendations._paging_waste(published.claim_of("R3"), seen, [level_id])["reason"]
     assert said["h100-80gb-long-prompts"].endswith("reserving 2,048 tokens a request would be too little for some")
     assert said["h100-80gb"].endswith("%")
 

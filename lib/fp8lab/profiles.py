@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA
-from .profile_secrets import check_environment, check_written
+from .profile_secrets import check_repeated, check_written
 from .provenance import without_home
 
 DEVICES = ("cuda", "emulated", "cpu")
@@ -218,6 +218,19 @@ def check_device(profile: Profile) -> None:
         )
 
 
+def check_environment(profile: Profile) -> None:
+    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment,
+    under whatever name: it would be stored with the run."""
+    flags, variables = _flags_and_variables(profile)
+    check_repeated(profile.name, [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()])
+
+
+def _flags_and_variables(profile: Profile) -> tuple[list[str], list[tuple[str, str]]]:
+    flags = [str(flag) for flags in (profile.server.flags, *profile.variants.values()) for flag in flags]
+    environments = (profile.server.env, *profile.variant_env.values())
+    return flags, [(name, str(value)) for environment in environments for name, value in environment.items()]
+
+
 def _read(name: str, seen: tuple[str, ...] = ()) -> dict:
     path = Path(name) if str(name).endswith(".toml") else DATA / "profiles" / f"{name}.toml"
     if name in seen:
@@ -276,5 +289,5 @@ def _parse(table: dict, name: str) -> Profile:
             raise BadInput(
                 f"profile {name}: variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
             )
-    check_written(profile)
+    check_written(name, *_flags_and_variables(profile))
     return profile

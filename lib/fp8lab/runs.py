@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .archive import unpacked
 from .errors import BadInput, RunDamaged, RunMismatch
 from .files import plain, read_json, read_parquet, sync, told, write_json, write_tables
 from .locks import Lock
@@ -301,8 +302,6 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     if source:
         path = Path(source)
         if path.suffix == ".zip" and path.is_file():
-            from .sharing import unpacked
-
             path = unpacked(path)
         path = path if path.is_dir() else DATA / "recorded" / str(source)
         return Run(path, _manifest(path), read_only=True)

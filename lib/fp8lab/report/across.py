@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from ..runs import Run
 from ..tables import Table
-from .claims import Verdict, claim_of, judge, show_interval, show_value
+from .claims import Verdict, judge, show_interval, show_value
 from .drawing import Figure
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import emulated_note, equal_load_ratios
 from .forest import forest
+from .published import claim_of
 
 _THROUGHPUT, _JOULES = "output_token_throughput", "joules_per_output_token"
 

@@ -5,9 +5,9 @@ import numpy as np
 from ..measure.metrics import concurrency_over_time
 from ..runs import Run
 from ..shapes import fp8_kv, memory_share, model_shape
-from .claims import claim_of, level_id
 from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 from .evidence import evidence, rate_name
+from .published import claim_of, level_id
 
 # Light to dark, hatched, so that the parts are told apart in print.
 _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest", "#BBBBBB", ".."))

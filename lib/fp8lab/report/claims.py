@@ -17,15 +17,14 @@ which one comes first is chance. Each seed's value is told beside it. With a sin
 """
 
 import math
-import tomllib
 from dataclasses import dataclass
 from statistics import geometric_mean
 
 from ..measure.compare import Ratio, contrast
-from ..paths import DATA
 from ..runs import Run, write_json
 from ..tables import Table
 from .evidence import Evidence, evidence
+from .published import level_id, published
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
 _MOST = 2 / 3
@@ -52,16 +51,6 @@ class Verdict:
     levels: list[str]
     limits: dict[str, str]
     emulated: bool
-
-
-def published() -> dict:
-    """`data/published.toml` as it is."""
-    return tomllib.loads((DATA / "published.toml").read_text())
-
-
-def claim_of(id: str) -> dict:
-    """The published claim `id`, as it stands in `data/published.toml`."""
-    return next(claim for claim in published()["claims"] if claim["id"] == id)
 
 
 def judge(run: Run) -> list[Verdict]:
@@ -96,11 +85,6 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
     columns += ("reason", "rests on (limited by)")
     shown = len(columns) - 2 * brief
     return Table(caption, columns[:shown], [row[:shown] for row in rows])
-
-
-def level_id(variant: str, rate: float, repeat: int = 1) -> str:
-    """The id of a level, as claims and figures refer to it."""
-    return f"{variant}-{rate:g}rps-r{repeat}"
 
 
 def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from ..paths import repository_relative
 from ..runs import Run
 from ..shapes import most_running
 from ..tables import Table
-from . import claims
+from . import published
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -173,9 +173,9 @@ def kv_table(run: Run) -> Table:
 
 def paging_table(run: Run) -> Table:
     """What paging leaves unused of the KV memory, against reserving a maximum, for this run's requests."""
-    seen, claim = evidence(run), claims.claim_of("R3")
+    seen, claim = evidence(run), published.claim_of("R3")
     # The level that the claim on it is judged by, where there is one.
-    judged_by = claims.level_id("fp8", claim["fp8"]["rate"])
+    judged_by = published.level_id("fp8", claim["fp8"]["rate"])
     ids = sorted(seen.summaries, key=lambda level_id: level_id != judged_by)
     level = next((one for one in map(seen.level, ids) if one is not None), None)
     if level is None:

@@ -4,9 +4,9 @@ import math
 from statistics import geometric_mean
 
 from ..runs import Run
-from .claims import claim_of
 from .drawing import GREY, INK, STYLE, Figure, caption_of, label_ends, new_canvas, plainly, told_or
 from .evidence import evidence
+from .published import claim_of
 
 
 def throughput(run: Run) -> Figure:

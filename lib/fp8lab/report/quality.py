@@ -8,6 +8,7 @@ from ..measure.quality import Comparison, Estimate, distinguishable, identical_p
 from ..runs import Run
 from ..tables import Table
 from . import quality_figures
+from .published import claim_of
 from .show import Shown, _show
 
 # The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
@@ -76,7 +77,7 @@ def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
 def published_table(run: Run) -> Table:
     """The published FP8 result beside this run's: not the same model, not the same measure, and it says so."""
     held, reference = comparisons(run), reference_variant(run.profile)
-    rows = [("published", PUBLISHED, "99.28 % of the benchmark average", PUBLISHED_SOURCE)]
+    rows = [("published", PUBLISHED, f"{claim_of('Q1')['fp8']['value']} % of the benchmark average", PUBLISHED_SOURCE)]
     for name, one in held.items():
         if name not in (reference, reference + AGAIN):
             kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from ..measure.capacity import SLO, attains
 from ..measure.kv import paging_waste, reserving_waste
-from .claims import Verdict, level_id, not_judged, number, verdict, without_gpu
+from .claims import Verdict, not_judged, number, verdict, without_gpu
 from .evidence import FRONT_ENDS, Evidence
+from .published import level_id
 from .quality import judge_quality
 
 _ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")

@@ -19,8 +19,7 @@ from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
 from ..private import secrets_of
-from ..profile_secrets import check_environment
-from ..profiles import Profile, check_device
+from ..profiles import Profile, check_device, check_environment
 from ..progress import StatusLine
 from ..provenance import portable
 from ..scratch import Scratch
