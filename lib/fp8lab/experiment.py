@@ -219,7 +219,10 @@ def _measure_variant(
 
 def _measure_on(server: Server, levels: list[Level], run: Run, workers: int | None) -> list[Fp8labError]:
     failed: list[Fp8labError] = []
-    warm_up(server)
+    try:
+        warm_up(server)
+    except LevelFailed as error:
+        return [LevelFailed(f"{server.variant} could not be warmed up: {error}; not measured: {_names(levels)}")]
     for number, level in enumerate(levels):
         if problem := server.problem():
             said = f"the {server.variant} server did not last: {problem}; not measured: {_names(levels[number:])}"

@@ -93,7 +93,8 @@ def send_load(
     `idle_timeout_s` without a connection or a byte, and `drain_timeout_s` after the last arrival all that still run
     or wait for their turn do. Once `problem()`, which must not wait, says why it should, the level ends early. A
     failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
-    LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending the workers.
+    LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending
+    the workers.
     """
     began = time.monotonic()
     due = np.asarray(due_s, dtype=float)

@@ -49,7 +49,7 @@ class Telemetry:
         self._dilation = time_dilation
         self._rows: list[dict] = []
         self._stop = threading.Event()
-        self._adding = threading.Lock()
+        self._cpu_s: list[float] = []
         self._threads = [
             threading.Thread(target=self._timed, args=(sample,), name="telemetry", daemon=True)
             for sample in (self._sample_machine, self._sample_server)
@@ -59,6 +59,7 @@ class Telemetry:
         self.cpu_share = 0.0
 
     def __enter__(self) -> "Telemetry":
+        self._began = time.monotonic()
         for thread in self._threads:
             thread.start()
         return self
@@ -67,6 +68,7 @@ class Telemetry:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self.cpu_share = sum(self._cpu_s) / (time.monotonic() - self._began)
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
@@ -83,10 +85,8 @@ class Telemetry:
         return table.sort_values("at_s", ignore_index=True)
 
     def _timed(self, sample: Callable[[], None]) -> None:
-        began = time.monotonic()
         sample()
-        with self._adding:
-            self.cpu_share += time.thread_time() / max(time.monotonic() - began, 1e-9)
+        self._cpu_s.append(time.thread_time())
 
     def _sample_machine(self) -> None:
         next_slow, next_cpu = 0.0, 0.0
