@@ -34,7 +34,7 @@ def unpacked(archive: Path) -> Path:
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     file.extractall(Path(scratch) / "run")
                     (Path(scratch) / "run").rename(target)
-    # RuntimeError: encrypted; NotImplementedError: an unknown way of packing; ValueError, OSError: names that cannot be.
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, ValueError, OSError) as error:
+    # RuntimeError: encrypted, or packed in a way that zipfile does not know; ValueError, OSError: names that cannot be.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, OSError) as error:
         raise BadInput(f"{archive.name} cannot be unpacked: {visible(str(error))}") from None
     return target / top.pop()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .errors import BadInput, Fp8labError, LevelFailed, ServerFailed
+from .level_result import LevelResult
 from .load import vllm_bench
 from .load.generator import send_load
 from .load.level import measure_level
@@ -15,51 +16,17 @@ from .load.stream import Endpoint
 from .load.telemetry import Telemetry
 from .profiles import Level, Profile
 from .progress import StatusLine
-from .runs import LevelResult, Run
+from .recorded_server import RecordedServer
+from .runs import Run
 from .server import launch
 from .server.command import served_model
-from .server.launch import Server, ServerInfo
-from .tables import Table
+from .server.launch import Server
 from .text import visible
 from .traces import Trace, arrival_times, named_trace, sharegpt_like
 
 # What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
 _PATIENCE_S = 300.0
 _PATIENCE = 5
-
-
-class RecordedServer:
-    """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
-
-    def __init__(self, profile: Profile, variant: str, run: Run):
-        profile.variant_flags(variant)
-        self.profile, self.variant, self.run = profile, variant, run
-        held = [s["server"] for s in run.summaries().values() if s["level"]["variant"] == variant]
-        if not held:
-            raise BadInput(f"recorded run {run.path.name} holds no level of variant {variant!r}")
-        self.info = ServerInfo(**held[0])
-
-    def stop(self) -> None:
-        """Nothing runs, nothing ends."""
-
-    def __enter__(self) -> "RecordedServer":
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self.stop()
-
-    def _table(self) -> Table:
-        rows = [("state", "recorded: no server is running"), *self.info.rows()]
-        emulated = " (EMULATED GPU)" if self.run.emulated else ""
-        return Table(
-            f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows
-        )
-
-    def __repr__(self) -> str:
-        return repr(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
 
 
 def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:

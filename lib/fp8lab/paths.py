@@ -1,11 +1,14 @@
 """Where the project's own files are, and where generated ones go."""
 
 import os
+import re
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 DATA = PROJECT / "data"
 RUNS = PROJECT / "runs"
+# A name that becomes one folder's: no path, nothing hidden.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def cache_dir() -> Path:

@@ -6,21 +6,18 @@ starts from another profile: tables are merged, everything else is replaced.
 
 import dataclasses
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import BadInput
-from .paths import DATA
+from .paths import DATA, PLAIN_NAME
 from .profile_secrets import check_repeated, check_written
 from .provenance import without_home
 
 DEVICES = ("cuda", "emulated", "cpu")
 WEIGHTS = ("random", "packaged", "checkpoint")
-# A variant's name is also a folder's.
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +282,7 @@ def _parse(table: dict, name: str) -> Profile:
     for level in (level for levels in protocols.values() for level in levels):
         profile.variant_flags(level.variant)
     for variant in variants:
-        if not _VARIANT.fullmatch(variant):
+        if not PLAIN_NAME.fullmatch(variant):
             raise BadInput(
                 f"profile {name}: variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
             )

@@ -1,6 +1,5 @@
 """A run for others: what of it they need, and its copy in `data/recorded`."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -8,18 +7,15 @@ from pathlib import Path
 
 from .errors import BadInput
 from .files import told
-from .paths import DATA
+from .paths import DATA, PLAIN_NAME
 from .runs import Run
-
-# A recorded run's name is one folder's: no path, nothing hidden.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
     """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced once the copy is
     whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
     as it was, when the disk is full."""
-    if not _NAME.fullmatch(name):
+    if not PLAIN_NAME.fullmatch(name):
         raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
     target = DATA / "recorded" / name
     if target.resolve() == run.path.resolve():

@@ -14,11 +14,9 @@ import contextlib
 import datetime
 import functools
 import itertools
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -26,11 +24,11 @@ import pandas as pd
 from .archive import unpacked
 from .errors import BadInput, RunDamaged, RunMismatch
 from .files import plain, read_json, read_parquet, sync, told, write_json, write_tables
+from .level_result import LevelResult
 from .locks import Lock
 from .paths import DATA, RUNS, repository_relative
 from .profiles import Level, Profile, from_dict, load_profile
 from .provenance import collect
-from .tables import Table
 
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
@@ -41,47 +39,6 @@ _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
 _TOKENS = ("request", "at_s")
 # A day of telemetry, five times a second.
 _MOST_SAMPLES = 24 * 3600 * 5
-
-
-@dataclass(frozen=True)
-class LevelResult:
-    """A measured level: its summary and records. Shown as a table in a notebook."""
-
-    level: Level
-    summary: Mapping
-    records: pd.DataFrame
-    tokens: pd.DataFrame | None
-    telemetry: pd.DataFrame | None = None
-
-    @property
-    def valid(self) -> bool:
-        return self.summary["valid"]
-
-    def _table(self) -> Table:
-        s = self.summary
-
-        def show(key, digits=0, unit=""):
-            return "–" if s.get(key) is None else f"{s[key]:,.{digits}f}{unit}"
-
-        rows = [
-            ("completed", f"{s['completed']:,} of {s['requests']:,}"),
-            ("request throughput", show("request_throughput", 2, " req/s")),
-            ("output throughput, whole run", show("output_token_throughput", 0, " tok/s")),
-            ("output throughput, steady state", show("steady_output_token_throughput", 0, " tok/s")),
-            ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
-            ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', 0, ' ms')}"),
-            ("TPOT mean / p99", f"{show('mean_tpot_ms', 1)} / {show('p99_tpot_ms', 1, ' ms')}"),
-            ("the measurement is", "VALID" if self.valid else f"INVALID: {s['invalid_reason']}"),
-        ]
-        rate = "all at once" if math.isinf(self.level.rate) else f"{self.level.rate:g} req/s"
-        emulated = " (EMULATED GPU)" if s.get("emulated") else ""
-        return Table(f"{self.level.variant} at {rate}{emulated}", ("", "value"), rows)
-
-    def __repr__(self) -> str:
-        return repr(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
 
 
 class Run:
