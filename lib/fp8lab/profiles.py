@@ -24,7 +24,8 @@ WEIGHTS = ("random", "packaged", "checkpoint")
 class Level:
     """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once.
 
-    With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result.
+    With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0
+    asks for a server of its own: levels of that number share one start a variant (see `_levels_of`).
     """
 
     variant: str
@@ -32,13 +33,14 @@ class Level:
     requests: int
     repeat: int = 1
     cross_check: bool = dataclasses.field(default=False, compare=False)
+    start: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "rate", float(self.rate))
         if not self.rate > 0:
             raise BadInput(f"rate {self.rate!r} is not above 0 (requests/s; inf sends all at once)")
-        if self.requests < 1 or self.repeat < 1:
-            raise BadInput(f"a level needs at least 1 request and repeat 1 or later, not {self}")
+        if self.requests < 1 or self.repeat < 1 or self.start < 0:
+            raise BadInput(f"a level needs at least 1 request, repeat 1 or later and start 0 or later, not {self}")
 
     @property
     def id(self) -> str:
@@ -242,6 +244,13 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict:
     return _merge(_read(base, (*seen, name)), table) if base else table
 
 
+def _levels_of(levels: tuple[Level, ...], body: Mapping) -> tuple[Level, ...]:
+    """A protocol's levels. With `starts = N` each is measured N times, as repeats 1 to N, each on a server of its own:
+    what differs from start to start is then in the interval."""
+    starts = body.get("starts", 0)
+    return tuple(dataclasses.replace(level, repeat=n, start=n) for n in range(1, starts + 1) for level in levels) or levels
+
+
 def _merge(base: dict, over: dict) -> dict:
     merged = dict(base)
     for key, value in over.items():
@@ -262,7 +271,7 @@ def _parse(table: dict, name: str) -> Profile:
             raise BadInput(f"profile {name}: {where}: {error}") from None
 
     protocols = {
-        protocol: tuple(build(Level, level, f"protocols.{protocol}") for level in body["levels"])
+        protocol: _levels_of(tuple(build(Level, level, f"protocols.{protocol}") for level in body["levels"]), body)
         for protocol, body in table.get("protocols", {}).items()
     }
     parts = {"model": Model, "server": ServerOptions, "workload": Workload, "gpu": Card, "emulation": Emulation}
