@@ -8,7 +8,9 @@ import pytest
 
 from conftest import make_records
 from fp8lab.measure.bottleneck import CAUSES, backlog_growth, held_by_front_end, keeps_up, long_enough, what_limited
+from fp8lab.measure.clock import POWER, clock
 from fp8lab.measure.kv import held_tokens, paging_waste, reserving_waste
+from fp8lab.measure.metrics import steady_window, stored_window, window_of
 from fp8lab.measure.roofline import roofline
 from fp8lab.profiles import read_profile
 from fp8lab.report.evidence import evidence
@@ -34,10 +36,11 @@ def served(rate=50.0, capacity=100.0, requests=1000):
 def judged(records, telemetry=None, **changed):
     summary = (
         {"valid": True, "invalid_reason": None, "client_busiest_core": 0.1, "preemptions": 0.0, "requests": 1000}
+        | stored_window(steady_window(records))
         | IDLE
         | changed
     )
-    return what_limited(summary, records, telemetry)
+    return what_limited(summary, records, telemetry, power_limit_w=700)
 
 
 def test_backlogs_grow_by_what_is_not_served():
@@ -99,16 +102,57 @@ def sampled(records, in_engine: float, seconds=20):
     tokens = [records["output_tokens"][records["last_token_s"] <= t].sum() for t in at]
     return pd.DataFrame(
         {"at_s": at, "running": in_engine * np.array(flying), "waiting": 0.0, "kv_cache_usage": 0.1,
-         "generation_tokens": np.array(tokens, float)}
+         "generation_tokens": np.array(tokens, float), "gpu_power_w": 500.0, "gpu_sm_mhz": 1980.0}
     )  # fmt: skip
+
+
+def test_a_clock_that_the_power_limit_holds_back_is_the_limit():
+    records = served(100, 60)
+    held = sampled(records, 1.0).assign(gpu_power_w=694.0, gpu_sm_mhz=1510.0, gpu_power_limit_w=650.0)
+    # NVML's other bits (idle 0x1, a set clock 0x2, heat 0x20) are not the power limit's.
+    found = judged(records, held.assign(gpu_clock_reasons=float(POWER & 0x4)))
+    assert found.cause == "GPU power limit"
+    assert "694 W of 650 W at 1,510 MHz (the power limit held the clock back in 100% of the samples)" in found.evidence
+    assert judged(records, held.assign(gpu_clock_reasons=float(0x1 | 0x2))).cause == "GPU, nearer compute"
+    hot = judged(records, held.assign(gpu_clock_reasons=float(0x20)))
+    assert hot.cause == "GPU, nearer compute" and "heat held the clock back in 100% of the samples" in hot.evidence
+    # In a few samples it is not what limits the level, and a GPU that waits for its host is not limited by its power.
+    rarely = held.assign(gpu_clock_reasons=np.where(np.arange(len(held)) % 4, 0.0, 4.0))
+    assert judged(records, rarely).cause == "GPU, nearer compute"
+    assert judged(records, held.assign(gpu_clock_reasons=4.0), gpu_util_steady=0.9).cause == "GPU and engine"
+
+
+def test_a_run_without_the_reasons_says_what_its_power_is_consistent_with():
+    records = served(100, 60)
+    seen = judged(records, sampled(records, 1.0).assign(gpu_power_w=694.0, gpu_sm_mhz=1510.0))
+    assert seen.cause == "GPU, nearer compute" and "consistent with the power limit" in seen.evidence
+    assert "power limit" not in judged(records, sampled(records, 1.0)).evidence
+    h100 = evidence(open_run(source="h100-80gb"))
+    for repeat in (1, 2, 3):
+        assert "consistent with the power limit" in h100.limit(f"bf16-rust-graphs-infrps-r{repeat}").evidence
+        assert "power limit" not in h100.limit(f"fp8-rust-infrps-r{repeat}").evidence
+        assert h100.clock(f"bf16-rust-graphs-infrps-r{repeat}").mhz < 1540
+
+
+def test_every_reader_of_a_level_has_the_same_steady_window():
+    """Where the token timestamps are not kept, the window is the stored one and not another guess."""
+    seen = evidence(open_run(source="h100-80gb"))
+    for level_id, summary in seen.summaries.items():
+        level = seen.level(level_id)
+        begin, end = window_of(summary)
+        assert summary["steady_output_token_throughput"] * (end - begin) == pytest.approx(
+            0.6 * summary["output_tokens"]
+        )
+        assert clock(level.telemetry, (begin, end)).power_w == pytest.approx(summary["gpu_power_w_steady"])
 
 
 def test_a_full_front_end_that_holds_nothing_back_is_not_the_limit():
     """Streaming what a full GPU makes can take a whole core, too: the requests then are in the engine."""
     records = served(100, 60)
-    assert held_by_front_end(records, sampled(records, 1.0)) == pytest.approx(0, abs=0.01)
-    assert held_by_front_end(records, sampled(records, 0.7)) == pytest.approx(0.3, abs=0.01)
-    assert held_by_front_end(records, None) is None
+    window = steady_window(records)
+    assert held_by_front_end(records, sampled(records, 1.0), window) == pytest.approx(0, abs=0.01)
+    assert held_by_front_end(records, sampled(records, 0.7), window) == pytest.approx(0.3, abs=0.01)
+    assert held_by_front_end(records, None, window) is None
     full = {"frontend_cpu_max_steady": 0.99}
     assert judged(records, sampled(records, 1.0), **full).cause == "GPU, nearer compute"
     held = judged(records, sampled(records, 0.7), **full)
@@ -127,7 +171,8 @@ def test_every_recorded_level_is_attributed(name):
             assert summary["frontend_cpu_max_steady"] >= 0.95
         if found.cause.startswith("GPU"):
             assert summary["gpu_util_steady"] >= 0.85
-            held = held_by_front_end(seen.level(level_id).records, seen.level(level_id).telemetry)
+            level = seen.level(level_id)
+            held = held_by_front_end(level.records, level.telemetry, window_of(level.summary))
             assert summary["frontend_cpu_max_steady"] < 0.95 or (held < 0.05 and summary["gpu_util_steady"] >= 0.95)
         if found.cause == "offered load":
             assert keeps_up(seen.level(level_id).records)

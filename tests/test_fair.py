@@ -123,7 +123,7 @@ def test_a_level_that_does_not_count_is_left_out_everywhere():
     run = open_run(source="h200-80gb")
     whole, seen = Evidence(run), Evidence(run)
     seen.summaries = {
-        level_id: s | ({"valid": False, "duration_s": None} if level_id == "fp8-60rps-r1" else {})
+        level_id: s | ({"valid": False, "completed": 0} if level_id == "fp8-60rps-r1" else {})
         for level_id, s in whole.summaries.items()
     }
     assert whole.parts(("bf16", "fp8"), 60) == "3, 4" and seen.parts(("bf16", "fp8"), 60) in ("3", "4")

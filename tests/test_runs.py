@@ -126,7 +126,7 @@ def test_json_is_strict_and_whole(tmp_path):
     assert back == {
         "rate": "inf",
         "value": None,
-        "level": {"variant": "bf16", "rate": 50.0, "requests": 3, "repeat": 1, "cross_check": False},
+        "level": {"variant": "bf16", "rate": 50.0, "requests": 3, "repeat": 1, "cross_check": False, "start": 0},
     }
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

@@ -62,6 +62,7 @@ _HOMES = {
     "report.show": (
         "ablation_figure",
         "batching_figure",
+        "clock_figure",
         "concurrency_figure",
         "cross_check_table",
         "equal_load_figure",

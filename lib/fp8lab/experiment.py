@@ -78,18 +78,22 @@ def load_test(
 
     `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
     stored there, and a level that the run already holds is returned instead of measured. A server that dies or
-    hangs ends the level early: its records are kept, and it is invalid. Raises InUse when another process writes to
-    the run.
+    hangs ends the level early: its records are kept, and it is invalid. Raises RunMismatch when the run was made with
+    another profile, or holds this level with other requests; InUse when another process writes to the run.
     """
     count = requests if requests is not None else len(trace) if trace else 1000
     level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
+    trace = trace.head(count) if trace else None
     if isinstance(server, RecordedServer):
+        server.run.has(level, trace)
         return server.run.read(level)
+    if run is not None:
+        run.check_profile(server.profile)
+    trace = trace or trace_for(server.profile, level)
     with run.locked() if run is not None else contextlib.nullcontext():
-        if run is not None and run.has(level):
+        if run is not None and run.has(level, trace):
             StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
             return run.read(level)
-        trace = trace.head(count) if trace else trace_for(server.profile, level)
         result = _measure_level(server, level, trace, workers)
         if run is not None:
             run.write(result)
@@ -107,7 +111,8 @@ def warm_up(server: Server | RecordedServer) -> None:
 
 
 def missing_work(run: Run | None, profile: Profile, protocols: Sequence[str]) -> list[tuple[str, list[Level]]]:
-    """What is still to be done: (variant, its levels), one entry a server, in the order of the profile.
+    """What is still to be done: (variant, its levels), one entry a server. Variants come in the order of the profile, levels
+    that ask for a start of their own after the others and start by start: variants then alternate.
 
     Without a run that is everything.
     """
@@ -115,8 +120,10 @@ def missing_work(run: Run | None, profile: Profile, protocols: Sequence[str]) ->
     if run:
         checked = run.cross_checks()
         todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
-    todo.sort(key=lambda level: list(profile.variants).index(level.variant))
-    return [(variant, list(group)) for variant, group in itertools.groupby(todo, key=lambda level: level.variant)]
+    order = list(profile.variants)
+    todo.sort(key=lambda level: (level.start, order.index(level.variant)))
+    by_server = itertools.groupby(todo, key=lambda level: (level.start, level.variant))
+    return [(variant, list(group)) for (_, variant), group in by_server]
 
 
 def measure(
@@ -145,7 +152,7 @@ def measure(
         for level_id in again:
             run.set_aside(level_id)
         for level in asked:
-            if run.has(level):
+            if run.has(level, None if run.read_only else trace_for(profile, level)):
                 run.read(level)
         work = missing_work(run, profile, protocols)
         if work and run.read_only:
@@ -255,7 +262,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         workers=workers,
     )
     summary = measured.summary | {
-        "level": dataclasses.asdict(level) | {"trace": trace.name},
+        "level": dataclasses.asdict(level) | {"trace": trace.name, "trace_digest": trace.digest},
         "started": started,
         "emulated": profile.emulated,
         "time_dilation": profile.time_dilation,

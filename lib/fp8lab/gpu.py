@@ -78,7 +78,8 @@ def occupants() -> list[Occupant]:
 class GpuReader:
     """Reads the server's GPU again and again, with NVML initialised once. Without a GPU it reads nothing."""
 
-    COLUMNS = ("gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_energy_j", "gpu_memory_gib", "gpu_sm_mhz")
+    COLUMNS = ("gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_sm_mhz", "gpu_clock_reasons")
+    COLUMNS += ("gpu_energy_j", "gpu_memory_gib", "gpu_power_limit_w")
 
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
@@ -90,9 +91,10 @@ class GpuReader:
         self._stack.close()
 
     def read(self, slow: bool = True) -> dict[str, float]:
-        """`COLUMNS` that this card answers: shares 0 to 1, W, J since the driver was loaded, GiB, MHz.
+        """`COLUMNS` that this card answers: shares 0 to 1, W, MHz, the reasons for the clock (bits, see `measure.clock`),
+        J since the driver was loaded, GiB, the enforced power limit in W.
 
-        Without `slow` only what changes quickly, shares and power: each question costs the driver's time.
+        Without `slow` only what changes quickly, the first five: each question costs the driver's time.
         """
         nvml, handle, row = self._nvml, self._handle, {}
         if handle is None:
@@ -102,6 +104,10 @@ class GpuReader:
             row |= {"gpu_util": util.gpu / 100, "gpu_memory_util": util.memory / 100}
         with contextlib.suppress(nvml.NVMLError):
             row["gpu_power_w"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_sm_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        with contextlib.suppress(nvml.NVMLError):
+            row["gpu_clock_reasons"] = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
         if not slow:
             return row
         with contextlib.suppress(nvml.NVMLError):
@@ -109,7 +115,7 @@ class GpuReader:
         with contextlib.suppress(nvml.NVMLError):
             row["gpu_memory_gib"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
         with contextlib.suppress(nvml.NVMLError):
-            row["gpu_sm_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+            row["gpu_power_limit_w"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
         return row
 
 

@@ -41,7 +41,8 @@ def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = Non
             f"{f' (seed {level.repeat})' if level.repeat > 1 else ''}{' + cross-check' if level.cross_check else ''}"
             for level in levels
         )
-        rows.append((variant, f"{len(levels)}", rates, f"{seconds / 60:.1f}"))
+        start = f", start {levels[0].start}" if levels[0].start else ""
+        rows.append((f"{variant}{start}", f"{len(levels)}", rates, f"{seconds / 60:.1f}"))
     rows.append(("together", f"{sum(len(levels) for _, levels in work)}", "", f"{total / 60:.1f}"))
     columns = ("variant (one server each)", "levels", "offered rates, requests/s", "minutes")
     return Table(caption, columns, rows)

@@ -49,13 +49,14 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A GPU's datasheet: memory in GiB, bandwidth in bytes/s, dense peaks in FLOP/s."""
+    """A GPU's datasheet: memory in GiB, bandwidth in bytes/s, dense peaks in FLOP/s, the most power in W."""
 
     name: str
     memory_gib: float
     hbm_bytes_per_s: float
     bf16_flops: float
     fp8_flops: float
+    power_w: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +249,9 @@ def _levels_of(levels: tuple[Level, ...], body: Mapping) -> tuple[Level, ...]:
     """A protocol's levels. With `starts = N` each is measured N times, as repeats 1 to N, each on a server of its own:
     what differs from start to start is then in the interval."""
     starts = body.get("starts", 0)
-    return tuple(dataclasses.replace(level, repeat=n, start=n) for n in range(1, starts + 1) for level in levels) or levels
+    return (
+        tuple(dataclasses.replace(level, repeat=n, start=n) for n in range(1, starts + 1) for level in levels) or levels
+    )
 
 
 def _merge(base: dict, over: dict) -> dict:

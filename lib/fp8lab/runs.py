@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,11 @@ from .errors import BadInput, RunDamaged, RunMismatch
 from .files import plain, read_json, read_parquet, sync, told, write_json, write_tables
 from .level_result import LevelResult
 from .locks import Lock
+from .measure.metrics import steady_window, stored_window
 from .paths import DATA, RUNS, repository_relative
 from .profiles import Level, Profile, from_dict, load_profile
-from .provenance import collect
+from .provenance import collect, digest
+from .traces import Trace
 
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
@@ -75,15 +78,21 @@ class Run:
             self._lock.release()
             self._lock = None
 
-    def has(self, level: Level) -> bool:
-        """Whether the level is complete. Raises RunMismatch when it was measured with other requests, RunDamaged
-        when its summary cannot be read."""
+    def has(self, level: Level, trace: Trace | None = None) -> bool:
+        """Whether the level is complete. Raises RunMismatch when it was measured with other requests, by their number or,
+        with a `trace`, by what they are; RunDamaged when its summary cannot be read."""
         if not (self._folder(level.id) / "summary.json").is_file():
             return False
-        held = self._summary(level.id)["level"]["requests"]
-        if held != level.requests:
+        held = self._summary(level.id)["level"]
+        differs = f"{held['requests']} requests, not {level.requests}" if held["requests"] != level.requests else ""
+        if trace:
+            # A run from before digests were stored knows its trace by name alone.
+            name, digest = held.get("trace", trace.name), held.get("trace_digest", trace.digest)
+            if (name, digest) != (trace.name, trace.digest):
+                differs = f"the requests of {name} (digest {digest}), not those of {trace.name} (digest {trace.digest})"
+        if differs:
             raise RunMismatch(
-                f"run {self.path.name} holds level {level.id} with {held} requests, not {level.requests}; "
+                f"run {self.path.name} holds level {level.id} with {differs}; "
                 f"choose another run folder, or {self._again(level.id)}"
             )
         return True
@@ -118,14 +127,12 @@ class Run:
             chunks = int(records["chunks"].sum())
         except (TypeError, ValueError):
             raise RunDamaged(f"{folder / 'records.parquet'} holds chunks that are no numbers; {remedy}") from None
-        tokens, telemetry = folder / "tokens.parquet", folder / "telemetry.parquet"
-        return LevelResult(
-            level,
-            summary,
-            records,
-            read_parquet(tokens, remedy, _TOKENS, most_rows=chunks) if tokens.exists() else None,
-            read_parquet(telemetry, remedy, most_rows=_MOST_SAMPLES) if telemetry.exists() else None,
-        )
+        at = {name: folder / f"{name}.parquet" for name in ("tokens", "telemetry")}
+        tokens = read_parquet(at["tokens"], remedy, _TOKENS, most_rows=chunks) if at["tokens"].exists() else None
+        telemetry = read_parquet(at["telemetry"], remedy, most_rows=_MOST_SAMPLES) if at["telemetry"].exists() else None
+        if "steady_begin_s" not in summary:  # a run from before it was stored
+            summary |= stored_window(steady_window(records, tokens, telemetry))
+        return LevelResult(level, summary, records, tokens, telemetry)
 
     def write(self, result: LevelResult) -> None:
         """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
@@ -133,7 +140,7 @@ class Run:
         if self.read_only:
             raise BadInput(f"run {self.path.name} is a recorded run and read-only")
         with self.locked():
-            self._note_place()
+            part = self._note_place()
             folder, unfinished = self._folder(result.level.id), self.path / "unfinished"
             scratch = unfinished / result.level.id
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -142,7 +149,7 @@ class Run:
                     scratch.mkdir(parents=True)
                     folder.parent.mkdir(exist_ok=True)
                 write_tables(scratch, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
-                write_json(scratch / "summary.json", result.summary)
+                write_json(scratch / "summary.json", dict(result.summary) | {"part": part})
                 with told(folder):
                     sync(scratch)
                     if folder.exists():
@@ -222,13 +229,18 @@ class Run:
                 write_json(self.path / "run.json", self.manifest)
             del self.profile
 
-    def _note_place(self) -> None:
-        """Adds this machine and its software to `continued` when the run was begun elsewhere or otherwise."""
-        here = plain(collect())
+    def _note_place(self) -> int:
+        """The part of the run, from 1, that is measured here and now. A machine, software, source or profile that the run
+        was not begun or continued with is another part: it is added to `continued`."""
+        here = plain(_place(self.profile))
         known = [self.manifest, *self.manifest.get("continued", [])]
-        if not any(all(place.get(key) == here[key] for key in ("machine", "software", "source")) for place in known):
-            self.manifest.setdefault("continued", []).append(here)
-            write_json(self.path / "run.json", self.manifest)
+        alike = ("machine", "software", "measured_with")
+        for part, place in enumerate(known, start=1):
+            if all(place.get(key) == here[key] for key in alike):
+                return part
+        self.manifest.setdefault("continued", []).append(here)
+        write_json(self.path / "run.json", self.manifest)
+        return len(known) + 1
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
@@ -275,11 +287,18 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
     with told(path):
         path.mkdir(parents=True, exist_ok=True)
-    manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | collect())
+    manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
     write_json(path / "run.json", manifest)
     if path.resolve().parent == RUNS:
         _point_latest_at(path)
     return Run(path, manifest, read_only=False)
+
+
+def _place(profile: Profile) -> dict:
+    """Provenance of what is measured here and now. `measured_with` tells one way of measuring from another: a digest of
+    this library and of the profile. A notebook that was saved, or a level that was added, changes neither."""
+    made_of = {key: value for key, value in plain(profile.as_dict()).items() if key not in ("title", "protocols")}
+    return collect() | {"measured_with": digest(json.dumps(made_of, sort_keys=True))}
 
 
 def _made_here(entry: Path) -> bool:

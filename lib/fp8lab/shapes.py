@@ -34,10 +34,10 @@ class ModelShape:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         return 2 * self.layers * self.kv_heads * self.head_size * itemsize
 
-    @property
-    def flops_per_token(self) -> float:
-        """Matrix products of one token with its logits; attention's own products are left out (about 1 % here)."""
-        return 2.0 * (self.layer_parameters + self.vocabulary_parameters)
+    def flops(self, tokens: float, emitted: float) -> tuple[float, float]:
+        """(the layers', the output head's) matrix products of steps that compute `tokens` and emit `emitted` of them: the
+        head, BF16 in every variant, runs for those alone. Attention's own products are left out (about 1 % here)."""
+        return 2.0 * tokens * self.layer_parameters, 2.0 * emitted * self.vocabulary_parameters
 
 
 def model_shape(name: str) -> ModelShape | None:
@@ -48,27 +48,27 @@ def model_shape(name: str) -> ModelShape | None:
 
 def fp8_weights(command: Sequence[str]) -> bool:
     """Whether a vLLM command (or a variant's flags) quantises the weights to FP8."""
-    return _flag(command, "--quantization", "-q").startswith("fp8")
+    return flag_of(command, "--quantization", "-q").startswith("fp8")
 
 
 def fp8_kv(command: Sequence[str]) -> bool:
     """Whether a vLLM command (or a variant's flags) keeps the KV cache in FP8."""
-    return _flag(command, "--kv-cache-dtype").startswith("fp8")
+    return flag_of(command, "--kv-cache-dtype").startswith("fp8")
 
 
 def most_running(command: Sequence[str]) -> int | None:
     """How many requests a vLLM command lets run at once; None when it leaves that to vLLM."""
-    value = _flag(command, "--max-num-seqs")
+    value = flag_of(command, "--max-num-seqs")
     return int(value) if value.isdecimal() else None
 
 
 def memory_share(command: Sequence[str]) -> float | None:
     """The share (0 to 1) of the card's memory that a vLLM command takes; None when it leaves that to vLLM."""
-    value = _flag(command, "--gpu-memory-utilization")
+    value = flag_of(command, "--gpu-memory-utilization")
     return None if value == "auto" else float(value)
 
 
-def _flag(command: Sequence[str], *names: str) -> str:
+def flag_of(command: Sequence[str], *names: str) -> str:
     """The value of a command's flag, given as `--flag value` or `--flag=value`; "auto" if it is not given."""
     words = [part for word in command for part in (word.split("=", 1) if word.startswith("-") else [word])]
     return next((value for name, value in itertools.pairwise(words) if name in names), "auto")

@@ -5,6 +5,8 @@ requests send the same first requests.
 """
 
 import csv
+import functools
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,12 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells these requests from any others: 16 hexadecimal digits over prompts, lengths and arrival times."""
+        held = json.dumps([self.prompts, self.prompt_tokens, self.output_tokens, self.arrival_s])
+        return hashlib.sha256(held.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
         mean_in, mean_out = (sum(tokens) / len(self) for tokens in (self.prompt_tokens, self.output_tokens))

@@ -82,10 +82,11 @@ def measure_level(
     }
     sampled = None
     if telemetry:
+        from ..measure.metrics import window_of
         from ..measure.usage import summarize_usage
 
         sampled = telemetry.table(sent.start)
-        summary |= summarize_usage(sampled, records, tokens) | {"telemetry_cpu_share": telemetry.cpu_share}
+        summary |= summarize_usage(sampled, records, window_of(summary)) | {"telemetry_cpu_share": telemetry.cpu_share}
     status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 

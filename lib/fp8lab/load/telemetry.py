@@ -1,8 +1,9 @@
 """What the GPU, the server and the client did while a level ran: sampled by two threads, in one table.
 
-The GPU's shares and power (NVML) are read five times a second, CPU times twice, its memory, clock and energy counter
-and the server's own counters (`/metrics`) once, by a thread of their own: a full front end answers late, and the other
-samples must not wait for it. The threads measure their own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
+The GPU's shares, power and clock (NVML) are read five times a second, CPU times twice, its memory, energy counter and
+power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full front end answers
+late, and the other samples must not wait for it. The energy counter is read once more at the end: it then encloses the
+level. The threads measure their own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
 """
 
 import contextlib
@@ -72,7 +73,7 @@ class Telemetry:
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
-        gpu_energy_j (a counter), gpu_memory_gib, gpu_sm_mhz; running, waiting, kv_cache_usage (0 to 1),
+        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w; running, waiting, kv_cache_usage (0 to 1),
         preemptions, prompt_tokens, generation_tokens (counters); for frontend, engine and client:
         <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
         """
@@ -103,6 +104,7 @@ class Telemetry:
                     next_slow = now + SLOW_PERIOD_S
                 self._rows.append(row)
                 if self._stop.wait(max(0.0, PERIOD_S - (time.monotonic() - now))):
+                    self._rows.append({"at_s": time.monotonic()} | gpu.read())
                     break
 
     def _sample_server(self) -> None:

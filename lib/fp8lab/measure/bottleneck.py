@@ -1,4 +1,5 @@
-"""What limited a level: the offered load, the client, the front end, the engine process, the GPU, or the KV cache.
+"""What limited a level: the offered load, the client, the front end, the engine process, the GPU (its power limit, where
+that held its clock back), or the KV cache.
 
 A number is the GPU's only where the GPU was the limit. The order of the questions matters: a client or a front
 end that is full starves what comes behind it, so it is asked first.
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .metrics import completed, concurrency_over_time, steady_window
+from .clock import Clock, clock
+from .metrics import completed, concurrency_over_time, window_of
 from .roofline import Roofline
 
 CAUSES = (
-    "offered load", "client", "front end", "engine", "GPU and engine", "GPU, nearer compute", "GPU, nearer memory",
-    "KV capacity",
+    "offered load", "client", "front end", "engine", "GPU and engine", "GPU power limit", "GPU, nearer compute",
+    "GPU, nearer memory", "KV capacity",
 )  # fmt: skip
 
 # In flight may grow by this share of the offered rate and still count as keeping up: Poisson arrivals do that much.
@@ -81,13 +83,15 @@ def keeps_up(records: pd.DataFrame) -> bool:
     return backlog_growth(records) <= _GROWTH
 
 
-def held_by_front_end(records: pd.DataFrame, telemetry: pd.DataFrame | None) -> float | None:
-    """The share (0 to 1) of the requests in flight that the engine neither runs nor queues, over the steady window:
+def held_by_front_end(
+    records: pd.DataFrame, telemetry: pd.DataFrame | None, window: tuple[float, float]
+) -> float | None:
+    """The share (0 to 1) of the requests in flight that the engine neither runs nor queues, over the steady window (s):
     they wait for the front end, on their way in or with their last tokens on the way out. None when it was not sampled."""
     if telemetry is None:
         return None
     known = telemetry[["at_s", "running", "waiting"]].dropna()
-    known = known[known["at_s"].between(*steady_window(records, None, telemetry))]
+    known = known[known["at_s"].between(*window)]
     times, counts = concurrency_over_time(records)
     if known.empty or not times.size:
         return None
@@ -98,14 +102,22 @@ def held_by_front_end(records: pd.DataFrame, telemetry: pd.DataFrame | None) -> 
 
 
 def what_limited(
-    summary: Mapping, records: pd.DataFrame, telemetry: pd.DataFrame | None = None, roofline: Roofline | None = None
+    summary: Mapping,
+    records: pd.DataFrame,
+    telemetry: pd.DataFrame | None = None,
+    roofline: Roofline | None = None,
+    power_limit_w: float | None = None,
 ) -> Limit:
-    """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry."""
+    """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry.
+
+    `power_limit_w` is the datasheet's, for a level whose enforced limit was not sampled."""
     if not summary["valid"]:
         return Limit("unknown", f"the level is invalid: {summary['invalid_reason']}")
     growth = backlog_growth(records)
-    held = held_by_front_end(records, telemetry)
-    used = _Used(summary, held)
+    window = window_of(summary)
+    held = held_by_front_end(records, telemetry, window)
+    ran = clock(telemetry, window, power_limit_w) if telemetry is not None else None
+    used = _Used(summary, held, ran)
     if (summary["client_busiest_core"] or 0) > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary['client_busiest_core']:.2f} of a core")
     if growth <= _GROWTH and not used.full("frontend"):
@@ -133,15 +145,18 @@ def what_limited(
         return Limit("engine" if busy else "unknown", evidence)
     if used.gpu < _GPU_FULL:
         return Limit("GPU and engine", evidence)
+    if ran and ran.power_limited:
+        return Limit("GPU power limit", evidence)
     return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
 
 
 class _Used:
     """The shares of the steady window, and the sentence that tells them."""
 
-    def __init__(self, summary: Mapping, held: float | None):
+    def __init__(self, summary: Mapping, held: float | None, ran: Clock | None):
         self.gpu = summary.get("gpu_util_steady")
         self.held = held
+        self.clock = str(ran) if ran else ""
         self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
 
     def full(self, role: str) -> bool:
@@ -153,7 +168,7 @@ class _Used:
         busiest = f"the busiest process of each kind used, in cores: {', '.join(parts)}" if parts else ""
         gpu = f"the GPU had no kernel running {1 - self.gpu:.0%} of the time" if self.gpu is not None else ""
         held = f"{self.held:.0%} of the requests in flight were not in the engine" if self.held is not None else ""
-        return "; ".join(filter(None, (gpu, busiest, held))) or "nothing was sampled"
+        return "; ".join(filter(None, (gpu, self.clock, busiest, held))) or "nothing was sampled"
 
 
 def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:

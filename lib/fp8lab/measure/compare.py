@@ -3,9 +3,10 @@
 Variants answer the same requests at the same instants when they share a rate and a seed, so they are compared
 within a seed. On the log scale a difference is a ratio, and the noise of a fast level and of a slow one compare.
 
-Repeats share one start of a server: what differs from start to start is in no interval.
+Repeats that share one start of a server leave out what differs from start to start; an interval says over what it is.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,28 @@ class Ratio:
     high: float
     pairs: int
     model: str
+    starts: int = 1
 
     @property
     def shown(self) -> bool:
         """Whether the interval leaves out 1: without it no difference is claimed."""
         return self.low > 1 or self.high < 1
+
+    def over(self, starts: int) -> "Ratio":
+        """This ratio, told that its seeds are spread over so many server starts of each variant."""
+        if self.pairs < 2:
+            return dataclasses.replace(self, starts=starts)
+        each = "a start each" if starts >= self.pairs else f"{starts} start{'s' * (starts > 1)} a variant"
+        missing = "" if starts >= self.pairs else ": what differs from start to start is not in it"
+        return dataclasses.replace(self, starts=starts, model=f"{self.model}, {each}{missing}")
+
+    def at_least(self, apart: float) -> "Ratio":
+        """This ratio with an interval that reaches at least `apart`, a logarithm, to either side."""
+        if math.isnan(self.low):
+            return self
+        ends = min(self.low, self.value * math.exp(-apart)), max(self.high, self.value * math.exp(apart))
+        wider = "; widened to what its two meters are apart" if ends != (self.low, self.high) else ""
+        return dataclasses.replace(self, low=ends[0], high=ends[1], model=self.model + wider)
 
     def __str__(self) -> str:
         if math.isnan(self.low):

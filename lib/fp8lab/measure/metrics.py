@@ -5,6 +5,8 @@ TTFT, TPOT, ITL, E2EL, throughput and the per-second peak concurrency are those 
 Failed requests are counted and add nothing to a numerator; they stay in every denominator.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -103,6 +105,22 @@ def steady_window(
     return _evenly_spread(done)
 
 
+def stored_window(window: tuple[float, float]) -> dict[str, float | None]:
+    """The steady window as a summary holds it; `window_of` reads it back."""
+    begin, end = window
+    return (
+        {"steady_begin_s": begin, "steady_end_s": end}
+        if end > begin
+        else {"steady_begin_s": None, "steady_end_s": None}
+    )
+
+
+def window_of(summary: Mapping) -> tuple[float, float]:
+    """The steady window (s) that a level's summary holds; (nan, nan) when it has none."""
+    begin, end = summary["steady_begin_s"], summary["steady_end_s"]
+    return (np.nan, np.nan) if begin is None else (begin, end)
+
+
 def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
     first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
     width = np.maximum(last - first, 1e-9)
@@ -132,7 +150,7 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
     def rate(amount: float) -> float | None:
         return amount / duration if duration else None
 
-    summary = {
+    summary = stored_window((begin, end)) | {
         "requests": len(records),
         "completed": len(done),
         "failed": len(records) - len(done),

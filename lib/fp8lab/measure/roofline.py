@@ -70,7 +70,7 @@ def roofline(
     resident = inside["kv_cache_usage"].mean() * kv_cache_tokens
     kv_bytes = resident * shape.kv_bytes_per_token(1 if fp8_kv else 2)
     moved = steps * (shape.weight_bytes_read(fp8_weights) + kv_bytes)
-    layers, head = 2.0 * tokens * shape.layer_parameters, 2.0 * emitted * shape.vocabulary_parameters
+    layers, head = shape.flops(tokens, emitted)
     peak = card.fp8_flops if fp8_weights else card.bf16_flops
     return Roofline(
         memory=moved / seconds / card.hbm_bytes_per_s,

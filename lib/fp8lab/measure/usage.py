@@ -1,25 +1,28 @@
 """What a level cost: telemetry summed up, energy for each token and each request. Pure functions on tables."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from .metrics import completed, steady_window
+from .clock import clock
+from .metrics import completed
 
 
 def summarize_usage(
-    telemetry: pd.DataFrame, records: pd.DataFrame, tokens: pd.DataFrame | None = None
+    telemetry: pd.DataFrame, records: pd.DataFrame, window: tuple[float, float]
 ) -> dict[str, float | None]:
-    """Means over the steady window, maxima and energy over the whole run; what was not sampled is None.
+    """Means over the steady `window` (s), maxima and energy over the whole run; what was not sampled is None.
 
-    `energy_j` integrates the power samples from the first request to the last token (trapezoids);
-    `energy_counter_j` is the GPU's own counter over the same time, as a check.
+    `energy_j` is what the GPU's own counter rose by from the first request to the last token; `energy_integral_j`, its
+    check, integrates the power samples over the same time (trapezoids). Joules a token and a request are the counter's,
+    and the integral's on a card that has no counter.
     """
-    begin, end = steady_window(records, tokens, telemetry)
-    steady = telemetry[telemetry["at_s"].between(begin, end)]
+    steady = telemetry[telemetry["at_s"].between(*window)]
     done = completed(records)
-    run = telemetry[telemetry["at_s"].between(records["sent_s"].min(), done["last_token_s"].max())]
+    span = (records["sent_s"].min(), done["last_token_s"].max())
+    run = telemetry[telemetry["at_s"].between(*span)]
     means = ["gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_sm_mhz", "running", "waiting", "kv_cache_usage"]
     means += [f"{role}_{what}" for role in ("frontend", "engine", "client") for what in ("cpu", "cpu_max")]
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
@@ -28,11 +31,19 @@ def summarize_usage(
         for column in ("running", "waiting", "kv_cache_usage", "gpu_memory_gib")
     }
     usage["preemptions"] = _increase(run["preemptions"])
-    energy = _integral(run[["at_s", "gpu_power_w"]].dropna())
+    held = clock(telemetry, window)
+    usage |= {
+        "gpu_power_limit_w": held.limit_w,
+        "power_limited_steady": held.by_power,
+        "heat_limited_steady": held.by_heat,
+    }
+    integral = _integral(_known_samples(telemetry, "gpu_power_w"), *span)
+    counted = _counted(_known_samples(telemetry, "gpu_energy_j"), _known_samples(telemetry, "gpu_power_w"), *span)
+    energy = integral if counted is None else counted
     tokens = int(done["output_tokens"].sum())
     return usage | {
-        "energy_j": energy,
-        "energy_counter_j": _between(telemetry[["at_s", "gpu_energy_j"]].dropna(), run["at_s"]),
+        "energy_j": counted,
+        "energy_integral_j": integral,
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
@@ -47,21 +58,51 @@ def frontend_us_per_token(summary: Mapping) -> float | None:
     return cores * 1e6 * summary["time_dilation"] / tokens if cores and tokens else None
 
 
-def _integral(power: pd.DataFrame) -> float | None:
-    return float(np.trapezoid(power["gpu_power_w"], power["at_s"])) if len(power) > 1 else None
+def meters_apart(summary: Mapping) -> float | None:
+    """How far the level's two energy meters are apart, as ln(integral / counter); None where one is missing."""
+    counted, integral = summary.get("energy_j"), summary.get("energy_integral_j")
+    return math.log(integral / counted) if counted and integral else None
+
+
+def _known_samples(telemetry: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(times, values) of a column where it was sampled."""
+    known = telemetry[["at_s", column]].dropna().to_numpy(float)
+    return known[:, 0], known[:, 1]
+
+
+def _integral(power: tuple[np.ndarray, np.ndarray], begin: float, end: float) -> float | None:
+    """The integral of power samples from `begin` to `end`; None when fewer than two lie between or nothing completed."""
+    times, values = power
+    inside = times[(times > begin) & (times < end)]
+    if inside.size < 2:
+        return None
+    at = np.concatenate([[begin], inside, [end]])
+    return float(np.trapezoid(np.interp(at, times, values), at))
+
+
+def _counted(
+    counter: tuple[np.ndarray, np.ndarray], power: tuple[np.ndarray, np.ndarray], begin: float, end: float
+) -> float | None:
+    """How much a counter, read once a second, rose from `begin` to `end`. What lies beyond its first or last reading, up
+    to a second, is the power samples': taken as no rise it would lose a few percent of a short level."""
+    times, values = counter
+    if times.size < 2 or not begin < end:
+        return None
+    first, last = np.clip([begin, end], times[0], times[-1])
+    rise = float(np.diff(np.interp([first, last], times, values))[0])
+    edges = (_edge(power, begin, first), _edge(power, last, end))
+    return None if rise <= 0 or None in edges else rise + sum(edges)
+
+
+def _edge(power: tuple[np.ndarray, np.ndarray], begin: float, end: float) -> float | None:
+    if end <= begin:
+        return 0.0
+    return (end - begin) * float(np.interp([begin, end], *power).mean()) if power[0].size else None
 
 
 def _increase(counter: pd.Series) -> float | None:
     known = counter.dropna()
     return float(known.iloc[-1] - known.iloc[0]) if len(known) > 1 else None
-
-
-def _between(counter: pd.DataFrame, at: pd.Series) -> float | None:
-    """How much a counter, read less often than the rest, rose from the first instant of `at` to the last."""
-    if len(counter) < 2 or at.empty:
-        return None
-    times, values = counter.to_numpy(float).T
-    return float(np.diff(np.interp([at.iloc[0], at.iloc[-1]], times, values))[0])
 
 
 def _known(value: float) -> float | None:

@@ -8,7 +8,7 @@ from ..tables import Table
 from .claims import Verdict, judge, show_interval, show_value
 from .drawing import Figure
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
-from .fair import emulated_note, equal_load_ratios
+from .fair import clocks_told, emulated_note, equal_load_ratios
 from .forest import forest
 from .published import claim_of
 
@@ -43,10 +43,11 @@ def worth_table(*runs: Run) -> Table:
             rows.append(
                 (
                     run.path.name, rate_name(rate), FRONT_ENDS[suffix], str(one), str(energy) if energy else "–",
+                    clocks_told(seen, suffix, rate),
                     *(" or ".join(_causes(seen, variant + suffix, rate)) for variant in ("bf16", "fp8")),
                 )
             )  # fmt: skip
-    columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
+    columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16", "clock, FP8 / BF16")
     columns += ("BF16 limited by", "FP8 limited by")
     note = next((emulated_note(run) for run in runs if run.emulated), "")
     return Table(f"{note}What FP8 changed at equal load, and what was the limit", columns, rows)

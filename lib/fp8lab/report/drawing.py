@@ -27,31 +27,25 @@ class Figure:
     caption: str
 
 
-def new_canvas(run: Run | None, title: str, height: float = 3.8):
-    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic."""
+def new_canvas(run: Run | None, title: str, height: float = 3.8, rows: int = 1):
+    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic.
+    With several `rows` the axes are a list, one below the other over the same x."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.4, height), layout="constrained")
-    axes = canvas.subplots()
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", lw=0.8)
-    axes.set_axisbelow(True)
-    if run and run.profile.device != "cuda":
-        mark = "EMULATED" if run.emulated else "CPU"
-        axes.text(
-            0.5,
-            0.5,
-            mark,
-            transform=axes.transAxes,
-            ha="center",
-            va="center",
-            rotation=20,
-            fontsize=44,
-            color="#bbbbbb",
-            alpha=0.45,
-        )
-    return canvas, axes
+    each = canvas.subplots(rows, squeeze=False, sharex=True)[:, 0]
+    each[0].set_title(title, loc="left", fontsize=11, color=INK)
+    for axes in each:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", lw=0.8)
+        axes.set_axisbelow(True)
+        if run and run.profile.device != "cuda":
+            mark = "EMULATED" if run.emulated else "CPU"
+            axes.text(
+                0.5, 0.5, mark, transform=axes.transAxes, ha="center", va="center", rotation=20, fontsize=44, color="#bbbbbb",
+                alpha=0.45,
+            )  # fmt: skip
+    return canvas, list(each) if rows > 1 else each[0]
 
 
 def variant_style(variant: str) -> dict:

@@ -1,18 +1,21 @@
 """What the report asks of a run, level by level: values by seed, what limited it, how far it was from the card's limit."""
 
-import bisect
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from datetime import datetime, timedelta
+from statistics import fmean
 
 from ..measure.bottleneck import Limit, keeps_up, what_limited
-from ..measure.compare import Cells, Noise, Ratio, Seeds, pooled_noise, ratio
-from ..measure.metrics import steady_window
+from ..measure.clock import Clock, clock
+from ..measure.compare import Cells, Noise, Ratio, Seeds, contrast, pooled_noise
+from ..measure.metrics import window_of
 from ..measure.roofline import Roofline, roofline
+from ..measure.usage import meters_apart
 from ..profiles import Level
 from ..runs import LevelResult, Run
-from ..shapes import fp8_kv, fp8_weights, model_shape
+from ..shapes import flag_of, fp8_kv, fp8_weights, model_shape
+
+JOULES = ("joules_per_output_token", "joules_per_request")
 
 # How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end. The last one also
 # relieves the engine process, the next in line.
@@ -22,7 +25,6 @@ FRONT_ENDS = {
     "-rust": "Rust",
     "-rust-graphs": "Rust, larger CUDA graphs",
 }
-_WRITING_S = 5.0
 
 
 class Evidence:
@@ -46,10 +48,24 @@ class Evidence:
         if level is None:
             return Limit("unknown", "the run holds no records of it")
         # On an emulated card neither the GPU nor the front end is what it seems; only the client is real.
-        found = what_limited(level.summary, level.records, level.telemetry, self.roofline(level_id))
+        found = what_limited(
+            level.summary, level.records, level.telemetry, self.roofline(level_id), self._power_limit_w
+        )
         if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
             return Limit("emulated card", f"EMULATED: the model of the card and of its front end; {found.evidence}")
         return found
+
+    @property
+    def _power_limit_w(self) -> float | None:
+        return self.run.profile.gpu.power_w if self.run.profile.gpu else None
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def clock(self, level_id: str) -> Clock | None:
+        """The card's clock over the level's steady window; None when nothing was sampled."""
+        level = self.level(level_id)
+        if level is None or level.telemetry is None:
+            return None
+        return clock(level.telemetry, window_of(level.summary), self._power_limit_w)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def roofline(self, level_id: str) -> Roofline | None:
@@ -62,7 +78,7 @@ class Evidence:
         if not (level.summary["completed"] and server["kv_cache_tokens"]):
             return None
         return roofline(
-            level.telemetry, steady_window(level.records, level.tokens, level.telemetry), shape, profile.gpu,
+            level.telemetry, window_of(level.summary), shape, profile.gpu,
             fp8_weights=fp8_weights(server["command"]), fp8_kv=fp8_kv(server["command"]),
             kv_cache_tokens=server["kv_cache_tokens"],
         )  # fmt: skip
@@ -100,25 +116,22 @@ class Evidence:
         found = {variant: self.seeds(variant, rate, metric) for variant in variants}
         return {variant: values for variant, values in found.items() if values}
 
-    @functools.cached_property
-    def _parts(self) -> list[datetime]:
-        """When each part of the run was begun: another machine, software or commit is another part."""
-        places = [self.run.manifest, *self.run.manifest.get("continued", [])]
-        return sorted(datetime.fromisoformat(place["created"]) for place in places)
-
     def parts(self, variants, rate: float) -> str:
         """In which parts of the run these variants were measured at `rate`: "1", "1, 4"; empty for a run in one part."""
-        if len(self._parts) < 2:
+        if not self.run.manifest.get("continued"):
             return ""
-        found = set()
-        for s in self.levels(variants, rate).values():
-            if s["duration_s"] is None:  # nothing completed: no value of it is compared
-                continue
-            # A part is noted when its first level has ended and is written.
-            lasted_s = s["duration_s"] * s["time_dilation"] + _WRITING_S
-            written = datetime.fromisoformat(s["started"]) + timedelta(seconds=lasted_s)
-            found.add(max(1, bisect.bisect_right(self._parts, written)))
-        return ", ".join(str(part) for part in sorted(found))
+        # Of a level in which nothing completed no value is compared.
+        held = [s for s in self.levels(variants, rate).values() if s["completed"] and "part" in s]
+        return ", ".join(map(str, sorted({s["part"] for s in held})))
+
+    def starts(self, variants, rate: float) -> int:
+        """The fewest server starts over which the valid repeats of one of `variants` at `rate` are spread. A start is told
+        by its served name, which no other start has."""
+        commands = (
+            [s.get("server", {}).get("command", ()) for s in self.levels((variant,), rate).values()]
+            for variant in variants
+        )
+        return min(len({flag_of(command, "--served-model-name") for command in each}) for each in commands)
 
     def rates(self, *variants: str) -> list[float]:
         """The rates at which each of `variants` has a valid level, ascending."""
@@ -166,8 +179,28 @@ class Evidence:
 
     def compare(self, over: str, under: str, rate: float, metric: str) -> Ratio | None:
         """`over` / `under` at one rate, paired by seed; None when they share none."""
-        noise = self.noise(metric, saturated=self.saturated(over, under, rate=rate), burst=math.isinf(rate))
-        return ratio(self.seeds(over, rate, metric), self.seeds(under, rate, metric), noise)
+        return self.contrast({over: 1.0, under: -1.0}, rate, metric)
+
+    def contrast(self, weights: Mapping[str, float], rate: float, metric: str) -> Ratio | None:
+        """exp(sum of weight x log value) of variants at one rate, over the seeds that they share; None when they share none.
+
+        Two meters measure a level's joules: the interval is no tighter than they are apart.
+        """
+        noise = self.noise(metric, saturated=self.saturated(*weights, rate=rate), burst=math.isinf(rate))
+        cells = {variant: self.seeds(variant, rate, metric) for variant in weights}
+        found = contrast(cells, weights, noise)
+        if found is None:
+            return None
+        found = found.over(self.starts(weights, rate))
+        return found.at_least(self._meters_apart(weights, rate)) if metric in JOULES else found
+
+    def _meters_apart(self, weights: Mapping[str, float], rate: float) -> float:
+        """How far the two energy meters are apart in a contrast, as a logarithm; 0 where one of them is missing."""
+        apart = 0.0
+        for variant, weight in weights.items():
+            known = [one for s in self.levels((variant,), rate).values() if (one := meters_apart(s)) is not None]
+            apart += weight * fmean(known) if known else 0.0
+        return abs(apart)
 
 
 def evidence(run: Run) -> Evidence:

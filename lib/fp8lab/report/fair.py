@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
-from ..measure.compare import ABLATION, Ratio, contrast
+from ..measure.compare import ABLATION, Ratio
 from ..measure.kv import paging_waste, reserving_waste
 from ..paths import repository_relative
 from ..runs import Run
@@ -72,7 +73,7 @@ def equal_load_table(run: Run) -> Table:
     seen = evidence(run)
     rows = [
         (name, rate_name(rate), FRONT_ENDS[suffix], f"{one.value:.3f}", _interval(one),
-         _said(one, better) + _steady_state(seen, metric, suffix, rate, one), one.model,
+         _said(one, better) + _steady_state(seen, metric, suffix, rate, one), clocks_told(seen, suffix, rate), one.model,
          seen.parts((f"bf16{suffix}", f"fp8{suffix}"), rate))
         for metric, (name, better) in METRICS.items()
         for suffix, rate, one in equal_load_ratios(seen, metric)
@@ -84,11 +85,23 @@ def equal_load_table(run: Run) -> Table:
         "FP8 / BF16",
         "95 % interval",
         "so",
+        "clock, FP8 / BF16",
         "interval from",
         "part of the run",
     )
     caption = f"{emulated_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
     return Table(*_with_parts(caption, columns, rows))
+
+
+def clocks_told(seen: Evidence, suffix: str, rate: float) -> str:
+    """What else differed between the variants at a rate: the mean clock that their power left, FP8 over BF16, in the steady
+    windows of the seeds that both have; a dash where it was not sampled."""
+    mhz = {variant: seen.seeds(variant + suffix, rate, "gpu_sm_mhz_steady") for variant in ("fp8", "bf16")}
+    shared = mhz["fp8"].keys() & mhz["bf16"].keys()
+    if not shared:
+        return "–"
+    fp8, bf16 = (fmean(values[seed] for seed in shared) for values in (mhz["fp8"], mhz["bf16"]))
+    return f"{fp8 / bf16:.2f}× ({fp8:,.0f} / {bf16:,.0f} MHz)"
 
 
 def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str, Ratio]]:
@@ -99,12 +112,9 @@ def ablation_effects(seen: Evidence, metric: str) -> list[tuple[str, float, str,
         if not set(names) <= set(seen.variants()):
             continue
         for rate in seen.rates(*names):
-            cells = {names[name]: values for name, values in seen.cells(names, rate, metric).items()}
-            if len(cells) == len(names):
-                noise = seen.noise(metric, saturated=seen.saturated(*names, rate=rate), burst=math.isinf(rate))
-                for effect, weights in ABLATION.items():
-                    if one := contrast(cells, weights, noise):
-                        found.append((suffix, rate, effect, one))
+            for effect, weights in ABLATION.items():
+                if one := seen.contrast({name: weights[half] for name, half in names.items()}, rate, metric):
+                    found.append((suffix, rate, effect, one))
     return found
 
 

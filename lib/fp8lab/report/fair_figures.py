@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..measure.capacity import SLO
+from ..measure.clock import POWER
 from ..measure.compare import Ratio
 from ..runs import Run
 from .drawing import (
@@ -156,6 +157,53 @@ def kv_capacity(run: Run) -> Figure:
     axes.set_xlabel("requests of this trace")
     caption = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran at once, over all levels."
     return Figure("kv_capacity", canvas, f"Bar chart. {told_or(told)}.", caption_of(caption, run))
+
+
+def clocks(run: Run) -> Figure:
+    """Power and clock over time of both variants' levels all at once, where the card is least waited for."""
+    seen, told = evidence(run), []
+    canvas, (upper, lower) = new_canvas(run, "Does the power limit hold the card's clock back?", height=4.6, rows=2)
+    suffix = next((s for s in reversed(FRONT_ENDS) if seen.rates(f"bf16{s}", f"fp8{s}")), "")
+    ids = [
+        level_id
+        for variant in (f"bf16{suffix}", f"fp8{suffix}")
+        if (rates := seen.rates(variant)) and (level_id := next(iter(seen.levels((variant,), rates[-1])), None))
+    ]
+    held_at, limit_w = [], None
+    for level_id in ids:
+        level, ran = seen.level(level_id), seen.clock(level_id)
+        if level is None or ran is None or ran.mhz is None:
+            continue
+        style = variant_style(level.level.variant) | {"marker": "", "ls": "-"}
+        limit_w = ran.limit_w or limit_w
+        shown = level.telemetry[level.telemetry["at_s"].between(0, level.summary["duration_s"])]
+        for axes, column in ((upper, "gpu_power_w"), (lower, "gpu_sm_mhz")):
+            known = shown[["at_s", column]].dropna()
+            axes.plot(known["at_s"], known[column], label=level.level.variant, **style)
+        if "gpu_clock_reasons" in shown:
+            known = shown[["at_s", "gpu_sm_mhz", "gpu_clock_reasons"]].dropna()
+            held = known[(known["gpu_clock_reasons"].astype(int) & POWER) != 0]
+            lower.plot(held["at_s"], held["gpu_sm_mhz"], ls="", marker="|", ms=5, color=style["color"])
+            held_at.append(level_id)
+        told.append(f"{level_id}: {ran}")
+    if limit_w:
+        upper.axhline(limit_w, color=GREY, lw=1, ls=":")
+        upper.annotate(
+            f"limit {limit_w:,.0f} W", (0, limit_w), (4, 3), textcoords="offset points", fontsize=8, color=GREY
+        )
+        upper.set_ylim(0, limit_w * 1.12)
+    upper.set(ylabel="GPU power, W")
+    lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
+    for axes in (upper, lower):
+        axes.yaxis.set_major_formatter(plainly)
+    legend(lower, "lower left")
+    marks = (
+        " Ticks: samples in which NVML named the power limit as what held the clock back."
+        if held_at
+        else " What held the clock back was not sampled in this run."
+    )
+    caption = f"Levels {' and '.join(ids) or 'none'}. Power is NVML's mean over a second.{marks}"
+    return Figure("clock", canvas, f"Two line charts over time. {told_or(told)}.", caption_of(caption, run))
 
 
 def objective(run: Run, slo: SLO) -> Figure:

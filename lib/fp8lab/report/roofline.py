@@ -80,8 +80,8 @@ def _steps(shape: ModelShape, context: float) -> dict[str, float]:
     """FLOP for each byte read, in BF16, of a step that decodes for 32 or 256 requests with `context` tokens in the KV
     cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.measure.roofline` does."""
     weights, kv = shape.weight_bytes_read(False), context * shape.kv_bytes_per_token(2)
-    decode = {n: n * shape.flops_per_token / (weights + n * kv) for n in (32, 256)}
-    prefill = 2.0 * (2048 * shape.layer_parameters + shape.vocabulary_parameters) / weights
+    decode = {n: sum(shape.flops(n, n)) / (weights + n * kv) for n in (32, 256)}
+    prefill = sum(shape.flops(2048, 1)) / weights
     return {f"decode for {n}": one for n, one in decode.items()} | {"prefill of 2,048": prefill}
 
 

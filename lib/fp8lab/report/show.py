@@ -3,17 +3,20 @@
 import base64
 import html
 import io
+import math
 from dataclasses import dataclass
 
 from ..files import told
 from ..measure.capacity import SLO
-from ..measure.usage import frontend_us_per_token
+from ..measure.clock import MOST, Clock
+from ..measure.usage import frontend_us_per_token, meters_apart
 from ..paths import repository_relative
 from ..profiles import Profile
 from ..runs import Run
 from ..shapes import fp8_kv, model_shape
 from ..tables import Table
 from . import across, background_figures, drawing, fair_figures, figures, roofline
+from .evidence import evidence
 
 _PIXELS_PER_INCH = 200
 # Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
@@ -109,6 +112,11 @@ def roofline_figure(run: Run) -> Shown:
     return _show(run, roofline.roofline(run))
 
 
+def clock_figure(run: Run) -> Shown:
+    """The card's clock and power over time, BF16 beside FP8, all at once."""
+    return _show(run, fair_figures.clocks(run))
+
+
 def objective_figure(run: Run, slo: SLO) -> Shown:
     """TTFT's 99th percentile over the offered rate against an objective."""
     return _show(run, fair_figures.objective(run, slo))
@@ -133,25 +141,43 @@ def levels_table(run: Run) -> Table:
 
 def resources_table(run: Run) -> Table:
     """What each level used: shares over its steady window, energy over the whole run."""
-    rows = []
+    seen, rows = evidence(run), []
     for level_id, s in run.summaries().items():
         if "gpu_util_steady" not in s:
             continue
         cells = [
             _cell(s.get(key), pattern)
             for key, pattern in (
-                ("gpu_util_steady", "{:.0%}"), ("gpu_power_w_steady", "{:,.0f}"), ("joules_per_output_token", "{:.3f}"),
-                ("joules_per_request", "{:.1f}"), ("frontend_cpu_max_steady", "{:.2f}"), ("engine_cpu_max_steady", "{:.2f}"),
+                ("gpu_util_steady", "{:.0%}"), ("gpu_power_w_steady", "{:,.0f}"), ("gpu_sm_mhz_steady", "{:,.0f}"),
+                ("joules_per_output_token", "{:.3f}"), ("joules_per_request", "{:.1f}"),
+                ("frontend_cpu_max_steady", "{:.2f}"), ("engine_cpu_max_steady", "{:.2f}"),
                 ("client_cpu_max_steady", "{:.2f}"), ("kv_cache_usage_max", "{:.0%}"), ("preemptions", "{:.0f}"),
                 ("tokens_per_chunk", "{:.2f}"),
             )
         ]  # fmt: skip
+        apart = meters_apart(s)
+        cells[3:3] = [_held_back(seen.clock(level_id))]
+        cells[5:5] = ["–" if apart is None else f"{math.expm1(apart):+.1%}"]
         rows.append((level_id, *cells, _cell(frontend_us_per_token(s), "{:.0f}")))
-    columns = ("level", "GPU busy", "GPU W", "J/token", "J/request", "front end, cores", "engine, cores")
+    columns = ("level", "GPU busy", "GPU W", "MHz", "clock held back by", "J/token", "J/token by power samples")
+    columns += ("J/request", "front end, cores", "engine, cores")
     columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk", "front end, µs/token")
     note = "EMULATED GPU: no GPU was sampled. " if run.emulated else ""
-    caption = f"{note}What the levels of run {run.path.name} used; cores are those of the busiest process of each kind"
+    caption = (
+        f"{note}What the levels of run {run.path.name} used; joules are those of the GPU's energy counter, beside them how "
+        "far the integral of its power samples is off; cores are those of the busiest process of each kind"
+    )
     return Table(caption, columns, rows)
+
+
+def _held_back(ran: Clock | None) -> str:
+    """What held the card's clock back, and in which share of the samples."""
+    if ran is None or ran.mhz is None:
+        return "–"
+    if ran.by_power is None:
+        return "not sampled; power at its limit" if (ran.at_limit or 0.0) >= MOST else "not sampled"
+    shares = (("power", ran.by_power), ("heat", ran.by_heat))
+    return ", ".join(f"{what} {share:.0%}" for what, share in shares if share) or "nothing"
 
 
 def memory_table(run: Run) -> Table:

@@ -5,8 +5,9 @@
 What is real: vLLM's command line, HTTP server, tokenizer, scheduler, KV block manager and metrics.
 What is modelled: the forward pass, as a wait. One step takes
 
-    max(weight bytes / HBM, tokens x FLOPs / peak) + KV bytes read / HBM + a constant,
+    max(weight bytes read / HBM, FLOPs / peak) + KV bytes read / HBM + a constant,
 
+with the bytes and FLOPs that `fp8lab.measure.roofline` counts,
 and never less than the tokens that it emits x the front end's serial cost a token. Overlap of scheduling
 and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
 last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU
@@ -44,10 +45,13 @@ class EmulatedGpuExecutor(UniProcExecutor):
         fp8_weights = self.model_config.quantization == "fp8"
         self.kv_dtype = torch.uint8 if "fp8" in self.cache_config.cache_dtype else torch.bfloat16
         self.weight_bytes = self.shape.weight_bytes(fp8_weights)
+        self.weight_bytes_read = self.shape.weight_bytes_read(fp8_weights)
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize)
         self.hbm = self.card["hbm_bytes_per_s"] * self.card["hbm_fraction"]
-        peak = self.card["fp8_flops" if fp8_weights else "bf16_flops"]
-        self.flops = peak * self.card["flops_fraction"]
+        self.layer_flops, self.head_flops = (
+            self.card[peak] * self.card["flops_fraction"]
+            for peak in ("fp8_flops" if fp8_weights else "bf16_flops", "bf16_flops")
+        )
         self.dilation = self.card["time_dilation"]
         self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0
@@ -139,7 +143,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
 
     def step_seconds(self, tokens: int, context_tokens: int, emitted: int) -> float:
         """Model time of one step: `tokens` computed, `context_tokens` of KV read, `emitted` streamed."""
-        matrices = max(self.weight_bytes / self.hbm, tokens * self.shape.flops_per_token / self.flops)
+        layers, head = self.shape.flops(tokens, emitted)
+        matrices = max(self.weight_bytes_read / self.hbm, layers / self.layer_flops + head / self.head_flops)
         attention = context_tokens * self.kv_bytes_per_token / self.hbm
         gpu = matrices + attention + self.card["step_overhead_us"] * 1e-6
         return max(gpu, emitted * self.card["frontend_us_per_token"] * 1e-6)
