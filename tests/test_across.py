@@ -35,7 +35,7 @@ def test_claims_stand_run_by_run_and_a_run_named_twice_once():
 def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
     rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*recorded(H100, H200, LONG)).rows}
     card = rows[LONG, "all at once", "one Python process"]
-    assert card[3].startswith("1.65×") and card[5:] == ("KV capacity", "GPU, nearer memory")
+    assert card[3].startswith("1.65×") and card[6:] == ("KV capacity", "GPU, nearer memory")
     assert rows[H100, "100 req/s", "one Python process"][5:] == ("front end", "front end")
     figure = worth_figure(*recorded(H100, H200, LONG))
     assert "published, other loads: FP8 at 100, BF16 at 50 req/s: 1.60×" in figure.alt

@@ -109,13 +109,16 @@ def sampled(records, in_engine: float, seconds=20):
 def test_a_clock_that_the_power_limit_holds_back_is_the_limit():
     records = served(100, 60)
     held = sampled(records, 1.0).assign(gpu_power_w=694.0, gpu_sm_mhz=1510.0, gpu_power_limit_w=650.0)
+    held.loc[0, "gpu_sm_mhz"] = 1980.0  # before the load the clock was free
     # NVML's other bits (idle 0x1, a set clock 0x2, heat 0x20) are not the power limit's.
     found = judged(records, held.assign(gpu_clock_reasons=float(POWER & 0x4)))
     assert found.cause == "GPU power limit"
-    assert "694 W of 650 W at 1,510 MHz (the power limit held the clock back in 100% of the samples)" in found.evidence
+    assert "694 W of 650 W at 1,510 of 1,980 MHz (the power limit held the clock back in 100% of the samples)" in found.evidence
     assert judged(records, held.assign(gpu_clock_reasons=float(0x1 | 0x2))).cause == "GPU, nearer compute"
     hot = judged(records, held.assign(gpu_clock_reasons=float(0x20)))
     assert hot.cause == "GPU, nearer compute" and "heat held the clock back in 100% of the samples" in hot.evidence
+    # A card that touches its limit and keeps its clock is not limited by it.
+    assert judged(records, held.assign(gpu_clock_reasons=4.0, gpu_sm_mhz=1965.0)).cause == "GPU, nearer compute"
     # In a few samples it is not what limits the level, and a GPU that waits for its host is not limited by its power.
     rarely = held.assign(gpu_clock_reasons=np.where(np.arange(len(held)) % 4, 0.0, 4.0))
     assert judged(records, rarely).cause == "GPU, nearer compute"
