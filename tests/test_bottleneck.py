@@ -1,6 +1,9 @@
 """What limited a level: on constructed telemetry, and on every recorded level."""
 
+import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +15,7 @@ from fp8lab.measure.clock import POWER, clock
 from fp8lab.measure.kv import held_tokens, paging_waste, reserving_waste
 from fp8lab.measure.metrics import steady_window, stored_window, window_of
 from fp8lab.measure.roofline import roofline
+from fp8lab.paths import DATA
 from fp8lab.profiles import read_profile
 from fp8lab.report.evidence import evidence
 from fp8lab.runs import open_run
@@ -113,7 +117,10 @@ def test_a_clock_that_the_power_limit_holds_back_is_the_limit():
     # NVML's other bits (idle 0x1, a set clock 0x2, heat 0x20) are not the power limit's.
     found = judged(records, held.assign(gpu_clock_reasons=float(POWER & 0x4)))
     assert found.cause == "GPU power limit"
-    assert "694 W of 650 W at 1,510 of 1,980 MHz (the power limit held the clock back in 100% of the samples)" in found.evidence
+    assert (
+        "694 W of 650 W at 1,510 of 1,980 MHz (the power limit held the clock back in 100% of the samples)"
+        in found.evidence
+    )
     assert judged(records, held.assign(gpu_clock_reasons=float(0x1 | 0x2))).cause == "GPU, nearer compute"
     hot = judged(records, held.assign(gpu_clock_reasons=float(0x20)))
     assert hot.cause == "GPU, nearer compute" and "heat held the clock back in 100% of the samples" in hot.evidence
@@ -206,6 +213,46 @@ def test_the_roofline_is_the_arithmetic():
     assert found.nearest == "compute" and found.intensity == pytest.approx(found.flops_per_s / found.bytes_per_s)
     empty = telemetry.assign(running=np.nan)
     assert roofline(empty, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options) is None
+
+
+@pytest.mark.parametrize("quantization, cache", [(None, "auto"), ("fp8", "fp8")])
+def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, quantization, cache):
+    """The emulation and the roofline count the same bytes and FLOPs: 200 requests that decode in 40,000 tokens of context."""
+    from fp8lab.server.emulated_gpu import SETTINGS_VARIABLE, EmulatedGpuExecutor
+
+    card, config = (
+        read_profile("h100-80gb").gpu,
+        json.loads((DATA / "models" / "llama-3-8b" / "config.json").read_text()),
+    )
+    lost = {
+        "hbm_fraction": 1,
+        "flops_fraction": 1,
+        "step_overhead_us": 0,
+        "frontend_us_per_token": 0,
+        "time_dilation": 1,
+    }
+    monkeypatch.setenv(SETTINGS_VARIABLE, json.dumps(dataclasses.asdict(card) | lost))
+    executor = EmulatedGpuExecutor.__new__(EmulatedGpuExecutor)
+    executor.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**config), quantization=quantization)
+    executor.cache_config = SimpleNamespace(cache_dtype=cache)
+    executor._init_executor()
+    step = executor.step_seconds(200, 40_000, 200)
+    fp8 = quantization == "fp8"
+    seconds = np.arange(0.0, 31.0)
+    telemetry = pd.DataFrame(
+        {
+            "at_s": seconds, "running": 200.0, "kv_cache_usage": 0.1,
+            "prompt_tokens": 0 * seconds, "generation_tokens": 200 / step * seconds,
+        }
+    )  # fmt: skip
+    found = roofline(
+        telemetry, (5.0, 25.0), model_shape("llama-3-8b"), card, fp8_weights=fp8, fp8_kv=fp8, kv_cache_tokens=400_000
+    )
+    assert found.memory == pytest.approx(1.0) and found.steps_per_s == pytest.approx(1 / step)
+    # Where compute is the limit, the weights wait for it and only the KV cache is read beside it.
+    step = executor.step_seconds(8000, 0, 10)
+    layers, head = model_shape("llama-3-8b").flops(8000, 10)
+    assert step == pytest.approx(layers / (card.fp8_flops if fp8 else card.bf16_flops) + head / card.bf16_flops)
 
 
 def test_llamas_shape_is_the_public_arithmetic():

@@ -1,18 +1,22 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab import recording, runs
+from fp8lab import provenance, recording, runs
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
-from fp8lab.experiment import measure
+from fp8lab.experiment import load_test, measure, missing_work, trace_for
+from fp8lab.limit_search import find_limit
 from fp8lab.measure.metrics import summarize
+from fp8lab.plan import plan_table
 from fp8lab.profiles import Level, read_profile
 from fp8lab.recording import record
 from fp8lab.runs import LevelResult, open_run
+from fp8lab.traces import fixed_length, sharegpt_like
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)
 
@@ -148,6 +152,65 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, monkeypatch):
     again.write(make_result(Level(variant="fp8", rate=50, requests=3)))
     again.write(make_result(Level(variant="fp8", rate=100, requests=3)))
     assert [place["machine"]["gpus"] for place in open_run(run.path).manifest["continued"]] == [["other"]]
+
+
+def test_what_measures_a_level_is_its_part_and_not_what_lies_beside_it(run, monkeypatch):
+    """A notebook that JupyterLab saved changes git's status and nothing that is measured; a line of the library does."""
+    run.write(make_result())
+    monkeypatch.setattr(provenance, "_git_state", lambda: {"commit": "another", "modified": True})
+    run.write(make_result(dataclasses.replace(LEVEL, repeat=2)))
+    assert "continued" not in run.manifest
+    monkeypatch.setattr(runs, "digest", lambda *more: "another library")
+    run.write(make_result(dataclasses.replace(LEVEL, repeat=3)))
+    assert len(run.manifest["continued"]) == 1
+    assert [s["part"] for s in run.summaries().values()] == [1, 1, 2]
+    assert open_run(run.path).manifest["continued"] == run.manifest["continued"]
+
+
+def test_a_level_is_its_requests(run, profile):
+    """A stored level is not returned for other requests of the same number, nor for another profile."""
+    own = trace_for(profile, LEVEL)
+    result = make_result()
+    result.summary["level"] |= {"trace": own.name, "trace_digest": own.digest}
+    run.write(result)
+    server = SimpleNamespace(variant="bf16", profile=profile)
+    assert load_test(server, rate=50, requests=3, run=run).summary["level"]["trace_digest"] == own.digest
+    assert load_test(server, sharegpt_like(5, seed=0), rate=50, requests=3, run=run).valid
+    renamed = dataclasses.replace(fixed_length(3, input_tokens=8, output_tokens=8), name=own.name)
+    for other in (sharegpt_like(3, seed=7), fixed_length(3, input_tokens=8, output_tokens=8), renamed):
+        with pytest.raises(RunMismatch, match=f"not those of .*digest {other.digest}.*--again {LEVEL.id}"):
+            load_test(server, other, rate=50, run=run)
+    changed = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, seed=7))
+    with pytest.raises(RunMismatch, match="workload"):
+        load_test(SimpleNamespace(variant="bf16", profile=changed), rate=50, requests=3, run=run)
+    with pytest.raises(RunMismatch, match="workload"):
+        find_limit(SimpleNamespace(variant="bf16", profile=changed), run=run)
+    # A file may change under a profile that stays the same.
+    summary = run.path / "levels" / LEVEL.id / "summary.json"
+    summary.write_text(summary.read_text().replace(own.digest, "0" * 16))
+    with pytest.raises(RunMismatch, match="digest 0000"):
+        measure(run, dataclasses.replace(profile, protocols={"one": (LEVEL,)}), "one")
+
+
+def test_repeats_of_their_own_starts_alternate_between_the_variants(profile):
+    mine = dataclasses.replace(
+        profile,
+        protocols={
+            "starts": tuple(
+                Level(variant=variant, rate=math.inf, requests=3, repeat=n, start=n)
+                for variant in ("fp8", "bf16")
+                for n in (1, 2, 3)
+            ),
+            "one server": (Level(variant="fp8", rate=50, requests=3), Level(variant="fp8", rate=75, requests=3)),
+        },
+    )
+    work = missing_work(None, mine, ["starts", "one server"])
+    assert [(variant, [level.id for level in levels]) for variant, levels in work] == [
+        ("fp8", ["fp8-50rps-r1", "fp8-75rps-r1"]),
+        *((variant, [f"{variant}-infrps-r{n}"]) for n in (1, 2, 3) for variant in ("bf16", "fp8")),
+    ]
+    plan = [row[:2] for row in plan_table(mine, ["starts"]).rows]
+    assert plan[:2] == [("bf16, start 1", "1"), ("fp8, start 1", "1")] and plan[-1] == ("together", "6")
 
 
 def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):

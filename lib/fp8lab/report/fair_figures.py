@@ -196,7 +196,7 @@ def clocks(run: Run) -> Figure:
     lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
     for axes in (upper, lower):
         axes.yaxis.set_major_formatter(plainly)
-    legend(lower, "lower left")
+    legend(upper, "lower right")
     marks = (
         " Ticks: samples in which NVML named the power limit as what held the clock back."
         if held_at
