@@ -117,8 +117,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
             worker.join()
         raise
     print(repository_relative(folder / "index.html"))
-    states = {job["state"] for job in queue.jobs.values()}
-    return 1 if states - {"done", "invalid"} else _INVALID if "invalid" in states else 0
+    return queue.exit_code()
 
 
 class _Queue:
@@ -159,6 +158,11 @@ class _Queue:
             self._set(name, state={0: "done", _INVALID: "invalid"}.get(exit_code, "failed"), exit_code=exit_code)
             _draw(self.folder)
             return sum(job["state"] in ("done", "invalid", "failed") for job in self.jobs.values())
+
+    def exit_code(self) -> int:
+        """What the batch ends with: 0 when all jobs are done, 1 when one is not, 3 when the worst is an INVALID level."""
+        states = {job["state"] for job in self.jobs.values()}
+        return 1 if states - {"done", "invalid"} else _INVALID if "invalid" in states else 0
 
     def close(self) -> None:
         """No job is taken any more; those that run are asked to end."""
