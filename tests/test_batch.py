@@ -150,6 +150,54 @@ def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
     assert queue.finish("a", 0) == 2
 
 
+def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_do(tmp_path, fake_vllm):
+    """The whole way: through papermill, the queue and the pages, to the remedy and the end of it."""
+    refused = tmp_path / "refused"
+    refused.write_text("100000")
+    profile = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
+    path, out = tmp_path / "m.toml", tmp_path / "out"
+    path.write_text(f'profiles = ["{profile}"]\nprotocols = ["as published"]\n')
+
+    def states() -> list[str]:
+        return [job["state"] for job in _queue(out).values()]
+
+    first = batch(path)
+    _, said = first.communicate(timeout=300)
+    assert first.returncode == 3 and states() == ["invalid"], said
+    run = open_run(source=next(out.glob("*/run")))
+    assert [s["valid"] for s in run.summaries().values()] == [False, True]
+    assert "done, with INVALID levels" in said
+    index = (out / "index.html").read_text()
+    assert "done, with INVALID levels" in index and "bf16-50rps-r1" in index and "--again bf16-50rps-r1" in index
+    # It is not run again for ever, and is still no success.
+    second = batch(path)
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 3 and "[1/1]" not in said
+    refused.write_text("0")
+    remedy = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(run.path), "--again", "bf16-50rps-r1"]
+    assert subprocess.run(remedy, capture_output=True, check=False).returncode == 0
+    third = batch(path)
+    _, said = third.communicate(timeout=300)
+    assert third.returncode == 0 and states() == ["done"], said
+    assert "INVALID" not in (out / "index.html").read_text()
+
+
+def test_a_failed_job_wins_over_an_invalid_one(tmp_path):
+    states = {"good": "done", "odd": "invalid", "bad": "failed"}
+    for name in states:
+        (tmp_path / name).mkdir()
+    shutil.copytree(DATA / "recorded" / "emulated-h100", tmp_path / "odd" / "run")
+    summary = tmp_path / "odd" / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
+    summary.write_text(summary.read_text().replace('"valid": true', '"valid": false'))
+    for held, expected in ((["good"], 0), (["good", "odd"], 3), (["good", "odd", "bad"], 1)):
+        jobs = {name: {"state": states[name]} for name in held}
+        write_json(tmp_path / "queue.json", {"jobs": jobs})
+        queue = _Queue(tmp_path, held)
+        while taken := queue.take():  # what failed is tried again; here it fails again
+            queue.finish(taken[0], 1)
+        assert queue.exit_code() == expected
+
+
 def test_a_jobs_output_is_in_its_log_and_in_the_terminal(tmp_path, capfd):
     command = [sys.executable, "-c", "import sys; print('out', flush=True); sys.exit('why it failed')"]
     (tmp_path / "log.txt").write_text("an earlier try\n")

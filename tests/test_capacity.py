@@ -102,6 +102,34 @@ def test_what_no_level_decided_bounds_nothing():
     assert bracket([(25, "undecided"), (50, "met"), (75, "missed")]) == (50, 75)
 
 
+def test_a_level_of_full_length_that_is_too_close_to_call_was_not_shown_to_be_met():
+    """Alike in the search and in a bracket of stored levels; a level that was merely too short says nothing in either."""
+    records = level(50, 100, 1000)
+    records.loc[:4, "first_token_s"] += 1
+    close, short = attains(records, TIGHT), attains(level(50, 100, 300), TIGHT)
+    assert close.state == "undecided" and close.bound == "missed" and "so not shown to be met" in close.reason
+    assert short.bound == "undecided"
+    growing = attains(level(100, 20, 1000), SLO("generous", 1e9, 1e9))  # full length, and still too short to tell
+    assert growing.bound == "undecided"
+    bounds = {25.0: "met", 50.0: close.bound, 100.0: short.bound}
+    assert bracket(bounds.items()) == (25, 50)
+    found, tried = search(lambda rate: bounds.get(rate, "met"))
+    assert found == bracket(tried) and found.high == 50
+
+
+def test_after_a_probe_that_says_nothing_the_search_goes_on_below_and_bounds_nothing_with_it():
+    found, tried = search(lambda rate: "met" if rate < 90 else "undecided")
+    assert found == bracket(tried) and 85 < found.low < 90 and found.high == math.inf
+
+
+def test_a_search_goes_on_from_what_is_known():
+    """Whatever else was measured of the variant bounds the search too; where that contradicts itself what missed counts."""
+    known = [(25.0, "met"), (40.0, "missed"), (50.0, "met"), (100.0, "missed")]
+    found, tried = search(lambda rate: "met", known=known)
+    assert [rate for rate, _ in tried] == [31.6, 35.6, 37.7, 38.8] and found == bracket(known + tried) == (38.8, 40)
+    assert search(pytest.fail, known=[(50.0, "met"), (52.0, "missed")]) == ((50, 52), [])
+
+
 @pytest.mark.parametrize("values", [{"ttft_ms": 0}, {"tpot_ms": -1}, {"share": 1.0}, {"share": 99}])
 def test_impossible_objectives_are_refused(values):
     with pytest.raises(BadInput, match="above 0 ms"):

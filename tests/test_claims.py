@@ -19,6 +19,9 @@ EQUAL = {
 }
 
 
+EVERY_CLAIM = ["C1", "C2", "C3", "C4", "M1", "B1", "B2", "B3", "B4", "R1", "R2", "R3", "R4", "R5", "Q1"]
+
+
 @pytest.fixture
 def run(tmp_path):
     """An empty run of a GPU profile: made without a GPU, for the verdicts' logic alone."""
@@ -137,10 +140,10 @@ def test_emulated_numbers_get_no_verdict(tmp_path):
 def test_claims_json_holds_all_that_a_verdict_needs(run):
     fill(run, PUBLISHED)
     stored = json.loads((run.path / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in stored] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3", "Q1"]
+    assert [claim["id"] for claim in stored] == EVERY_CLAIM
     for claim in stored:
         assert {"published", "measured", "unit", "protocol", "verdict", "reason", "levels", "limits"} <= claim.keys()
-        assert claim["protocol"] == "as published" or claim["id"][0] in "RQ"
+        assert claim["protocol"] == "as published" or claim["id"][0] in "MBRQ"
 
 
 def test_the_recorded_run_judges_what_was_recommended():
@@ -236,3 +239,117 @@ def test_two_seeds_alone_decide_little(run):
     fill(run, {("fp8", 100): PUBLISHED["fp8", 100]})
     found = fill(run, {("fp8", 100): PUBLISHED["fp8", 100] | {"mean_tpot_ms": 36}}, repeat=2)["C4"]
     assert found.verdict == "undecided" and found.interval[0] < 36 and found.interval[1] > 38.75
+
+
+# Memory at the published loads: (preemptions, failed requests, fullest KV cache) by variant.
+CALM, FULL = (0, 0, 0.5), (0, 0, 1.0)
+
+
+def memory(run, bf16, fp8, **common):
+    """The verdict on M1 of a run that holds both variants at 50 and 100 req/s, the second as given."""
+    for rate in (50, 100):
+        for variant, at_most in (("bf16", bf16), ("fp8", fp8)):
+            values = dict(
+                zip(("preemptions", "failed", "kv_cache_usage_max"), at_most if rate == 100 else CALM, strict=True)
+            )
+            fill(run, {(variant, rate): PUBLISHED[("bf16", 50)] | values}, **common)
+    return next(v for v in claims.judge(run) if v.id == "M1")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp8", "verdict", "said"),
+    [
+        (
+            CALM,
+            CALM,
+            "not reproduced",
+            "BF16 did not run out of memory: there was no risk to remove; bf16: 0 preemptions",
+        ),
+        (
+            FULL,
+            CALM,
+            "reproduced",
+            "KV cache at most 100 % full; fp8: 0 preemptions, 0 failed requests, KV cache at most 50 %",
+        ),
+        ((3, 0, 0.9), CALM, "reproduced", "bf16: 3 preemptions"),
+        ((0, 7, 0.9), CALM, "reproduced", "7 failed requests"),
+        (FULL, (1, 0, 1.0), "not reproduced", "FP8 ran out of memory"),
+        (CALM, FULL, "not reproduced", "no risk to remove"),
+        ((None, 0, None), CALM, "undecided", "unknown preemptions"),
+        (FULL, (None, 0, None), "undecided", "not sampled at every level"),
+        (CALM, (None, 0, None), "not reproduced", "no risk to remove"),
+    ],
+)
+def test_memory_is_a_risk_removed_only_where_there_was_one(run, bf16, fp8, verdict, said):
+    found = memory(run, bf16, fp8)
+    assert found.verdict == verdict and said in found.reason
+    assert found.published is None and len(found.levels) == 4
+    row = next(row for row in claims.claims_table(run).rows if row[0] == "M1")
+    assert row[2] == "–" and row[5] == verdict
+
+
+def test_memory_is_judged_by_all_valid_seeds_and_not_by_half_of_the_loads(run, tmp_path):
+    fill(run, {("bf16", 50): PUBLISHED[("bf16", 50)]})
+    missing = next(v for v in claims.judge(run) if v.id == "M1")
+    assert missing.verdict == "not run" and "no level fp8-50rps-r1, bf16-100rps-r1, fp8-100rps-r1" in missing.reason
+    memory(run, CALM, CALM)
+    full = dict(zip(("preemptions", "failed", "kv_cache_usage_max"), FULL, strict=True))
+    level = {("bf16", 50): PUBLISHED[("bf16", 50)] | full}
+    fill(run, level, repeat=2, valid=False, invalid_reason="late")
+    found = next(v for v in claims.judge(run) if v.id == "M1")
+    assert found.verdict == "not reproduced" and found.reason.endswith("left out as INVALID: bf16-50rps-r2")
+    fill(run, level, repeat=2)
+    assert next(v for v in claims.judge(run) if v.id == "M1").verdict == "reproduced"
+    emulated = open_run(tmp_path / "emulated", read_profile("emulated-h100"))
+    found = memory(emulated, FULL, CALM)
+    assert found.verdict == "not run" and "EMULATED" in found.reason
+
+
+def test_the_recorded_runs_judge_memory_and_name_where_it_ran_out():
+    for name in ("h100-80gb", "h200-80gb"):
+        seen = evidence(open_run(source=name))
+        found = next(v for v in claims.judge(seen.run) if v.id == "M1")
+        by_hand = [
+            s for s in seen.summaries.values() if s["level"]["variant"] == "bf16" and s["level"]["rate"] in (50, 100)
+        ]
+        assert found.verdict == "not reproduced" and len(by_hand) == 6 and len(found.levels) == 12
+        assert (
+            found.measured == pytest.approx(100 * max(s["kv_cache_usage_max"] for s in by_hand)) and found.measured < 95
+        )
+        assert sum(s["preemptions"] + s["failed"] for s in by_hand) == 0
+    found = next(v for v in claims.judge(open_run(source="h100-80gb-long-prompts")) if v.id == "M1")
+    told = "memory did run out: bf16-infrps-r1, bf16-infrps-r2, bf16-infrps-r3 (120 preemptions, 0 failed requests"
+    assert found.verdict == "not run" and told in found.reason and "fp8-infrps" not in found.reason
+
+
+def test_what_is_not_measured_is_a_row_that_says_what_it_needs(run):
+    fill(run, PUBLISHED | EQUAL)
+    rows = {row[0]: row for row in claims.claims_table(run).rows}
+    assert list(rows) == EVERY_CLAIM
+    for claim in (one for one in published.published()["claims"] if one["quantity"] == "not measured"):
+        row = rows[claim["id"]]
+        assert row[5] == "not run" and row[7] == f"not measured here: it needs {claim['needs']}"
+        assert claim["said"].startswith("Lab4AI: ") and row[3:5] == ("–", "–")
+    assert rows["B1"][2] == "90 %" and rows["B2"][2] == "2.00×" and rows["B4"][2] == "–"
+    brief = claims.claims_table(run, brief=True)
+    assert max(len(row[1]) for row in brief.rows) <= 60 and brief.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("direction", "low", "value", "high", "expected"),
+    [
+        ("equal", 9.5, 10, 10.5, "reproduced"),
+        ("equal", 8.5, 9.5, 10.5, "undecided"),
+        ("equal", 9.5, 10.5, 11.5, "undecided"),
+        ("equal", 8, 10, 12, "undecided"),
+        ("equal", 12, 13, 14, "not reproduced"),
+        ("at most", 1, 2, 3, "reproduced"),
+        ("at most", 10, 12, 14, "undecided"),
+        ("at least", 20, 30, 40, "reproduced"),
+        ("at least", 8, 8.5, 8.9, "not reproduced"),
+        ("equal", float("nan"), 10.9, float("nan"), "reproduced"),
+    ],
+)
+def test_one_rule_judges_by_the_interval(direction, low, value, high, expected):
+    word, said = claims.by_interval({"tolerance": 0.1, "direction": direction}, 10, value, low, high)
+    assert word == expected and ("allows both answers" in said) == (expected == "undecided")

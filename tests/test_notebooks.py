@@ -58,7 +58,23 @@ def test_the_front_notebook_tells_the_whole_story(measured):
     assert len(re.findall(r"<figcaption>EMULATED GPU", page)) == FRONT_FIGURES - others
     assert "EMULATED GPU: nothing here was measured on a GPU" in page
     claims = json.loads((run_dir / "claims.json").read_text())["claims"]
-    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "R1", "R2", "R3", "Q1"]
+    assert [claim["id"] for claim in claims] == [
+        "C1",
+        "C2",
+        "C3",
+        "C4",
+        "M1",
+        "B1",
+        "B2",
+        "B3",
+        "B4",
+        "R1",
+        "R2",
+        "R3",
+        "R4",
+        "R5",
+        "Q1",
+    ]
     for claim in claims[:4]:
         assert claim["verdict"] == "not run" and "EMULATED" in claim["reason"] and claim["measured"] > 0
         assert claim["protocol"] == "as published" and claim["unit"]

@@ -234,6 +234,9 @@ def test_the_packaged_weights_are_those_that_transformers_reads():
         ("smollm2-135m-instruct (packaged)", 1.008, "not run", "another model"),
         ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.008, "reproduced", "kept to 99.21 %"),
         ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.05, "not reproduced", "kept to 95.24 %"),
+        # 99.28 % less one hundredth of it is 98.29 %: 1.0174. The value is within, and half of its interval is not.
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.0172, "undecided", "allows both answers"),
+        ("RedHatAI/Meta-Llama-3-8B-Instruct-FP8", 1.0176, "undecided", "allows both answers"),
     ],
 )
 def test_the_claims_row_judges_the_published_model_only(tmp_path, model, ratio, verdict, said):

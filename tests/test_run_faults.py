@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from pyarrow import parquet
 import fp8lab as lab
 from conftest import marked, wait_for
 from fp8lab import scratch as folders
-from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged
+from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
 from fp8lab.profiles import Level, read_profile
 from fp8lab.runs import open_run
 from test_runs import LEVEL, make_result
@@ -373,7 +375,7 @@ def test_json_that_says_something_else_is_damage(tmp_path, text):
 
 
 def test_the_command_line_measures_again(fake_vllm, tmp_path):
-    path = fake_vllm()
+    path = fake_vllm(dilation=8)
     command = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(tmp_path / "run")]
     assert subprocess.run([*command, "--profile", str(path)], capture_output=True, check=False).returncode == 0
     summary = tmp_path / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
@@ -383,6 +385,125 @@ def test_the_command_line_measures_again(fake_vllm, tmp_path):
     again = subprocess.run([*command, "--again", "bf16-50rps-r1"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert json.loads(summary.read_text())["failed"] == 0
+
+
+# Measuring again what no protocol names, and what is INVALID.
+
+
+def again(run, profile, *ids, protocols=()):
+    return lab.measure(run, profile, protocols, again=ids)
+
+
+def test_any_level_that_a_run_holds_is_measured_again_as_it_was(fake_vllm, tmp_path):
+    """A probe, a custom rate, a seed, a burst, one of a protocol that is gone: none of them is in the profile."""
+    profile = lab.load_profile(str(fake_vllm()))
+    run = open_run(tmp_path / "run", profile)
+    levels = [
+        Level(variant="bf16", rate=63.7, requests=30),
+        Level(variant="bf16", rate=math.inf, requests=25, repeat=3),
+        Level(variant="fp8", rate=50, requests=33),  # the profile has it with 20 requests
+    ]
+    for level in levels:
+        run.write(whole(level))
+    results = again(run, profile, *(level.id for level in levels))
+    assert [result.level for result in results] == levels
+    assert [len(run.read(level).records) for level in levels] == [30, 25, 33]
+    assert all("started" in run.read(level).summary for level in levels)  # what was made up has no such thing
+    assert len(list((run.path / "logs").iterdir())) == 2  # one server a variant
+    assert {path.name for path in (run.path / "set-aside").iterdir()} == {f"{level.id}-1" for level in levels}
+    # Asked for with its protocol it is what the profile says now.
+    results = again(run, profile, "fp8-50rps-r1", protocols=["equal load"])
+    assert {result.level.id: len(result.records) for result in results} == {"bf16-100rps-r1": 20, "fp8-50rps-r1": 20}
+
+
+def test_ids_that_a_run_does_not_hold_are_one_error_and_nothing_is_set_aside(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    run.write(make_result())
+    before = complete(run)
+    for unknown in (["fp8-9rps-r1", "x"], ["../levels/bf16-50rps-r1"], [""], ["."]):
+        with pytest.raises(BadInput, match=r"holds no level .* to measure again \(it holds: bf16-50rps-r1\)") as caught:
+            again(run, run.profile, LEVEL.id, *unknown)
+        assert all(name in str(caught.value) for name in unknown)
+        assert complete(run) == before and not (run.path / "set-aside").exists()
+    with pytest.raises(BadInput, match="read-only"):
+        again(open_run(source=run.path), run.profile, LEVEL.id)
+
+
+def test_a_level_of_damaged_summary_is_known_by_its_name_and_its_records(fake_vllm, tmp_path):
+    profile = lab.load_profile(str(fake_vllm()))
+    run = open_run(tmp_path / "run", profile)
+    mine, planned = Level(variant="bf16", rate=63.7, requests=30), Level(variant="fp8", rate=100, requests=20)
+    for level in (mine, planned):
+        run.write(whole(level))
+        (run.path / "levels" / level.id / "summary.json").write_text("{half")
+    (run.path / "levels" / planned.id / "records.parquet").write_bytes(b"PAR1")  # its protocol says how many it has
+    assert [result.level for result in again(run, profile, mine.id, planned.id)] == [mine, planned]
+    assert len(run.read(mine).records) == 30
+    folder = run.path / "levels" / mine.id
+    for name in ("summary.json", "records.parquet"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(RunDamaged, match="how many requests it had is not known; to measure it again"):
+        again(run, profile, mine.id)
+    assert folder.is_dir()
+
+
+def test_a_level_that_was_set_aside_and_not_measured_is_measured_by_the_same_call(fake_vllm, tmp_path):
+    profile = lab.load_profile(str(fake_vllm(bf16="bad-model")))
+    run = open_run(tmp_path / "run", profile)
+    level = Level(variant="bf16", rate=63.7, requests=30)
+    run.write(whole(level))
+    for _ in range(2):
+        with pytest.raises(ServerFailed, match="not measured: bf16-63.7rps-r1"):
+            again(run, profile, level.id)
+    assert [path.name for path in (run.path / "set-aside").iterdir()] == ["bf16-63.7rps-r1-1"]
+
+
+def test_requests_of_ones_own_are_not_replaced_by_the_profiles(tmp_path):
+    run = open_run(tmp_path / "run", read_profile("emulated-h100"))
+    level = Level(variant="bf16", rate=63.7, requests=30)
+    made = whole(level)
+    run.write(
+        dataclasses.replace(made, summary=made.summary | {"level": dataclasses.asdict(level) | {"trace": "mine.csv"}})
+    )
+    with pytest.raises(BadInput, match=r"requests of your own \(mine.csv\).*load_test with them"):
+        again(run, run.profile, level.id)
+    assert run.has(level)
+    # Nor is a variant that the profile does not have.
+    run.write(whole(Level(variant="fp4", rate=50, requests=3)))
+    with pytest.raises(BadInput, match="no variant 'fp4'"):
+        again(run, run.profile, "fp4-50rps-r1")
+    assert not (run.path / "set-aside").exists()
+
+
+def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_remedy_works(fake_vllm, tmp_path):
+    refused = tmp_path / "refused"
+    refused.write_text("100000")
+    path = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
+    measure = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(tmp_path / "run")]
+
+    def done(*arguments):
+        return subprocess.run([*measure, *arguments], capture_output=True, text=True, check=False)
+
+    first = done("--profile", str(path))
+    assert first.returncode == 3, first.stderr
+    run = open_run(source=tmp_path / "run")
+    assert {level: s["valid"] for level, s in run.summaries().items()} == {
+        "bf16-50rps-r1": False, "bf16-100rps-r1": False, "fp8-50rps-r1": True, "fp8-100rps-r1": True,
+    }  # fmt: skip
+    assert "what to do" in first.stdout and first.stdout.endswith(f"{tmp_path / 'run'}\n")
+    assert done().returncode == 3  # nothing is left to measure, and still they do not count
+    refused.write_text("0")
+    remedy = re.search(r"fp8lab measure --run \S+ (--again \S+ --again \S+)", first.stdout)[1].split()
+    assert done(*remedy).returncode == 0
+    assert all(s["valid"] for s in open_run(source=tmp_path / "run").summaries().values())
+
+
+def test_work_that_failed_wins_over_an_invalid_level(fake_vllm, tmp_path):
+    path = fake_vllm(bf16="die", fp8="bad-model")
+    command = [sys.executable, "-m", "fp8lab.cli", "measure", "--profile", str(path), "--run", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    held = open_run(source=tmp_path / "run").summaries()
+    assert done.returncode == 1 and [s["valid"] for s in held.values()] == [False]
 
 
 # Two writers.

@@ -1,6 +1,6 @@
 """A matrix of runs, one after the other on each GPU, as a queue that survives a crash.
 
-<batch folder>/queue.json           every job and its state: waiting, running, done, failed
+<batch folder>/queue.json           every job and its state: waiting, running, done, invalid (done, with INVALID levels), failed
 <batch folder>/<job>/profile.toml   what the job runs
 <batch folder>/<job>/run/           its run folder, which resumes by itself
 <batch folder>/<job>/log.txt        what its process said
@@ -26,12 +26,14 @@ from .gpu import visible
 from .notebooks import check_parameters, find
 from .paths import RUNS, repository_relative
 from .profiles import Level, read_profile
-from .report.batch_pages import write_pages
+from .report.batch_pages import has_invalid, write_pages
 from .runs import write_json
 
 # Set for a job's process: its standard input is a pipe that ends with the batch.
 TIED = "FP8LAB_TIED_TO_STDIN"
 _LOOK_S = 0.5
+# What a job ends with when all was measured and a level of it is INVALID, and a batch when that is the worst of it.
+_INVALID = 3
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
 
@@ -85,7 +87,12 @@ def load_matrix(path: Path) -> Matrix:
 
 
 def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
-    """Runs what is not done yet; returns 0 when every job is done, 1 when one failed. Raises KeyboardInterrupt."""
+    """Runs what is not done yet; returns 0 when every job is done, 1 when one failed, 3 when none did but a level is
+    INVALID. Raises KeyboardInterrupt.
+
+    A job with INVALID levels is not run again: what they need is told by its page. Once they are measured again and valid,
+    the next call draws its pages anew.
+    """
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     queue = _Queue(folder, [name for name, _, _ in matrix.jobs()])
@@ -110,7 +117,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
             worker.join()
         raise
     print(repository_relative(folder / "index.html"))
-    return 0 if all(job["state"] == "done" for job in queue.jobs.values()) else 1
+    return queue.exit_code()
 
 
 class _Queue:
@@ -125,8 +132,14 @@ class _Queue:
         with contextlib.suppress(OSError, ValueError):
             held = json.loads((folder / "queue.json").read_text())["jobs"]
         # What was running when the last batch ended is run again: its run folder knows how far it came.
-        done = {name for name in names if held.get(name, {}).get("state") == "done"}
-        self.jobs = {name: held[name] if name in done else {"state": "waiting"} for name in names}
+        # What has INVALID levels is not, unless they have been measured again since: its pages are then drawn anew.
+        states = {name: held.get(name, {}).get("state") for name in names}
+        kept = {
+            name
+            for name, state in states.items()
+            if state == "done" or (state == "invalid" and has_invalid(folder / name / "run"))
+        }
+        self.jobs = {name: held[name] if name in kept else {"state": "waiting"} for name in names}
         self._store()
 
     def take(self) -> tuple[str, int] | None:
@@ -142,9 +155,14 @@ class _Queue:
         """Notes how a job ended, in the pages too; returns how many have."""
         # Within the lock: jobs that end together write the same pages.
         with self._lock:
-            self._set(name, state="done" if exit_code == 0 else "failed", exit_code=exit_code)
+            self._set(name, state={0: "done", _INVALID: "invalid"}.get(exit_code, "failed"), exit_code=exit_code)
             _draw(self.folder)
-            return sum(job["state"] in ("done", "failed") for job in self.jobs.values())
+            return sum(job["state"] in ("done", "invalid", "failed") for job in self.jobs.values())
+
+    def exit_code(self) -> int:
+        """What the batch ends with: 0 when all jobs are done, 1 when one is not, 3 when the worst is an INVALID level."""
+        states = {job["state"] for job in self.jobs.values()}
+        return 1 if states - {"done", "invalid"} else _INVALID if "invalid" in states else 0
 
     def close(self) -> None:
         """No job is taken any more; those that run are asked to end."""
@@ -193,7 +211,9 @@ def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None
         print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
         exit_code = _run(queue, command, environment, job / "log.txt", shown=not several)
         ended = queue.finish(name, exit_code)
-        how = f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}" if exit_code else "done"
+        how = {0: "done", _INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}.get(
+            exit_code, f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}"
+        )
         print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
 
 

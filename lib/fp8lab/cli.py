@@ -1,6 +1,8 @@
 """The command line. Results go to standard output, progress to standard error.
 
-Exit codes: 0 done, 1 the work failed, 2 the arguments cannot work, 3 a level is invalid, 130 interrupted.
+Exit codes: 0 done; 1 the work failed; 2 the arguments cannot work; 3 a level that `measure`, `reproduce`, `load-test` or a
+batch's job left in its run is INVALID, while all else was measured and printed; 130 interrupted. 1 wins over 3. A recorded
+run that is redrawn (`--source`) measures nothing: it ends with 0 whatever its levels are.
 """
 
 import argparse
@@ -135,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
         "help": "a name (see `fp8lab profiles`), a .toml file, or auto (default)",
     }
 
-    reproduce = command("reproduce", commands.reproduce, "Run notebooks headless: measure, judge, render.")
+    reproduce = command("reproduce", commands.reproduce, (
+        "Run notebooks headless: measure, judge, render. Exit code 3: a level of the run is INVALID, all else is done (0 with "
+        "--source, which measures nothing)."
+    ))  # fmt: skip
     reproduce.add_argument("--profile", **profile)
     reproduce.add_argument(
         "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
@@ -161,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
 
     protocol = {"action": "append", "metavar": "NAME", "help": "a protocol of the profile; repeatable (default: all)"}
-    measure = command("measure", commands.measure, "Measure a profile's levels without a notebook.")
+    measure = command("measure", commands.measure, (
+        "Measure a profile's levels without a notebook. Exit code 3: a level of the run is INVALID, all else is measured."
+    ))  # fmt: skip
     measure.add_argument("--profile", **profile)
     measure.add_argument(
         "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
@@ -170,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
     measure.add_argument(
         "--again", action="append", default=[], metavar="LEVEL",
-        help="set this level (damaged or invalid, say) aside and measure it again; repeatable",
+        help="set this level aside and measure it again, whichever of the run's it is; repeatable. Without --protocol nothing "
+        "else is measured",
     )  # fmt: skip
 
     quality = command("quality", commands.quality, (
@@ -221,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
 
     batch = command("batch", commands.batch, (
         "Run a matrix of profiles and workloads through papermill, one after the other on each GPU. The queue survives "
-        "a crash: run it again. index.html and comparison.html show all runs. Exit code 1: a run failed."
+        "a crash: run it again. index.html and comparison.html show all runs. Exit code 1: a run failed, 3: none failed but a "
+        "level is INVALID."
     ))  # fmt: skip
     batch.add_argument("matrix", metavar="MATRIX.toml", help="what to run (see below)")
     batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")

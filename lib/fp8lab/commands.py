@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from .runs import Run
 
 
-def reproduce(args) -> None:
+# A level is INVALID: all else was measured and printed.
+_INVALID = 3
+
+
+def reproduce(args) -> int:
     from .batch import end_with_owner
     from .notebooks import check_parameters, execute, find
     from .paths import RUNS, repository_relative
@@ -45,12 +49,14 @@ def reproduce(args) -> None:
             page = execute(notebook, rendered / notebook.name, where | chosen)
         print(repository_relative(page))
     print(claims_table(run, brief=True))
-    if not all(summary["valid"] for summary in run.summaries().values()):
+    valid = all(summary["valid"] for summary in run.summaries().values())
+    if not valid:
         print(f"\n{validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
+    return 0 if valid or run.read_only else _INVALID
 
 
-def measure(args) -> None:
+def measure(args) -> int:
     from .experiment import measure as measure_levels
     from .paths import repository_relative
     from .report.fair import validity_table
@@ -58,12 +64,14 @@ def measure(args) -> None:
     from .runs import open_run
 
     run = open_run(args.run, args.profile)
-    protocols = args.protocol or list(run.profile.protocols)
+    # What is to be measured again is all that is, unless protocols are named beside it.
+    protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
         measure_levels(run, run.profile, protocols, workers=args.workers, again=args.again)
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
+    return 0 if all(summary["valid"] for summary in run.summaries().values()) else _INVALID
 
 
 def quality(args) -> None:
@@ -191,7 +199,7 @@ def load_test(args) -> int:
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
     print(json.dumps(summary))
-    return 0 if summary["valid"] else 3
+    return 0 if summary["valid"] else _INVALID
 
 
 def claims(args) -> None:

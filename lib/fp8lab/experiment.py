@@ -110,13 +110,15 @@ def warm_up(server: Server | RecordedServer) -> None:
     send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
 
 
-def missing_work(run: Run | None, profile: Profile, protocols: Sequence[str]) -> list[tuple[str, list[Level]]]:
-    """What is still to be done: (variant, its levels), one entry a server. Variants come in the order of the profile, levels
+def missing_work(
+    run: Run | None, profile: Profile, protocols: Sequence[str], others: Sequence[Level] = ()
+) -> list[tuple[str, list[Level]]]:
+    """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in the order of the profile, levels
     that ask for a start of their own after the others and start by start: variants then alternate.
 
     Without a run that is everything.
     """
-    todo = _levels(profile, protocols)
+    todo = list(dict.fromkeys([*_levels(profile, protocols), *others]))
     if run:
         checked = run.cross_checks()
         todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
@@ -137,8 +139,9 @@ def measure(
     """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an
-    interrupted call goes on where it stopped. The levels `again` (ids) are set aside and measured once more. On a
-    recorded run this only reads, and returns what it holds of them. Raises InUse when another process writes to the
+    interrupted call goes on where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted
+    call has set aside) are set aside and measured once more, and returned too. On a recorded run this only reads, and
+    returns what it holds of them. Raises InUse when another process writes to the
     run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be
     measured there, raises ServerFailed when a server did not start or died under load (its further levels are missing),
     LevelFailed when only levels or cross-checks failed.
@@ -146,15 +149,16 @@ def measure(
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
     asked = _levels(profile, protocols)
-    if unknown := sorted(set(again) - {level.id for level in asked}):
-        raise BadInput(f"no level {', '.join(unknown)} in {', '.join(protocols)} of profile {profile.name}")
     with run.locked():
-        for level_id in again:
-            run.set_aside(level_id)
+        anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
         for level in asked:
-            if run.has(level, None if run.read_only else trace_for(profile, level)):
+            if level not in anew and run.has(level, None if run.read_only else trace_for(profile, level)):
                 run.read(level)
-        work = missing_work(run, profile, protocols)
+        for level in anew:
+            if (run.path / "levels" / level.id).is_dir():
+                run.set_aside(level.id)
+        work = missing_work(run, profile, protocols, anew)
+        asked = list(dict.fromkeys([*asked, *anew]))
         if work and run.read_only:
             # Part of a run is shown as far as it goes: what rests on the rest says so itself.
             lacking = [level.id for level in asked if not run.has(level)]
@@ -176,6 +180,29 @@ def measure(
         kind = ServerFailed if any(isinstance(error, ServerFailed) for error in failed) else LevelFailed
         raise kind("\n".join(map(str, failed)))
     return [run.read(level) for level in asked]
+
+
+def _stored_levels(run: Run, profile: Profile, ids: Sequence[str], asked: Sequence[Level]) -> list[Level]:
+    """The levels of these ids, to be measured again: as they are `asked` for now, else as they were measured. Raises
+    BadInput for ids that `run` does not hold, and for levels that `profile` cannot give again."""
+    if ids and run.read_only:
+        raise BadInput(f"run {run.path.name} is a recorded run and read-only: no level of it can be measured again")
+    if unknown := [level_id for level_id in ids if run.stored(level_id) is None]:
+        held = ", ".join(sorted(path.name for path in run.path.glob("levels/*"))) or "none"
+        raise BadInput(f"run {run.path.name} holds no level {', '.join(unknown)} to measure again (it holds: {held})")
+    now, planned = {level.id: level for level in asked}, _levels(profile, list(profile.protocols))
+    levels = []
+    for level_id in dict.fromkeys(ids):
+        level, was = (now[level_id], {}) if level_id in now else run.level(level_id, planned)
+        profile.variant_flags(level.variant)
+        trace = trace_for(profile, level)
+        if (was.get("trace", trace.name), was.get("trace_digest", trace.digest)) != (trace.name, trace.digest):
+            raise BadInput(
+                f"level {level_id} was measured with requests of your own ({was['trace']}), which profile {profile.name} "
+                f"does not name; in Python, run.set_aside({level_id!r}) and load_test with them measure it again"
+            )
+        levels.append(level)
+    return levels
 
 
 def _measure_variant(

@@ -1,15 +1,19 @@
 """Finds the highest rate at which a server meets an objective, by measuring levels around it."""
 
+import itertools
 import math
 
 from .experiment import RecordedServer, load_test
 from .measure import capacity
 from .profiles import Level
 from .progress import StatusLine
-from .report.capacity import attainment
+from .report.capacity import attainment, limit
 from .report.evidence import evidence
 from .runs import Run
 from .server.launch import Server
+
+# An INVALID probe is measured once more: what disturbed it may have passed.
+_TRIES = 2
 
 
 def find_limit(
@@ -24,24 +28,53 @@ def find_limit(
 ) -> capacity.Bracket:
     """Searches the highest rate at which `server` meets `slo`; returns the bracket that it lies in, at best 5 % wide.
 
-    Every probe is a level of `run`, of at least `seconds` and of as many requests as its percentile needs, so that
-    an interrupted search goes on where it stopped. From a recorded run the bracket is that of its levels.
+    Every probe is a level of `run`, of at least `seconds` and of as many requests as its percentile needs. The search goes
+    on from all levels that the run holds of the variant, an interrupted search's among them; the bracket is that of
+    `limit_table`. `start` is the first rate where they say nothing. A probe that is INVALID is set aside and measured once
+    more; if it is INVALID again the search ends, and the next one begins with it. A level that was too short to tell is
+    left as it is: its rate is measured with the next repeat, or with a longer `seconds`. From a recorded run the bracket is
+    that of its levels.
     """
     if isinstance(server, RecordedServer):
-        return capacity.bracket(attainment(evidence(server.run), server.variant, slo))
+        return limit(evidence(server.run), server.variant, slo)
+
+    def needed(rate: float) -> int:
+        return max(capacity.probe_requests(slo), math.ceil(seconds * rate))
 
     def probe(rate: float) -> str:
-        level = Level(variant=server.variant, rate=rate, requests=1)
-        held = run.summaries().get(level.id)
-        # A level that is there already counts as it was measured.
-        needed = max(capacity.required_requests(1, slo.share), math.ceil(seconds * rate))
-        requests = held["level"]["requests"] if held else needed
-        result = load_test(server, rate=rate, requests=requests, run=run, workers=workers)
+        level = _free_level(server, rate, needed(rate), run)
+        for _ in range(_TRIES):
+            if level.id in run.summaries():
+                run.set_aside(level.id)
+            options = {"requests": level.requests, "repeat": level.repeat, "run": run, "workers": workers}
+            result = load_test(server, rate=rate, **options)
+            if result.valid or server.problem():
+                break
         if not result.valid:
-            StatusLine().done(f"{level.id}: INVALID, so the search ends here: {result.summary['invalid_reason']}")
+            StatusLine().done(
+                f"{level.id}: INVALID, so the search ends here: {result.summary['invalid_reason']}; mend the cause and "
+                "search again: it begins with this level"
+            )
             return "invalid"
         found = capacity.attains(result.records, slo)
         StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
-        return found.state
+        return found.bound
 
-    return capacity.search(probe, start, max_probes=max_probes)[0]
+    known = [
+        (rate, found.bound)
+        for rate, found in attainment(evidence(run), server.variant, slo)
+        if found.bound != "undecided" or found.requests >= needed(rate)
+    ]
+    return capacity.search(probe, start, known=known, max_probes=max_probes)[0]
+
+
+def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:
+    """The level to probe `rate` with: the first repeat that `run` does not hold, or holds as INVALID, and that the profile
+    does not plan with fewer `requests`."""
+    planned = {level.id: level for levels in server.profile.protocols.values() for level in levels}
+    held = run.summaries()
+    for repeat in itertools.count(1):
+        level = Level(variant=server.variant, rate=rate, requests=requests, repeat=repeat)
+        level = planned.get(level.id, level)
+        if level.requests >= requests and not (level.id in held and held[level.id]["valid"]):
+            return level

@@ -16,8 +16,9 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,7 @@ from .traces import Trace
 SCHEMA = 1
 _SUMMARY_KEYS = ("level", "requests", "completed", "valid")
 _LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
+_LEVEL_ID = re.compile(r"(.+?)-([\d.e+-]+|inf)rps-r(\d+)")
 # The columns of its tables; see `load.records.to_tables`.
 _RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
 _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
@@ -111,6 +113,37 @@ class Run:
             return (variants.index(level["variant"]) if known else len(variants), float(level["rate"]), level["repeat"])
 
         return dict(sorted(found.items(), key=place))
+
+    def stored(self, level_id: str) -> Path | None:
+        """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
+        when the run never held it."""
+        held = {path.name: path for path in self.path.glob("levels/*") if path.is_dir()}
+        copies = {path.name.rpartition("-"): path for path in self.path.glob("set-aside/*-*")}
+        numbered = {int(number): path for (name, _, number), path in copies.items() if name == level_id}
+        return held.get(level_id) or (numbered[max(numbered)] if numbered else None)
+
+    def level(self, level_id: str, planned: Iterable[Level] = ()) -> tuple[Level, Mapping]:
+        """What a `stored` level is, and what its summary says of that, its trace included. When the summary is damaged the
+        second is empty, and the first told by the level's name and its number of requests: that of `planned`, or that of
+        its records. Raises RunDamaged when these are damaged too."""
+        folder = self.stored(level_id)
+        with contextlib.suppress(RunDamaged, TypeError, ValueError):
+            told = read_json(folder / "summary.json", "", _SUMMARY_KEYS)["level"]
+            keys = [*_LEVEL_KEYS, "cross_check", "start"]
+            level = Level(**{key: told[key] for key in keys if key in told})
+            if level.id == level_id and isinstance(level.requests, int):
+                return level, told
+        for level in planned:
+            if level.id == level_id:
+                return level, {}
+        with contextlib.suppress(RunDamaged, AttributeError, ValueError):
+            variant, rate, repeat = _LEVEL_ID.fullmatch(level_id).groups()
+            requests = len(read_parquet(folder / "records.parquet", "", _RECORDS))
+            return Level(variant=variant, rate=float(rate), requests=requests, repeat=int(repeat)), {}
+        raise RunDamaged(
+            f"{folder}: its summary cannot be read, nor can its records, and no protocol of the profile names it: how many "
+            f"requests it had is not known; to measure it again, move it away and call load_test"
+        )
 
     def read(self, level: Level) -> LevelResult:
         """A complete level. Raises BadInput when the run does not hold it, RunDamaged when it cannot be read."""

@@ -8,7 +8,7 @@ tests: for the 99th percentile n must be 459 with no violation, 662 with one, an
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,12 +51,25 @@ OBJECTIVES = (DEFAULT, MLPERF_SERVER, MLPERF_INTERACTIVE)
 
 
 class Attainment(NamedTuple):
-    """What a level says of an SLO: `met`, `missed`, or `undecided` (too few requests), and why in a sentence."""
+    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence.
+
+    `at_limit`: undecided although it was as long as a probe of the search.
+    """
 
     state: str
     reason: str
     violations: int
     requests: int
+    at_limit: bool = False
+
+    @property
+    def bound(self) -> str:
+        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing.
+
+        A level at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the
+        SLO. One that was merely too short says nothing.
+        """
+        return "missed" if self.at_limit else self.state
 
 
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
@@ -69,8 +82,9 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
     if violations > allowed_violations(requests, slo.share):
         if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:
             return Attainment("missed", counted, violations, requests)
-        need = required_requests(violations, slo.share)
-        return Attainment("undecided", f"{counted}: too close to call without {need:,} requests", violations, requests)
+        close = f"{counted}: too close to call without {required_requests(violations, slo.share):,} requests"
+        at_limit = requests >= probe_requests(slo)
+        return Attainment("undecided", close + ", so not shown to be met" * at_limit, violations, requests, at_limit)
     if keeps_up(records):
         return Attainment("met", counted, violations, requests)
     if long_enough(records):
@@ -100,6 +114,11 @@ def required_requests(violations: int = 0, share: float = 0.99) -> int:
     return high
 
 
+def probe_requests(slo: SLO) -> int:
+    """The fewest requests of a probe of the search: so many that one violation is allowed."""
+    return required_requests(1, slo.share)
+
+
 def _at_most(k: int, n: int, p: float) -> float:
     """P(X <= k) for X binomial(n, p)."""
     terms = (
@@ -116,7 +135,8 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 class Bracket(NamedTuple):
-    """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it.
+    """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it,
+    or that a level of full length did not show to meet it (`Attainment.bound`).
 
     0 and inf: no rate that was tried showed it.
     """
@@ -131,8 +151,8 @@ class Bracket(NamedTuple):
 
 
 def bracket(tried: Iterable[tuple[float, str]]) -> Bracket:
-    """The bracket that (rate, state) pairs give. Where they contradict each other (noise), a rate that missed counts;
-    a rate that no level decided does not."""
+    """The bracket that (rate, `Attainment.bound`) pairs give. Where they contradict each other (noise, seeds), a rate that
+    missed counts: one is met when all its levels that say something say so. A rate that no level decided does not."""
     tried = list(tried)
     high = min((rate for rate, state in tried if state == "missed"), default=math.inf)
     low = max((rate for rate, state in tried if state == "met" and rate < high), default=0.0)
@@ -140,34 +160,41 @@ def bracket(tried: Iterable[tuple[float, str]]) -> Bracket:
 
 
 def search(
-    probe: Callable[[float], str], start: float = 25.0, *, tolerance: float = 0.05, max_probes: int = 8
+    probe: Callable[[float], str],
+    start: float = 25.0,
+    *,
+    known: Iterable[tuple[float, str]] = (),
+    tolerance: float = 0.05,
+    max_probes: int = 8,
 ) -> tuple[Bracket, list[tuple[float, str]]]:
-    """Finds the limit by doubling (or halving) from `start`, then by bisection; (bracket, what was tried in order).
+    """Finds the limit by doubling (or halving), then by bisection; (bracket, what was tried in order).
 
-    `probe(rate)` measures one level and returns its attainment's state, or "invalid" for one that says nothing. The
-    search ends when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. Eight
-    probes suffice for any limit from a half to eight times `start`.
+    `probe(rate)` measures one level and returns its `Attainment.bound`, or "invalid" for one that does not count. `known`
+    are the (rate, bound) of earlier levels: the search goes on from them, and from `start` where they bound nothing. It ends
+    when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. Eight probes suffice
+    for any limit from a half to eight times `start`. After a probe that says nothing it goes on below, and bounds nothing
+    with it.
     """
     if not (start > 0 and tolerance > 0 and max_probes > 0):
         raise BadInput(f"search: start {start}, tolerance {tolerance} and max_probes {max_probes} must be above 0")
-    tried: list[tuple[float, str]] = []
-    rate = start
-    while len(tried) < max_probes:
+    known, tried = list(known), []
+    while len(tried) < max_probes and (rate := _next_rate([*known, *tried], start, tolerance)):
         state = probe(rate)
         if state == "invalid":
             break
-        # What a probe of full length leaves undecided is at the limit: it was not shown to be met.
-        tried.append((rate, "met" if state == "met" else "missed"))
-        found = bracket(tried)
-        if found.high / max(found.low, 1e-9) - 1 <= tolerance:
-            break
-        if found.high == math.inf:
-            rate *= 2
-        elif found.low == 0:
-            rate /= 2
-        else:
-            # The geometric middle halves the relative width; three digits, so that the level's name is readable.
-            rate = float(f"{math.sqrt(found.low * found.high):.3g}")
-            if not found.low < rate < found.high:
-                break
-    return bracket(tried), tried
+        tried.append((rate, state))
+    return bracket([*known, *tried]), tried
+
+
+def _next_rate(tried: Sequence[tuple[float, str]], start: float, tolerance: float) -> float | None:
+    """The rate to try next; None when the limit is known within `tolerance`."""
+    low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
+    if low == 0:
+        return start if high == math.inf else high / 2
+    if high == math.inf:
+        return low * 2
+    if high / low - 1 <= tolerance:
+        return None
+    # The geometric middle halves the relative width; three digits, so that the level's name is readable.
+    rate = float(f"{math.sqrt(low * high):.3g}")
+    return rate if low < rate < high else None

@@ -9,29 +9,44 @@ from ..errors import Fp8labError
 from ..runs import Run, open_run
 from ..tables import Table
 from .claims import claims_table
-from .fair import emulated_note
+from .fair import emulated_note, validity_table
+
+_STATES = {"invalid": "done, with INVALID levels"}
+
+
+def has_invalid(run_dir: Path) -> bool:
+    """Whether a level of the run is INVALID; False also for a run that cannot be read."""
+    try:
+        return not all(summary["valid"] for summary in open_run(source=run_dir).summaries().values())
+    except Fp8labError:
+        return False
 
 
 def write_pages(folder: Path) -> None:
-    """index.html (every job, its state and its page) and comparison.html (all levels side by side)."""
+    """index.html (every job, its state and its page; which levels are INVALID, and the remedy) and comparison.html (all
+    levels side by side)."""
     jobs = json.loads((folder / "queue.json").read_text())["jobs"]
-    items, rows, verdicts = [], [], []
+    items, rows, verdicts, remedies = [], [], [], []
     for name, job in jobs.items():
         links = ", ".join(_links(folder, name, job["state"]))
-        items.append(f"<tr><th scope='row'>{html.escape(name)}</th><td>{job['state']}</td><td>{links or '–'}</td></tr>")
+        items.append(
+            f"<tr><th scope='row'>{html.escape(name)}</th><td>{_STATES.get(job['state'], job['state'])}</td><td>{links or '–'}</td></tr>"
+        )
         if not (folder / name / "run" / "run.json").is_file():
             continue
         try:
             run = open_run(source=folder / name / "run")
             rows += _levels_of(run, name)
-            told = _verdicts_of(run, name)._repr_html_()
+            told = _named(claims_table(run), f"The published claims against {name}: {run.profile.title}", run)
+            if job["state"] == "invalid":
+                remedies.append(_named(validity_table(run), f"Does {name} count?", run))
         except Fp8labError as error:  # one damaged run must not end the others
             told = f"<p>Its run cannot be read: {html.escape(str(error))}</p>"
         verdicts.append(f"<h2>{html.escape(name)}</h2>{told}")
     head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
     table = f"<table>{head}{''.join(items)}</table>"
     scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
-    index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}"
+    index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}{''.join(remedies)}"
     _write_page(folder / "index.html", f"Batch {folder.name}", index)
     columns = ("run", "level", "req/s", "tok/s", "TTFT p99 ms", "TPOT ms", "J/token", "measurement")
     levels = (
@@ -61,10 +76,9 @@ def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def _verdicts_of(run: Run, name: str) -> Table:
-    """The claims against a job's run; every run's folder has the same name, so the job's stands in its place."""
-    caption = f"{emulated_note(run)}The published claims against {name}: {run.profile.title}"
-    return replace(claims_table(run), caption=caption)
+def _named(table: Table, caption: str, run: Run) -> str:
+    """A table of a job's run as HTML; every run's folder has the same name, so the job's stands in its caption."""
+    return replace(table, caption=f"{emulated_note(run)}{caption}")._repr_html_()
 
 
 def _write_page(path: Path, title: str, body: str) -> None:

@@ -4,21 +4,26 @@ import math
 from statistics import fmean
 
 from ..errors import BadInput
-from ..measure.capacity import OBJECTIVES, SLO, attains, bracket
+from ..measure.capacity import OBJECTIVES, SLO, Attainment, Bracket, attains, bracket
 from ..runs import Run
 from ..tables import Table
 from .evidence import Evidence, evidence
 from .fair import emulated_note, show_number
 
 
-def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, str]]:
-    """(rate, state) of every valid level of a variant that was offered a rate, ascending."""
+def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
+    """What every valid level of a variant that was offered a rate says of an objective, with its rate, ascending."""
     tried = []
     for level_id, s in seen.levels((variant,)).items():
         rate = float(s["level"]["rate"])
         if math.isfinite(rate) and (level := seen.level(level_id)):
-            tried.append((rate, attains(level.records, slo).state))
+            tried.append((rate, attains(level.records, slo)))
     return sorted(tried)
+
+
+def limit(seen: Evidence, variant: str, slo: SLO) -> Bracket:
+    """The rates between which a variant's limit lies, by all its levels."""
+    return bracket((rate, found.bound) for rate, found in attainment(seen, variant, slo))
 
 
 def attainment_table(run: Run, slo: SLO) -> Table:
@@ -36,12 +41,10 @@ def attainment_table(run: Run, slo: SLO) -> Table:
 def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
     """For each variant and objective the rates between which its limit lies."""
     seen = evidence(run)
-    rows = [
-        (variant, *(str(bracket(attainment(seen, variant, slo))) for slo in objectives)) for variant in seen.variants()
-    ]
+    rows = [(variant, *(str(limit(seen, variant, slo)) for slo in objectives)) for variant in seen.variants()]
     caption = (
         f"{emulated_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
-        "several seeds a rate counts as met when all of them meet it"
+        "several seeds a rate counts as met when all that are long enough to tell meet it"
     )
     return Table(caption, ("variant", *(slo.name for slo in objectives)), rows)
 
@@ -58,7 +61,7 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         )
     seen, rows = evidence(run), []
     for variant in seen.variants():
-        low = bracket(attainment(seen, variant, slo)).low
+        low = limit(seen, variant, slo).low
         if low == 0:
             rows.append((variant, "none shown", "–", "–", "–", "–"))
             continue

@@ -5,7 +5,8 @@
 `not reproduced`            it is not: its interval lies outside the tolerance
 `undecided`                 measured, and its interval or its length allows both answers
 `invalid run`               a level that the claim rests on was not measured properly
-`not run`                   a level is missing, or the GPU was emulated: nothing was measured
+`not run`                   nothing was measured: a level is missing, the GPU was emulated, or this kit has no measurement of
+                            it; the reason says what it needs
 
 Whether the stated cause holds is asked apart from the value, and told whatever the value is: "no (the offered load)" when
 the same step in load brings most of the effect without FP8, "no (the front end)" when that, and not the card, was the
@@ -17,6 +18,7 @@ which one comes first is chance. Each seed's value is told beside it. With a sin
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -32,7 +34,8 @@ _MOST = 2 / 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, judged. `published`, `measured` and `interval` (95 %, over the seeds) are in `unit`; `cause` says
+    """One claim, judged. `published` (None: the claim has no number), `measured` and `interval` (95 %, over the seeds) are
+    in `unit`; `cause` says
     whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are the level ids it rests
     on, `limits` what limited each."""
 
@@ -40,7 +43,7 @@ class Verdict:
     title: str
     protocol: str
     unit: str
-    published: float
+    published: float | None
     measured: float | None
     interval: tuple[float, float] | None
     published_parts: dict[str, float]
@@ -108,10 +111,11 @@ def without_gpu(seen: Evidence) -> str | None:
 
 def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
     """A Verdict with what every claim has in common filled in."""
-    value = claim["fp8"]["value"]
+    value = claim.get("fp8", {}).get("value")
     common = {
-        "id": claim["id"], "title": claim["title"], "unit": claim["unit"], "published": value, "measured": None,
-        "interval": None, "cause": "", "published_parts": {"fp8": value}, "measured_parts": {}, "emulated": seen.run.emulated,
+        "id": claim["id"], "title": claim["title"], "unit": claim.get("unit", ""), "published": value, "measured": None,
+        "interval": None, "cause": "", "published_parts": {} if value is None else {"fp8": value}, "measured_parts": {},
+        "emulated": seen.run.emulated,
         "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
     }  # fmt: skip
     return Verdict(**common | found)
@@ -146,23 +150,31 @@ def _verdict(
         return unjudged
     if mean is None:
         return "invalid run", f"no {claim['metric']} was measured: nothing completed"
-    change, ends = mean.value / value - 1, [mean.low / value - 1, mean.high / value - 1]
-    near = f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
-    told = (_each_seed(claim, seeds, value), _left_out(claim, seen), _causes(claim, seen))
+    told = (_each_seed(claim, seeds, value), left_out(seen, _levels_of(claim)), _causes(claim, seen))
     behind = "".join(f"; {text}" for text in told if text)
+    word, near = by_interval(claim, value, mean.value, mean.low, mean.high)
     if why := without_gpu(seen):
-        return "not run", f"{why}; {near}{behind}"
-    if math.isnan(ends[0]):
-        ends = [change, change]
-    low, high = _allowed(claim)
-    if ends[1] < low or ends[0] > high:
-        return "not reproduced", f"{near}, outside the tolerance of {claim['tolerance']:.0%}{behind}"
-    if ends[0] < low or ends[1] > high:
-        return (
-            "undecided",
-            f"{near}; its interval is wider than the tolerance of {claim['tolerance']:.0%} and allows both answers{behind}",
-        )
-    return "reproduced, other cause" if cause.startswith("no") else "reproduced", f"{near}{behind}"
+        return "not run", f"{why}; {_near(mean.value, value)}{behind}"
+    return "reproduced, other cause" if word == "reproduced" and cause.startswith("no") else word, f"{near}{behind}"
+
+
+def by_interval(claim: dict, published: float, value: float, low: float, high: float) -> tuple[str, str]:
+    """(verdict, the same in words) of a value with its interval from `low` to `high` (nan: none, the value alone is judged):
+    the one rule for every claim that has an interval. Outside what the claim's direction and tolerance allow it is `not
+    reproduced`, within `reproduced`, across an edge `undecided`."""
+    near, tolerance = _near(value, published), f"the tolerance of {claim['tolerance']:.0%}"
+    below, above = (value / published - 1,) * 2 if math.isnan(low) else (low / published - 1, high / published - 1)
+    lowest, highest = _allowed(claim)
+    if above < lowest or below > highest:
+        return "not reproduced", f"{near}, outside {tolerance}"
+    if below < lowest or above > highest:
+        return "undecided", f"{near}; its interval lies across an edge of {tolerance} and allows both answers"
+    return "reproduced", near
+
+
+def _near(value: float, published: float) -> str:
+    change = value / published - 1
+    return f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
 
 
 def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
@@ -178,9 +190,13 @@ def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
     return ""
 
 
-def _left_out(claim: dict, seen: Evidence) -> str:
-    """The invalid seeds of a claim's levels, as text: nothing rests on them."""
-    held = [seen.levels((side,), claim[side]["rate"], valid=False) for side in ("bf16", "fp8") if side in claim]
+def _levels_of(claim: dict) -> list[tuple[str, float]]:
+    return [(side, claim[side]["rate"]) for side in ("bf16", "fp8") if side in claim]
+
+
+def left_out(seen: Evidence, levels: Iterable[tuple[str, float]]) -> str:
+    """The invalid seeds at these (variant, rate), as text: nothing rests on them."""
+    held = [seen.levels((variant,), rate, valid=False) for variant, rate in levels]
     found = [level_id for levels in held for level_id, s in levels.items() if not s["valid"]]
     return f"left out as INVALID: {', '.join(found)}" if found else ""
 

@@ -8,6 +8,7 @@ from ..measure.quality import Comparison, Estimate, distinguishable, identical_p
 from ..runs import Run
 from ..tables import Table
 from . import quality_figures
+from .claims import by_interval
 from .published import claim_of
 from .show import Shown, _show
 
@@ -160,7 +161,7 @@ def judge_quality(claim: dict, run: Run) -> dict:
     """What claim Q1 comes to in a run: measured and interval (%), verdict, reason.
 
     What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
-    FP8's). A verdict is given for the published model only.
+    FP8's). A verdict is given for the published model only, by the interval over documents.
     """
     parts = run.read_parts("quality")
     if "fp8" not in parts or reference_variant(run.profile) != "bf16":
@@ -172,9 +173,8 @@ def judge_quality(claim: dict, run: Run) -> dict:
     found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
     if claim["model"] not in model.lower():
         return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
-    near = abs(value / claim["fp8"]["value"] - 1) <= claim["tolerance"]
-    word = "reproduced" if near else "not reproduced"
-    return found | {"verdict": word, "reason": f"another measure (perplexity); {said}"}
+    word, near = by_interval(claim, claim["fp8"]["value"], value, low, high)
+    return found | {"verdict": word, "reason": f"{near}; another measure (perplexity); {said}"}
 
 
 def _kept(one: Comparison) -> Estimate:

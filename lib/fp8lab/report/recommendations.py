@@ -1,11 +1,13 @@
-"""The verdicts on what is no value or ratio of levels: R1 to R3, recommended or said in passing, and Q1, quality."""
+"""The verdicts on what is no value or ratio of levels: M1, memory, R1 to R3, recommended or said in passing, and Q1, quality;
+and on what this kit has no measurement of."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..measure.capacity import SLO, attains
+from ..measure.compare import Ratio
 from ..measure.kv import paging_waste, reserving_waste
-from .claims import Verdict, not_judged, number, verdict, without_gpu
+from .claims import Verdict, by_interval, left_out, not_judged, number, verdict, without_gpu
 from .evidence import FRONT_ENDS, Evidence
 from .published import level_id
 from .quality import judge_quality
@@ -79,17 +81,24 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     if "," in (parts := seen.parts([v + suffix for v in ("fp8", *_ALTERNATIVES)], rate)):
         reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
-    if all(one.low > claim["fp8"]["value"] for one in against.values()):
-        word = "reproduced"
-    elif any(one.high < claim["fp8"]["value"] for one in against.values()):
-        word = "not reproduced"
-    else:
-        word, reason = "undecided", f"no difference to each of the others is shown: {reason}"
+    words = {_word(claim, one) for one in against.values()}
+    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+    if word == "undecided":
+        reason = f"no difference to each of the others is shown: {reason}"
     interval = None if math.isnan(lowest.low) else (lowest.low, lowest.high)
     return {
         "protocol": f"all at once, front end: {FRONT_ENDS[suffix]}", "measured": lowest.value, "interval": interval,
         "measured_parts": {v: one.value for v, one in against.items()}, "verdict": word, "reason": reason,
     }  # fmt: skip
+
+
+def _word(claim: dict, one: Ratio) -> str:
+    """The verdict on one comparison. A single pair shows no difference."""
+    return (
+        "undecided"
+        if math.isnan(one.low)
+        else by_interval(claim, claim["fp8"]["value"], one.value, one.low, one.high)[0]
+    )
 
 
 def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
@@ -101,7 +110,7 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
         f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
         f"2,048 tokens a request would {'be too little for some' if reserved is None else f'leave {reserved:.0%}'}"
     )
-    word = "reproduced" if measured <= claim["fp8"]["value"] else "not reproduced"
+    word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
     return {"measured": measured, "measured_parts": {"fp8": measured}, "verdict": word, "reason": reason}
 
 
@@ -127,7 +136,84 @@ def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     return verdict(claim, seen, [], protocol="the same text and prompts", **judge_quality(claim, seen.run))
 
 
+def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """M1: did BF16 run out of memory at the published loads, and FP8 not? The rule stands in data/published.toml."""
+    rates = claim["rates"]
+    cells = [(variant, rate) for rate in rates for variant in ("bf16", "fp8")]
+    held = {cell: seen.levels(cell[:1], cell[1]) for cell in cells}
+    ids = [level for (variant, rate), levels in held.items() for level in levels or [level_id(variant, rate)]]
+    found = {"protocol": f"{' and '.join(f'{rate:g}' for rate in rates)} req/s"}
+    if unjudged := not_judged(seen, ids):
+        word, reason = unjudged
+    else:
+        both = {
+            v: [s for (variant, _), one in held.items() if variant == v for s in one.values()] for v in ("bf16", "fp8")
+        }
+        ran_out = {variant: _ran_out(levels, claim["full"]) for variant, levels in both.items()}
+        if ran_out["bf16"] is False:
+            word, so = "not reproduced", "BF16 did not run out of memory: there was no risk to remove"
+        elif ran_out["fp8"]:
+            word, so = "not reproduced", "FP8 ran out of memory"
+        elif ran_out["bf16"] and ran_out["fp8"] is False:
+            word, so = "reproduced", "BF16 ran out of memory, FP8 did not"
+        else:
+            word, so = "undecided", "vLLM's counters were not sampled at every level"
+        reason = "; ".join([so, *(f"{variant}: {_memory(levels)}" for variant, levels in both.items())])
+        parts = {variant: full for variant, levels in both.items() if (full := _fullest(levels)) is not None}
+        found |= {"measured": parts.get("bf16"), "measured_parts": parts}
+        if why := without_gpu(seen):
+            word, reason = "not run", f"{why}; {reason}"
+    told = filter(None, (reason, left_out(seen, cells), _out_elsewhere(claim, seen)))
+    return verdict(claim, seen, ids, **found, verdict=word, reason="; ".join(told))
+
+
+def _out_elsewhere(claim: dict, seen: Evidence) -> str:
+    """The levels at other loads, or behind another front end, at which BF16 or FP8 did run out of memory, as text."""
+    told = []
+    for variant in (base + suffix for base in ("bf16", "fp8") for suffix in FRONT_ENDS):
+        for rate in seen.rates(variant):
+            levels = seen.levels((variant,), rate)
+            if (variant not in ("bf16", "fp8") or rate not in claim["rates"]) and _ran_out(
+                levels.values(), claim["full"]
+            ):
+                told.append(f"{', '.join(levels)} ({_memory(levels.values())})")
+    return f"under other loads memory did run out: {'; '.join(told)}" if told else ""
+
+
+def _ran_out(levels: Collection[dict], full: float) -> bool | None:
+    """Whether a request of some of these levels (their summaries) was preempted or failed, or the KV cache was full; None
+    when that is not known of all of them."""
+    each = [[level.get(key) for key in ("preemptions", "failed", "kv_cache_usage_max")] for level in levels]
+    if any((preempted or 0) > 0 or (failed or 0) > 0 or (fullest or 0) >= full for preempted, failed, fullest in each):
+        return True
+    return None if any(None in one for one in each) else False
+
+
+def _memory(levels: Collection[dict]) -> str:
+    """How near levels came to running out of memory, as text."""
+    sums = [[level.get(key) for level in levels] for key in ("preemptions", "failed")]
+    preempted, failed = ("unknown" if None in counts else f"{sum(counts):,.0f}" for counts in sums)
+    fullest = _fullest(levels)
+    share = "was not sampled" if fullest is None else f"at most {fullest:.0f} % full"
+    return f"{preempted} preemptions, {failed} failed requests, KV cache {share}"
+
+
+def _fullest(levels: Collection[dict]) -> float | None:
+    """The fullest that the KV cache was in any of the levels, in %; None where it was not sampled."""
+    known = [share for level in levels if (share := level.get("kv_cache_usage_max")) is not None]
+    return 100 * max(known) if known else None
+
+
+def _not_measured(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """What this kit has no measurement of."""
+    return verdict(
+        claim, seen, [], protocol="none", verdict="not run", reason=f"not measured here: it needs {claim['needs']}"
+    )
+
+
 RECOMMENDATIONS = {
+    "memory risk": _memory_risk,
+    "not measured": _not_measured,
     "service line": _judge_with(_one_level, _service_line),
     "default flags": _judge_with(_four_variants, _default_flags),
     "paging waste": _judge_with(_one_level, _paging_waste),

@@ -15,6 +15,7 @@ drip-head, drip-body
                 the same, but /health answers a byte at a time, and never ends
 drip-always     /health answers so from the start
 freeze          stops itself (SIGSTOP) at the 10th for 5 s
+refuse:PATH     answers 500 to as many streamed requests as the number in that file says, and counts it down
 long-line       logs a line of 64 MiB, then starts
 blurt-out       exits with an error that quotes the variable HF_TOKEN
 tell-secrets    logs its whole environment and its arguments, then starts
@@ -28,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import uvloop
 
@@ -72,8 +74,12 @@ class Server(Session):
             name = "another" if FAULT == "wrong-name" else self.options.served_model_name
             self.reply(200, json.dumps({"data": [{"id": name}]}))
         elif FAULT != "no-completion":
-            self.count(json.loads(b"".join(self.body)))
-            super().on_message_complete()
+            request = json.loads(b"".join(self.body))
+            self.count(request)
+            if refuses(request):
+                self.reply(500, '{"error":"refused"}')
+            else:
+                super().on_message_complete()
         self.body = []
 
     def count(self, request):
@@ -122,6 +128,15 @@ def start_family(generations: int = 2) -> None:
     subprocess.Popen([sys.executable, "-c", code, str(generations - 1), code], start_new_session=True)
     if ignore:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def refuses(request) -> bool:
+    if not FAULT.startswith("refuse:") or not request.get("stream") or request["max_tokens"] <= 16:
+        return False
+    left = Path(FAULT.removeprefix("refuse:"))
+    if number := int(left.read_text()):
+        left.write_text(str(number - 1))
+    return number > 0
 
 
 async def serve(options) -> None:
