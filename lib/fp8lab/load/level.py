@@ -75,17 +75,21 @@ def measure_level(
     problems += clock_problems(clocks, Clocks.now())
     problems += self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
     summary = summarize(records, tokens) | _client(sent, len(tokens))
+    sampled = None
+    if telemetry:
+        from ..measure.metrics import completed, steady_window
+        from ..measure.usage import summarize_usage
+
+        sampled = telemetry.table(sent.start)
+        summary |= summarize_usage(sampled, records, tokens) | {"telemetry_cpu_share": telemetry.cpu_share}
+        whole = (records["sent_s"].min(), completed(records)["last_token_s"].max())
+        # A server that failed or a client that stood still explains a silence: told already.
+        problems += telemetry.problems(sampled, () if problems else (whole, steady_window(records, tokens, sampled)))
     summary |= {
         "failures": dict(failures.most_common(10)),
         "valid": not problems,
         "invalid_reason": "; ".join(problems) or None,
     }
-    sampled = None
-    if telemetry:
-        from ..measure.usage import summarize_usage
-
-        sampled = telemetry.table(sent.start)
-        summary |= summarize_usage(sampled, records, tokens) | {"telemetry_cpu_share": telemetry.cpu_share}
     status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 
