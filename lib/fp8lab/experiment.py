@@ -22,7 +22,7 @@ from .server import launch
 from .server.command import served_model
 from .server.launch import Server
 from .text import visible
-from .traces import Trace, arrival_times, named_trace, sharegpt_like
+from .traces import Trace, arrival_times, named_trace
 
 # What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
 _PATIENCE_S = 300.0
@@ -53,15 +53,30 @@ def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) 
 
 
 def trace_for(profile: Profile, level: Level) -> Trace:
-    """The trace of a level: every variant gets the same one, each repeat its own seed."""
+    """The trace of a level: every variant gets the same one, each repeat its own seed. Raises BadInput for a file that
+    cannot be read, is too short, or holds arrival times."""
+    trace = _trace(profile, level.variant, level.requests, _seed(profile, level))
+    _check_times(trace)
+    return trace
+
+
+def _trace(profile: Profile, variant: str, requests: int | None, seed: int) -> Trace:
     workload = profile.workload
     tokenizer = workload.tokenizer or None
     if workload.trace.endswith(".json") and not tokenizer:
-        tokenizer = served_model(profile, level.variant)
+        tokenizer = served_model(profile, variant)
     return named_trace(
-        workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
+        workload.trace, requests, seed=seed, tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
     )  # fmt: skip
+
+
+def _check_times(trace: Trace) -> None:
+    if trace.arrival_s is not None:
+        raise BadInput(
+            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
+            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
+        )
 
 
 def load_test(
@@ -76,7 +91,8 @@ def load_test(
 ) -> LevelResult:
     """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
 
-    `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
+    `trace` defaults to the profile's, with `requests` requests (default 1000); one with arrival times of its own is
+    refused (BadInput). With a `run` the result is
     stored there, and a level that the run already holds is returned instead of measured. A server that dies or
     hangs ends the level early: its records are kept, and it is invalid. Raises InUse when another process writes to
     the run.
@@ -90,6 +106,7 @@ def load_test(
             StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
             return run.read(level)
         trace = trace.head(count) if trace else trace_for(server.profile, level)
+        _check_times(trace)
         result = _measure_level(server, level, trace, workers)
         if run is not None:
             run.write(result)
@@ -97,11 +114,15 @@ def load_test(
 
 
 def warm_up(server: Server | RecordedServer) -> None:
-    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation."""
-    profile = server.profile
-    if isinstance(server, RecordedServer) or not profile.workload.warmup_requests:
+    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation, of shapes
+    like theirs. They are the workload's own, from another seed, with answers of 16 tokens at most; of a file, all that
+    it has where it has fewer."""
+    profile, requests = server.profile, server.profile.workload.warmup_requests
+    if isinstance(server, RecordedServer) or not requests:
         return
-    trace = sharegpt_like(profile.workload.warmup_requests, seed=profile.workload.seed + 10_000)
+    drawn = not profile.workload.trace.endswith((".csv", ".json"))
+    trace = _trace(profile, server.variant, requests if drawn else None, profile.workload.seed + 10_000)
+    trace = trace.head(min(requests, len(trace)))
     short = dataclasses.replace(trace, output_tokens=tuple(min(n, 16) for n in trace.output_tokens))
     send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
 
@@ -142,6 +163,9 @@ def measure(
     if unknown := sorted(set(again) - {level.id for level in asked}):
         raise BadInput(f"no level {', '.join(unknown)} in {', '.join(protocols)} of profile {profile.name}")
     with run.locked():
+        todo = [] if run.read_only else [level for level in asked if level.id in again or not run.has(level)]
+        if todo and profile.workload.trace.endswith(".csv"):
+            trace_for(profile, max(todo, key=lambda level: level.requests))  # what is wrong with a file, it says now
         for level_id in again:
             run.set_aside(level_id)
         for level in asked:
