@@ -130,6 +130,20 @@ def test_load_test_ends_with_one_json_line_and_says_when_it_is_invalid(tmp_path)
     assert broken.returncode == 3 and "no request completed" in json.loads(broken.stdout)["invalid_reason"]
 
 
+def test_a_closed_loop_from_the_command_line(tmp_path):
+    from conftest import streaming_server
+
+    common = ["--model", "ok", "--trace", "random", "--input-tokens", "5", "--output-tokens", "10", "--requests", "60"]
+    with streaming_server("--ttft-ms", "150") as url:  # 240 ms a request: four at a time are 17/s
+        common += ["--base-url", url, "--rate", "30", "--max-concurrency", "4"]
+        done = fp8lab("load-test", *common, "--out", str(tmp_path / "good"))
+        cut = fp8lab("load-test", *common, "--idle-timeout", "0.1", "--out", str(tmp_path / "cut"))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["valid"] and said["peak_concurrent_requests"] == 4 and "peak 4 in flight" in done.stderr
+    assert cut.returncode == 3 and "still queued; to wait longer: load-test --idle-timeout" in cut.stdout
+
+
 SAID = {
     "completed", "failed", "duration_s", "request_throughput", "output_token_throughput",
     "steady_output_token_throughput", "mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms",

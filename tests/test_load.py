@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import streaming_server
+from conftest import make_records, streaming_server
 from fp8lab.errors import BadInput, LevelFailed, NotWritten, Stopped
 from fp8lab.load import generator
 from fp8lab.load.generator import default_workers, self_check, send_load
@@ -24,7 +24,7 @@ from fp8lab.load.level import measure_level
 from fp8lab.load.records import to_tables
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.team import ClientReport, busiest_second
-from fp8lab.measure.metrics import latencies, summarize
+from fp8lab.measure.metrics import latencies, send_lag_ms, summarize
 from fp8lab.traces import arrival_times, fixed_length, sharegpt_like
 
 TRACE = fixed_length(20, input_tokens=5, output_tokens=10)
@@ -67,6 +67,87 @@ def test_a_cap_makes_the_level_closed_loop(sse_url):
     summary = summarize(*to_tables(sent, TRACE))
     assert summary["completed"] == 20 and summary["peak_concurrent_requests"] <= 3
     assert sent.client.closed_loop
+
+
+def closed(url, trace=TRACE, due=None, **options):
+    """A closed-loop level as `load-test` measures it."""
+    due = np.zeros(len(trace)) if due is None else due
+    return measure_level(Endpoint(url, "ok"), trace, due, name="closed loop", **options)
+
+
+def test_waiting_for_a_slot_is_no_lag(sse_url, capsys):
+    """The cap of 4 binds: 40 ms a request let 100 requests/s through, 300 arrive."""
+    due = arrival_times(60, 300)
+    result = closed(sse_url, fixed_length(60, input_tokens=5, output_tokens=10), due, max_concurrency=4)
+    summary, records = result.summary, result.records
+    assert summary["valid"], summary["invalid_reason"]
+    assert summary["schedule_lag_p99_ms"] < 5 and summary["closed_loop"]
+    assert summary["peak_concurrent_requests"] == 4 < summary["peak_concurrent_requests_vllm"]
+    assert "peak 4 in flight" in capsys.readouterr().err
+    # Seen from the schedule they did wait, and the records say for what.
+    assert latencies(records)["lag_ms"].max() > 100 and summary["p99_ttft_from_schedule_ms"] > 100
+    assert records["slot_s"].isna().sum() == 4 and (records["slot_s"].dropna() <= records["sent_s"].iloc[4:]).all()
+    # Each slot that was taken is one that another request had left.
+    assert set(np.searchsorted(np.sort(records["last_token_s"]), records["slot_s"].dropna())) == set(range(1, 57))
+
+
+def test_a_client_that_falls_behind_in_a_closed_loop_is_still_caught():
+    records = to_records_of_a_closed_loop(slot=[np.nan, np.nan, 1.0, 2.0], sent=[0.0, 0.02, 1.02, 2.02])
+    assert send_lag_ms(records).tolist() == pytest.approx([0, 20, 20, 20])
+    assert summarize(records, records.head(0).assign(at_s=[])[["request", "at_s"]])["schedule_lag_p99_ms"] > 19
+    assert "fell behind" in self_check(send_lag_ms(records).to_numpy(), np.full(4, 30.0), report(closed_loop=True))[0]
+
+
+def to_records_of_a_closed_loop(slot, sent):
+    sent = np.array(sent)
+    return make_records(sent, sent + 0.03, sent + 0.9, 10, scheduled=np.zeros(len(sent))).assign(slot_s=slot)
+
+
+@pytest.mark.parametrize(
+    ("cap", "workers", "requests"), [(1, 1, 5), (3, 2, 21), (4, None, 30), (7, 3, 40), (50, 2, 20)]
+)
+def test_the_cap_holds_over_all_workers_and_is_used_up(sse_url, cap, workers, requests):
+    trace = fixed_length(requests, input_tokens=5, output_tokens=10)
+    summary = closed(sse_url, trace, max_concurrency=cap, workers=workers).summary
+    assert summary["completed"] == requests
+    assert summary["peak_concurrent_requests"] == min(cap, requests)
+    # Every slot has as much to do as any other, whichever worker holds it.
+    assert summary["mean_concurrent_requests"] > 0.8 * min(cap, requests)
+
+
+def test_failed_requests_give_their_slots_back(sse_url):
+    sent = send(sse_url, model="http-500", max_concurrency=2)
+    assert [outcome.error[:8] for outcome in sent.outcomes] == ["HTTP 500"] * 20
+    sent = send("http://127.0.0.1:9", fixed_length(6), max_concurrency=2)
+    assert all("no connection" in outcome.error for outcome in sent.outcomes)
+
+
+def test_a_capped_level_needs_no_more_workers_than_its_streams(sse_url, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)))
+    assert send(sse_url, max_concurrency=4).client.workers == 1
+    assert send(sse_url).client.workers == 3
+
+
+def test_a_closed_loop_may_take_longer_than_its_drain(sse_url):
+    """20 requests of 0.5 s, two at a time, are 5 s: each second brings something, so none of them is cut short."""
+    with streaming_server("--itl-ms", "50") as url:
+        result = closed(url, max_concurrency=2, drain_timeout_s=1.5)
+    assert result.summary["valid"] and result.summary["duration_s"] > 4
+
+
+def test_the_status_line_of_a_closed_loop_counts_who_waits(sse_url):
+    said = []
+    send(
+        sse_url,
+        fixed_length(60, input_tokens=5, output_tokens=60),
+        max_concurrency=2,
+        on_progress=lambda p: said.append(str(p)),
+    )
+    waiting = [int(match[1]) for line in said if (match := re.search(r"(\d+) wait for a slot", line))]
+    assert waiting and min(waiting) > 0 and max(waiting) <= 58
+    assert not any("s of arrivals left" in line for line in said)
+    send(sse_url, due=np.linspace(0, 2, 20), on_progress=lambda p: said.append(str(p)))
+    assert any("s of arrivals left" in line and "wait" not in line for line in said)
 
 
 def test_workers_share_the_schedule_and_the_start(sse_url):
@@ -132,17 +213,34 @@ def test_the_level_ends_at_its_deadline():
         began = time.monotonic()
         sent = send(url, fixed_length(4, output_tokens=1000), drain_timeout_s=1.0)
     assert time.monotonic() - began < 6
-    assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in sent.outcomes)
+    why = "not finished when the level ended, 1 s after the last request was sent; to wait longer: load-test --drain-timeout"
+    assert all(outcome.error == why and outcome.chunks for outcome in sent.outcomes)
 
 
-def test_a_closed_loop_ends_at_its_deadline_with_a_record_of_every_request():
-    with streaming_server("--itl-ms", "500") as url:
-        began = time.monotonic()
-        sent = send(url, fixed_length(6, output_tokens=1000), max_concurrency=2, workers=1, drain_timeout_s=1.0)
+def test_a_closed_loop_ends_when_nothing_comes_back_with_a_record_of_every_request(sse_url):
+    began = time.monotonic()
+    trace = fixed_length(6, output_tokens=1000)
+    sent = send(sse_url, trace, model="silent", max_concurrency=2, workers=1, drain_timeout_s=1.0)
     assert time.monotonic() - began < 6 and not sent.client.lost_workers
     running, waiting = sent.outcomes[:2], sent.outcomes[2:]
-    assert all(outcome.error == "not finished when the level ended" and outcome.chunks for outcome in running)
-    assert all(outcome.error == "not sent: the level ended before its turn" for outcome in waiting)
+    why = ", 1 s after anything came back; to wait longer: load-test --drain-timeout"
+    assert all(outcome.error == f"not finished when the level ended{why}" and outcome.chunks for outcome in running)
+    assert all(outcome.error == f"not sent: the level ended before its turn{why}" for outcome in waiting)
+
+
+def test_a_closed_loops_drain_begins_with_its_last_request():
+    with streaming_server("--itl-ms", "500") as url:
+        began = time.monotonic()
+        sent = send(url, fixed_length(2, output_tokens=1000), max_concurrency=2, drain_timeout_s=1.0)
+    assert time.monotonic() - began < 6
+    assert all("1 s after the last request was sent" in outcome.error for outcome in sent.outcomes)
+
+
+def test_a_request_that_was_still_queued_says_so_and_names_the_option():
+    with streaming_server("--ttft-ms", "60000") as url:
+        sent = send(url, fixed_length(2), idle_timeout_s=1.0)
+    why = "no bytes for 1 s, the request was still queued; to wait longer: load-test --idle-timeout"
+    assert [outcome.error for outcome in sent.outcomes] == [why] * 2
 
 
 @pytest.fixture
@@ -159,16 +257,28 @@ def full_queue():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"idle_timeout_s": 1.0}, "no connection: not accepted within 1 s"),
-        ({"drain_timeout_s": 2.0}, "no connection: not accepted when the level ended"),
-        ({"drain_timeout_s": 2.0, "max_concurrency": 4}, "no connection: not accepted when the level ended"),
+        ({"idle_timeout_s": 1.0}, "no connection: not accepted within 1 s; to wait longer: load-test --idle-timeout"),
+        (
+            {"drain_timeout_s": 2.0},
+            "no connection: not accepted when the level ended, 2 s after the last request was sent",
+        ),
+        (
+            {"drain_timeout_s": 2.0, "max_concurrency": 4},
+            "no connection: not accepted when the level ended, 2 s after the",
+        ),
+        (
+            {"idle_timeout_s": np.inf, "drain_timeout_s": 2.0, "max_concurrency": 2},
+            "no connection: not accepted when the level ended, 2 s after anything came back",
+        ),
     ],
 )
 def test_a_server_that_accepts_nobody_ends_the_level_in_time_and_in_words(full_queue, options, reason):
     began = time.monotonic()
     sent = send(full_queue, fixed_length(4), workers=2, **options)
     assert time.monotonic() - began < 12
-    assert [outcome.error for outcome in sent.outcomes] == [reason] * 4 and not sent.client.lost_workers
+    tried = [outcome.error for outcome in sent.outcomes if outcome.sent]
+    assert tried and all(error.startswith(reason) for error in tried) and not sent.client.lost_workers
+    assert len(sent.outcomes) == 4 and all(outcome.error for outcome in sent.outcomes)
 
 
 def test_a_worker_that_dies_costs_its_requests_and_says_so(sse_url, monkeypatch):
@@ -296,7 +406,10 @@ def test_default_workers_follow_rate_and_cores(monkeypatch):
     assert [default_workers(rate) for rate in (10, 9_000, 25_000, 1e6)] == [1, 1, 3, 8]
 
 
-@pytest.mark.parametrize("bad", [{"workers": 0}, {"max_concurrency": 0}, {"due": [0.0]}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"workers": 0}, {"max_concurrency": 0}, {"due": [0.0]}, {"idle_timeout_s": np.nan}, {"drain_timeout_s": 0.0}],
+)
 def test_bad_arguments(sse_url, bad):
     with pytest.raises(BadInput):
         send(sse_url, **bad)

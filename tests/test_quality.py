@@ -17,6 +17,7 @@ import fp8lab as lab
 from fp8lab import cli, notebooks, recording, runs
 from fp8lab.errors import BadInput, LevelFailed, RunMismatch
 from fp8lab.evaluation import comparisons, default_variants, split, summaries, tables
+from fp8lab.load import answers
 from fp8lab.load.answers import Reading, answer, read_documents, tokenize
 from fp8lab.load.stream import Endpoint
 from fp8lab.measure import quality
@@ -255,13 +256,16 @@ def test_the_claims_row_judges_the_published_model_only(tmp_path, model, ratio, 
 
 @contextlib.contextmanager
 def other_server(reply):
-    """A server that speaks the API without vLLM's extensions; `reply(path)` gives its answer, None a 404."""
+    """A server that speaks the API without vLLM's extensions; `reply(path)` gives its answer, None a 404, a number
+    that status (0: a broken connection)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             body = reply(self.path)
-            self.send_response(200 if body else 404)
+            if body == 0:
+                return
+            self.send_response(body if isinstance(body, int) else 200 if body else 404)
             self.end_headers()
             self.wfile.write(json.dumps(body or {}).encode())
 
@@ -285,6 +289,34 @@ def test_a_server_without_log_probabilities_is_one_clear_error():
             answer(endpoint, ["Hello"], max_tokens=4)
     with pytest.raises(LevelFailed, match="did not answer"):
         read_documents(endpoint, [[1, 2, 3]])
+
+
+def asked_in_chat(first: list) -> bool:
+    """Whether answers are asked for in a chat of a server whose first replies to that are `first`."""
+    choice = {"text": "a", "message": {"content": "a"}, "finish_reason": "length", "token_ids": [1]}
+    asked = []
+
+    def reply(path):
+        asked.append(path)
+        return first.pop(0) if "chat" in path and first else {"choices": [choice]}
+
+    with other_server(reply) as endpoint:
+        assert answer(endpoint, ["Hello"], max_tokens=4)["text"].tolist() == ["a"]
+    return "chat" in asked[-1]
+
+
+def test_only_a_refused_request_says_that_a_model_has_no_chat(monkeypatch, capsys):
+    monkeypatch.setattr(answers, "_PAUSES_S", (0.0, 0.0, 0.0))
+    assert asked_in_chat([])
+    assert asked_in_chat([503, 429, 0])  # they pass
+    assert capsys.readouterr().err == ""
+    assert not asked_in_chat([400]) and "go on with each prompt, for it has no chat: 400" in capsys.readouterr().err
+    assert not asked_in_chat([502, 400])
+    for stays, said in ((503, "refused: 503"), (429, "refused: 429"), (0, "did not answer"), (401, "refused: 401")):
+        with pytest.raises(LevelFailed, match=f"/v1/chat/completions {said}"):
+            asked_in_chat([stays] * 4)
+    with pytest.raises(BadInput, match="/v1/chat/completions is unknown there"):
+        asked_in_chat([404])
 
 
 @pytest.fixture(scope="module")

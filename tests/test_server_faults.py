@@ -27,7 +27,7 @@ from fp8lab.locks import Lock, machine_lock
 from fp8lab.measure.metrics import completed
 from fp8lab.runs import open_run
 from fp8lab.scratch import Scratch, sweep
-from fp8lab.server import place
+from fp8lab.server import place, readiness
 from fp8lab.server.ask import ask
 from fp8lab.server.launch import Server
 
@@ -377,6 +377,91 @@ def test_a_job_that_comes_onto_the_gpu_during_a_level_makes_it_invalid(card, tmp
         says()
     assert not result.valid and "12.5 GiB of GPU memory" in result.summary["invalid_reason"]
     assert len(result.records) == 500 and result.records["sent_s"].max() < 8
+
+
+@pytest.fixture
+def stranger():
+    """The pid of a process that is no server's."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        yield other.pid
+        other.kill()
+
+
+# No process here has such pids, as none has the host's in a container.
+HOSTS = 2**22 + 1, 2**22 + 2
+
+
+@pytest.fixture
+def when_ready(monkeypatch):
+    """Call it with what is to happen, given the server, once that is ready and before stock is taken."""
+    wait = readiness.wait
+
+    def then(happens):
+        monkeypatch.setattr(readiness, "wait", lambda server, *args: (wait(server, *args), happens(server)))
+
+    return then
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        (lambda server, stranger: [[server, 20.0], [stranger, 12.5]], "pid {stranger} (python"),
+        (lambda _, stranger: [[stranger, 12.5]], "pid {stranger} (python"),
+        (lambda _, stranger: [[stranger, None]], "pid {stranger} (python"),
+        (lambda server, _: [[server, 20.0], [HOSTS[0], 12.5]], f"pid {HOSTS[0]} (not visible from here, 12.5 GiB"),
+        (lambda *_: [[pid, 12.5] for pid in HOSTS], f"pid {HOSTS[1]} (not visible from here, 12.5 GiB"),
+        (lambda server, _: [[server, 20.0]], "processes that cannot be seen from here (12.5 GiB"),
+    ],
+    ids=["beside it", "without it", "unknown memory", "another container's", "two of the host's", "unseen"],
+)
+def test_a_job_that_comes_onto_the_gpu_during_a_start_is_not_the_servers(
+    card, tmp_path, stranger, when_ready, there, told
+):
+    says, path = card
+    mine = []
+
+    def come(server):
+        mine.extend(server.pids())
+        says(33.0, there(mine[0], stranger))
+
+    when_ready(come)
+    said, seconds = start_fails(lab.load_profile(str(path)), tmp_path, error=InUse)
+    assert "another job came onto the GPU while the bf16 server started: " in said and "choose another card" in said
+    assert told.format(stranger=stranger) in said and f"pid {mine[0]} " not in said
+    assert seconds < 15  # its memory is not waited for
+
+
+def test_a_job_that_was_idle_before_the_start_may_not_grow_meanwhile(card, tmp_path, stranger, when_ready):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    says(1.5, [[stranger, 1.0]])
+    when_ready(lambda server: says(21.5, [[stranger, 1.0], [server.pids()[0], 20.0]]))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "a.log") as server:
+        assert server.problem() is None and server.info.gpu_doubt == ""
+        says(33.0, [[stranger, 12.5], [server.pids()[0], 20.0]])
+        assert f"another job came onto the GPU: pid {stranger} (python" in server.problem()
+        says(33.0, [[stranger, 1.0], [server.pids()[0], 20.0]])
+        assert "cannot be seen from here (11.5 GiB of GPU memory)" in server.problem()
+        says(1.5, [[stranger, 1.0]])
+    when_ready(lambda server: says(33.0, [[stranger, 12.5], [server.pids()[0], 20.0]]))
+    assert f"pid {stranger} (python" in start_fails(profile, tmp_path, error=InUse)[0]
+
+
+@pytest.mark.parametrize(
+    ("there", "doubt"),
+    [([], "NVML names no process of this server"), ([[HOSTS[0], 20.0]], "NVML names processes by pids of the host")],
+    ids=["none", "the host's"],
+)
+def test_where_nobody_can_tell_the_server_says_so(card, tmp_path, when_ready, there, doubt):
+    says, path = card
+    when_ready(lambda _: says(20.5, there))
+    with lab.serve(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log") as server:
+        assert server.info.gpu_doubt == doubt and f"not certain: {doubt}" in repr(server)
+        result = lab.load_test(server, rate=50, requests=20)
+        assert result.valid and result.summary["server"]["gpu_doubt"] == doubt
+        says(33.0, [*there, [HOSTS[1], 12.5]])
+        assert f"another job came onto the GPU: pid {HOSTS[1]} (not visible" in server.problem()
+        says()
 
 
 @pytest.mark.parametrize("loss", [{"lost": True}, {"lost": True, "handles": False}], ids=["silent", "gone"])

@@ -1,12 +1,18 @@
 import csv
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
 import fp8lab as lab
+from conftest import marked
+from fp8lab import experiment
 from fp8lab.errors import BadInput
 from fp8lab.models import model_folder
+from fp8lab.plan import plan_table
+from fp8lab.runs import open_run
 from fp8lab.traces import arrival_times, fixed_length, from_file, sharegpt_like
 
 
@@ -75,6 +81,67 @@ def test_lengths_and_times_from_a_csv(tmp_path):
     trace = from_file(path)
     assert trace.prompt_tokens == (5, 6) and trace.output_tokens == (7, 8) and trace.arrival_s == (0, 0.5)
     assert len(trace.prompts[0].split()) == 5
+
+
+def with_workload(path, **workload):
+    """The profile at `path` with another workload."""
+    profile = lab.load_profile(str(path))
+    return dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, **workload))
+
+
+def test_arrival_times_in_a_profiles_trace_are_refused_before_anything_starts(fake_vllm, tmp_path):
+    path = tmp_path / "mine.csv"
+    rows = [f"5,{7 + i},{i / 10}" for i in range(20)]
+    path.write_text("\n".join(["prompt_tokens,output_tokens,arrival_s", *rows]))
+    profile = with_workload(fake_vllm(), trace=str(path))
+    run = open_run(tmp_path / "run", profile)
+    told = "the trace 'mine.csv' holds arrival times .*leave that column out .*fp8lab load-test --trace FILE"
+    for refused in (lambda: lab.measure(run, profile), lambda: plan_table(profile, ["as published"])):
+        with pytest.raises(BadInput, match=told):
+            refused()
+    assert not (run.path / "logs").exists() and marked(profile.name) == []
+    # Without its times the file is used; what is measured already needs it no more.
+    path.write_text(re.sub(r",[^,\n]*$", "", path.read_text(), flags=re.M))
+    results = lab.measure(run, profile)
+    assert [result.records["output_tokens_asked"].tolist() for result in results] == [list(range(7, 27))] * 2
+    path.unlink()
+    assert len(lab.measure(run, profile)) == 2
+    with pytest.raises(BadInput, match="no trace file"):
+        lab.measure(run, profile, again=["bf16-50rps-r1"])
+    assert len(run.summaries()) == 2  # none was set aside
+    with (
+        lab.serve(profile, "bf16", log_path=tmp_path / "x.log") as server,
+        pytest.raises(BadInput, match="holds arrival times"),
+    ):
+        lab.load_test(server, dataclasses.replace(lab.fixed_length(2), arrival_s=(0.0, 1.0)), rate=5)
+
+
+@pytest.mark.parametrize(
+    ("workload", "warmup", "lengths"),
+    [
+        ({"trace": "random", "input_tokens": 300, "output_tokens": 9}, 3, [(300, 9)] * 3),
+        ({"trace": "random", "input_tokens": 300, "output_tokens": 90}, 3, [(300, 16)] * 3),
+        ({"trace": "{tmp}/mine.csv"}, 2, [(700, 8), (800, 16)]),
+        ({"trace": "{tmp}/mine.csv"}, 9, [(700, 8), (800, 16), (900, 16)]),
+    ],
+)
+def test_the_warm_up_has_the_workloads_own_shape(fake_vllm, tmp_path, monkeypatch, workload, warmup, lengths):
+    (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens\n700,8\n800,30\n900,40\n")
+    workload |= {"trace": workload["trace"].format(tmp=tmp_path), "warmup_requests": warmup}
+    profile = with_workload(fake_vllm(), **workload)
+    sent, send = [], experiment.send_load
+
+    def noted(endpoint, trace, *arguments, **options):
+        sent.append((trace, send(endpoint, trace, *arguments, **options)))
+
+    monkeypatch.setattr(experiment, "send_load", noted)
+    with lab.serve(profile, "bf16", log_path=tmp_path / "server.log") as server:
+        experiment.warm_up(server)
+    ((trace, outcome),) = sent
+    assert list(zip(trace.prompt_tokens, trace.output_tokens, strict=True)) == lengths
+    assert not any(one.error for one in outcome.outcomes)
+    measured = experiment.trace_for(profile, lab.Level(variant="bf16", rate=1, requests=min(warmup, 3)))
+    assert not set(trace.prompts) & set(measured.prompts)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ EXAMPLES = {
         fp8lab load-test --base-url http://127.0.0.1:8000 --model NAME --rate 50 --out results/50
         fp8lab load-test --base-url https://HOST/v1 --model NAME --api-key-env MY_KEY --chat --rate 5 --out results/chat
         fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
+        fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
         fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
     """,
     "claims": """
@@ -291,14 +292,25 @@ def _parser() -> argparse.ArgumentParser:
         help="rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
     )
     load.add_argument(
-        "--max-concurrency", type=int, metavar="N", help="cap on requests in flight; makes the level closed-loop"
+        "--max-concurrency",
+        type=int,
+        metavar="N",
+        help="cap on requests in flight; what is due beyond it waits for a slot: the level is closed-loop",
     )
     load.add_argument(
         "--idle-timeout",
         type=float,
         default=60.0,
         metavar="S",
-        help="a stream without a byte for so long has failed (default 60)",
+        help="a request without a byte of its answer for so long has failed, also one that is queued (default 60)",
+    )
+    load.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="what is still in flight so long after the last request was sent has failed; in a closed loop, while "
+        "requests wait for a slot, so long after anything came back (default 600)",
     )
     load.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
     load.add_argument("--seed", type=int, default=0, metavar="S")

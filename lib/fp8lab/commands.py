@@ -188,13 +188,13 @@ def load_test(args) -> int:
         rate = math.inf if args.rate is None else args.rate
         due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
         name = "all at once" if math.isinf(rate) else f"{rate:g} req/s"
-    if args.max_concurrency:
+    if args.max_concurrency is not None:
         name = f"{name}, closed loop at {args.max_concurrency}"
     with told(out):
         out.mkdir(parents=True, exist_ok=True)
     summary, records, tokens, _ = measure_level(
         endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
-        exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout,
+        exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout, drain_timeout_s=args.drain_timeout,
     )  # fmt: skip
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)

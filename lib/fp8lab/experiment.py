@@ -22,7 +22,7 @@ from .server import launch
 from .server.command import served_model
 from .server.launch import Server
 from .text import visible
-from .traces import Trace, arrival_times, named_trace, sharegpt_like
+from .traces import Trace, arrival_times, named_trace
 
 # What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
 _PATIENCE_S = 300.0
@@ -53,15 +53,30 @@ def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) 
 
 
 def trace_for(profile: Profile, level: Level) -> Trace:
-    """The trace of a level: every variant gets the same one, each repeat its own seed."""
+    """The trace of a level: every variant gets the same one, each repeat its own seed. Raises BadInput for a file that
+    cannot be read, is too short, or holds arrival times."""
+    trace = _trace(profile, level.variant, level.requests, _seed(profile, level))
+    _check_times(trace)
+    return trace
+
+
+def _trace(profile: Profile, variant: str, requests: int | None, seed: int) -> Trace:
     workload = profile.workload
     tokenizer = workload.tokenizer or None
     if workload.trace.endswith(".json") and not tokenizer:
-        tokenizer = served_model(profile, level.variant)
+        tokenizer = served_model(profile, variant)
     return named_trace(
-        workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
+        workload.trace, requests, seed=seed, tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
     )  # fmt: skip
+
+
+def _check_times(trace: Trace) -> None:
+    if trace.arrival_s is not None:
+        raise BadInput(
+            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
+            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
+        )
 
 
 def load_test(
@@ -76,7 +91,8 @@ def load_test(
 ) -> LevelResult:
     """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
 
-    `trace` defaults to the profile's, with `requests` requests (default 1000). With a `run` the result is
+    `trace` defaults to the profile's, with `requests` requests (default 1000); one with arrival times of its own is
+    refused (BadInput). With a `run` the result is
     stored there, and a level that the run already holds is returned instead of measured. A server that dies or
     hangs ends the level early: its records are kept, and it is invalid. Raises RunMismatch when the run was made with
     another profile, or holds this level with other requests; InUse when another process writes to the run.
@@ -90,6 +106,7 @@ def load_test(
     if run is not None:
         run.check_profile(server.profile)
     trace = trace or trace_for(server.profile, level)
+    _check_times(trace)
     with run.locked() if run is not None else contextlib.nullcontext():
         if run is not None and run.has(level, trace):
             StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
@@ -101,11 +118,15 @@ def load_test(
 
 
 def warm_up(server: Server | RecordedServer) -> None:
-    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation."""
-    profile = server.profile
-    if isinstance(server, RecordedServer) or not profile.workload.warmup_requests:
+    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation, of shapes
+    like theirs. They are the workload's own, from another seed, with answers of 16 tokens at most; of a file, all that
+    it has where it has fewer."""
+    profile, requests = server.profile, server.profile.workload.warmup_requests
+    if isinstance(server, RecordedServer) or not requests:
         return
-    trace = sharegpt_like(profile.workload.warmup_requests, seed=profile.workload.seed + 10_000)
+    drawn = not profile.workload.trace.endswith((".csv", ".json"))
+    trace = _trace(profile, server.variant, requests if drawn else None, profile.workload.seed + 10_000)
+    trace = trace.head(min(requests, len(trace)))
     short = dataclasses.replace(trace, output_tokens=tuple(min(n, 16) for n in trace.output_tokens))
     send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
 
@@ -151,6 +172,9 @@ def measure(
     asked = _levels(profile, protocols)
     with run.locked():
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
+        todo = [] if run.read_only else [level for level in asked if not run.has(level)]
+        if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
+            trace_for(profile, longest)  # what is wrong with a trace, it says now
         for level in asked:
             if level not in anew and run.has(level, None if run.read_only else trace_for(profile, level)):
                 run.read(level)

@@ -5,6 +5,7 @@ Log-probabilities of a prompt come with `/v1/completions`; one token is generate
 Requests go out from threads, so that a notebook's own event loop is left alone.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ import orjson
 import pandas as pd
 
 from ..errors import BadInput, LevelFailed
+from ..progress import StatusLine
 from .stream import Endpoint
 
 _TIMEOUT_S = 600
+# What passes (a restarting proxy, a full queue) is asked again after so many seconds each.
+_PAUSES_S = (1.0, 2.0, 4.0)
 Progress = Callable[[int, int], None]
 
 
@@ -136,12 +140,16 @@ def _unpack(tokens: Sequence[int], rows: Sequence[dict], top: int) -> tuple[np.n
 
 
 def _has_chat_template(endpoint: Endpoint) -> bool:
+    """Only a refusal of the request itself (400) says that it has none: anything else might pass, and then one variant
+    would be asked otherwise than the next."""
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     with _client(endpoint, 1) as http:
-        try:
-            return http.post("/v1/chat/completions", json=body).is_success
-        except httpx.HTTPError as error:
-            raise LevelFailed(f"{endpoint.base_url} did not answer: {error!r}") from None
+        response = _reply(http, "/v1/chat/completions", body)
+        if response.status_code != 400:
+            _checked(response)
+            return True
+    StatusLine().done(f"{endpoint.model}: asked to go on with each prompt, for it has no chat: {response.text[:300]}")
+    return False
 
 
 def _each(endpoint: Endpoint, work: Callable, count: int, in_flight: int, progress: Progress) -> list:
@@ -167,12 +175,27 @@ def _client(endpoint: Endpoint, connections: int) -> Iterator[httpx.Client]:
 
 
 def _post(http: httpx.Client, path: str, body: dict) -> dict:
+    return orjson.loads(_checked(_reply(http, path, body)).content)
+
+
+def _reply(http: httpx.Client, path: str, body: dict, pauses: Sequence[float] | None = None) -> httpx.Response:
+    """The server's reply; a broken connection, a 429 or a 5xx is tried again. Raises LevelFailed when none comes."""
+    pauses = _PAUSES_S if pauses is None else pauses
     try:
         response = http.post(path, content=orjson.dumps(body), headers={"Content-Type": "application/json"})
+        if not pauses or not (response.status_code == 429 or response.is_server_error):
+            return response
     except httpx.HTTPError as error:
-        raise LevelFailed(f"{http.base_url}{path.lstrip('/')} did not answer: {error!r}") from None
+        if not pauses or isinstance(error, httpx.TimeoutException):
+            raise LevelFailed(f"{str(http.base_url).rstrip('/')}{path} did not answer: {error!r}") from None
+    time.sleep(pauses[0])
+    return _reply(http, path, body, pauses[1:])
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    """The reply of a request that was granted. Raises BadInput for an unknown path, LevelFailed for a refusal."""
     if response.status_code in (404, 405):
-        raise BadInput(f"{http.base_url}{path.lstrip('/')} is unknown there; quality needs vLLM's own server")
+        raise BadInput(f"{response.url} is unknown there; quality needs vLLM's own server")
     if not response.is_success:
-        raise LevelFailed(f"{http.base_url}{path.lstrip('/')} refused: {response.status_code} {response.text[:300]}")
-    return orjson.loads(response.content)
+        raise LevelFailed(f"{response.url} refused: {response.status_code} {response.text[:300]}")
+    return response

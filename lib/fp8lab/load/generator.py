@@ -21,6 +21,8 @@ from .team import ClientReport, Team
 # A worker parses about 40,000 chunks/s on a server core; a quarter of that leaves its timestamps undisturbed.
 _CHUNKS_PER_S_PER_WORKER = 10_000
 _BURST_CHUNKS_PER_S = 25_000
+# One stream gives no more, whatever the server: it caps what a closed loop can bring.
+_CHUNKS_PER_S_PER_STREAM = 500
 _BUSY_CORE = 0.90
 _STALL_MS = 1000.0
 _LAG_FLOOR_MS = 5.0
@@ -29,7 +31,8 @@ _LAG_SHARE_OF_TTFT = 0.05
 
 @dataclass(frozen=True)
 class Progress:
-    """A level while it runs; times in model seconds. `ttft_ms` is the mean so far, nan before the first token."""
+    """A level while it runs; times in model seconds. `ttft_ms` is the mean so far, nan before the first token; `waiting`
+    are the requests of a closed loop that are due and wait for a slot."""
 
     elapsed_s: float
     planned_s: float
@@ -40,11 +43,12 @@ class Progress:
     failed: int
     tokens_per_s: float
     ttft_ms: float
+    waiting: int = 0
 
     def __str__(self) -> str:
-        left = (
-            f", {max(0.0, self.planned_s - self.elapsed_s):.0f} s of arrivals left" if self.sent < self.requests else ""
-        )
+        left = f", {self.waiting:,} wait for a slot" if self.waiting else ""
+        if self.sent < self.requests and (seconds := self.planned_s - self.elapsed_s) > 0:
+            left += f", {seconds:.0f} s of arrivals left"
         failed = f", {self.failed} FAILED" if self.failed else ""
         return (
             f"{self.sent}/{self.requests} sent, {self.in_flight} in flight, {self.done} done{failed}, "
@@ -89,9 +93,9 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    `max_concurrency` caps what is in flight, which makes the level closed-loop. A request fails after
-    `idle_timeout_s` without a connection or a byte, and `drain_timeout_s` after the last arrival all that still run
-    or wait for their turn do. Once `problem()`, which must not wait, says why it should, the level ends early. A
+    `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot. A
+    request fails after `idle_timeout_s` without a connection or a byte, and all that still run do `drain_timeout_s`
+    after the last one was sent; while some wait for a slot, after as long without anything coming back. Once `problem()`, which must not wait, says why it should, the level ends early. A
     failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
     LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending
     the workers.
@@ -103,21 +107,26 @@ def send_load(
     for name, value in (("workers", workers), ("max_concurrency", max_concurrency)):
         if value is not None and value < 1:
             raise BadInput(f"{name} {value} is below 1")
+    for name, seconds in (("idle_timeout_s", idle_timeout_s), ("drain_timeout_s", drain_timeout_s)):
+        if not seconds > 0:
+            raise BadInput(f"{name} {seconds} is not above 0 (seconds)")
     span = float(due[-1])
     if workers is None:
         tokens = sum(trace.output_tokens)
-        expected = tokens / span / time_dilation if span else _BURST_CHUNKS_PER_S / time_dilation
-        workers = default_workers(expected)
+        expected = tokens / span if span else _BURST_CHUNKS_PER_S
+        if max_concurrency:
+            expected = min(expected, max_concurrency * _CHUNKS_PER_S_PER_STREAM)
+        workers = default_workers(expected / time_dilation)
     workers = min(workers, len(trace), max_concurrency or len(trace))
     with Scratch() as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
-                     idle_timeout_s * time_dilation, (span + drain_timeout_s) * time_dilation)  # fmt: skip
+                     idle_timeout_s * time_dilation, drain_timeout_s * time_dilation)  # fmt: skip
         with team:
             team.wait_until_ready()
             start = team.start()
             team.follow(
                 start,
-                lambda now, rows: on_progress and on_progress(_progress(now, rows, team, span, time_dilation)),
+                lambda now, rows: on_progress and on_progress(_progress(now, rows, team, due, time_dilation)),
                 problem,
             )
         outcomes = team.outcomes()
@@ -147,7 +156,7 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     return problems
 
 
-def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: float) -> Progress:
+def _progress(now: float, rows: list[dict], team: Team, due: np.ndarray, dilation: float) -> Progress:
     def total(key):
         return sum(row.get(key, 0) for row in rows)
 
@@ -155,7 +164,7 @@ def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: f
     ttft = total("ttft_sum") / dilation / total("first_tokens") if total("first_tokens") else math.nan
     return Progress(
         elapsed_s=elapsed,
-        planned_s=span,
+        planned_s=float(due[-1]),
         requests=team.requests,
         sent=total("sent"),
         in_flight=total("in_flight"),
@@ -163,4 +172,5 @@ def _progress(now: float, rows: list[dict], team: Team, span: float, dilation: f
         failed=total("failed"),
         tokens_per_s=tokens / elapsed if elapsed > 0 else 0.0,
         ttft_ms=ttft * 1e3,
+        waiting=max(0, int((due <= elapsed).sum()) - total("sent")) if team.max_concurrency else 0,
     )

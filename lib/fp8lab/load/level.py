@@ -65,28 +65,30 @@ def measure_level(
             status.done(f"{name}: stopped", chart.picture())
             raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
     # Imported here: the first request must not wait for pandas.
-    from ..measure.metrics import latencies, summarize
+    from ..measure.metrics import latencies, send_lag_ms, summarize
     from .records import to_tables
 
     records, tokens = to_tables(sent, trace, time_dilation)
-    each = latencies(records)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
     problems = [watch.problem()] if watch.problem() else _too_many(failures, sent)
     problems += clock_problems(clocks, Clocks.now())
-    problems += self_check(each["lag_ms"].to_numpy(), each["ttft_ms"].to_numpy(), sent.client)
+    problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
     summary = summarize(records, tokens) | _client(sent, len(tokens))
+    sampled = None
+    if telemetry:
+        from ..measure.metrics import completed, window_of
+        from ..measure.usage import summarize_usage
+
+        sampled, steady = telemetry.table(sent.start), window_of(summary)
+        summary |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
+        whole = (records["sent_s"].min(), completed(records)["last_token_s"].max())
+        # A server that failed or a client that stood still explains a silence: told already.
+        problems += telemetry.problems(sampled, () if problems else (whole, steady))
     summary |= {
         "failures": dict(failures.most_common(10)),
         "valid": not problems,
         "invalid_reason": "; ".join(problems) or None,
     }
-    sampled = None
-    if telemetry:
-        from ..measure.metrics import window_of
-        from ..measure.usage import summarize_usage
-
-        sampled = telemetry.table(sent.start)
-        summary |= summarize_usage(sampled, records, window_of(summary)) | {"telemetry_cpu_share": telemetry.cpu_share}
     status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 
@@ -100,9 +102,15 @@ def one_line(name: str, summary: dict) -> str:
     tpot = f", TPOT {summary['mean_tpot_ms']:.1f} ms" if summary["mean_tpot_ms"] is not None else ""
     return (
         f"{name}: {summary['request_throughput']:.1f} req/s completed{failed}, "
-        f"{summary['output_token_throughput']:,.0f} tok/s, peak {summary['peak_concurrent_requests_vllm']} in flight, "
+        f"{summary['output_token_throughput']:,.0f} tok/s, peak {_peak(summary)} in flight, "
         f"TTFT {summary['mean_ttft_ms']:.0f} ms{tpot}{verdict}"
     )
+
+
+def _peak(summary: dict) -> str:
+    """The exact peak, with vLLM's count by whole seconds where that is another; a cap is on the exact one alone."""
+    exact, by_second = summary["peak_concurrent_requests"], summary["peak_concurrent_requests_vllm"]
+    return str(exact) if summary["closed_loop"] or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
 
 
 def _too_many(failures: Counter, sent: Sent) -> list[str]:

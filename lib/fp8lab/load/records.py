@@ -12,7 +12,8 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> tuple[pd.
 
     records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked,
     output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
-    last_token_s (nan: never), finish_reason, error (None: completed).
+    last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
+    the slot that it took had become free (nan: it always was).
     tokens: request, at_s.
     """
 
@@ -33,6 +34,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> tuple[pd.
             "finish_reason": o.finish_reason,
             "error": o.error,
         }
+        | ({"slot_s": model_time(o.slot)} if sent.client.closed_loop else {})
         for o in sent.outcomes
     ]
     records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})

@@ -32,13 +32,14 @@ _MAX_IDLE_S = 4.0
 class Outcome:
     """One request as the client saw it. Times are CLOCK_MONOTONIC seconds; 0.0 is "never".
 
-    `chunks` holds the arrival time of every chunk with tokens; `output_tokens` and `prompt_tokens` are the
+    `slot` is when the slot that it took in a closed loop had become free (0.0: it always was). `chunks` holds the arrival time of every chunk with tokens; `output_tokens` and `prompt_tokens` are the
     server's own count (-1 if it gave none); `error` is None or one sentence.
     """
 
     index: int
     asked_tokens: int
     sent: float = 0.0
+    slot: float = 0.0
     chunks: array = field(default_factory=lambda: array("d"))
     prompt_tokens: int = -1
     output_tokens: int = -1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import selectors
@@ -16,6 +17,8 @@ from .stream import Outcome
 from .worker import Job, read_spool
 
 _SPARE_CONNECTIONS = 64
+# A worker that was asked to end does so in a moment.
+_END_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class ClientReport:
 class Team:
     """The worker processes of one level."""
 
-    def __init__(self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, deadline):
+    def __init__(
+        self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, drain_timeout
+    ):
         self.requests = len(trace)
         self.max_concurrency = max_concurrency
         self.processes: list[subprocess.Popen] = []
@@ -45,7 +50,7 @@ class Team:
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
         self.indices: list[list[int]] = []
         self.troubles: dict[int, str] = {}
-        self.deadline = deadline
+        self.drain = _Drain(len(trace), float(due_wall[-1]), drain_timeout)
         address = endpoint.resolve()
         burst = int((due_wall < due_wall[0] + 0.5).sum())
         # All processes start before the first job is written: a job is larger than a pipe holds, and
@@ -54,13 +59,14 @@ class Team:
             command = [sys.executable, "-c", "from fp8lab.load.worker import main; main()"]
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for worker, process in enumerate(self.processes):
-            mine = range(worker, len(trace), workers)
+            # In a closed loop each slot gets as many requests as any other: a worker with two gets twice as many.
+            mine = [i for i in range(len(trace)) if i % (max_concurrency or workers) % workers == worker]
             spool = Path(scratch) / f"worker-{worker}.spool"
             share = None if max_concurrency is None else len(range(worker, max_concurrency, workers))
             job = Job(
                 endpoint=endpoint,
                 address=address,
-                indices=list(mine),
+                indices=mine,
                 requests=[endpoint.request_bytes(trace.prompts[i], trace.output_tokens[i]) for i in mine],
                 asked_tokens=[trace.output_tokens[i] for i in mine],
                 due_s=[float(due_wall[i]) for i in mine],
@@ -68,7 +74,6 @@ class Team:
                 connections=min(len(mine), share or len(mine), burst // workers + _SPARE_CONNECTIONS),
                 exact_tokens=exact,
                 idle_timeout_s=idle_timeout,
-                deadline_s=deadline,
                 spool=str(spool),
             )
             self.spools.append(spool)
@@ -107,7 +112,9 @@ class Team:
         return start
 
     def follow(self, start: float, on_tick, problem) -> None:
-        """Reads the workers' lines until each has ended or died; asks them to end once `problem()` is not None."""
+        """Reads the workers' lines until each has ended or died; asks them to end once `problem()` is not None or the
+        level's time is over."""
+        asked = math.inf
         with selectors.DefaultSelector() as selector:
             for number, process in enumerate(self.processes):
                 os.set_blocking(process.stdout.fileno(), False)
@@ -127,17 +134,20 @@ class Team:
                         if self.ends[number] is None:
                             code = self.processes[number].wait()
                             self.troubles[number] = f"died (exit code {code})"
-                if problem():
-                    self.end_early()
                 now = time.monotonic() - start
                 on_tick(now, self.last)
-                if now > self.deadline + 30:
-                    raise LevelFailed("the load workers did not end after the level's deadline")
+                why = self.drain.out_of_time(now, self.last)
+                if problem() or why:
+                    self.end_early(why)
+                    asked = min(asked, now)
+                if now > asked + _END_S:
+                    raise LevelFailed(f"the load workers did not end within {_END_S:.0f} s when they were asked to")
 
-    def end_early(self) -> None:
-        """The workers send no more and fail what is still in flight. May be called twice."""
+    def end_early(self, why: str = "") -> None:
+        """The workers send no more and fail what is still in flight, `why` added to each reason. May be called twice."""
         for process in self.processes:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or was asked before
+                process.stdin.write(why.encode())
                 process.stdin.close()
 
     def _line(self, number: int, message: dict) -> None:
@@ -172,6 +182,30 @@ class Team:
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
         )
+
+
+class _Drain:
+    """When a level has taken too long; all times in wall seconds from its start.
+
+    What is in flight may take `timeout` from the moment when the last request was sent. While some still wait for a
+    slot of a closed loop, that time begins anew with whatever comes back.
+    """
+
+    def __init__(self, requests: int, last_due: float, timeout: float):
+        self._requests, self._timeout = requests, timeout
+        self._since, self._sent, self._seen = last_due, 0, None
+
+    def out_of_time(self, now: float, rows: list[dict]) -> str:
+        """Why the level should end, as the end of a sentence; empty while it should not."""
+        sent, *others = (
+            sum(row.get(key, 0) for row in rows) for key in ("sent", "done", "failed", "tokens", "streaming")
+        )
+        if self._sent < self._requests and (sent, others) != self._seen:
+            self._since, self._sent, self._seen = max(self._since, now), sent, (sent, others)
+        if now - self._since <= self._timeout:
+            return ""
+        what = "the last request was sent" if self._sent == self._requests else "anything came back"
+        return f", {self._timeout:g} s after {what}; to wait longer: load-test --drain-timeout"
 
 
 def busiest_second(marks: list[tuple[float, float]]) -> float | None:

@@ -3,7 +3,8 @@
 The GPU's shares, power and clock (NVML) are read five times a second, CPU times twice, its memory, energy counter and
 power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full front end answers
 late, and the other samples must not wait for it. The energy counter is read once more at the end: it then encloses the
-level. The threads measure their own cost. Verdicts are drawn elsewhere (`measure/bottleneck.py`).
+level. The threads measure their own cost, and `problems` says where they saw too little. Verdicts are drawn elsewhere
+(`measure/bottleneck.py`).
 """
 
 import contextlib
@@ -18,11 +19,19 @@ import psutil
 from ..gpu import GpuReader
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 PERIOD_S = 0.2
 CPU_PERIOD_S = 0.5
 SLOW_PERIOD_S = 1.0
+# A sample stands for the time up to the next one, if that comes within so many periods: a busy machine is often late.
+_LATE = 3
+# Verdicts tell a share of 0.85 from one of 0.95 (`measure/bottleneck.py`). What nobody saw may have been anything, so
+# more of it than lies between the two leaves a mean on either side.
+_UNSEEN = 0.10
+# The server's answer is waited for 4 s (`server/ask.py`); a thread that takes longer to end hangs.
+_END_S = 10.0
 
 # vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
 SERVER_COLUMNS = {
@@ -34,6 +43,16 @@ SERVER_COLUMNS = {
     "vllm:generation_tokens_total": "generation_tokens",
 }
 ROLES = ("frontend", "engine", "client")
+# What verdicts rest on: the column, who is asked for it, how often.
+_WATCHED = (
+    ("gpu_util", "the GPU's load", PERIOD_S),
+    ("gpu_power_w", "the GPU's power", PERIOD_S),
+    ("gpu_energy_j", "the GPU's energy counter", SLOW_PERIOD_S),
+    ("gpu_sm_mhz", "the GPU's clock", SLOW_PERIOD_S),
+    ("frontend_cpu", "the front end's CPU time", CPU_PERIOD_S),
+    ("engine_cpu", "the engine's CPU time", CPU_PERIOD_S),
+    ("running", "the server's /metrics", SLOW_PERIOD_S),
+)
 
 
 class Telemetry:
@@ -51,9 +70,11 @@ class Telemetry:
         self._rows: list[dict] = []
         self._stop = threading.Event()
         self._cpu_s: list[float] = []
+        self._ended: list[str] = []
+        self._answered, self._unanswered = False, ""
         self._threads = [
-            threading.Thread(target=self._timed, args=(sample,), name="telemetry", daemon=True)
-            for sample in (self._sample_machine, self._sample_server)
+            threading.Thread(target=self._timed, args=(sample, what), name=f"telemetry of {what}", daemon=True)
+            for sample, what in ((self._sample_machine, "the machine"), (self._sample_server, "the server"))
         ]
         self._last_cpu: dict[int, tuple[float, float]] = {}
         self._workers: list[psutil.Process] = []
@@ -68,26 +89,50 @@ class Telemetry:
     def __exit__(self, *_exc) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(_END_S)
+            if thread.is_alive():
+                self._ended.append(f"{thread.name} hung")
         self.cpu_share = sum(self._cpu_s) / (time.monotonic() - self._began)
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
-        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w; running, waiting, kv_cache_usage (0 to 1),
-        preemptions, prompt_tokens, generation_tokens (counters); for frontend, engine and client:
-        <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
+        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w;
+        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens (counters); for frontend,
+        engine and client: <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
         """
         import pandas as pd
 
         columns = ["at_s", *GpuReader.COLUMNS, *SERVER_COLUMNS.values()]
         columns += [f"{role}_{what}" for role in ROLES for what in ("cpu", "cpu_max")]
-        table = pd.DataFrame(self._rows, columns=columns).astype("float64")
+        table = pd.DataFrame(list(self._rows), columns=columns).astype("float64")
         table["at_s"] = (table["at_s"] - start) / self._dilation
         return table.sort_values("at_s", ignore_index=True)
 
-    def _timed(self, sample: Callable[[], None]) -> None:
-        sample()
-        self._cpu_s.append(time.thread_time())
+    def problems(self, table: "pd.DataFrame", windows: Iterable[tuple[float, float]]) -> list[str]:
+        """Why this telemetry cannot say what limited the level, in words; empty when it can.
+
+        `table` is that of `table()`; each of `windows` is a (begin, end) in its time of which means are taken. A thread
+        that failed is always told; a source that fell silent, when that leaves more than a tenth of a window unseen.
+        What never was there to be sampled (no GPU, statistics switched off) is no fault: verdicts then say so.
+        """
+        said = list(self._ended)
+        for column, who, period in _WATCHED:
+            seen = table.loc[table[column].notna(), "at_s"].to_numpy()
+            why = self._unanswered if column == "running" else ""
+            if seen.size or (why and not self._answered):
+                late = _LATE * period / self._dilation
+                unseen = max((_unseen(seen, *window, late) for window in windows), default=0.0)
+                if unseen > _UNSEEN:
+                    said.append(f"{who} gave no sample for {unseen:.0%} of the time{f' ({why})' if why else ''}")
+        return [f"what limited the level was not watched: {one}; measure it again" for one in said]
+
+    def _timed(self, sample: Callable[[], None], what: str) -> None:
+        try:
+            sample()
+        except BaseException as error:  # nothing else would tell: a thread's end is nobody's exception
+            self._ended.append(f"telemetry of {what} ended with {error!r}")
+        finally:
+            self._cpu_s.append(time.thread_time())
 
     def _sample_machine(self) -> None:
         next_slow, next_cpu = 0.0, 0.0
@@ -110,9 +155,12 @@ class Telemetry:
     def _sample_server(self) -> None:
         while self._metrics:
             asked = time.monotonic()
-            with contextlib.suppress(OSError):
+            try:
                 counters = parse_metrics(self._metrics())
                 self._rows.append({"at_s": time.monotonic()} | counters)
+                self._answered = True
+            except OSError as error:
+                self._unanswered = str(error)
             if self._stop.wait(max(0.0, SLOW_PERIOD_S - (time.monotonic() - asked))):
                 break
 
@@ -148,6 +196,15 @@ def parse_metrics(text: str) -> dict[str, float]:
                 with contextlib.suppress(ValueError):
                     found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
     return found
+
+
+def _unseen(at: "np.ndarray", begin: float, end: float, late: float) -> float:
+    """The share (0 to 1) of the time from `begin` to `end` that lies more than `late` behind the latest sample of `at`;
+    0 when there is no such time."""
+    import numpy as np
+
+    gaps = np.diff(np.concatenate([[begin], at[(at > begin) & (at < end)], [end]]))
+    return float(np.clip(gaps - late, 0, None).sum() / (end - begin)) if end > begin else 0.0
 
 
 def _by_role(pids: Iterable[int]) -> dict[str, list[psutil.Process]]:

@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from time import monotonic
 
@@ -29,6 +30,7 @@ _EARLY_S = 0.0005
 _ENDLESS_CHUNKS = 10_000
 # Opening ahead only spares the first requests a wait; what does not open soon is tried again when it is needed.
 _OPEN_AHEAD_S = 5.0
+RAISE_IDLE_TIMEOUT = "; to wait longer: load-test --idle-timeout"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Job:
     connections: int
     exact_tokens: bool
     idle_timeout_s: float
-    deadline_s: float
     spool: str
 
 
@@ -55,14 +56,16 @@ class Worker:
         self.idle: list[Connection] = []
         self.busy: set[Connection] = set()
         self.opening: set[asyncio.Task] = set()
-        self.deadline = math.inf
         self.ended: list[Outcome] = []
         self.counts = dict.fromkeys(("sent", "done", "failed", "tokens", "first_tokens"), 0)
         self.ttft_sum = 0.0
         self.stall_s = 0.0
+        # When each free slot of a closed loop became free.
+        self.slots = deque([0.0] * (job.max_concurrency or 0))
         self.slot = asyncio.Event()
         self.all_done = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.out_of_time = ""
         self.trouble: str | None = None
         self.spool = open(job.spool, "ab", buffering=1 << 20)  # noqa: SIM115 - closed in run()
 
@@ -72,7 +75,6 @@ class Worker:
         start = await self.wait_for_start()
         if start is None:
             return
-        self.deadline = start + self.job.deadline_s
         cpu = time.process_time()
         # A collection in the middle of a level would stall every stream; the records have no cycles.
         gc.disable()
@@ -80,7 +82,7 @@ class Worker:
         pulse = asyncio.create_task(self.pulse())
         try:
             await self.send_all(start)
-            await self.first_of(self.all_done, self.stopping, timeout=self.deadline - monotonic())
+            await self.first_of(self.all_done, self.stopping)
             await self.fail_unfinished()
         finally:
             ticker.cancel()
@@ -95,7 +97,7 @@ class Worker:
 
     async def fail_unfinished(self) -> None:
         for connection in list(self.busy):
-            connection.fail("not finished when the level ended")
+            connection.fail(f"not finished when the level ended{self.out_of_time}")
         for task in self.opening:
             task.cancel()
         if self.opening:
@@ -114,7 +116,7 @@ class Worker:
 
     async def connect(self, within_s: float) -> Connection:
         """Raises OSError, also when the server does not accept in time: a full queue of it leaves one waiting."""
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(within_s if math.isfinite(within_s) else None):
             return await connect(self.job.endpoint, self.job.address, self.on_end)
 
     async def wait_for_start(self) -> float | None:
@@ -128,9 +130,10 @@ class Worker:
         return float(line)
 
     def on_stdin(self) -> None:
-        if not os.read(0, 4096):
-            asyncio.get_running_loop().remove_reader(0)
-            self.stopping.set()
+        """The generator says that the level's time is over, and what to do about it; or it closes, or is gone."""
+        self.out_of_time = os.read(0, 4096).decode()
+        asyncio.get_running_loop().remove_reader(0)
+        self.stopping.set()
 
     async def send_all(self, start: float) -> None:
         job, limit = self.job, self.job.max_concurrency
@@ -139,22 +142,19 @@ class Worker:
             while (wait := start + due - monotonic()) > _EARLY_S and not self.stopping.is_set():
                 await self.first_of(self.stopping, timeout=wait) if wait > 1.0 else await asyncio.sleep(wait)
                 burst = 0
-            while limit and len(self.busy) + len(self.opening) >= limit and not self.ending():
+            while limit and not self.slots and not self.stopping.is_set():
                 self.slot.clear()
-                await self.first_of(self.slot, self.stopping, timeout=self.deadline - monotonic())
-            if self.ending():
+                await self.first_of(self.slot, self.stopping)
+            if self.stopping.is_set():
                 self.finish_unsent(index)
                 return
-            self.start_request(request, Outcome(index, asked))
+            self.start_request(request, Outcome(index, asked, slot=self.slots.popleft() if limit else 0.0))
             burst += 1
             if burst % 64 == 0:
                 await asyncio.sleep(0)  # a burst must not keep the answers waiting
 
-    def ending(self) -> bool:
-        return self.stopping.is_set() or monotonic() >= self.deadline
-
     def finish_unsent(self, index: int) -> None:
-        why = "was stopped" if self.stopping.is_set() else "ended before its turn"
+        why = f"ended before its turn{self.out_of_time}" if self.out_of_time else "was stopped"
         for unsent in self.job.indices[self.job.indices.index(index) :]:
             self.record(Outcome(unsent, 0, error=f"not sent: the level {why}"))
 
@@ -178,10 +178,11 @@ class Worker:
         try:
             connection = await self.connect(within)
         except OSError as error:
-            outcome.error = f"no connection: {error.strerror or str(error) or f'not accepted within {within:g} s'}"
+            late = f"not accepted within {within:g} s{RAISE_IDLE_TIMEOUT}"
+            outcome.error = f"no connection: {error.strerror or str(error) or late}"
             self.record(outcome)
         except asyncio.CancelledError:
-            outcome.error = "no connection: not accepted when the level ended"
+            outcome.error = f"no connection: not accepted when the level ended{self.out_of_time}"
             self.record(outcome)
         else:
             self.busy.add(connection)
@@ -208,7 +209,9 @@ class Worker:
         if outcome.chunks:
             self.counts["first_tokens"] += 1
             self.ttft_sum += outcome.chunks[0] - outcome.sent
-        self.slot.set()
+        if self.job.max_concurrency and outcome.sent:
+            self.slots.append(monotonic())
+            self.slot.set()
         if self.counts["done"] + self.counts["failed"] == len(self.job.indices):
             self.all_done.set()
 
@@ -218,7 +221,8 @@ class Worker:
             await asyncio.sleep(TICK_S)
             now = monotonic()
             for connection in [c for c in self.busy if now - c.last_bytes > self.job.idle_timeout_s]:
-                connection.fail(f"no bytes for {self.job.idle_timeout_s:g} s")
+                queued = "" if connection.outcome.chunks else ", the request was still queued"
+                connection.fail(f"no bytes for {self.job.idle_timeout_s:g} s{queued}{RAISE_IDLE_TIMEOUT}")
             for connection in [c for c in self.busy if c.outcome and len(c.outcome.chunks) > endless(c.outcome)]:
                 connection.fail(f"more than {endless(connection.outcome)} chunks; the stream does not end")
             self.flush()

@@ -17,7 +17,7 @@ _STEADY = (0.2, 0.8)
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
     """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms.
 
-    TPOT = (E2EL - TTFT) / (output tokens - 1). The lag is how late the client sent the request.
+    TPOT = (E2EL - TTFT) / (output tokens - 1). The lag is how long after its scheduled instant the request was sent.
     """
     done = completed(records)
     ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
@@ -33,6 +33,14 @@ def latencies(records: pd.DataFrame) -> pd.DataFrame:
             "lag_ms": lag,
         }
     )
+
+
+def send_lag_ms(records: pd.DataFrame) -> pd.Series:
+    """How late the client sent each completed request after the moment when it could, in ms: when it was due and, in a
+    closed loop, had its slot. Waiting for a slot is the loop's doing, not the client's."""
+    done = completed(records)
+    could = done.reindex(columns=["scheduled_s", "slot_s"]).max(axis=1)
+    return (done["sent_s"] - could) * 1e3
 
 
 def completed(records: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +179,7 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
     pooled["itl"] = inter_token_ms(tokens, records)
     for name, values in pooled.items():
         summary |= _spread(name, np.asarray(values, dtype=float))
-    lag = each["lag_ms"].to_numpy()
+    lag = send_lag_ms(records).to_numpy()
     summary["schedule_lag_p99_ms"] = float(np.percentile(lag, 99)) if lag.size else None
     return summary
 

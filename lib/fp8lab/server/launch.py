@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from .. import gpu
-from ..errors import Stopped
+from ..errors import InUse, Stopped
 from ..files import told
 from ..locks import Lock
 from ..paths import cache_dir
@@ -39,7 +39,8 @@ _HANG_S = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class ServerInfo:
-    """What a start came to: the exact command, what vLLM reports of memory, and the seconds it took."""
+    """What a start came to: the exact command, what vLLM reports of memory, and the seconds it took. `gpu_doubt` says
+    why it is not certain that the server had the GPU for itself; empty when it is, or without a GPU."""
 
     variant: str
     command: tuple[str, ...]
@@ -48,6 +49,7 @@ class ServerInfo:
     kv_cache_tokens: int | None
     model_memory_gib: float | None
     emulated: bool
+    gpu_doubt: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table: what the start came to."""
@@ -55,6 +57,7 @@ class ServerInfo:
             ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
             ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
             ("start-up", f"{self.startup_s:.0f} s"),
+            *([("alone on the GPU", f"not certain: {self.gpu_doubt}")] if self.gpu_doubt else []),
         ]
 
 
@@ -70,6 +73,7 @@ class Server:
         self._watchdog: subprocess.Popen | None = None
         self._gpu_lock: Lock | None = None
         self._gpu_pids: set[int] = set()
+        self._idle_pids: set[int] = set()
         self._processes: list[psutil.Process] = []
         self._memory_before: float | None = None
         self._secrets: Mapping[str, str] = {}
@@ -133,9 +137,8 @@ class Server:
             return None
         if self._memory_before is not None and gpu.memory_used_gib() is None:
             return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
-        new = [o for o in gpu.occupants() if o.pid not in self._gpu_pids]
-        held = "; ".join(place.describe(o.pid, o.memory_gib) for o in new)
-        return f"another job came onto the GPU: {held}" if new else None
+        others, _, _ = place.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before)
+        return f"another job came onto the GPU: {'; '.join(others)}" if others else None
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
@@ -225,6 +228,7 @@ class Server:
         if self.profile.device == "cuda":
             self._gpu_lock = place.take_gpu(f"{self.variant} of profile {self.profile.name}")
             self._memory_before = gpu.memory_used_gib()
+            self._idle_pids = {o.pid for o in gpu.occupants()}
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
         self._scratch = Scratch()
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
@@ -236,11 +240,12 @@ class Server:
         )  # fmt: skip
 
     def _take_stock(self, command: list[str], extra: Mapping[str, str], seconds: float) -> None:
-        """What the ready server is: its processes, those on the GPU, what it says of memory."""
+        """What the ready server is: its processes, those on the GPU, what it says of memory. Raises InUse when another
+        job came onto the GPU meanwhile."""
         for pid in self.pids():
             with contextlib.suppress(psutil.NoSuchProcess):  # a helper that has ended since
                 self._processes.append(psutil.Process(pid))
-        self._gpu_pids = {o.pid for o in gpu.occupants()} if self._gpu_lock else set()
+        doubt = self._take_stock_of_gpu() if self._gpu_lock else ""
         self._heard_at = time.monotonic()
         said = log.reported(self.log())
         self.info = ServerInfo(
@@ -251,7 +256,22 @@ class Server:
             said.kv_cache_tokens,
             said.model_memory_gib,
             self.profile.emulated,
+            doubt,
         )
+
+    def _take_stock_of_gpu(self) -> str:
+        """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
+        mine = {process.pid for process in leftovers.with_descendants(self.pids())}
+        others, self._gpu_pids, doubt = place.others_on_gpu(
+            mine, self._idle_pids, self._memory_before, place.cuda_processes(mine)
+        )
+        if others:
+            self._memory_before = None  # what stays in use is theirs
+            raise InUse(
+                f"another job came onto the GPU while the {self.variant} server started: {'; '.join(others)}; wait until "
+                "it has ended, or choose another card (CUDA_VISIBLE_DEVICES)"
+            )
+        return doubt
 
     def _wait_for_memory(self) -> None:
         if self._memory_before is None:

@@ -67,7 +67,7 @@ def find(id: str) -> Leftover | None:
 def stop(server: Leftover) -> None:
     """SIGTERM to all of the server's processes and what descends from them; SIGKILL to those still there after ten
     seconds, and to what they started meanwhile, until nothing is left."""
-    processes = _processes(server.pids)
+    processes = with_descendants(server.pids)
     for process in processes:
         _quietly(process.terminate)
         _quietly(process.resume)  # a suspended one takes no other signal
@@ -83,7 +83,7 @@ def stop(server: Leftover) -> None:
 
 def _remaining(id: str) -> list[psutil.Process]:
     left = find(id)
-    return _processes(left.pids) if left else []
+    return with_descendants(left.pids) if left else []
 
 
 def _details(value: str) -> dict | None:
@@ -126,7 +126,7 @@ def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
     )
 
 
-def _processes(pids) -> list[psutil.Process]:
+def with_descendants(pids) -> list[psutil.Process]:
     """The processes `pids` and all below them: a child that cleared its environment carries no mark."""
     processes = {}
     for pid in pids:

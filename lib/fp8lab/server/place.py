@@ -1,9 +1,11 @@
 """Whether a server may start here: its port, its GPU, and what earlier starts left behind."""
 
 import contextlib
+import os
 import pwd
 import socket
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -96,6 +98,45 @@ def check_gpu() -> None:
             f"{used:.1f} GiB of the GPU's memory are held by processes that cannot be seen from here; "
             "see `nvidia-smi` on the host, or choose another card (CUDA_VISIBLE_DEVICES)"
         )
+
+
+def others_on_gpu(
+    mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0
+) -> tuple[list[str], set[int], str]:
+    """(who beside a server computes on the GPU, in words; the pids there that are the server's; why that is not
+    certain, or "").
+
+    `mine` are the server's processes, `idle` the pids that were on the card before it and held next to nothing, beside
+    `before_gib` of memory in use. NVML names a process by its pid here, or, in a container under an older driver, by
+    the host's: of those, up to `nameless` may be the server's. Or it names none.
+    """
+    there = [o for o in gpu.occupants() if o.pid not in idle or (o.memory_gib or 0.0) > _IDLE_GIB]
+    ours = [o for o in there if o.pid in mine]
+    # Pids of the host are large numbers: that one of them is by chance another process's here is next to impossible.
+    others = [o for o in there if o.pid not in mine and psutil.pid_exists(o.pid)]
+    unknown = [o for o in there if o.pid not in mine and not psutil.pid_exists(o.pid)]
+    doubt = ""
+    if ours or len(unknown) > nameless:
+        others += unknown
+    else:
+        ours = unknown
+        doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
+    said = [describe(o.pid, o.memory_gib) for o in others]
+    used, held = gpu.memory_used_gib(), [o.memory_gib for o in (*ours, *others)]
+    if ours and None not in (used, before_gib, *held) and (hidden := used - before_gib - sum(held)) > _IDLE_GIB:
+        said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
+    return said, {o.pid for o in ours}, doubt
+
+
+def cuda_processes(pids: Collection[int]) -> int:
+    """How many of the processes `pids` have CUDA's memory open; all of them count where that cannot be seen."""
+
+    def opened(pid: int) -> bool:
+        with contextlib.suppress(OSError):  # it ended, or may not be looked into
+            return any(os.path.realpath(entry) == "/dev/nvidia-uvm" for entry in Path(f"/proc/{pid}/fd").iterdir())
+        return False
+
+    return sum(map(opened, pids)) or len(pids)
 
 
 def warn_of_leftovers() -> None:
