@@ -22,7 +22,7 @@ from .server import launch
 from .server.command import served_model
 from .server.launch import Server
 from .text import visible
-from .traces import Trace, arrival_times, named_trace, sharegpt_like
+from .traces import Trace, arrival_times, is_file, named_trace, sharegpt_like
 
 # What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
 _PATIENCE_S = 300.0
@@ -62,6 +62,13 @@ def trace_for(profile: Profile, level: Level) -> Trace:
         workload.trace, level.requests, seed=_seed(profile, level), tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
     )  # fmt: skip
+
+
+def check_trace(profile: Profile, levels: Sequence[Level]) -> None:
+    """Raises BadInput when the profile's trace file cannot be read, or holds too few requests for one of `levels`."""
+    if is_file(profile.workload.trace):
+        for level in levels:
+            trace_for(profile, level)
 
 
 def load_test(
@@ -141,6 +148,8 @@ def measure(
     asked = _levels(profile, protocols)
     if unknown := sorted(set(again) - {level.id for level in asked}):
         raise BadInput(f"no level {', '.join(unknown)} in {', '.join(protocols)} of profile {profile.name}")
+    if not run.read_only:
+        check_trace(profile, asked)
     with run.locked():
         for level_id in again:
             run.set_aside(level_id)

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..errors import Fp8labError
 from ..runs import Run, open_run
 from ..tables import Table
+from .caption import card_mark, card_note
 from .claims import claims_table
-from .fair import emulated_note
 
 
 def write_pages(folder: Path) -> None:
@@ -50,7 +50,7 @@ def _links(folder: Path, name: str, state: str) -> list[str]:
 
 
 def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
-    rows, mark = [], " (EMULATED)" if run.emulated else ""
+    rows, mark = [], f" ({word})" if (word := card_mark(run)) else ""
     for level_id, s in run.summaries().items():
         numbers = (
             (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
@@ -63,7 +63,7 @@ def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
 
 def _verdicts_of(run: Run, name: str) -> Table:
     """The claims against a job's run; every run's folder has the same name, so the job's stands in its place."""
-    caption = f"{emulated_note(run)}The published claims against {name}: {run.profile.title}"
+    caption = f"{card_note(run)}The published claims against {name}: {run.profile.title}"
     return replace(claims_table(run), caption=caption)
 
 

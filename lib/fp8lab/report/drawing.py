@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..runs import Run
+from .caption import card_mark, card_note
 from .evidence import FRONT_ENDS
 
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
@@ -28,7 +29,7 @@ class Figure:
 
 
 def new_canvas(run: Run | None, title: str, height: float = 3.8):
-    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic."""
+    """(canvas, axes) in the house's style; marked across when the run was not made on the GPU that its profile names. Without a run: arithmetic."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.4, height), layout="constrained")
@@ -37,8 +38,7 @@ def new_canvas(run: Run | None, title: str, height: float = 3.8):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-    if run and run.profile.device != "cuda":
-        mark = "EMULATED" if run.emulated else "CPU"
+    if run and (mark := card_mark(run) or ("CPU" if run.profile.device != "cuda" else "")):
         axes.text(
             0.5,
             0.5,
@@ -123,9 +123,8 @@ def plainly(value: float, _position: int) -> str:
 
 
 def caption_of(text: str, *runs: Run) -> str:
-    """`text` with what every caption says: where it comes from, and that it is emulated if it is."""
-    emulated = "EMULATED GPU, nothing measured. " if any(run.emulated for run in runs) else ""
-    return f"{emulated}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
+    """`text` with what every caption says: where it comes from, and that it is emulated, or of another card, if it is."""
+    return f"{card_note(*runs)}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
 
 
 def told_or(what: list[str], summary: str = "") -> str:
