@@ -121,7 +121,7 @@ def problem(words: Sequence[str], taken: Mapping[str, str]) -> str | None:
         if flag.name in taken:
             return f"{flag.name} is not the profile's to set: {taken[flag.name]}; leave it out"
         if any(flag.replaces(before) for before in seen):
-            return f"{flag.name}{flag.key} is given twice; vLLM would take one of them in silence: keep one"
+            return f"{flag.name}{flag.key} is given twice in one list, and vLLM would take one of them in silence; keep one"
         seen.append(flag)
     return None
 

@@ -1,7 +1,6 @@
 """The NVIDIA GPUs of this machine, through NVML. No GPU, no driver, or a card that went lost is an ordinary answer."""
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -214,18 +213,19 @@ def visible_devices(chosen: str, indices: Sequence[int], uuids: Mapping[int, str
     Numbers, or UUIDs as far as they tell one GPU from the others. What follows a GPU that is not there is not visible; one
     that is named twice leaves none (as torch/cuda/__init__.py, _parse_visible_devices, has it).
     """
-    found: list[tuple[str, int]] = []
-    if chosen.startswith("GPU-"):
-        for name in itertools.takewhile(lambda name: name.startswith("GPU-"), chosen.split(",")):
-            meant = [index for index in uuids if uuids[index].startswith(name)]
-            if len(meant) != 1:
-                break
-            found.append((name, meant[0]))
-    else:
-        for name in chosen.split(","):
-            number = re.match(r"[+-]?\d+", name.strip())
-            if number is None or int(number[0]) not in indices:
-                break
-            found.append((name.strip(), int(number[0])))
-    twice = len({index for _, index in found}) < len(found)
-    return {} if twice else dict(found)
+    named: list[str | int] = []
+    for part in chosen.split(","):
+        number = re.match(r"\+?\d+", part.strip())
+        if chosen.startswith("GPU-") and part.startswith("GPU-"):
+            named.append(part)
+        elif not chosen.startswith("GPU-") and number:
+            named.append(int(number[0]))
+        else:
+            break
+    found: dict[str, int] = {}
+    for name in named if len(set(named)) == len(named) else ():
+        meant = [index for index in indices if index == name or uuids.get(index, "").startswith(str(name))]
+        if len(meant) != 1:
+            break
+        found[str(name)] = meant[0]
+    return found if len(set(found.values())) == len(found) else {}

@@ -641,10 +641,11 @@ def _refuse_first(error: ValidationError, source: _Source) -> NoReturn:
     if kind == "unexpected_keyword_argument":
         *table, _ = at
         unknown = sorted(one["loc"][-1] for one in found if one["type"] == kind and list(one["loc"][:-1]) == table)
-        known = sorted(typing.get_type_hints(_table_at(table)).keys() - {"name" if not table else ""})
+        known = typing.get_type_hints(_table_at(table)).keys()
+        known = sorted(known if table else known - {"name"} | {"extends", "replaces"})
         source.refuse(table, f"unknown keys {unknown}; known: {known}", seen_at=at)
     if kind == "missing":
-        source.refuse(at, "is missing", seen_at=at[:-1])
+        source.refuse(at, "is missing; give it, or extend a profile that does", seen_at=at[:-1])
     if kind == "value_error":
         source.refuse(at, str(context["error"]))
     expected = _EXPECTED.get(kind, first["msg"]).format(**context)
