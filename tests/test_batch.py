@@ -75,6 +75,9 @@ def test_a_matrix_is_every_profile_with_every_workload(matrix):
     ('profiles = ["emulated-h100"]\nnotebook = "none"', "no notebook"),
     ('profiles = ["emulated-h100", "emulated-h100"]', "the same name"),
     ("profiles = [", "not valid TOML"),
+    ('profiles = ["emulated-h100"]\nworkloads = 3', "workloads: expected a table"),
+    ('profiles = ["emulated-h100"]\n[workloads.a]\ninput_tokens = "8"', "workload.input_tokens: expected a whole number"),
+    ('profiles = ["emulated-h100"]\n[workloads.a]\ntrace = "nope.csv"', "no trace file '.*/nope.csv'"),
 ])  # fmt: skip
 def test_a_matrix_that_cannot_work_is_refused_at_once(tmp_path, text, said):
     (tmp_path / "m.toml").write_text(text)
@@ -229,3 +232,28 @@ def test_the_profile_of_a_job_is_one_that_users_could_write(matrix, tmp_path):
     path.write_text(_profile_text(read, profile, workload, name))
     made = read_profile(str(path))
     assert made.workload.input_tokens == 64 and list(made.protocols) == ["as published"]
+
+
+def test_a_workloads_trace_is_relative_to_the_matrix(matrix, tmp_path, monkeypatch):
+    from fp8lab.batch import _profile_text
+
+    (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens\n" + "8,8\n" * 20)
+    matrix.write_text('profiles = ["small.toml"]\nprotocols = ["as published"]\n[workloads.mine]\ntrace = "mine.csv"\n')
+    monkeypatch.chdir("/")
+    read = load_matrix(matrix)
+    (name, profile, workload), path = read.jobs()[0], tmp_path / "job" / "profile.toml"
+    path.parent.mkdir()
+    path.write_text(_profile_text(read, profile, workload, name))
+    assert read_profile(str(path)).workload.trace == str(tmp_path / "mine.csv")
+
+
+def test_a_job_keeps_the_starts_that_its_profile_asks_for(tmp_path):
+    from fp8lab.batch import _profile_text
+
+    (tmp_path / "small.toml").write_text(PROFILE.replace("levels", "starts = 2\nlevels", 1))
+    (tmp_path / "m.toml").write_text('profiles = ["small.toml"]\nprotocols = ["as published"]')
+    read = load_matrix(tmp_path / "m.toml")
+    name, profile, workload = read.jobs()[0]
+    (tmp_path / "job.toml").write_text(_profile_text(read, profile, workload, name))
+    made = read_profile(str(tmp_path / "job.toml")).levels("as published")
+    assert [(level.repeat, level.start) for level in made] == [(1, 1), (2, 2)]

@@ -1,13 +1,22 @@
 import dataclasses
+import json
+import os
+import re
 import sys
 
 import pytest
 
 from fp8lab import gpu
 from fp8lab.errors import BadInput
-from fp8lab.paths import PROJECT
-from fp8lab.profiles import Level, Model, from_dict, load_profile, profile_names, read_profile
+from fp8lab.evaluation import default_variants
+from fp8lab.experiment import measure
+from fp8lab.files import plain
+from fp8lab.paths import DATA, PROJECT
+from fp8lab.profiles import Card, Level, Model, from_dict, load_profile, profile_names, read_profile
 from fp8lab.provenance import portable
+from fp8lab.runs import open_run
+from fp8lab.server.command import build_command
+from fp8lab.shapes import dimensions, most_running
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -85,6 +94,55 @@ def test_checkpoints_by_variant():
     ("text", "said"),
     [
         ("title = ", "not valid TOML"),
+        ('[gpu]\nbf16_flops = "989e12"', r"mine.toml: gpu.bf16_flops: expected a number, not '989e12'"),
+        ("[gpu]\nbf16_flops = nan", "mine.toml: gpu.bf16_flops: expected a finite number"),
+        ("[gpu]\nmemory_gib = -1", "mine.toml: gpu.memory_gib: expected a number above 0"),
+        ("[emulation]\nhbm_fraction = 1.5", "mine.toml: emulation.hbm_fraction: expected at most 1"),
+        ('[server]\nflags = "--enforce-eager"', "mine.toml: server.flags: expected a list, not a text"),
+        ('[variants]\nbf16 = "--dtype bfloat16"', "mine.toml: variants.bf16: expected a list, not a text"),
+        ('[variants]\nbf16 = ["--max-num-seqs", 4]', r"mine.toml: variants.bf16.1.: expected a text in quotes, not 4"),
+        ("[server.env]\nVLLM_USE_RUST_FRONTEND = 1", "server.env.VLLM_USE_RUST_FRONTEND: expected a text in quotes"),
+        ("[server]\nstart_timeout_s = 0", "mine.toml: server.start_timeout_s: expected a number above 0"),
+        ("[workload]\nseed = -1", "mine.toml: workload.seed: expected 0 or more, not -1"),
+        (
+            "[workload]\nwarmup_requests = true",
+            "mine.toml: workload.warmup_requests: expected a whole number, not true",
+        ),
+        ("[workload]\nspeed = 3", r"mine.toml: workload: unknown keys .'speed'.; known: .*'trace'"),
+        ("variants = 3", "mine.toml: variants: expected a table, not 3"),
+        ("[protocols]\nx = []", "mine.toml: protocols.x: expected a table, not a list"),
+        ("[protocols.x]", "mine.toml: protocols.x.levels: is missing"),
+        ("[model]\ncheckpoints = 3", "mine.toml: model.checkpoints: expected a table, not 3"),
+        ('[model.checkpoints]\nfp9 = "a/b"', "mine.toml: model.checkpoints.fp9: no variant 'fp9'"),
+        ('[protocols.x]\nlevels = [{variant = "bf16", rate = nan, requests = 1}]', r"x.levels.0..rate: .*above 0.*nan"),
+        (
+            '[protocols.x]\nlevels = [{variant = "bf16", rate = 5, requests = 1.5}]',
+            r"requests: expected a whole number",
+        ),
+        ("[protocols.x]\nlevels = [{rate = 5, requests = 1}]", r"protocols.x.levels.0..variant: is missing"),
+        ("[protocols.x]\nstarts = 0\nlevels = []", "mine.toml: protocols.x.starts: expected 1 or more, not 0"),
+        (
+            '[protocols.x]\nstarts = 2\nlevels = [{variant = "bf16", rate = 5, requests = 1, repeat = 2}]',
+            r"protocols.x.levels.0.: repeat stands beside starts",
+        ),
+        (
+            '[protocols.x]\nlevels = [{variant = "bf16", rate = 50, requests = 3}]',
+            "mine.toml: protocols.x: level bf16-50rps-r1 has 3 requests, in protocol 'as published' 1000.*replaces",
+        ),
+        ('replaces = ["protocols"]', "mine.toml: replaces: protocols is not given here"),
+        ('replaces = "protocols"', "mine.toml: replaces: expected a list of tables"),
+        (
+            '[variants]\nbf16 = ["-q", "fp8", "--quantization=fp8"]',
+            "mine.toml: variants.bf16: --quantization is given twice",
+        ),
+        ('[server]\nflags = ["--port", "1"]', "mine.toml: server.flags: --port is not the profile's to set"),
+        ('[variants]\nbf16 = ["--model=x"]', "mine.toml: variants.bf16: --model is not the profile's to set"),
+        ('[server.env]\nCUDA_VISIBLE_DEVICES = "1"', "server.env.CUDA_VISIBLE_DEVICES: .*the environment of fp8lab"),
+        ("[server.env]\nHF_TOKEN = true", "expected a text in quotes, not true"),
+        ("extends = 3", "mine.toml: extends: expected the name of a profile"),
+        ('extends = "nope.toml"', "no profile '.*/nope.toml' .which .*mine.toml extends"),
+        ('[workload]\ntrace = "nope.csv"', "no trace file '.*/nope.csv'"),
+        ('[workload]\ntokenizer = "nope"', "no tokenizer at '.*/nope'"),
         ('extends = "emulated-h100"\nspeed = 1', "unknown keys .'speed'"),
         ('extends = "emulated-h100"\n[emulation]\ntime_dilation = 0', "time_dilation"),
         ('extends = "emulated-h100"\ndevice = "tpu"', "device 'tpu'"),
@@ -101,9 +159,168 @@ def test_checkpoints_by_variant():
 )
 def test_a_bad_profile_file_is_one_clear_error(tmp_path, text, said):
     path = tmp_path / "mine.toml"
-    path.write_text(text)
-    with pytest.raises(BadInput, match=said):
+    path.write_text(text if re.search("(?m)^(extends|title) =", text) else f'extends = "emulated-h100"\n{text}')
+    with pytest.raises(BadInput, match=said) as refused:
         load_profile(str(path))
+    assert refused.value.__cause__ is None and "pydantic" not in str(refused.value)
+
+
+def test_an_error_names_the_file_that_it_is_in(tmp_path):
+    (tmp_path / "one.toml").write_text('extends = "emulated-h100"\n[workload]\nseed = "x"')
+    (tmp_path / "two.toml").write_text('extends = "one.toml"\n[workload]\nwarmup_requests = 1')
+    with pytest.raises(BadInput, match=f"^{tmp_path}/one.toml: workload.seed"):
+        read_profile(str(tmp_path / "two.toml"))
+
+
+def test_a_protocol_that_is_named_drops_no_other(tmp_path):
+    base, path = read_profile("h100-80gb"), tmp_path / "mine.toml"
+    mine = '[protocols."service line"]\nlevels = [{ variant = "fp8", rate = 61, requests = 10 }]'
+    path.write_text(f'extends = "h100-80gb"\n{mine}')
+    held = read_profile(str(path)).protocols
+    assert list(held) == list(base.protocols) and [level.id for level in held["service line"]] == ["fp8-61rps-r1"]
+    assert all(held[name] == levels for name, levels in base.protocols.items() if name != "service line")
+    path.write_text(f'extends = "h100-80gb"\nreplaces = ["protocols"]\n{mine}')
+    assert list(read_profile(str(path)).protocols) == ["service line"]
+
+
+def readme_profile(tmp_path):
+    """The README's mine.toml as it stands there, with its models' folders made below another root."""
+    text = re.search(r"\n    # mine\.toml.*?\n((?:    .*\n)+)", (PROJECT / "README.md").read_text())[1]
+    text = re.sub("(?m)^    ", "", text).replace("/models/", f"{tmp_path}/models/")
+    for name, layers in (("mine", 8), ("mine-fp8", 9)):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        config = json.loads((DATA / "models" / "llama-3-8b" / "config.json").read_text())
+        (tmp_path / "models" / name / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    (tmp_path / "mine.toml").write_text(text)
+    return tmp_path / "mine.toml"
+
+
+def test_the_readmes_profile_serves_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_names", lambda: ["NVIDIA H20"])
+    profile = load_profile(readme_profile(tmp_path))
+    for variant in profile.variants:
+        served = build_command(profile, variant)
+        name = "mine-fp8" if variant == "fp8" else "mine"
+        assert served[served.index("--model") + 1] == f"{tmp_path}/models/{name}", variant
+        assert profile.shape(variant).layers == (9 if variant == "fp8" else 8)
+    assert "--kv-cache-dtype" not in build_command(profile, "fp8")
+    assert profile.gpu.fits("NVIDIA H20") and not profile.gpu.fits("NVIDIA H100 80GB HBM3")
+    assert profile.workload.input_tokens == 2048 and profile.protocols == read_profile("h100-80gb").protocols
+
+
+def test_a_models_sizes_are_its_own_and_stay_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_names", lambda: ["NVIDIA H20"])
+    profile = load_profile(readme_profile(tmp_path))
+    os.rename(tmp_path / "models", tmp_path / "gone")
+    stored = json.loads(json.dumps(plain(profile.as_dict())))
+    assert from_dict(stored).shape("bf16").layers == 8
+    # A hub's checkpoint is not read, and no other model's sizes stand in for it.
+    assert read_profile("h100-80gb").shape("bf16").layers == 32
+    hub = dataclasses.replace(read_profile("h100-80gb").model, weights="checkpoint")
+    assert (
+        hub.shape("bf16") is None and dataclasses.replace(hub, checkpoints={"default": "/no/such"}).shape("x") is None
+    )
+    with pytest.raises(BadInput, match="no model at"):
+        load_profile(tmp_path / "mine.toml")
+
+
+LLAMA = json.loads((DATA / "models" / "llama-3-8b" / "config.json").read_text())
+FP8 = {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize("changed, weights, kv", [
+    ({}, False, False),
+    ({"quantization_config": {"quant_method": "fp8"}}, True, False),
+    ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": FP8}},
+                              "kv_cache_scheme": FP8}}, True, True),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True, True),
+])  # fmt: skip
+def test_a_checkpoint_says_which_of_it_is_fp8(changed, weights, kv):
+    found = dimensions(LLAMA | changed)
+    assert (found.fp8_weights, found.fp8_kv, found.num_hidden_layers) == (weights, kv, 32)
+
+
+@pytest.mark.parametrize("changed", [
+    {"model_type": "mixtral"}, {"sliding_window": 4096}, {"hidden_size": None},
+    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+])  # fmt: skip
+def test_sizes_that_this_arithmetic_cannot_tell_are_not_told(changed):
+    assert dimensions(LLAMA | changed) is None
+
+
+def test_paths_are_relative_to_their_file_and_read_before_anything_starts(tmp_path, monkeypatch):
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    (folder / "trace.csv").write_text("prompt_tokens,output_tokens\n" + "8,8\n" * 20)
+    (folder / "base.toml").write_text('extends = "emulated-h100"\n[workload]\ntrace = "trace.csv"\ntokenizer = "tok"')
+    (folder / "mine.toml").write_text(
+        'extends = "base.toml"\n[model]\ncheckpoints = { default = "./m", fp8 = "org/name" }'
+    )
+    (folder / "tok").mkdir()
+    monkeypatch.chdir(tmp_path)
+    profile = load_profile("profiles/mine.toml")
+    assert profile.workload.trace == str(folder / "trace.csv") and profile.workload.tokenizer == str(folder / "tok")
+    assert dict(profile.model.checkpoints) == {"default": str(folder / "m"), "fp8": "org/name"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stored = profile.as_dict()
+    assert stored["workload"]["trace"] == "~/profiles/trace.csv" and from_dict(stored) == profile
+    # Too few requests for a level: said before a level is set aside or a server starts.
+    run = open_run(tmp_path / "run", profile)
+    (tmp_path / "run" / "levels" / "bf16-50rps-r1").mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"trace.csv' has 20 requests, 1000 were asked for"):
+        measure(run, profile, "as published", again=["bf16-50rps-r1"])
+    assert (tmp_path / "run" / "levels" / "bf16-50rps-r1").is_dir()
+    for broken in (b"prompt_tokens,output_tokens\n8,x", b"\xff\xfe", b"nothing"):
+        (folder / "trace.csv").write_bytes(broken)
+        with pytest.raises(BadInput, match=r"trace.csv"):
+            load_profile("profiles/mine.toml")
+
+
+def test_a_variants_flags_come_last_and_are_what_is_told(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "h100-80gb"\n[variants]\nbf16 = ["--max_num_seqs=256", "--dtype", "bfloat16"]')
+    profile = read_profile(str(path))
+    started = build_command(profile, "bf16", served_name="x")
+    assert most_running(started) == 256 and "1024" not in started
+    assert started.count("--max-num-seqs") == 1 and started.index("--max-num-seqs") < started.index("--host")
+    assert most_running(build_command(profile, "fp8")) == 1024
+    # As commands were made before, what the variants share last: that is what ran.
+    assert most_running(["--max-num-seqs", "256", "--max-num-seqs", "1024"]) == 1024
+
+
+def test_quality_measures_every_choice_of_numbers_however_it_is_written(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("""
+extends = "smollm2-gpu"
+replaces = ["variants"]
+[server]
+flags = ["--dtype", "bfloat16"]
+[variants]
+bf16 = []
+long = ["--quantization=fp8"]
+short = ["-q", "fp8"]
+kv = ["--kv_cache_dtype=fp8"]
+half = ["--dtype", "float16"]
+""")
+    profile = read_profile(str(path))
+    assert default_variants(profile) == ["bf16", "long", "kv", "half"]
+    (tmp_path / "m").mkdir()
+    path.write_text(
+        path.read_text() + '[model]\nweights = "checkpoint"\ncheckpoints = { default = "a/b", short = "./m" }'
+    )
+    assert default_variants(read_profile(str(path))) == ["bf16", "long", "short", "kv", "half"]
+
+
+@pytest.mark.parametrize("card, name, fits", [
+    ("H20", "NVIDIA H20", True), ("H20", "NVIDIA H20-3e", False), ("H20", "NVIDIA H200", False),
+    ("H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", True), ("H100 SXM 80 GB", "NVIDIA H100 PCIe", False),
+    ("H100 PCIe", "NVIDIA H100 PCIe", True), ("H200 SXM 141 GB", "NVIDIA H200", True), ("H200", "NVIDIA H200 NVL", False),
+    ("A100 SXM4 80GB", "NVIDIA A100-SXM4-80GB", True), ("L40S", "NVIDIA L40", False), ("GH200", "NVIDIA H200", False),
+    ("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", True),
+])  # fmt: skip
+def test_a_card_without_nvmls_name_is_told_by_its_words(card, name, fits):
+    one = Card(name=card, memory_gib=80, hbm_bytes_per_s=1e12, bf16_flops=1e15, fp8_flops=2e15)
+    assert one.fits(name) == fits and not one.fits(name, 40.0)
 
 
 def test_profiles_that_extend_each_other_are_refused(tmp_path):
@@ -123,7 +340,7 @@ def test_a_stored_profile_names_no_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    monkeypatch.setattr(gpu, "gpu_names", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(gpu, "gpu_names", lambda: ["NVIDIA H100 80GB HBM3"])
     profile = load_profile("h100-80gb", model=str(tmp_path / "model"))
     stored = profile.as_dict()
     assert stored["model"]["checkpoints"] == {"default": "~/model"}

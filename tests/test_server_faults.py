@@ -2,6 +2,7 @@
 by a stand-in for vLLM where vLLM itself would be slow; the GPU's answers are constructed (tests/fake_nvml)."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pkgutil
@@ -14,9 +15,13 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
@@ -25,9 +30,10 @@ from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.load.watch import Watch
 from fp8lab.locks import Lock, machine_lock
 from fp8lab.measure.metrics import completed
+from fp8lab.profiles import read_profile
 from fp8lab.runs import open_run
 from fp8lab.scratch import Scratch, sweep
-from fp8lab.server import place, readiness
+from fp8lab.server import command, place, readiness
 from fp8lab.server.ask import ask
 from fp8lab.server.launch import Server
 
@@ -41,8 +47,9 @@ def card(fake_vllm, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
 
-    def says(used_gib=0.5, processes=(), lost=False, handles=True):
+    def says(used_gib=0.5, processes=(), lost=False, handles=True, cards=()):
         said = {"used_gib": used_gib, "processes": list(processes), "lost": lost, "handles": handles}
+        said["cards"] = list(cards)
         (tmp_path / "new.json").write_text(json.dumps(said))
         (tmp_path / "new.json").replace(tmp_path / "nvml.json")  # whole: it is read meanwhile
 
@@ -516,12 +523,108 @@ def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
 
 
 def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
-    for chosen in ("0", "0,1", gpu.gpu_uuid()):
+    for chosen in ("0", "0,1", gpu.gpu_uuid(), gpu.gpu_uuid()[:-3]):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpu.memory_used_gib() == 0.5
         assert gpu.visible() == [chosen.removesuffix(",1")]  # a batch gives each job one of these
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert gpu.memory_used_gib() is None and gpu.gpu_names() == gpu.visible() == []
+    for chosen in ("7", "-1", "", "0,0", "GPU-0000"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert gpu.memory_used_gib() is None and gpu.gpu_names() == gpu.visible() == []
+
+
+UUIDS = {0: "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", 1: "GPU-89aa", 2: "GPU-5d1f"}
+NAMES = st.one_of(
+    st.integers(-1, 4).map(str),
+    st.sampled_from([*UUIDS.values(), "GPU-8932f937", "GPU-89", "GPU-5", "GPU-", "x", "", "1x"]),
+)
+
+
+@given(st.lists(NAMES, max_size=4).map(",".join))
+@example("GPU-8932f937,GPU-5d1f")
+@example("GPU-8932f937,GPU-8932")
+@example("0,2,-1,1")
+def test_cuda_visible_devices_means_what_torch_says(chosen):
+    """torch asks the driver's question without a driver; this machine needs no GPU for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        named = torch.cuda._parse_visible_devices()
+    if named and isinstance(named[0], str):
+        named = torch.cuda._transform_uuid_to_ordinals(named, list(UUIDS.values()))
+    expected = list(itertools.takewhile(lambda index: index in UUIDS, named))
+    assert list(gpu.visible_devices(chosen, list(UUIDS), UUIDS).values()) == expected
+
+
+L40S = {"name": "NVIDIA L40S", "uuid": "GPU-fake-aaaa1111", "memory_gib": 44.99}
+H100 = {"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-fake-bbbb2222", "memory_gib": 79.65}
+
+
+def test_the_server_sees_the_gpus_in_nvmls_order(card, monkeypatch):
+    says, path = card
+    profile = read_profile(str(path))
+    says(cards=[L40S, H100])
+    assert command.build_environment(profile, "bf16")["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert "CUDA_VISIBLE_DEVICES" not in command.build_environment(profile, "bf16")
+    # vLLM itself takes neither a shortened UUID nor one that is not there.
+    for chosen, seen in (("GPU-fake-bbbb", "1"), ("1,0", "1,0"), ("1,7", "1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert command.build_environment(profile, "bf16")["CUDA_VISIBLE_DEVICES"] == seen
+        assert gpu.gpu_names()[0] == "NVIDIA H100 80GB HBM3"
+    assert "CUDA_DEVICE_ORDER" not in command.build_environment(read_profile("emulated-h100"), "bf16")
+
+
+def test_a_gpu_that_cannot_be_measured_is_refused_before_anything_starts(card, monkeypatch):
+    says, path = card
+    profile = lab.load_profile(str(path))
+    says(cards=[L40S, H100])
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    for refused in (lambda: lab.load_profile(str(path)), lambda: lab.start_server(profile, "bf16"), lab.load_profile):
+        with pytest.raises(BadInput, match=r"CUDA_DEVICE_ORDER=FASTEST_FIRST numbers the different GPUs.*PCI_BUS_ID"):
+            refused()
+    says(cards=[H100, H100 | {"uuid": "GPU-fake-cccc"}])  # equal cards have no order of speed
+    assert lab.load_profile(str(path)).name == profile.name
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    says(cards=[H100 | {"mig": True}])
+    with pytest.raises(BadInput, match="cut into MIG slices.*switch MIG off"):
+        lab.load_profile(str(path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/2")
+    with pytest.raises(BadInput, match="names a MIG slice.*name a card"):
+        lab.load_profile()
+    says()
+    for chosen in ("3", "0,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        with pytest.raises(BadInput, match=f"none is visible here .CUDA_VISIBLE_DEVICES='{chosen}' names none"):
+            lab.load_profile(str(path))
+        assert lab.load_profile().name == "emulated-h100"  # as without a GPU: CUDA shows none
+
+
+@pytest.mark.parametrize("name, memory_gib, profile", [
+    ("NVIDIA H100 80GB HBM3", 79.65, "h100-80gb"), ("NVIDIA H200", 140.4, "h200-80gb"), ("NVIDIA H200 NVL", 140.4, None),
+    ("NVIDIA H100 PCIe", 79.65, None), ("NVIDIA H100 NVL", 93.6, None), ("NVIDIA H800", 79.65, None),
+    ("NVIDIA GH200 480GB", 94.5, None), ("NVIDIA A100-SXM4-80GB", 79.2, None), ("NVIDIA L40S", 44.99, None),
+    ("NVIDIA H100 80GB HBM3", 39.5, None), ("NVIDIA H20", 95.6, None),
+])  # fmt: skip
+def test_auto_takes_a_profile_for_its_own_card_only(card, tmp_path, name, memory_gib, profile):
+    says, _ = card
+    says(cards=[{"name": name, "uuid": "GPU-fake-dddd", "memory_gib": memory_gib}])
+    if profile:
+        assert lab.load_profile().name == profile
+        return
+    with pytest.raises(BadInput, match=f"the GPU here is '{name}'.*mine.toml") as refused:
+        lab.load_profile()
+    # The recipe works as it is told, once the datasheet is filled in.
+    recipe = str(refused.value).partition("\n\n")[2].replace("= 0.0 ", "= 1e15 ")
+    (tmp_path / "mine.toml").write_text(recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine = lab.load_profile(str(tmp_path / "mine.toml"))
+    assert mine.gpu.fits(name, memory_gib) and mine.gpu.power_w is None
+
+
+def test_a_profile_for_another_card_warns_when_it_is_loaded(card):
+    says, path = card
+    says(cards=[L40S])
+    with pytest.warns(UserWarning, match="the GPU here is 'NVIDIA L40S'.*no verdicts"):
+        lab.load_profile(str(path))
 
 
 def test_a_listener_is_told_where_there_is_no_ipv6(monkeypatch):

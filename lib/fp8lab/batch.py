@@ -25,7 +25,7 @@ from .errors import BadInput
 from .gpu import visible
 from .notebooks import check_parameters, find
 from .paths import RUNS, repository_relative
-from .profiles import Level, read_profile
+from .profiles import Level, check_workload, read_changed, read_profile, with_paths
 from .report.batch_pages import has_invalid, write_pages
 from .runs import write_json
 
@@ -74,6 +74,13 @@ def load_matrix(path: Path) -> Matrix:
     profiles = tuple(
         str((path.parent / name).resolve()) if name.endswith(".toml") else name for name in table.pop("profiles")
     )
+    workloads = table.pop("workloads", {"": {}})
+    if not isinstance(workloads, dict) or not all(isinstance(one, dict) for one in workloads.values()):
+        raise BadInput(f"{path}: workloads: expected a table for each: [workloads.NAME]")
+    # So is a workload's trace.
+    table["workloads"] = {
+        name: with_paths({"workload": one}, path.absolute().parent)["workload"] for name, one in workloads.items()
+    }
     lists = {key: tuple(table[key]) for key in ("variants", "protocols") if key in table}
     matrix = Matrix(name=path.stem, profiles=profiles, **table | lists)
     for notebook in find(matrix.notebook):
@@ -81,8 +88,9 @@ def load_matrix(path: Path) -> Matrix:
     names = [name for name, _, _ in matrix.jobs()]
     if len(set(names)) < len(names):
         raise BadInput(f"{path}: two profiles have the same name: {', '.join(sorted(names))}")
-    for _, profile, _ in matrix.jobs():
+    for _, profile, workload in matrix.jobs():
         _levels(matrix, profile)
+        check_workload(read_changed(profile, {"workload": dict(workload)}, path, "workloads"))
     return matrix
 
 
@@ -265,12 +273,17 @@ def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
 
 def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) -> str:
     """A profile that extends `profile` by the job's workload and levels, as TOML."""
-    lines = [f"extends = {_toml(profile)}", f"title = {_toml(f'{read_profile(profile).title} ({name})')}"]
+    lines = [
+        f"extends = {_toml(profile)}",
+        'replaces = ["protocols"]',
+        f"title = {_toml(f'{read_profile(profile).title} ({name})')}",
+    ]
     if workload:
         lines += ["", "[workload]", *(f"{key} = {_toml(value)}" for key, value in workload.items())]
     for protocol, levels in _levels(matrix, profile).items():
         rows = [
-            f"  {{ variant = {_toml(level.variant)}, rate = {level.rate:g}, requests = {level.requests}, repeat = {level.repeat} }},"
+            f"  {{ variant = {_toml(level.variant)}, rate = {level.rate:g}, requests = {level.requests}, "
+            f"repeat = {level.repeat}, start = {level.start} }},"
             for level in levels
         ]
         lines += ["", f"[protocols.{_toml(protocol)}]", "levels = [", *rows, "]"]

@@ -19,6 +19,7 @@ import pandas as pd
 
 from .errors import BadInput, RunMismatch
 from .experiment import serve
+from .flags import flag_of, joined
 from .load.answers import Reading, answer, read_documents, tokenize
 from .load.stream import Endpoint
 from .measure.quality import Comparison, Estimate, compare, position_table
@@ -140,12 +141,12 @@ def reference_variant(profile: Profile) -> str:
 
 
 def default_variants(profile: Profile) -> list[str]:
-    """One variant for each choice of number formats; others with the same numbers answer the same."""
+    """One variant for each checkpoint and choice of number formats; others with the same numbers answer the same."""
     kept: dict[tuple, str] = {}
     for variant, flags in profile.variants.items():
-        formats = (flags[i + 1] if name in flags and (i := flags.index(name)) + 1 < len(flags) else ""
-                   for name in ("--dtype", "--quantization", "--kv-cache-dtype"))  # fmt: skip
-        kept.setdefault(tuple(formats), variant)
+        command = joined(profile.server.flags, flags)
+        formats = [flag_of(command, name) for name in ("--dtype", "--quantization", "--kv-cache-dtype")]
+        kept.setdefault((profile.model.served(variant), *formats), variant)
     return list(kept.values())
 
 

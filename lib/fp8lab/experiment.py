@@ -134,8 +134,9 @@ def warm_up(server: Server | RecordedServer) -> None:
 def missing_work(
     run: Run | None, profile: Profile, protocols: Sequence[str], others: Sequence[Level] = ()
 ) -> list[tuple[str, list[Level]]]:
-    """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in the order of the profile, levels
-    that ask for a start of their own after the others and start by start: variants then alternate.
+    """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in
+    the order of the profile, levels that ask for a start of their own after the others and start by start: variants then
+    alternate.
 
     Without a run that is everything.
     """
@@ -174,7 +175,7 @@ def measure(
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
         todo = [] if run.read_only else [level for level in asked if not run.has(level)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
-            trace_for(profile, longest)  # what is wrong with a trace, it says now
+            trace_for(profile, longest)  # a file that cannot be read or is too short says so now
         for level in asked:
             if level not in anew and run.has(level, None if run.read_only else trace_for(profile, level)):
                 run.read(level)

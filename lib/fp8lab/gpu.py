@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -46,6 +48,49 @@ def visible() -> list[str]:
         return list(_handles(nvml)) if nvml else []
 
 
+def server_environment() -> dict[str, str]:
+    """The variables with which a server sees the GPUs that are read here, in the same order: by their place in the
+    machine, as NVML numbers them. CUDA's own order is by speed, and vLLM takes no shortened UUID."""
+    with _nvml() as nvml:
+        chosen = [str(index) for index in _places(nvml).values()] if nvml else []
+    named = {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen and "CUDA_VISIBLE_DEVICES" in os.environ else {}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | named
+
+
+def refusal() -> str | None:
+    """Why the GPU that a server would take cannot be measured, in words; None when it can, or when there is none."""
+    whole = "this kit measures whole cards: power, clock and energy are those of all its slices together"
+    text = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        if text.startswith("MIG-"):
+            return f"CUDA_VISIBLE_DEVICES={text} names a MIG slice, and {whole}; name a card (`nvidia-smi -L`)"
+        first = next(iter(_handles(nvml).values()), None)
+        if first is not None and (_answer(nvml, nvml.nvmlDeviceGetMigMode, first) or [0])[0]:
+            return f"the GPU is cut into MIG slices, and {whole}; switch MIG off, or choose another card"
+        names = sorted({name for _, handle in _all(nvml) if (name := _answer(nvml, nvml.nvmlDeviceGetName, handle))})
+    by_speed = os.environ.get("CUDA_DEVICE_ORDER") == "FASTEST_FIRST"
+    if by_speed and len(names) > 1 and not text.startswith("GPU-"):
+        return (
+            f"CUDA_DEVICE_ORDER=FASTEST_FIRST numbers the different GPUs of this machine ({', '.join(names)}) otherwise than "
+            "`nvidia-smi`; leave it out or set PCI_BUS_ID, and choose a card by the number that `nvidia-smi -L` shows"
+        )
+    return None
+
+
+def hidden() -> str:
+    """Which of this machine's GPUs CUDA_VISIBLE_DEVICES names none of, to end a sentence with; empty without one."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with _nvml() as nvml:
+        count = len(_all(nvml)) if nvml else 0
+    if text is None or not count:
+        return ""
+    return (
+        f" (CUDA_VISIBLE_DEVICES={text!r} names none of this machine's {count}, 0 to {count - 1}, or one of them twice)"
+    )
+
+
 def driver_version() -> str | None:
     with _nvml() as nvml:
         return _answer(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
@@ -56,6 +101,13 @@ def memory_used_gib() -> float | None:
     with _gpus() as (nvml, handles):
         memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
         return memory.used / 2**30 if memory else None
+
+
+def memory_gib() -> float | None:
+    """The memory of the first GPU in GiB; None without one that can be read."""
+    with _gpus() as (nvml, handles):
+        memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
+        return memory.total / 2**30 if memory else None
 
 
 def gpu_uuid() -> str | None:
@@ -137,19 +189,49 @@ def _gpus():
 def _handles(nvml) -> dict:
     """The GPUs that a server started here would see, in its order, by their names in CUDA_VISIBLE_DEVICES, which NVML
     itself ignores."""
+    handles = dict(_all(nvml))
+    return {name: handles[index] for name, index in _places(nvml).items()}
+
+
+def _all(nvml) -> list[tuple]:
+    """(index, handle) of every GPU that is there."""
+    found = (
+        (i, _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, i))
+        for i in range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)
+    )
+    return [(index, handle) for index, handle in found if handle is not None]
+
+
+def _places(nvml) -> dict[str, int]:
+    """NVML's index of each GPU that CUDA_VISIBLE_DEVICES leaves, by its name there."""
+    there = _all(nvml)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        names = [str(index) for index in range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)]
-    else:
-        names = [name for part in chosen.split(",") if (name := part.strip())]
-    handles = {}
-    for name in names:
-        handle = (
-            _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
-            if name.isdigit()
-            else _answer(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
-        )
-        if handle is None:
-            break  # as CUDA does: what follows a GPU that is not there is not visible
-        handles[name] = handle
-    return handles
+        return {str(index): index for index, _ in there}
+    by_uuid = chosen.startswith("GPU-")
+    uuids = {index: _answer(nvml, nvml.nvmlDeviceGetUUID, handle) or "" for index, handle in there} if by_uuid else {}
+    return visible_devices(chosen, [index for index, _ in there], uuids)
+
+
+def visible_devices(chosen: str, indices: Sequence[int], uuids: Mapping[int, str]) -> dict[str, int]:
+    """What CUDA makes of CUDA_VISIBLE_DEVICES on a machine with GPUs of these `indices` and `uuids`: index by name.
+
+    Numbers, or UUIDs as far as they tell one GPU from the others. What follows a GPU that is not there is not visible; one
+    that is named twice leaves none (as torch/cuda/__init__.py, _parse_visible_devices, has it).
+    """
+    named: list[str | int] = []
+    for part in chosen.split(","):
+        number = re.match(r"\+?\d+", part.strip())
+        if chosen.startswith("GPU-") and part.startswith("GPU-"):
+            named.append(part)
+        elif not chosen.startswith("GPU-") and number:
+            named.append(int(number[0]))
+        else:
+            break
+    found: dict[str, int] = {}
+    for name in named if len(set(named)) == len(named) else ():
+        meant = [index for index in indices if index == name or uuids.get(index, "").startswith(str(name))]
+        if len(meant) != 1:
+            break
+        found[str(name)] = meant[0]
+    return found if len(set(found.values())) == len(found) else {}

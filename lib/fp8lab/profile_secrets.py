@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable, Sequence
 
 from .errors import BadInput
+from .flags import parse
 from .private import has_password, is_secret, secret_in
 
 
 def check_written(profile: str, flags: Sequence[str], variables: Sequence[tuple[str, str]]) -> None:
     """Raises BadInput for a flag or variable of the profile of this name that carries a secret."""
-    named = [flag.partition("=")[0] for flag in flags if flag.startswith("--")] + [name for name, _ in variables]
+    named = [flag.name + flag.key for flag in parse(flags)] + [name for name, _ in variables]
     found = [name for name in named if is_secret(name)]
     found += [f"variable {name} (a URL with a password)" for name, value in variables if has_password(value)]
     found += ["a flag (a URL with a password)" for flag in flags if has_password(flag)]

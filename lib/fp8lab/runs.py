@@ -240,7 +240,7 @@ class Run:
         if self.read_only:
             return
         # Read back and written again, so that a run from before a key existed has its default.
-        mine, other = (plain(one.as_dict()) for one in (self.profile, profile))
+        mine, other = (plain(one.identity()) for one in (self.profile, profile))
         differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
         # A run may take in more levels and variants; what a level is must not change.
         shared = mine["variants"].keys() & other["variants"].keys()

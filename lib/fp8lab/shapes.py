@@ -1,11 +1,69 @@
 """A Llama-like model's sizes, by arithmetic: what its weights and its KV cache take, what a token costs to compute."""
 
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+from .flags import flag_of
 from .paths import DATA
+
+# Models whose layers are Llama's: grouped-query attention over the whole context and an MLP of three matrices. The
+# arithmetic below is no other's.
+_LLAMAS_KIN = {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3", "olmo2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """What a Llama-like model's sizes follow from, under the names of its Hugging Face configuration, and whether its
+    checkpoint holds FP8 weights or asks for an FP8 KV cache."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    head_dim: int | None = None
+    tie_word_embeddings: bool = False
+    fp8_weights: bool = False
+    fp8_kv: bool = False
+
+
+def dimensions(config: Mapping) -> Dimensions | None:
+    """The dimensions in a checkpoint's configuration; None for a model that is not Llama's kin, or whose weights are
+    quantised to something else than FP8: this arithmetic is not theirs."""
+    quantised = config.get("quantization_config") or {}
+    fp8 = _is_fp8(quantised)
+    windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
+    if config.get("model_type") not in _LLAMAS_KIN or windowed or (quantised and not fp8):
+        return None
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if not all(isinstance(config.get(name), int) for name in names):
+        return None
+    kv = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
+    return Dimensions(
+        **{name: config[name] for name in names},
+        num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_dim=config.get("head_dim"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        fp8_weights=fp8,
+        fp8_kv=_is_float8(kv) or str(kv).upper() == "FP8",
+    )
+
+
+def _is_fp8(quantised: Mapping) -> bool:
+    """Whether a checkpoint's `quantization_config` (fp8, compressed-tensors, modelopt) says FP8 weights."""
+    groups = quantised.get("config_groups") or {}
+    return (
+        quantised.get("quant_method") == "fp8"
+        or quantised.get("quant_algo") == "FP8"
+        or (bool(groups) and all(_is_float8(group.get("weights")) for group in groups.values()))
+    )
+
+
+def _is_float8(scheme) -> bool:
+    return isinstance(scheme, Mapping) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
 
 
 class ModelShape:
@@ -22,6 +80,7 @@ class ModelShape:
         self.vocabulary_parameters = config.vocab_size * config.hidden_size
         self.embeddings = 1 if config.tie_word_embeddings else 2
         self.some_token = min(1000, config.vocab_size - 1)
+        self.fp8_weights, self.fp8_kv = (getattr(config, name, False) for name in ("fp8_weights", "fp8_kv"))
 
     def weight_bytes(self, fp8: bool) -> int:
         """FP8 quantises the layers' matrices; the embedding and the output head stay BF16."""
@@ -46,14 +105,17 @@ def model_shape(name: str) -> ModelShape | None:
     return ModelShape(SimpleNamespace(**json.loads(path.read_text()))) if name and path.is_file() else None
 
 
-def fp8_weights(command: Sequence[str]) -> bool:
-    """Whether a vLLM command (or a variant's flags) quantises the weights to FP8."""
-    return flag_of(command, "--quantization", "-q").startswith("fp8")
+def fp8_weights(command: Sequence[str], shape: ModelShape | None = None) -> bool:
+    """Whether a vLLM command (or a variant's flags) serves FP8 weights: by its flag, or because the checkpoint, of this
+    `shape`, holds them."""
+    return "fp8" in flag_of(command, "--quantization") or bool(shape and shape.fp8_weights)
 
 
-def fp8_kv(command: Sequence[str]) -> bool:
-    """Whether a vLLM command (or a variant's flags) keeps the KV cache in FP8."""
-    return flag_of(command, "--kv-cache-dtype").startswith("fp8")
+def fp8_kv(command: Sequence[str], shape: ModelShape | None = None) -> bool:
+    """Whether a vLLM command (or a variant's flags) keeps the KV cache in FP8: by its flag, or, where that leaves it to the
+    checkpoint, of this `shape`, because that asks for it."""
+    dtype = flag_of(command, "--kv-cache-dtype")
+    return dtype.startswith("fp8") or (dtype == "auto" and bool(shape and shape.fp8_kv))
 
 
 def most_running(command: Sequence[str]) -> int | None:
@@ -64,11 +126,7 @@ def most_running(command: Sequence[str]) -> int | None:
 
 def memory_share(command: Sequence[str]) -> float | None:
     """The share (0 to 1) of the card's memory that a vLLM command takes; None when it leaves that to vLLM."""
-    value = flag_of(command, "--gpu-memory-utilization")
-    return None if value == "auto" else float(value)
-
-
-def flag_of(command: Sequence[str], *names: str) -> str:
-    """The value of a command's flag, given as `--flag value` or `--flag=value`; "auto" if it is not given."""
-    words = [part for word in command for part in (word.split("=", 1) if word.startswith("-") else [word])]
-    return next((value for name, value in itertools.pairwise(words) if name in names), "auto")
+    try:
+        return float(flag_of(command, "--gpu-memory-utilization"))
+    except ValueError:
+        return None

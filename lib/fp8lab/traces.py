@@ -8,13 +8,17 @@ import csv
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from .errors import BadInput
 from .text import visible
+
+T = TypeVar("T")
 
 # Common words that are one token each, with their leading space, in the tokenizers of Llama 3, GPT-2
 # and their kin: a prompt of n of them is n tokens long (plus the BOS token where a model adds one).
@@ -114,20 +118,40 @@ def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, t
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no trace file {str(path)!r}; expected a .csv of lengths or a ShareGPT .json")
+    if path.suffix == ".csv":
+        trace = _read_from(path, lambda file: _from_csv(file, seed))
+    elif path.suffix == ".json":
+        trace = _read_from(path, lambda file: _from_sharegpt(file, tokenizer))
+    else:
+        raise BadInput(f"trace file {path.name!r} is neither .csv nor .json")
+    return trace if requests is None else trace.head(requests)
+
+
+def _read_from(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file. Raises BadInput for one that is too large, cannot be read, or is no trace."""
     if (size := path.stat().st_size) > (limit := _MAX_FILE_BYTES.get(path.suffix, size)):
         raise BadInput(f"trace file {path.name!r} has {size >> 20:,} MiB; at most {limit >> 20:,} MiB are read")
     try:
-        if path.suffix == ".csv":
-            trace = _from_csv(path, seed)
-        elif path.suffix == ".json":
-            trace = _from_sharegpt(path, tokenizer)
-        else:
-            raise BadInput(f"trace file {path.name!r} is neither .csv nor .json")
+        return read(path)
+    except OSError as error:
+        raise BadInput(f"{path.name}: it, or the tokenizer for it, cannot be read: {error}") from None
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path.name}: not a trace: {type(error).__name__}: {error}") from None
-    return trace if requests is None else trace.head(requests)
+
+
+def is_file(trace: str) -> bool:
+    """Whether a trace's name is that of a file."""
+    return trace.endswith((".csv", ".json"))
+
+
+def check_file(path: str | Path) -> None:
+    """Raises BadInput unless `path` is a trace that can be read, as far as that shows without a tokenizer."""
+    if Path(path).suffix == ".json" and Path(path).is_file():
+        _read_from(Path(path), _conversations)
+    else:
+        from_file(path)
 
 
 def named_trace(
@@ -142,7 +166,7 @@ def named_trace(
     if trace == "random":
         count = 1000 if requests is None else requests
         return fixed_length(count, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
-    if not trace.endswith((".csv", ".json")):
+    if not is_file(trace):
         raise BadInput(f"no trace {trace!r} (there are: sharegpt-like, random, a .csv of lengths, a ShareGPT .json)")
     return from_file(trace, requests=requests, seed=seed, tokenizer=tokenizer)
 
@@ -224,17 +248,30 @@ def _from_csv(path: Path, seed: int) -> Trace:
 def _from_sharegpt(path: Path, tokenizer: str | None) -> Trace:
     if not tokenizer:
         raise BadInput(f"{path.name}: a ShareGPT file needs a tokenizer (a model folder or hub name)")
+    return _counted(path, path.stat().st_mtime_ns, tokenizer)
+
+
+@functools.lru_cache(maxsize=2)  # every level reads the same file, and counting its tokens takes minutes
+def _counted(path: Path, _changed: int, tokenizer: str) -> Trace:
     from transformers import AutoTokenizer
 
     encode = AutoTokenizer.from_pretrained(tokenizer).encode
     kept = []
-    for entry in json.loads(path.read_text()):
-        turns = entry.get("conversations", [])
-        if len(turns) < 2:
-            continue
-        prompt = turns[0]["value"]
-        n, m = len(encode(prompt)), len(encode(turns[1]["value"], add_special_tokens=False))
+    for prompt, answer in _conversations(path):
+        n, m = len(encode(prompt)), len(encode(answer, add_special_tokens=False))
         if min(n, m) >= 4 and n <= 1024 and n + m <= 2048:
             kept.append((prompt, n, m))
     prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
     return Trace(path.name, prompts, inputs, outputs)
+
+
+def _conversations(path: Path) -> list[tuple[str, str]]:
+    """The first question and answer of every conversation of a ShareGPT file that has both."""
+    found = []
+    for entry in json.loads(path.read_text()):
+        turns = entry.get("conversations", [])
+        if len(turns) >= 2:
+            found.append((turns[0]["value"], turns[1]["value"]))
+    if not found:
+        raise BadInput(f"{path.name}: no conversation in it has two turns; expected a ShareGPT file")
+    return found

@@ -1,8 +1,9 @@
 """Stands in for NVML where PYTHONPATH puts this folder first: one card, as the JSON file FAKE_NVML says.
 
-{"used_gib": 0.5, "processes": [[pid, GiB or null], ...], "lost": false, "handles": true}
+{"used_gib": 0.5, "processes": [[pid, GiB or null], ...], "lost": false, "handles": true,
+ "cards": [{"name": "NVIDIA L40S", "uuid": "GPU-...", "memory_gib": 44.5, "mig": false}, ...]}
 
-A lost card answers no question; without handles it is not even found.
+A lost card answers no question; without handles it is not even found. Without "cards" there is one H100.
 """
 
 import json
@@ -40,36 +41,49 @@ def nvmlShutdown():
     pass
 
 
+def _cards() -> list[dict]:
+    one = {"name": "NVIDIA H100 80GB HBM3", "uuid": UUID, "memory_gib": 79.65}
+    return json.loads(Path(os.environ["FAKE_NVML"]).read_text()).get("cards") or [one]
+
+
 def nvmlDeviceGetCount():
-    return 1
+    return len(_cards())
 
 
 def nvmlDeviceGetHandleByIndex(index):
-    if index:
+    if not 0 <= index < len(_cards()):
         raise NVMLError("Invalid Argument")
     _find()
-    return 0
+    return index
 
 
 def nvmlDeviceGetHandleByUUID(uuid):
-    if uuid != UUID:
+    index = next((i for i, card in enumerate(_cards()) if card["uuid"] == uuid), None)
+    if index is None:
         raise NVMLError("Not Found")
     _find()
-    return 0
+    return index
 
 
-def nvmlDeviceGetName(_handle):
+def nvmlDeviceGetName(handle):
     _says()
-    return "NVIDIA H100 80GB HBM3 (a stand-in)"
+    return _cards()[handle]["name"]
 
 
-def nvmlDeviceGetUUID(_handle):
+def nvmlDeviceGetUUID(handle):
     _says()
-    return UUID
+    return _cards()[handle]["uuid"]
 
 
-def nvmlDeviceGetMemoryInfo(_handle):
-    return SimpleNamespace(used=int(_says()["used_gib"] * 2**30))
+def nvmlDeviceGetMemoryInfo(handle):
+    total = int(_cards()[handle]["memory_gib"] * 2**30)
+    return SimpleNamespace(used=int(_says()["used_gib"] * 2**30), total=total)
+
+
+def nvmlDeviceGetMigMode(handle):
+    if "mig" not in _cards()[handle]:
+        raise NVMLError("Not Supported")
+    return [int(_cards()[handle]["mig"])] * 2
 
 
 def nvmlDeviceGetComputeRunningProcesses(_handle):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from ..runs import Run
 from ..tables import Table
+from .caption import card_mark, card_note
 from .claims import Verdict, judge, show_interval, show_value
 from .drawing import Figure
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
-from .fair import clocks_told, emulated_note, equal_load_ratios
+from .fair import clocks_told, equal_load_ratios
 from .forest import forest
 from .published import claim_of
 
@@ -24,7 +25,7 @@ def claims_across(*runs: Run) -> Table:
         (first.id, first.title, show_value(first.published, first.unit), *(_said(one) for one in (first, *others)))
         for first, *others in zip(*judged, strict=True)
     ]
-    names = [f"{run.path.name}{' (EMULATED)' if run.emulated else ''}" for run in runs]
+    names = [f"{run.path.name}{f' ({word})' if (word := card_mark(run)) else ''}" for run in runs]
     return Table(
         "The published claims, run by run: measured, 95 % interval, verdict, and whether the stated cause holds",
         ("", "claim", "published", *names),
@@ -49,8 +50,7 @@ def worth_table(*runs: Run) -> Table:
             )  # fmt: skip
     columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16", "clock, FP8 / BF16")
     columns += ("BF16 limited by", "FP8 limited by")
-    note = next((emulated_note(run) for run in runs if run.emulated), "")
-    return Table(f"{note}What FP8 changed at equal load, and what was the limit", columns, rows)
+    return Table(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 
 
 def worth_figure(*runs: Run) -> Figure:

@@ -1,10 +1,12 @@
 """The article's background, computed from a run: what fills the card, and how batching fills its time."""
 
+from collections.abc import Set
+
 import numpy as np
 
 from ..measure.metrics import concurrency_over_time
 from ..runs import Run
-from ..shapes import fp8_kv, memory_share, model_shape
+from ..shapes import fp8_kv, memory_share
 from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 from .evidence import evidence, rate_name
 from .published import claim_of, level_id
@@ -16,7 +18,6 @@ _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest"
 def memory(run: Run) -> Figure:
     """What fills the card's memory, variant by variant."""
     seen, told, names = evidence(run), [], []
-    shape = model_shape(run.profile.model.shapes)
     servers = {s["server"]["variant"]: s for s in seen.summaries.values()}
     variants = [
         v
@@ -25,9 +26,11 @@ def memory(run: Run) -> Figure:
     ]
     canvas, axes = new_canvas(run, "What fills the card's memory?", height=1.6 + 0.45 * max(1, len(variants)))
     axes.grid(axis="y", visible=False)
-    for variant in variants if shape else ():
-        server = servers[variant]["server"]
-        kv = server["kv_cache_tokens"] * shape.kv_bytes_per_token(1 if fp8_kv(server["command"]) else 2) / 2**30
+    for variant in variants:
+        server, shape = servers[variant]["server"], run.profile.shape(variant)
+        if shape is None:
+            continue
+        kv = server["kv_cache_tokens"] * shape.kv_bytes_per_token(1 if fp8_kv(server["command"], shape) else 2) / 2**30
         used = servers[variant].get("gpu_memory_gib_max")
         sizes = [server["model_memory_gib"] or 0.0, kv]
         sizes.append(max(0.0, used - sum(sizes)) if used else 0.0)
@@ -46,7 +49,7 @@ def memory(run: Run) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
-    told += _limits(axes, run)
+    told += _limits(axes, run, {memory_share(servers[variant]["server"]["command"]) for variant in names})
     if names:
         canvas.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     caption = (
@@ -56,9 +59,10 @@ def memory(run: Run) -> Figure:
     return Figure("memory", canvas, f"Stacked bars. {told_or(told)}.", caption_of(caption, run))
 
 
-def _limits(axes, run: Run) -> list[str]:
-    """Draws what vLLM may take of the card, and the card's end unless the run was held far below it; both in words."""
-    card, share = run.profile.gpu, memory_share(run.profile.server.flags)
+def _limits(axes, run: Run, shares: Set[float | None]) -> list[str]:
+    """Draws what vLLM may take of the card where that is one share for all, and the card's end unless the run was held far
+    below it; both in words."""
+    card, share = run.profile.gpu, next(iter(shares)) if len(shares) == 1 else None
     if card is None:
         return []
     limits = [("the card", card.memory_gib, "left")]

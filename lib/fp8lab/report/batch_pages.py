@@ -8,8 +8,9 @@ from pathlib import Path
 from ..errors import Fp8labError
 from ..runs import Run, open_run
 from ..tables import Table
+from .caption import card_mark, card_note
 from .claims import claims_table
-from .fair import emulated_note, validity_table
+from .fair import validity_table
 
 _STATES = {"invalid": "done, with INVALID levels"}
 
@@ -65,7 +66,7 @@ def _links(folder: Path, name: str, state: str) -> list[str]:
 
 
 def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
-    rows, mark = [], " (EMULATED)" if run.emulated else ""
+    rows, mark = [], f" ({word})" if (word := card_mark(run)) else ""
     for level_id, s in run.summaries().items():
         numbers = (
             (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
@@ -78,7 +79,7 @@ def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
 
 def _named(table: Table, caption: str, run: Run) -> str:
     """A table of a job's run as HTML; every run's folder has the same name, so the job's stands in its caption."""
-    return replace(table, caption=f"{emulated_note(run)}{caption}")._repr_html_()
+    return replace(table, caption=f"{card_note(run)}{caption}")._repr_html_()
 
 
 def _write_page(path: Path, title: str, body: str) -> None:

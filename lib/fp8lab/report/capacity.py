@@ -7,8 +7,9 @@ from ..errors import BadInput
 from ..measure.capacity import OBJECTIVES, SLO, Attainment, Bracket, attains, bracket
 from ..runs import Run
 from ..tables import Table
+from .caption import card_note
 from .evidence import Evidence, evidence
-from .fair import emulated_note, show_number
+from .fair import show_number
 
 
 def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
@@ -35,7 +36,7 @@ def attainment_table(run: Run, slo: SLO) -> Table:
             ttft, tpot = (show_number(s[key], digits) for key, digits in (("p99_ttft_ms", 0), ("p99_tpot_ms", 1)))
             rows.append((level_id, ttft, tpot, found.state, found.reason))
     columns = ("level", "TTFT p99 ms", "TPOT p99 ms", "objective", "because")
-    return Table(f"{emulated_note(run)}{slo}, run {run.path.name}", columns, rows)
+    return Table(f"{card_note(run)}{slo}, run {run.path.name}", columns, rows)
 
 
 def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
@@ -43,7 +44,7 @@ def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
     seen = evidence(run)
     rows = [(variant, *(str(limit(seen, variant, slo)) for slo in objectives)) for variant in seen.variants()]
     caption = (
-        f"{emulated_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
+        f"{card_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
         "several seeds a rate counts as met when all that are long enough to tell meet it"
     )
     return Table(caption, ("variant", *(slo.name for slo in objectives)), rows)
@@ -84,5 +85,7 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         "million tokens a card-hour",
         "tokens a joule at that rate",
     )
-    caption = f"{emulated_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
+    caption = (
+        f"{card_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
+    )
     return Table(caption, columns, rows)

@@ -5,8 +5,8 @@
 `not reproduced`            it is not: its interval lies outside the tolerance
 `undecided`                 measured, and its interval or its length allows both answers
 `invalid run`               a level that the claim rests on was not measured properly
-`not run`                   nothing was measured: a level is missing, the GPU was emulated, or this kit has no measurement of
-                            it; the reason says what it needs
+`not run`                   nothing was measured: a level is missing, the GPU was emulated or not the card that the profile
+                            names, or this kit has no measurement of it; the reason says what it needs
 
 Whether the stated cause holds is asked apart from the value, and told whatever the value is: "no (the offered load)" when
 the same step in load brings most of the effect without FP8, "no (the front end)" when that, and not the card, was the
@@ -25,6 +25,7 @@ from statistics import geometric_mean
 from ..measure.compare import Ratio, contrast
 from ..runs import Run, write_json
 from ..tables import Table
+from .caption import card_mark, card_note, unmeasured
 from .evidence import Evidence, evidence
 from .published import level_id, published
 
@@ -81,9 +82,8 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
         )
         for v in judge(run)
     ]  # fmt: skip
-    emulated = "EMULATED GPU: nothing here was measured on a GPU. " if run.emulated else ""
-    caption = f"{emulated}The published claims against run {run.path.name}: {run.profile.title}"
-    this_run = "this run (EMULATED)" if run.emulated else "this run"
+    caption = f"{card_note(run)}The published claims against run {run.path.name}: {run.profile.title}"
+    this_run = f"this run ({mark})" if (mark := card_mark(run)) else "this run"
     columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "stated cause")
     columns += ("reason", "rests on (limited by)")
     shown = len(columns) - 2 * brief
@@ -104,9 +104,8 @@ def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> t
 
 def without_gpu(seen: Evidence) -> str | None:
     """Why a run can carry no verdict at all; None when it can."""
-    if seen.run.profile.device == "cuda":
-        return None
-    return f"{'EMULATED GPU' if seen.run.emulated else 'no GPU'}, so no verdict"
+    why = unmeasured(seen.run)
+    return f"{why}, so no verdict" if why else None
 
 
 def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..runs import Run
+from .caption import card_mark, card_note
 from .evidence import FRONT_ENDS
 
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
@@ -28,19 +29,19 @@ class Figure:
 
 
 def new_canvas(run: Run | None, title: str, height: float = 3.8, rows: int = 1):
-    """(canvas, axes) in the house's style; marked across when the run was not made on a GPU. Without a run: arithmetic.
-    With several `rows` the axes are a list, one below the other over the same x."""
+    """(canvas, axes) in the house's style; marked across when the run was not made on the GPU that its profile names.
+    Without a run: arithmetic. With several `rows` the axes are a list, one below the other over the same x."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.4, height), layout="constrained")
+    mark = run and (card_mark(run) or ("CPU" if run.profile.device != "cuda" else ""))
     each = canvas.subplots(rows, squeeze=False, sharex=True)[:, 0]
     each[0].set_title(title, loc="left", fontsize=11, color=INK)
     for axes in each:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", lw=0.8)
         axes.set_axisbelow(True)
-        if run and run.profile.device != "cuda":
-            mark = "EMULATED" if run.emulated else "CPU"
+        if mark:
             axes.text(
                 0.5, 0.5, mark, transform=axes.transAxes, ha="center", va="center", rotation=20, fontsize=44, color="#bbbbbb",
                 alpha=0.45,
@@ -117,9 +118,8 @@ def plainly(value: float, _position: int) -> str:
 
 
 def caption_of(text: str, *runs: Run) -> str:
-    """`text` with what every caption says: where it comes from, and that it is emulated if it is."""
-    emulated = "EMULATED GPU, nothing measured. " if any(run.emulated for run in runs) else ""
-    return f"{emulated}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
+    """`text` with what every caption says: where it comes from, and that it is emulated, or of another card, if it is."""
+    return f"{card_note(*runs)}{text} Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}."
 
 
 def told_or(what: list[str], summary: str = "") -> str:

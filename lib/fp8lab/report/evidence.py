@@ -13,7 +13,8 @@ from ..measure.roofline import Roofline, roofline
 from ..measure.usage import meters_apart
 from ..profiles import Level
 from ..runs import LevelResult, Run
-from ..shapes import flag_of, fp8_kv, fp8_weights, model_shape
+from ..shapes import flag_of, fp8_kv, fp8_weights
+from .caption import other_card
 
 JOULES = ("joules_per_output_token", "joules_per_request")
 
@@ -69,17 +70,19 @@ class Evidence:
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def roofline(self, level_id: str) -> Roofline | None:
-        """What the level needed of the card; None without a datasheet, known shapes, or the server's counters."""
+        """What the level needed of the card; None without its datasheet, known shapes, or the server's counters."""
         profile, level = self.run.profile, self.level(level_id)
-        shape = model_shape(profile.model.shapes)
-        if level is None or shape is None or profile.gpu is None or level.telemetry is None:
+        if level is None or profile.gpu is None or level.telemetry is None or other_card(self.run):
+            return None
+        shape = profile.shape(level.level.variant)
+        if shape is None:
             return None
         server = level.summary["server"]
         if not (level.summary["completed"] and server["kv_cache_tokens"]):
             return None
         return roofline(
             level.telemetry, window_of(level.summary), shape, profile.gpu,
-            fp8_weights=fp8_weights(server["command"]), fp8_kv=fp8_kv(server["command"]),
+            fp8_weights=fp8_weights(server["command"], shape), fp8_kv=fp8_kv(server["command"], shape),
             kv_cache_tokens=server["kv_cache_tokens"],
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from ..runs import Run
 from ..shapes import most_running
 from ..tables import Table
 from . import published
+from .caption import card_note
 from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -19,10 +20,6 @@ METRICS = {
     "mean_tpot_ms": ("mean TPOT", "lower"),
     "joules_per_output_token": ("joules an output token", "lower"),
 }
-
-
-def emulated_note(run: Run) -> str:
-    return "EMULATED GPU, nothing measured. " if run.emulated else ""
 
 
 def limits_table(run: Run, variants: Sequence[str] = ()) -> Table:
@@ -35,7 +32,7 @@ def limits_table(run: Run, variants: Sequence[str] = ()) -> Table:
         state = "VALID" if summary["valid"] else "INVALID"
         rows.append((level_id, limit.cause, limit.evidence, state))
     return Table(
-        f"{emulated_note(run)}What limited each level of run {run.path.name}",
+        f"{card_note(run)}What limited each level of run {run.path.name}",
         ("level", "limited by", "evidence", "measurement"),
         rows,
     )
@@ -55,7 +52,7 @@ def validity_table(run: Run) -> Table:
         )
     if not invalid and not any(float(s["level"]["repeat"]) > 1 for s in evidence(run).summaries.values()):
         rows.append(("note", "no level was repeated with another seed: ratios have no interval"))
-    return Table(f"{emulated_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)
+    return Table(f"{card_note(run)}Does run {run.path.name} count?", ("", "verdict"), rows)
 
 
 def equal_load_ratios(seen: Evidence, metric: str) -> list[tuple[str, float, Ratio]]:
@@ -89,7 +86,7 @@ def equal_load_table(run: Run) -> Table:
         "interval from",
         "part of the run",
     )
-    caption = f"{emulated_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
+    caption = f"{card_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
     return Table(*_with_parts(caption, columns, rows))
 
 
@@ -129,11 +126,11 @@ def ablation_table(run: Run) -> Table:
         for suffix, rate, effect, one in ablation_effects(seen, metric)
     ]  # fmt: skip
     caption = (
-        f"{emulated_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
+        f"{card_note(run)}Which half of FP8 does it? Main effects: the mean ratio that a half gives without and with "
         f"the other; interaction: how much more (or less) both give than their product. Run {run.path.name}"
     )
     if not rows:
-        caption = f"{emulated_note(run)}Run {run.path.name} does not hold all four variants at one rate"
+        caption = f"{card_note(run)}Run {run.path.name} does not hold all four variants at one rate"
     columns = ("metric", "offered", "front end", "effect", "ratio", "95 % interval", "so", "part of the run")
     return Table(*_with_parts(caption, columns, rows))
 
@@ -148,7 +145,7 @@ def throughputs_table(run: Run) -> Table:
                 (level_id, f"{whole:,.0f}", f"{steady:,.0f}", f"{steady / whole:.2f}", f"{s['duration_s']:.0f}")
             )
     columns = ("level", "whole run, tok/s", "steady state, tok/s", "steady / whole", "whole run, s")
-    return Table(f"{emulated_note(run)}Two throughputs, run {run.path.name}", columns, rows)
+    return Table(f"{card_note(run)}Two throughputs, run {run.path.name}", columns, rows)
 
 
 def kv_room(seen: Evidence) -> list[tuple[str, int, float, float, float | None]]:
@@ -178,7 +175,7 @@ def kv_table(run: Run) -> Table:
     each = seen.kv_tokens_a_request()
     held = f"; a running request held {each:.0f} tokens on average" if each else ""
     columns = ("variant", "KV cache, tokens", "requests it can hold", "--max-num-seqs", "most running", "fullest")
-    return Table(f"{emulated_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
+    return Table(f"{card_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
 
 
 def paging_table(run: Run) -> Table:
@@ -189,7 +186,7 @@ def paging_table(run: Run) -> Table:
     ids = sorted(seen.summaries, key=lambda level_id: level_id != judged_by)
     level = next((one for one in map(seen.level, ids) if one is not None), None)
     if level is None:
-        return Table(f"{emulated_note(run)}Run {run.path.name} holds no records", ("scheme", "empty"), [])
+        return Table(f"{card_note(run)}Run {run.path.name} holds no records", ("scheme", "empty"), [])
     rows = [("blocks of 16 tokens (PagedAttention)", f"{paging_waste(level.records):.1%}")]
     rows.append(("the same, as published", f"{claim['direction']} {claim['fp8']['value']:g}{claim['unit']}"))
     for length in (2048, 8192):
@@ -197,7 +194,7 @@ def paging_table(run: Run) -> Table:
         shown = "too little: some hold more" if waste is None else f"{waste:.0%}"
         rows.append((f"reserving {length:,} tokens a request", shown))
     return Table(
-        f"{emulated_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}",
+        f"{card_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}",
         ("scheme", "empty"),
         rows,
     )
@@ -217,7 +214,7 @@ def roofline_table(run: Run) -> Table:
     columns = ("level", "of bandwidth", "of matrix peak", "nearer limit", "FLOP/byte", "TB/s", "TFLOP/s", "steps/s")
     card = run.profile.gpu.name if run.profile.gpu else "no card"
     return Table(
-        f"{emulated_note(run)}How far from the physical limit ({card}, datasheet): what the tokens of the steady window needed, estimated",
+        f"{card_note(run)}How far from the physical limit ({card}, datasheet): what the tokens of the steady window needed, estimated",
         columns,
         rows,
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..measure.compare import Ratio
 from ..runs import Run
+from .caption import card_mark
 from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 
 _LEFT, _RIGHT = 0.4, 2.5
@@ -24,7 +25,7 @@ def forest(
     """`rows` are (text, ratio), drawn from the top; filled where the interval leaves out 1. `said` is a (text, ratio)
     without an interval, somebody else's, drawn first as a star. The page is marked when a run is EMULATED. `summary`
     stands for the rows in the alternative text where they are too many to be read out."""
-    shown = next((run for run in runs if run.profile.device != "cuda"), runs[0])
+    shown = next((run for run in runs if run.profile.device != "cuda" or card_mark(run)), runs[0])
     lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)
     canvas, axes = new_canvas(shown, title, height=max(1.6, 0.9 + 0.24 * lines))
     # Over the whole figure: beside long names little room is left above the axes.

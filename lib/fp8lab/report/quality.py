@@ -8,6 +8,7 @@ from ..measure.quality import Comparison, Estimate, distinguishable, identical_p
 from ..runs import Run
 from ..tables import Table
 from . import quality_figures
+from .caption import card_note, other_card, unmeasured
 from .claims import by_interval
 from .published import claim_of
 from .show import Shown, _show
@@ -55,7 +56,7 @@ def asked_table(run: Run) -> Table:
     columns = ("measurement", "documents", "tokens predicted", "documents at once", "prompts", "prompts at once")
     first = next(iter(summaries(run).values()))
     text = f"text {first['asked']['text']}, documents of {first['asked']['document_tokens']} tokens"
-    return Table(f"{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
+    return Table(f"{card_note(run)}{first['model']}; {text}", (*columns, "measured in", "server start"), rows)
 
 
 def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
@@ -72,7 +73,7 @@ def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
             before = ("…" if start else "") + one[start:at]
             rows.append((f"{prompt}", before, *(text[at : at + 60] or "(ends here)" for text in (one, other))))
     columns = ("prompt", "both", f"{reference} goes on", f"{variant} goes on")
-    return Table(f"Where answers of {variant} part from {reference}'s", columns, rows)
+    return Table(f"{card_note(run)}Where answers of {variant} part from {reference}'s", columns, rows)
 
 
 def published_table(run: Run) -> Table:
@@ -83,7 +84,7 @@ def published_table(run: Run) -> Table:
         if name not in (reference, reference + AGAIN):
             kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"
             rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
-    return Table("How much is kept; the rows measure different things on different models",
+    return Table(f"{card_note(run)}How much is kept; the rows measure different things on different models",
                  ("", "model and measure", "kept", "source"), rows)  # fmt: skip
 
 
@@ -173,6 +174,8 @@ def judge_quality(claim: dict, run: Run) -> dict:
     found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
     if claim["model"] not in model.lower():
         return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
+    if other_card(run):
+        return found | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
     word, near = by_interval(claim, claim["fp8"]["value"], value, low, high)
     return found | {"verdict": word, "reason": f"{near}; another measure (perplexity); {said}"}
 
@@ -197,5 +200,5 @@ def _interval(estimate: Estimate, pattern: str) -> str:
 def _caption(run: Run) -> str:
     first = next(iter(summaries(run).values()))
     reference = reference_variant(run.profile)
-    return (f"What the number format does to the answers of {first['model']}, against {reference}; 95 % intervals in "
+    return (f"{card_note(run)}What the number format does to the answers of {first['model']}, against {reference}; 95 % intervals in "
             f"brackets; \"none\": no more than {reference} differs from itself in other batches. Run {run.path.name}")  # fmt: skip

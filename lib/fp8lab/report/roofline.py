@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ..profiles import Card
 from ..runs import Run
-from ..shapes import ModelShape, model_shape
+from ..shapes import ModelShape
 from .drawing import (
     GREY,
     INK,
@@ -25,7 +25,9 @@ def roofline(run: Run) -> Figure:
     """The card's roofline with this run's levels."""
     seen, told = evidence(run), []
     canvas, axes = new_canvas(run, "How far from the card's physical limit?")
-    card, shape = run.profile.gpu, model_shape(run.profile.model.shapes)
+    card = run.profile.gpu
+    # Steps are drawn in BF16, whose sizes are those of any variant of one model.
+    shape = next((known for variant in seen.variants() if (known := run.profile.shape(variant))), None)
     xs = [10, 5000]
     for peak, text in ((card.bf16_flops, "BF16 peak"), (card.fp8_flops, "FP8 peak")) if card else ():
         ridge = peak / card.hbm_bytes_per_s

@@ -13,9 +13,10 @@ from ..measure.usage import frontend_us_per_token, meters_apart
 from ..paths import repository_relative
 from ..profiles import Profile
 from ..runs import Run
-from ..shapes import fp8_kv, model_shape
+from ..shapes import fp8_kv
 from ..tables import Table
 from . import across, background_figures, drawing, fair_figures, figures, roofline
+from .caption import card_note
 from .evidence import evidence
 
 _PIXELS_PER_INCH = 200
@@ -135,8 +136,7 @@ def levels_table(run: Run) -> Table:
         rows.append((level_id, f"{s['completed']:,}/{s['requests']:,}", *cells, state))
     columns = ("level", "completed", "req/s", "tok/s", "tok/s steady", "peak in flight")
     columns += ("TTFT ms", "TTFT p99 ms", "TPOT ms", "measurement")
-    emulated = "EMULATED GPU. " if run.emulated else ""
-    return Table(f"{emulated}The levels of run {run.path.name}", columns, rows)
+    return Table(f"{card_note(run)}The levels of run {run.path.name}", columns, rows)
 
 
 def resources_table(run: Run) -> Table:
@@ -162,10 +162,9 @@ def resources_table(run: Run) -> Table:
     columns = ("level", "GPU busy", "GPU W", "MHz", "clock held back by", "J/token", "J/token by power samples")
     columns += ("J/request", "front end, cores", "engine, cores")
     columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk", "front end, µs/token")
-    note = "EMULATED GPU: no GPU was sampled. " if run.emulated else ""
     caption = (
-        f"{note}What the levels of run {run.path.name} used; joules are those of the GPU's energy counter, beside them how "
-        "far the integral of its power samples is off; cores are those of the busiest process of each kind"
+        f"{card_note(run)}What the levels of run {run.path.name} used; joules are those of the GPU's energy counter, beside "
+        "them how far the integral of its power samples is off; cores are those of the busiest process of each kind"
     )
     return Table(caption, columns, rows)
 
@@ -182,20 +181,19 @@ def _held_back(ran: Clock | None) -> str:
 
 def memory_table(run: Run) -> Table:
     """What vLLM made of the card's memory, variant by variant, against the arithmetic of the KV cache."""
-    shape = model_shape(run.profile.model.shapes)
     servers = {s["server"]["variant"]: s["server"] for s in run.summaries().values()}
     rows = []
     for variant in run.profile.variants:
         server = servers.get(variant)
         if server and server["kv_cache_tokens"]:
-            token = shape and shape.kv_bytes_per_token(1 if fp8_kv(server["command"]) else 2)
+            shape = run.profile.shape(variant)
+            token = shape and shape.kv_bytes_per_token(1 if fp8_kv(server["command"], shape) else 2)
             kib, gib = (token / 1024, server["kv_cache_tokens"] * token / 2**30) if token else (None, None)
             cells = (server["model_memory_gib"], server["kv_cache_tokens"], kib, gib)
             patterns = ("{:.2f}", "{:,}", "{:.0f}", "{:.1f}")
             rows.append((variant, *(_cell(value, pattern) for value, pattern in zip(cells, patterns, strict=True))))
     columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
-    note = "EMULATED GPU. " if run.emulated else ""
-    caption = f"{note}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
+    caption = f"{card_note(run)}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
     return Table(caption, columns, rows)
 
 
@@ -213,8 +211,8 @@ def cross_check_table(run: Run) -> Table:
             rows.append((level_id, client, *map(_cell, numbers, patterns)))
     columns = ("level", "client", "tok/s", "req/s", "TTFT ms", "TPOT ms", "busiest second of a client process")
     if not rows:
-        return Table(f"Run {run.path.name} holds no cross-check", ("level", "client"), [])
-    return Table(f"Two clients, run {run.path.name}; each drew its own Poisson arrivals", columns, rows)
+        return Table(f"{card_note(run)}Run {run.path.name} holds no cross-check", ("level", "client"), [])
+    return Table(f"{card_note(run)}Two clients, run {run.path.name}; each drew its own Poisson arrivals", columns, rows)
 
 
 def _cell(value: float | None, pattern: str) -> str:
@@ -240,7 +238,7 @@ def environment_table(run: Run) -> Table:
         ("source", f"{(source['commit'] or 'no commit')[:12]}{', modified' if source['modified'] else ''}"),
         ("run folder", repository_relative(run.path)),
     ]
-    return Table("The environment of this run", ("", "found"), rows)
+    return Table(f"{card_note(run)}The environment of this run", ("", "found"), rows)
 
 
 def flags_table(profile: Profile) -> Table:

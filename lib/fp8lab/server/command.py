@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 
+from .. import gpu
+from ..flags import joined
 from ..models import model_folder, packaged_model
 from ..profiles import Profile
 
@@ -25,17 +27,17 @@ def served_model(profile: Profile, variant: str) -> str:
 
 
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
-    """The vLLM command line of `variant`. Emulated, it is the GPU's command plus one executor flag.
+    """The vLLM command line of `variant`: what all variants share, the variant's own flags, which win, and what this kit
+    sets. Emulated, it is the GPU's command plus one executor flag.
 
     A server of one start has a `served_name` of its own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
-    flags = profile.variant_flags(variant)
+    flags = joined(profile.server.flags, profile.variant_flags(variant))
     model = served_model(profile, variant)
     load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
     own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
-    command = [sys.executable, "-m", *_entry_point(), "--model", model, *load, *flags]
-    return [*command, *profile.server.flags, *address, *own, *executor]
+    return [sys.executable, "-m", *_entry_point(), "--model", model, *flags, *load, *address, *own, *executor]
 
 
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
@@ -44,6 +46,8 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     environment |= profile.variant_env.get(variant, {})
     if profile.model.weights != "checkpoint":
         environment["HF_HUB_OFFLINE"] = "1"
+    if profile.device == "cuda":
+        environment |= gpu.server_environment()
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
         environment[SETTINGS_VARIABLE] = json.dumps(settings)
