@@ -81,6 +81,11 @@ def test_importing_is_quick():
             "workers 0",
         ),
         (["record", "nowhere", "x"], "no run folder at"),
+        (["measure", "--profile", "emulated-h100", "--again", "bf16-50rps-r1"], "with --run DIR"),
+        (
+            ["measure", "--profile", "emulated-h100", "--run", "{tmp}/run", "--again", "x"],
+            "holds no level x to measure again (it holds: none)",
+        ),
         (["profiles", "h101"], "no profile 'h101'"),
     ],
 )

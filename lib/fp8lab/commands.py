@@ -63,6 +63,10 @@ def measure(args) -> int:
     from .report.show import levels_table
     from .runs import open_run
 
+    if args.again and not args.run:
+        raise BadInput(
+            f"--again {args.again[0]}: name the run that holds it with --run DIR (the last one: --run latest)"
+        )
     run = open_run(args.run, args.profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))

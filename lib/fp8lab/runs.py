@@ -119,7 +119,9 @@ class Run:
         when the run never held it."""
         held = {path.name: path for path in self.path.glob("levels/*") if path.is_dir()}
         copies = {path.name.rpartition("-"): path for path in self.path.glob("set-aside/*-*")}
-        numbered = {int(number): path for (name, _, number), path in copies.items() if name == level_id}
+        numbered = {
+            int(number): path for (name, _, number), path in copies.items() if name == level_id and number.isdecimal()
+        }
         return held.get(level_id) or (numbered[max(numbered)] if numbered else None)
 
     def level(self, level_id: str, planned: Iterable[Level] = ()) -> tuple[Level, Mapping]:
