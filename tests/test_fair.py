@@ -188,3 +188,26 @@ def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
     import fp8lab.measure.metrics  # noqa: F401
 
     assert callable(lab.measure)
+
+
+def test_the_clock_figure_shows_what_was_sampled():
+    held = lab.clock_figure(open_run(source="h100-80gb-starts"))
+    assert "Levels bf16-rust-graphs-infrps-r1 and fp8-rust-graphs-infrps-r1" in held.caption
+    assert "the power limit held the clock back in 100% of the samples" in held.alt
+    assert "Ticks: samples in which NVML named the power limit" in held.caption
+    before = lab.clock_figure(open_run(source="h100-80gb"))
+    assert "What held the clock back was not sampled in this run" in before.caption
+    assert "consistent with the power limit" in before.alt
+    assert "nothing is measured yet" in lab.clock_figure(open_run(source="emulated-h100")).alt
+
+
+def test_a_comparison_names_the_clocks_that_it_also_compares():
+    run = open_run(source="h100-80gb")
+    rows = {(row[0], row[1], row[2]): row for row in lab.equal_load_table(run).rows}
+    row = rows["output tokens/s, whole run", "all at once", "Rust, larger CUDA graphs"]
+    assert row[3] == "1.242" and row[6] == "1.30× (1,959 / 1,512 MHz)"
+    columns = lab.resources_table(run).columns
+    used = {row[0]: dict(zip(columns, row, strict=True)) for row in lab.resources_table(run).rows}
+    burst = used["bf16-rust-graphs-infrps-r1"]
+    assert burst["MHz"] == "1,532" and burst["clock held back by"] == "not sampled; power at its limit"
+    assert all(abs(float(one["J/token by power samples"].rstrip("%"))) < 1.5 for one in used.values())

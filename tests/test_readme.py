@@ -2,7 +2,7 @@
 
 import math
 import re
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 
 import pytest
 
@@ -11,7 +11,7 @@ from fp8lab.evaluation import comparisons
 from fp8lab.measure.capacity import SLO, attains
 from fp8lab.measure.compare import ratio
 from fp8lab.measure.quality import distinguishable
-from fp8lab.measure.usage import frontend_us_per_token
+from fp8lab.measure.usage import frontend_us_per_token, meters_apart
 from fp8lab.paths import PROJECT
 from fp8lab.report.across import claims_across
 from fp8lab.report.claims import number
@@ -40,9 +40,23 @@ def busy_in_large_steps(seen, level_id: str) -> float:
     return telemetry["gpu_util"][(telemetry["at_s"] > 3) & (waiting == 0) & (running > 512) & (running < 1000)].mean()
 
 
+def held_back(seen, suffix: str, seeds: int) -> list[str]:
+    """What the power limit leaves of the clocks in a burst: the variants' mean MHz, BF16's power, and the clocks' ratio."""
+    held = {
+        variant: [seen.summaries[f"{variant}{suffix}-infrps-r{seed}"] for seed in range(1, seeds + 1)]
+        for variant in ("fp8", "bf16")
+    }
+    mhz = {variant: fmean(s["gpu_sm_mhz_steady"] for s in levels) for variant, levels in held.items()}
+    for s in held["bf16"]:
+        assert s["gpu_power_w_steady"] > 0.98 * 700 and s["power_limited_steady"] in (None, 1.0)  # "in all samples"
+    return [f"{mhz['bf16']:,.0f}", f"{mhz['fp8'] / mhz['bf16']:.2f}×"]
+
+
 def headline_numbers() -> list[str]:
     """The numbers that the READMEs' prose rests on, as it writes them."""
-    h100, seen, long_prompts = (evidence(open_run(source=name)) for name in (*RECORDED, "h100-80gb-long-prompts"))
+    h100, seen, long_prompts, starts = (
+        evidence(open_run(source=name)) for name in (*RECORDED, "h100-80gb-long-prompts", "h100-80gb-starts")
+    )
     metric, joules = "output_token_throughput", "joules_per_output_token"
     ratios = [
         ratio(one.seeds("bf16", 100, metric), one.seeds("bf16", 50, metric)) for one in (h100, seen)
@@ -50,6 +64,9 @@ def headline_numbers() -> list[str]:
     ratios += [one.compare("fp8", "bf16", 50, name) for one in (h100, seen) for name in (metric, joules)]
     ratios += [long_prompts.compare("fp8", "bf16", math.inf, name) for name in (metric, joules)]
     ratios += [h100.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, name) for name in (metric, joules)]
+    own_starts = [starts.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, name) for name in (metric, joules)]
+    assert all(one.starts == one.pairs == 2 for one in own_starts)  # "two each"
+    ratios += own_starts
     ratios.append(h100.compare("fp8-rust", "bf16-rust", math.inf, metric))
     ratios.append(seen.compare("fp8-rust", "bf16-rust", math.inf, metric))
     behind_rust = {name: one for suffix, _, name, one in ablation_effects(seen, metric) if suffix == "-rust"}
@@ -59,6 +76,9 @@ def headline_numbers() -> list[str]:
     halved = [half[name] for half in (halves, long_halves) for name in ("FP8 weights", "FP8 KV cache")]
     told = [f"{one.value:.2f}×" for one in (*ratios, *halved)]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
+    told += held_back(h100, "-rust-graphs", 3) + held_back(starts, "-rust-graphs", 2) + held_back(long_prompts, "", 3)
+    apart = [abs(meters_apart(s)) for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
+    told.append(f"{100 * max(apart):.1f} %")
     for one in (h100, seen):
         assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
         fp8 = [s for level, s in one.summaries.items() if level.startswith("fp8-100rps")]

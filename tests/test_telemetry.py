@@ -1,15 +1,20 @@
 """Telemetry that fails: a level whose limit nobody watched is invalid, in words, and keeps its records."""
 
+import json
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from conftest import HERE
 from fp8lab.gpu import GpuReader
 from fp8lab.load import telemetry
 from fp8lab.load.level import measure_level
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import Telemetry
+from fp8lab.measure.clock import clock
 from fp8lab.measure.metrics import completed, steady_window
 from fp8lab.profiles import Level
 from fp8lab.runs import open_run
@@ -102,3 +107,23 @@ def test_every_recorded_level_was_watched(name):
         steady = steady_window(result.records, result.tokens, result.telemetry)
         watching = Telemetry([], lambda: "", summary["time_dilation"])
         assert watching.problems(result.telemetry, [whole, steady]) == []
+
+
+def test_the_clock_comes_with_its_reasons_and_the_power_limit(monkeypatch, tmp_path):
+    """From what NVML says to the share of samples in which the power limit held the clock back."""
+    card = {"used_gib": 1, "processes": [], "lost": False, "handles": True, "cards": [], "sm_mhz": 1500}
+    (tmp_path / "nvml.json").write_text(json.dumps(card | {"clock_reasons": 4, "power_limit_mw": 700_000}))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    try:
+        with Telemetry([]) as sampled:
+            began = time.monotonic()
+            time.sleep(0.5)
+    finally:
+        sys.modules.pop("pynvml", None)
+    table = sampled.table(began)
+    ran = clock(table, (-1.0, 1.0))
+    assert (ran.mhz, ran.by_power, ran.by_heat, ran.limit_w) == (1500, 1.0, 0.0, 700)
+    # Clock and reasons with every sample, the limit with the slow ones: at the start and once more at the end.
+    assert table["gpu_clock_reasons"].notna().sum() >= 3 and table["gpu_power_limit_w"].notna().sum() == 2

@@ -93,6 +93,25 @@ def nvmlDeviceGetComputeRunningProcesses(_handle):
     ]
 
 
+def nvmlDeviceGetCurrentClocksEventReasons(_handle):
+    return _reading("clock_reasons")
+
+
+def nvmlDeviceGetEnforcedPowerLimit(_handle):
+    return _reading("power_limit_mw")
+
+
+def nvmlDeviceGetClockInfo(_handle, _which):
+    return _reading("sm_mhz")
+
+
+def _reading(name: str):
+    """A reading that this card gives if its file names it."""
+    if (value := _says().get(name)) is None:
+        raise NVMLError("Not Supported")
+    return value
+
+
 def nvmlSystemGetDriverVersion():
     return "0.0"
 

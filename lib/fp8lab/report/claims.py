@@ -75,14 +75,17 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
 
     `brief` leaves out the reasons and the levels.
     """
+    verdicts, seen = judge(run), evidence(run)
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
             show_interval(v), v.verdict, v.cause or "–", v.reason, _rests_on(v),
         )
-        for v in judge(run)
+        for v in verdicts
     ]  # fmt: skip
     caption = f"{card_note(run)}The published claims against run {run.path.name}: {run.profile.title}"
+    if any(v.interval and seen.share_a_start(v.levels) for v in verdicts):
+        caption += ". Seeds share a server start: what differs from start to start is in no interval"
     this_run = f"this run ({mark})" if (mark := card_mark(run)) else "this run"
     columns = ("", "claim", "published", this_run, "95 % interval", "verdict", "stated cause")
     columns += ("reason", "rests on (limited by)")

@@ -128,13 +128,17 @@ class Evidence:
         return ", ".join(map(str, sorted({s["part"] for s in held})))
 
     def starts(self, variants, rate: float) -> int:
-        """The fewest server starts over which the valid repeats of one of `variants` at `rate` are spread. A start is told
-        by its served name, which no other start has."""
-        commands = (
-            [s.get("server", {}).get("command", ()) for s in self.levels((variant,), rate).values()]
-            for variant in variants
-        )
-        return min(len({flag_of(command, "--served-model-name") for command in each}) for each in commands)
+        """The fewest server starts over which the valid repeats of one of `variants` at `rate` are spread."""
+        return min(len({self._start(level_id) for level_id in self.levels((variant,), rate)}) for variant in variants)
+
+    def share_a_start(self, level_ids: Collection[str]) -> bool:
+        """Whether some of these levels were measured on one server start."""
+        held = [self._start(level_id) for level_id in level_ids if level_id in self.summaries]
+        return len(set(held)) < len(held)
+
+    def _start(self, level_id: str) -> str:
+        """What tells the server start that a level was measured on: its served name, which no other start has."""
+        return flag_of(self.summaries[level_id].get("server", {}).get("command", ()), "--served-model-name")
 
     def rates(self, *variants: str) -> list[float]:
         """The rates at which each of `variants` has a valid level, ascending."""
