@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import psutil
@@ -108,7 +108,7 @@ class Telemetry:
         table["at_s"] = (table["at_s"] - start) / self._dilation
         return table.sort_values("at_s", ignore_index=True)
 
-    def problems(self, table: "pd.DataFrame", windows: Iterable[tuple[float, float]]) -> list[str]:
+    def problems(self, table: "pd.DataFrame", windows: Sequence[tuple[float, float]]) -> list[str]:
         """Why this telemetry cannot say what limited the level, in words; empty when it can.
 
         `table` is that of `table()`; each of `windows` is a (begin, end) in its time of which means are taken. A thread
