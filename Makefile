@@ -54,10 +54,10 @@ soak: $(STAMP)
 bundle:
 	PYTHON="$(PYTHON)" bash env/bundle/build.sh bundle $(COMPILE_CACHE)
 
-# The front notebook is committed with the outputs of the recorded run, the README with a figure of three: made anew.
+# The front notebook is committed with the outputs of the recorded run, the README with a figure of four runs: made anew.
 front: $(STAMP)
 	$(BIN)/python -c "import fp8lab as lab; from fp8lab import paths; \
-	  runs = [lab.open_run(source=name) for name in ('h100-80gb', 'h200-80gb', 'h100-80gb-long-prompts')]; \
+	  runs = [lab.open_run(source=name) for name in ('h100-80gb', 'h200-80gb', 'h100-80gb-starts', 'h100-80gb-long-prompts')]; \
 	  (paths.DATA / 'recorded' / 'h100-80gb' / 'figures' / 'worth.svg').write_text(lab.worth_figure(*runs).svg)"
 	$(BIN)/fp8lab reproduce --source h200-80gb
 	$(BIN)/python -c "from fp8lab import notebooks, paths; \

@@ -112,7 +112,7 @@ def contrast(cells: Cells, weights: Mapping[str, float], noise: Noise | None = N
         model = f"Student's t from {pairs} seeds"
     elif noise:
         half = student_t(noise.freedom) * noise.sigma * math.sqrt(sum(w * w for w in weights.values()) / pairs)
-        model = f"{pairs} seed{'s' if pairs > 1 else ''}; noise of {noise.sigma:.1%} pooled from comparable levels ({noise.freedom} degrees of freedom)"
+        model = f"{pairs} seed{'s' if pairs > 1 else ''}; noise of {noise.sigma:.1%} pooled from comparable levels ({noise.freedom} degree{'s' * (noise.freedom > 1)} of freedom)"
     else:
         half, model = math.nan, "one pair, no repeats anywhere"
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), pairs, model)
