@@ -1,6 +1,7 @@
 """Several runs side by side, from the recorded ones."""
 
 import math
+from statistics import fmean
 
 import nbformat
 import pytest
@@ -14,6 +15,7 @@ from fp8lab.report.evidence import Evidence, evidence
 from fp8lab.runs import open_run
 
 H100, H200, LONG, EMULATED = "h100-80gb", "h200-80gb", "h100-80gb-long-prompts", "emulated-h100"
+STARTS = "h100-80gb-starts"
 
 
 def recorded(*names):
@@ -36,7 +38,7 @@ def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
     rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*recorded(H100, H200, LONG)).rows}
     card = rows[LONG, "all at once", "one Python process"]
     assert card[3].startswith("1.65×") and card[6:] == ("KV capacity", "GPU, nearer memory")
-    assert rows[H100, "100 req/s", "one Python process"][5:] == ("front end", "front end")
+    assert rows[H100, "100 req/s", "one Python process"][6:] == ("front end", "front end")
     figure = worth_figure(*recorded(H100, H200, LONG))
     assert "published, other loads: FP8 at 100, BF16 at 50 req/s: 1.60×" in figure.alt
     assert "h100-80gb-long-prompts, all at once limit: BF16 KV capacity, FP8 GPU: 1.65× (1.63 to 1.67)" in figure.alt
@@ -62,7 +64,7 @@ def test_an_emulated_run_marks_what_it_is_drawn_in():
 
 def test_the_readmes_figure_is_that_of_the_recorded_runs():
     """`make front` brings it up to date."""
-    shown = lab.worth_figure(*recorded(H100, H200, LONG))
+    shown = lab.worth_figure(*recorded(H100, H200, STARTS, LONG))
     assert (DATA / "recorded" / H100 / "figures" / "worth.svg").read_text() == shown.svg
 
 
@@ -78,6 +80,15 @@ def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
         for metric in ("output_token_throughput", "joules_per_output_token")
     )
     assert f"FP8 gives {tokens.value:.2f} times the tokens for {joules.value:.2f} times the energy each" in prose
+    own = evidence(open_run(source=STARTS))
+    tokens = own.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, "output_token_throughput").value
+    levels = {name: own.levels((f"{name}-rust-graphs",)).values() for name in ("fp8", "bf16")}
+    assert all(s["power_limited_steady"] == 1.0 for s in levels["bf16"])
+    fp8, bf16 = (fmean(s["gpu_sm_mhz_steady"] for s in each if s["level"]["repeat"] <= 2) for each in levels.values())
+    assert (
+        f"its clock was {fp8 / bf16:.2f} times as fast, and that is most of the {tokens:.2f} times the tokens" in prose
+    )
+    assert math.log(fp8 / bf16) > 0.5 * math.log(tokens)  # "most"
     low, high = zip(*(_frontend_costs(name) for name in (H100, H200)), strict=True)
     assert f"needs {low[0]} to {high[0]} µs of CPU" in prose and f"H200's host {low[1]} to {high[1]}" in prose
 
