@@ -57,7 +57,7 @@ class Level(_Table):
     """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once.
 
     With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0
-    asks for a server of its own: levels of that number share one start a variant (see `_levels_of`).
+    asks for a server of its own: levels of that number share one start a variant (see `_Protocol`).
     """
 
     variant: str

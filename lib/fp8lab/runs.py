@@ -332,7 +332,7 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
 def _place(profile: Profile) -> dict:
     """Provenance of what is measured here and now. `measured_with` tells one way of measuring from another: a digest of
     this library and of the profile. A notebook that was saved, or a level that was added, changes neither."""
-    made_of = {key: value for key, value in plain(profile.as_dict()).items() if key not in ("title", "protocols")}
+    made_of = {key: value for key, value in plain(profile.identity()).items() if key not in ("title", "protocols")}
     return collect() | {"measured_with": digest(json.dumps(made_of, sort_keys=True))}
 
 
