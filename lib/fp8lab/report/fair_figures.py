@@ -196,6 +196,9 @@ def clocks(run: Run) -> Figure:
     lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
     for axes in (upper, lower):
         axes.yaxis.set_major_formatter(plainly)
+        if not told:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.02, 0.86, "no GPU was sampled", transform=axes.transAxes, fontsize=8, color=GREY)
     legend(upper, "lower right")
     marks = (
         " Ticks: samples in which NVML named the power limit as what held the clock back."
