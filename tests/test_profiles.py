@@ -96,6 +96,9 @@ def test_checkpoints_by_variant():
         ("title = ", "not valid TOML"),
         ('[gpu]\nbf16_flops = "989e12"', r"mine.toml: gpu.bf16_flops: expected a number, not '989e12'"),
         ("[gpu]\nbf16_flops = nan", "mine.toml: gpu.bf16_flops: expected a finite number"),
+        ('[gpu]\nname = "H20"', "mine.toml: gpu.memory_gib: is missing"),
+        ('[workload]\ntrace = "sharegpt"', "no trace 'sharegpt'.*sharegpt-like"),
+        ('[variants]\nbf16 = ["--api-k", "x"]', "--api-key holds a secret"),
         ("[gpu]\nmemory_gib = -1", "mine.toml: gpu.memory_gib: expected a number above 0"),
         ("[emulation]\nhbm_fraction = 1.5", "mine.toml: emulation.hbm_fraction: expected at most 1"),
         ('[server]\nflags = "--enforce-eager"', "mine.toml: server.flags: expected a list, not a text"),
@@ -368,3 +371,16 @@ def test_a_command_is_shown_without_this_machines_paths(tmp_path, monkeypatch):
         "--port": "--port",
     }
     assert [portable(argument) for argument in shown] == list(shown.values())
+
+
+def test_a_checkpoints_folder_beside_the_profile_is_no_hub_name(tmp_path):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text(
+        (DATA / "models" / "llama-3-8b" / "config.json").read_text()
+    )
+    path = tmp_path / "mine.toml"
+    checkpoints = '{ default = "models/mine", fp8 = "some/where" }'
+    path.write_text(f'extends = "emulated-h100"\n[model]\nweights = "checkpoint"\ncheckpoints = {checkpoints}\n')
+    profile = load_profile(path)
+    assert profile.model.checkpoint("bf16") == str(tmp_path / "models" / "mine") and profile.shape("bf16").layers == 32
+    assert profile.model.checkpoint("fp8") == "some/where" and profile.shape("fp8") is None

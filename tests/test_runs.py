@@ -179,7 +179,7 @@ def test_a_level_is_its_requests(run, profile):
     assert load_test(server, sharegpt_like(5, seed=0), rate=50, requests=3, run=run).valid
     renamed = dataclasses.replace(fixed_length(3, input_tokens=8, output_tokens=8), name=own.name)
     for other in (sharegpt_like(3, seed=7), fixed_length(3, input_tokens=8, output_tokens=8), renamed):
-        with pytest.raises(RunMismatch, match=f"not those of .*digest {other.digest}.*--again {LEVEL.id}"):
+        with pytest.raises(RunMismatch, match=f"not those of .*digest {other.digest}.*run.set_aside"):
             load_test(server, other, rate=50, run=run)
     changed = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, seed=7))
     with pytest.raises(RunMismatch, match="workload"):

@@ -169,3 +169,21 @@ def test_a_bad_sharegpt_file_is_one_clear_error(tmp_path, content):
     path.write_text(content)
     with pytest.raises(BadInput):
         from_file(path, tokenizer=str(model_folder("llama-3-8b")))
+
+
+@pytest.mark.parametrize("header", ["prompt_tokens,output_tokens, arrival_s", "Prompt_Tokens,output_tokens,Arrival_s"])
+def test_a_columns_name_is_read_as_it_is_meant(tmp_path, header):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"{header}\n5,7,0.0\n5,8,1.5\n")
+    assert lab.from_file(path).arrival_s == (0.0, 1.5)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("prompt_tokens,output_tokens,arrival\n5,7,0\n", "unknown columns 'arrival'; known: arrival_s"),
+    ("prompt_tokens,output_tokens,arrival_s\n5,7\n5,8,1\n", "mine.csv"),
+    ("prompt_tokens,output_tokens,arrival_s\n5,7,0\n5,8\n", "mine.csv"),
+])  # fmt: skip
+def test_arrival_times_are_never_dropped_in_silence(tmp_path, text, said):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(BadInput, match=said):
+        lab.from_file(tmp_path / "mine.csv")

@@ -24,7 +24,7 @@ from typing import TextIO
 from .errors import BadInput
 from .gpu import visible
 from .notebooks import check_parameters, find
-from .paths import RUNS, repository_relative
+from .paths import PLAIN_NAME, RUNS, repository_relative
 from .profiles import Level, check_workload, read_changed, read_profile, with_paths
 from .report.batch_pages import has_invalid, write_pages
 from .runs import write_json
@@ -70,6 +70,11 @@ def load_matrix(path: Path) -> Matrix:
     if not table.get("profiles"):
         raise BadInput(f'{path}: name at least one profile: profiles = ["emulated-h100"]')
     table.pop("title", None)
+    for key in ("profiles", "variants", "protocols"):
+        if not (isinstance(names := table.get(key, []), list) and all(isinstance(name, str) for name in names)):
+            raise BadInput(f"{path}: {key}: expected a list of names in quotes, not {names!r}")
+    if not isinstance(table.get("notebook", ""), str):
+        raise BadInput(f"{path}: notebook: expected a name in quotes, not {table['notebook']!r}")
     # A profile's file is named relative to the matrix.
     profiles = tuple(
         str((path.parent / name).resolve()) if name.endswith(".toml") else name for name in table.pop("profiles")
@@ -77,6 +82,8 @@ def load_matrix(path: Path) -> Matrix:
     workloads = table.pop("workloads", {"": {}})
     if not isinstance(workloads, dict) or not all(isinstance(one, dict) for one in workloads.values()):
         raise BadInput(f"{path}: workloads: expected a table for each: [workloads.NAME]")
+    if odd := [name for name in workloads if name and not PLAIN_NAME.fullmatch(name)]:
+        raise BadInput(f"{path}: workload {odd[0]!r} is no name: letters, digits, '.', '_' and '-', at most 64")
     # So is a workload's trace.
     table["workloads"] = {
         name: with_paths({"workload": one}, path.absolute().parent)["workload"] for name, one in workloads.items()

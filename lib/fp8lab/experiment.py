@@ -6,6 +6,7 @@ import datetime
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .errors import BadInput, Fp8labError, LevelFailed, ServerFailed
 from .level_result import LevelResult
@@ -22,7 +23,7 @@ from .server import launch
 from .server.command import served_model
 from .server.launch import Server
 from .text import visible
-from .traces import Trace, arrival_times, named_trace
+from .traces import Trace, arrival_times, is_file, named_trace
 
 # What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
 _PATIENCE_S = 300.0
@@ -176,8 +177,10 @@ def measure(
         todo = [] if run.read_only else [level for level in asked if not run.has(level)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
             trace_for(profile, longest)  # a file that cannot be read or is too short says so now
+        # What is measured already needs its file no more; while that is there, it must be the one that was sent.
+        gone = is_file(profile.workload.trace) and not Path(profile.workload.trace).is_file()
         for level in asked:
-            if level not in anew and run.has(level, None if run.read_only else trace_for(profile, level)):
+            if level not in anew and run.has(level, None if run.read_only or gone else trace_for(profile, level)):
                 run.read(level)
         for level in anew:
             if (run.path / "levels" / level.id).is_dir():

@@ -39,7 +39,7 @@ ALIASES = {
 }
 # What this kit reads or sets itself. vLLM takes each cut short, too, as far as no other flag begins so.
 _KNOWN = (
-    "--config", "--distributed-executor-backend", "--dtype", "--gpu-memory-utilization", "--host", "--kv-cache-dtype",
+    "--api-key", "--config", "--distributed-executor-backend", "--dtype", "--gpu-memory-utilization", "--hf-token", "--host", "--kv-cache-dtype",
     "--load-format", "--max-num-batched-tokens", "--max-num-seqs", "--model", "--port", "--quantization",
     "--served-model-name", "--uds",
 )  # fmt: skip

@@ -37,6 +37,7 @@ def find_limit(
     """
     if isinstance(server, RecordedServer):
         return limit(evidence(server.run), server.variant, slo)
+    run.check_profile(server.profile)  # before a level of the run counts, or is set aside
 
     def needed(rate: float) -> int:
         return max(capacity.probe_requests(slo), math.ceil(seconds * rate))

@@ -4,7 +4,7 @@ A profile is a TOML file, one of `data/profiles/` by name or any other by path. 
 `extends = "NAME"` starts from another profile: tables are merged key by key, everything else is replaced. So a variant's
 list of flags is replaced as a whole (its [variant_env] stays), and so is one protocol, while the others stay. Replaced as
 a whole are [model.checkpoints] and the tables that `replaces` names: `replaces = ["protocols"]` means these protocols and
-no others. A [gpu] with another name takes over no optional key of the one before.
+no others. A [gpu] with another name is another card and takes over nothing of the one before.
 """
 
 import dataclasses
@@ -413,6 +413,8 @@ def _of_this_machine() -> str:
         raise BadInput(said)
     names, memory_gib = gpu.gpu_names(), gpu.memory_gib()
     if not names:
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() not in ("", "-1") and (said := gpu.hidden()):
+            raise BadInput(f"no GPU is visible here{said}; name one of them, or choose --profile emulated-h100")
         return "emulated-h100"
     cards = {name: read_profile(name).gpu for name in _OF_A_CARD}
     for name, card in cards.items():
@@ -455,11 +457,13 @@ def _warn_of_another_card(profile: Profile) -> None:
 
 def check_workload(profile: Profile) -> None:
     """Raises BadInput unless the trace file and the tokenizer's folder can be read: before anything is started."""
-    from .traces import check_file, is_file
+    from .traces import check_file, is_file, named_trace
 
     workload = profile.workload
     if is_file(workload.trace):
         check_file(workload.trace)
+    else:
+        named_trace(workload.trace, 1, seed=0, input_tokens=1, output_tokens=1)
     tokenizer = workload.tokenizer
     if tokenizer and not _is_hub_name(tokenizer) and not Path(tokenizer).is_dir():
         raise BadInput(f"no tokenizer at {tokenizer!r}: expected a model's folder, or a hub name ORG/NAME")
@@ -514,7 +518,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _located(name: str, folder: Path) -> str:
     """A path, relative to `folder`, made absolute; a hub name as it is. (A .toml, .csv or .json is never a hub's.)"""
-    if _is_hub_name(name) and not name.endswith((".toml", ".csv", ".json")):
+    if _is_hub_name(name) and not name.endswith((".toml", ".csv", ".json")) and not (folder / name).is_dir():
         return name
     return os.path.abspath(folder / os.path.expanduser(name))
 
@@ -541,9 +545,7 @@ def _merge(base: dict, over: dict, at: tuple[str, ...] = ()) -> dict:
             merged[key] = value
             continue
         if here == ("gpu",) and value.get("name", before.get("name")) != before.get("name"):
-            # What is optional, its names in NVML for example, is not said of another card.
-            needed = {f.name for f in dataclasses.fields(Card) if f.default is dataclasses.MISSING}
-            before = {name: one for name, one in before.items() if name in needed}
+            before = {}  # nothing that is said of one card holds for another
         merged[key] = _merge(before, value, here)
     return merged
 

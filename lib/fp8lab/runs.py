@@ -94,8 +94,8 @@ class Run:
                 differs = f"the requests of {name} (digest {digest}), not those of {trace.name} (digest {trace.digest})"
         if differs:
             raise RunMismatch(
-                f"run {self.path.name} holds level {level.id} with {differs}; "
-                f"choose another run folder, or {self._again(level.id)}"
+                f"run {self.path.name} holds level {level.id} with {differs}; choose another run folder, or set that level "
+                f"aside and measure it with these: in Python, run.set_aside({level.id!r})"
             )
         return True
 

@@ -33,6 +33,7 @@ force education
 WORDS = tuple(_WORDS.split())
 # Beyond these a file is no trace: ShareGPT's own has 0.7 GB, a line of lengths 20 bytes.
 _MAX_FILE_BYTES = {".csv": 64 << 20, ".json": 2 << 30}
+_CSV_COLUMNS = {"prompt_tokens", "output_tokens", "arrival_s"}
 _MAX_REQUEST_TOKENS = 1 << 20
 _MAX_TRACE_TOKENS = 1 << 27
 
@@ -225,7 +226,13 @@ def _of_words(name, prompt, output, rng, arrival_s=None) -> Trace:
 
 def _from_csv(path: Path, seed: int) -> Trace:
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        rows = list(reader)
+    if unknown := set(reader.fieldnames) - _CSV_COLUMNS:
+        raise BadInput(
+            f"{path.name}: unknown columns {', '.join(map(repr, sorted(unknown)))}; known: {', '.join(sorted(_CSV_COLUMNS))}"
+        )
     prompt = np.array([int(row["prompt_tokens"]) for row in rows], dtype=int)
     output = np.array([int(row["output_tokens"]) for row in rows], dtype=int)
     if (prompt < 1).any() or (output < 1).any():
@@ -237,7 +244,7 @@ def _from_csv(path: Path, seed: int) -> Trace:
             f"{path.name}: a request has at most {_MAX_REQUEST_TOKENS:,} tokens each way, a trace {_MAX_TRACE_TOKENS:,}"
         )
     arrival = None
-    if rows and rows[0].get("arrival_s") is not None:
+    if rows and "arrival_s" in reader.fieldnames:
         arrival = np.array([float(row["arrival_s"]) for row in rows])
         if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any() or (arrival < 0).any():
             raise BadInput(f"{path.name}: arrival_s must be ascending seconds from 0 up")
