@@ -174,7 +174,7 @@ def measure(
     asked = _levels(profile, protocols)
     with run.locked():
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
-        todo = [] if run.read_only else [level for level in asked if not run.has(level)]
+        todo = [] if run.read_only else [one for one in asked if one not in anew and not run.has(one)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
             trace_for(profile, longest)  # a file that cannot be read or is too short says so now
         # What is measured already needs its file no more; while that is there, it must be the one that was sent.
