@@ -209,5 +209,4 @@ def test_a_comparison_names_the_clocks_that_it_also_compares():
     columns = lab.resources_table(run).columns
     used = {row[0]: dict(zip(columns, row, strict=True)) for row in lab.resources_table(run).rows}
     burst = used["bf16-rust-graphs-infrps-r1"]
-    assert burst["MHz"] == "1,532" and burst["clock held back by"] == "not sampled; power at its limit"
-    assert all(abs(float(one["J/token by power samples"].rstrip("%"))) < 1.5 for one in used.values())
+    assert burst["MHz"] == "1,532" and burst["held back by"] == "power?" and burst["J/token"] == "0.054 (-0.1%)"

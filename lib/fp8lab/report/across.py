@@ -48,7 +48,7 @@ def worth_table(*runs: Run) -> Table:
                     *(" or ".join(_causes(seen, variant + suffix, rate)) for variant in ("bf16", "fp8")),
                 )
             )  # fmt: skip
-    columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16", "clock, FP8 / BF16")
+    columns = ("run", "offered", "front end", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16", "steady clock, FP8 / BF16")
     columns += ("BF16 limited by", "FP8 limited by")
     return Table(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 

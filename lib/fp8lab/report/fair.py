@@ -82,7 +82,7 @@ def equal_load_table(run: Run) -> Table:
         "FP8 / BF16",
         "95 % interval",
         "so",
-        "clock, FP8 / BF16",
+        "steady clock, FP8 / BF16",
         "interval from",
         "part of the run",
     )

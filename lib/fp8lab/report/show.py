@@ -149,32 +149,34 @@ def resources_table(run: Run) -> Table:
             _cell(s.get(key), pattern)
             for key, pattern in (
                 ("gpu_util_steady", "{:.0%}"), ("gpu_power_w_steady", "{:,.0f}"), ("gpu_sm_mhz_steady", "{:,.0f}"),
-                ("joules_per_output_token", "{:.3f}"), ("joules_per_request", "{:.1f}"),
+                ("joules_per_output_token", "{:.3f}"),
                 ("frontend_cpu_max_steady", "{:.2f}"), ("engine_cpu_max_steady", "{:.2f}"),
                 ("client_cpu_max_steady", "{:.2f}"), ("kv_cache_usage_max", "{:.0%}"), ("preemptions", "{:.0f}"),
                 ("tokens_per_chunk", "{:.2f}"),
             )
         ]  # fmt: skip
         apart = meters_apart(s)
-        cells[3:3] = [_held_back(seen.clock(level_id))]
-        cells[5:5] = ["–" if apart is None else f"{math.expm1(apart):+.1%}"]
+        cells[3:4] = [
+            _held_back(seen.clock(level_id)),
+            cells[3] + ("" if apart is None else f" ({math.expm1(apart):+.1%})"),
+        ]
         rows.append((level_id, *cells, _cell(frontend_us_per_token(s), "{:.0f}")))
-    columns = ("level", "GPU busy", "GPU W", "MHz", "clock held back by", "J/token", "J/token by power samples")
-    columns += ("J/request", "front end, cores", "engine, cores")
+    columns = ("level", "GPU busy", "GPU W", "MHz", "held back by", "J/token", "front end, cores", "engine, cores")
     columns += ("client, cores", "KV used, most", "preempted", "tokens/chunk", "front end, µs/token")
     caption = (
-        f"{card_note(run)}What the levels of run {run.path.name} used; joules are those of the GPU's energy counter, beside "
-        "them how far the integral of its power samples is off; cores are those of the busiest process of each kind"
+        f"{card_note(run)}What the levels of run {run.path.name} used; joules are those of the GPU's energy counter, in "
+        "brackets how far the integral of its power samples is off; cores are those of the busiest process of each kind"
     )
     return Table(caption, columns, rows)
 
 
 def _held_back(ran: Clock | None) -> str:
-    """What held the card's clock back, and in which share of the samples."""
+    """What held the card's clock back, and in which share of the samples; "power?" where that was not sampled and the power
+    stood at its limit."""
     if ran is None or ran.mhz is None:
         return "–"
     if ran.by_power is None:
-        return "not sampled; power at its limit" if (ran.at_limit or 0.0) >= MOST else "not sampled"
+        return "power?" if (ran.at_limit or 0.0) >= MOST else "–"
     shares = (("power", ran.by_power), ("heat", ran.by_heat))
     return ", ".join(f"{what} {share:.0%}" for what, share in shares if share) or "nothing"
 
