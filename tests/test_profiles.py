@@ -236,6 +236,7 @@ FP8 = {"num_bits": 8, "type": "float"}
     ({"quantization_config": {"quant_method": "fp8"}}, True, False),
     ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": FP8}},
                               "kv_cache_scheme": FP8}}, True, True),
+    ({"compression_config": {"config_groups": {"g": {"weights": FP8}}}}, True, False),
     ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True, True),
 ])  # fmt: skip
 def test_a_checkpoint_says_which_of_it_is_fp8(changed, weights, kv):
@@ -249,6 +250,34 @@ def test_a_checkpoint_says_which_of_it_is_fp8(changed, weights, kv):
 ])  # fmt: skip
 def test_sizes_that_this_arithmetic_cannot_tell_are_not_told(changed):
     assert dimensions(LLAMA | changed) is None
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_attention_heads", 0), ("head_dim", -1), ("hidden_size", "4096"), ("vocab_size", True)]
+)
+def test_a_checkpoint_whose_sizes_are_no_counts_is_refused(tmp_path, name, value):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA | {name: value}))
+    (tmp_path / "mine.toml").write_text(
+        'extends = "emulated-h100"\n[model]\nweights = "checkpoint"\ncheckpoints = { default = "model" }'
+    )
+    with pytest.raises(
+        BadInput, match=f"config.json is not a model's configuration: {name} is {value!r}, expected a whole"
+    ):
+        load_profile(tmp_path / "mine.toml")
+
+
+def test_modelopt_writes_its_quantisation_beside(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model" / "hf_quant_config.json").write_text(
+        '{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}'
+    )
+    (tmp_path / "mine.toml").write_text(
+        'extends = "emulated-h100"\n[model]\nweights = "checkpoint"\ncheckpoints = { default = "model" }'
+    )
+    shape = load_profile(tmp_path / "mine.toml").shape("bf16")
+    assert (shape.fp8_weights, shape.fp8_kv) == (True, True)
 
 
 def test_paths_are_relative_to_their_file_and_read_before_anything_starts(tmp_path, monkeypatch):

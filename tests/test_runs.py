@@ -72,6 +72,16 @@ def test_a_run_of_another_profile_is_refused_and_untouched(run):
     assert (run.path / "run.json").read_bytes() == before
 
 
+def test_a_variant_that_has_levels_does_not_change_in_two_steps(run, profile):
+    run.write(make_result())
+    without = dataclasses.replace(profile, variants={"fp8": profile.variants["fp8"]}, variant_env={})
+    open_run(run.path, without)
+    changed = dataclasses.replace(profile, variants={**profile.variants, "bf16": ("--max-num-seqs", "7")})
+    with pytest.raises(RunMismatch, match="variants"):
+        open_run(run.path, changed)
+    assert open_run(run.path).profile.variants["bf16"] == profile.variants["bf16"]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path, profile):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

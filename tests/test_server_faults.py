@@ -592,9 +592,11 @@ def test_a_gpu_that_cannot_be_measured_is_refused_before_anything_starts(card, m
     says()
     for chosen in ("3", "0,0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        with pytest.raises(BadInput, match=f"none is visible here .CUDA_VISIBLE_DEVICES='{chosen}' names none"):
-            lab.load_profile(str(path))
-        assert lab.load_profile().name == "emulated-h100"  # as without a GPU: CUDA shows none
+        for named in (str(path), "auto"):
+            with pytest.raises(BadInput, match=f"is visible here .CUDA_VISIBLE_DEVICES='{chosen}' names none"):
+                lab.load_profile(named)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hidden on purpose: as without a GPU
+    assert lab.load_profile().name == "emulated-h100"
 
 
 @pytest.mark.parametrize("name, memory_gib, profile", [

@@ -178,7 +178,12 @@ def _dimensions_at(folder: Path) -> Dimensions | None:
     if not path.is_file():
         return None
     try:
-        return dimensions(json.loads(path.read_text()))
+        config, apart = json.loads(path.read_text()), folder / "hf_quant_config.json"
+        if apart.is_file() and not config.get(
+            "quantization_config"
+        ):  # ModelOpt writes it beside, and vLLM reads it there
+            config["quantization_config"] = json.loads(apart.read_text()).get("quantization")
+        return dimensions(config)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise BadInput(f"{path} is not a model's configuration: {error}") from None
 

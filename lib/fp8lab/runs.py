@@ -11,6 +11,7 @@ claims.json                       the verdicts
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -256,8 +257,14 @@ class Run:
             )
 
     def adopt(self, profile: Profile) -> None:
-        """Goes on with `profile`, which may name other protocols than when the run was made."""
+        """Goes on with `profile`, which may name other protocols than when the run was made. A variant that it no longer
+        names stays as it was: its levels may be here."""
         self.check_profile(profile)
+        profile = dataclasses.replace(
+            profile,
+            variants={**self.profile.variants, **profile.variants},
+            variant_env={**self.profile.variant_env, **profile.variant_env},
+        )
         if not self.read_only and profile != self.profile:
             with self.locked():
                 self.manifest["profile"] = plain(profile.as_dict())

@@ -32,15 +32,19 @@ class Dimensions:
 
 def dimensions(config: Mapping) -> Dimensions | None:
     """The dimensions in a checkpoint's configuration; None for a model that is not Llama's kin, or whose weights are
-    quantised to something else than FP8: this arithmetic is not theirs."""
-    quantised = config.get("quantization_config") or {}
+    quantised to something else than FP8: this arithmetic is not theirs. Raises ValueError for one that is no count."""
+    quantised = config.get("quantization_config") or config.get("compression_config") or {}
     fp8 = _is_fp8(quantised)
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
     if config.get("model_type") not in _LLAMAS_KIN or windowed or (quantised and not fp8):
         return None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if not all(isinstance(config.get(name), int) for name in names):
+    if any(config.get(name) is None for name in names):
         return None
+    optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
+    for name in (*names, *optional):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name} is {config[name]!r}, expected a whole number of at least 1")
     kv = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
     return Dimensions(
         **{name: config[name] for name in names},

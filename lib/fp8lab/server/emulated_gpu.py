@@ -42,7 +42,7 @@ class EmulatedGpuExecutor(UniProcExecutor):
         self.driver_worker = None
         self.card = json.loads(os.environ[SETTINGS_VARIABLE])
         self.shape = ModelShape(self.model_config.hf_text_config)
-        fp8_weights = self.model_config.quantization == "fp8"
+        fp8_weights = "fp8" in (self.model_config.quantization or "")
         self.kv_dtype = torch.uint8 if "fp8" in self.cache_config.cache_dtype else torch.bfloat16
         self.weight_bytes = self.shape.weight_bytes(fp8_weights)
         self.weight_bytes_read = self.shape.weight_bytes_read(fp8_weights)
