@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fp8lab.paths import PROJECT
-from fp8lab.server import leftovers
+from fp8lab.server import orphans
 
 HERE = Path(__file__).parent
 
@@ -124,7 +124,7 @@ def fake_vllm(monkeypatch, tmp_path):
 
 def marked(profile: str | Path) -> list[int]:
     """Pids of all servers of the profile, grandchildren and watchdogs included."""
-    return [pid for server in leftovers.servers() if server.profile == Path(profile).stem for pid in server.pids]
+    return [pid for server in orphans.servers() if server.profile == Path(profile).stem for pid in server.pids]
 
 
 def wait_for(condition, within: float = 30.0, what: str = "it"):

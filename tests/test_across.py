@@ -7,12 +7,12 @@ import nbformat
 import pytest
 
 import fp8lab as lab
-from fp8lab import notebooks
-from fp8lab.measure.usage import frontend_us_per_token
+from fp8lab.metrics.resources import frontend_us_per_token
 from fp8lab.paths import DATA
+from fp8lab.report import notebooks
 from fp8lab.report.across import _causes, worth_figure
-from fp8lab.report.evidence import Evidence, evidence
-from fp8lab.runs import open_run
+from fp8lab.results.evidence import Evidence, evidence
+from fp8lab.results.run_folder import open_run
 
 H100, H200, LONG, EMULATED = "h100-80gb", "h200-80gb", "h100-80gb-long-prompts", "emulated-h100"
 STARTS = "h100-80gb-starts"

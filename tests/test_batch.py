@@ -13,12 +13,13 @@ import pytest
 
 from conftest import marked, nothing_left, wait_for
 from fp8lab import batch as batches
-from fp8lab.batch import _Queue, _run, load_matrix, write_pages
+from fp8lab.batch import _Queue, _run, load_matrix
+from fp8lab.config.profile import read_profile
 from fp8lab.errors import BadInput
-from fp8lab.files import write_json
 from fp8lab.paths import DATA
-from fp8lab.profiles import read_profile
-from fp8lab.runs import open_run
+from fp8lab.report.batch_page import write_pages
+from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import open_run
 
 # One level of some requests in a tiny run; the notebook only measures.
 PROFILE = """

@@ -10,17 +10,17 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.measure.bottleneck import CAUSES, backlog_growth, held_by_front_end, keeps_up, long_enough, what_limited
-from fp8lab.measure.clock import POWER, clock
-from fp8lab.measure.kv import held_tokens, paging_waste, reserving_waste
-from fp8lab.measure.metrics import steady_window, stored_window, window_of
-from fp8lab.measure.roofline import roofline
+from fp8lab.config.dimensions import fp8_kv, fp8_weights, model_shape
+from fp8lab.config.profile import read_profile
+from fp8lab.config.trace import arrival_times, sharegpt_like
+from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_front_end, keeps_up, long_enough, what_limited
+from fp8lab.metrics.kv_cache import held_tokens, paging_waste, reserving_waste
+from fp8lab.metrics.performance import steady_window, stored_window, window_of
+from fp8lab.metrics.resources import POWER, clock
+from fp8lab.metrics.roofline import roofline
 from fp8lab.paths import DATA
-from fp8lab.profiles import read_profile
-from fp8lab.report.evidence import evidence
-from fp8lab.runs import open_run
-from fp8lab.shapes import fp8_kv, fp8_weights, model_shape
-from fp8lab.traces import arrival_times, sharegpt_like
+from fp8lab.results.evidence import evidence
+from fp8lab.results.run_folder import open_run
 
 IDLE = {
     "gpu_util_steady": 0.99,

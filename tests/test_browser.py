@@ -17,12 +17,13 @@ import nbformat
 import pytest
 
 from conftest import SHORT, marked, wait_for
-from fp8lab import batch, notebooks
-from fp8lab.files import write_json
+from fp8lab import batch
 from fp8lab.paths import DATA, PROJECT, RUNS
-from fp8lab.runs import open_run
-from fp8lab.server import place
-from fp8lab.sharing import share
+from fp8lab.report import notebooks
+from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import open_run
+from fp8lab.server import preflight
+from fp8lab.share import share
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the cpu environment only")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -123,7 +124,7 @@ def lab(browser, tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".spaces"),
     }
-    command = [sys.executable, "-m", "jupyter", *recipe()[1:], "--ip=127.0.0.1", f"--port={place.free_port()}"]
+    command = [sys.executable, "-m", "jupyter", *recipe()[1:], "--ip=127.0.0.1", f"--port={preflight.free_port()}"]
     command += ["--allow-root", "--ServerApp.browser=echo opens %s"]
     log = folder / "lab.log"
     with log.open("w") as output:

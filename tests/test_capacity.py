@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 
 from conftest import make_records
+from fp8lab.config.trace import arrival_times
 from fp8lab.errors import BadInput
-from fp8lab.measure.capacity import (
-    SLO,
-    Attainment,
-    Bracket,
-    allowed_violations,
-    attains,
-    bracket,
-    required_requests,
-    search,
-)
-from fp8lab.traces import arrival_times
+from fp8lab.metrics.slo import SLO, Attainment, Bracket, allowed_violations, attains, bracket, required_requests, search
 
 TIGHT = SLO("a test's", 120, 50)
 

@@ -9,9 +9,9 @@ import fp8lab as lab
 from fp8lab.paths import DATA
 from fp8lab.report import background_figures, claims, fair_figures, figures, show
 from fp8lab.report.across import worth_figure
-from fp8lab.report.evidence import evidence
 from fp8lab.report.quality import answers_table, asked_table, published_table, quality_table
-from fp8lab.runs import open_run
+from fp8lab.results.evidence import evidence
+from fp8lab.results.run_folder import open_run
 from test_fair import FIGURES, TABLES
 
 A100 = "NVIDIA A100-SXM4-80GB"

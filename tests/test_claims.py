@@ -3,10 +3,11 @@ import json
 
 import pytest
 
-from fp8lab.profiles import read_profile
-from fp8lab.report import background_figures, claims, drawing, figures, published, recommendations, show
-from fp8lab.report.evidence import evidence
-from fp8lab.runs import open_run, write_json
+from fp8lab.config.profile import read_profile
+from fp8lab.report import background_figures, claims, drawing, figures, judges, show, verdict
+from fp8lab.results.evidence import evidence
+from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import open_run
 
 # What the published experiment reports, as if a run had measured just that.
 PUBLISHED = {
@@ -156,10 +157,10 @@ def test_the_recorded_run_judges_what_was_recommended():
 
 
 def test_a_limit_that_is_not_the_cards_is_another_cause(run, monkeypatch):
-    from fp8lab.measure.bottleneck import Limit
+    from fp8lab.metrics.bottleneck import Limit
 
     for cause, expected in (("front end", "reproduced, other cause"), ("GPU compute", "reproduced")):
-        monkeypatch.setattr("fp8lab.report.evidence.Evidence.limit", lambda self, level, c=cause: Limit(c, "seen"))
+        monkeypatch.setattr("fp8lab.results.evidence.Evidence.limit", lambda self, level, c=cause: Limit(c, "seen"))
         found = fill(run, PUBLISHED)["C3"]
         assert found.verdict == expected and found.limits == {"fp8-100rps-r1": cause}
 
@@ -214,7 +215,7 @@ def test_emulated_figures_say_so(tmp_path):
 
 
 def test_tables_escape_what_they_show():
-    from fp8lab.tables import Table
+    from fp8lab.ui.table import Table
 
     table = Table("<b>", ("a|b",), [("<script>",)])
     assert "<script>" not in table._repr_html_() and "a\\|b" in table.to_markdown()
@@ -224,7 +225,7 @@ def test_a_reservation_too_little_for_the_requests_is_said_to_be():
     said = {}
     for name, level_id in (("h100-80gb-long-prompts", "fp8-infrps-r1"), ("h100-80gb", "fp8-100rps-r1")):
         seen = evidence(open_run(source=name))
-        said[name] = recommendations._paging_waste(published.claim_of("R3"), seen, [level_id])["reason"]
+        said[name] = judges._paging_waste(verdict.claim_of("R3"), seen, [level_id])["reason"]
     assert said["h100-80gb-long-prompts"].endswith("reserving 2,048 tokens a request would be too little for some")
     assert said["h100-80gb"].endswith("%")
 
@@ -326,7 +327,7 @@ def test_what_is_not_measured_is_a_row_that_says_what_it_needs(run):
     fill(run, PUBLISHED | EQUAL)
     rows = {row[0]: row for row in claims.claims_table(run).rows}
     assert list(rows) == EVERY_CLAIM
-    for claim in (one for one in published.published()["claims"] if one["quantity"] == "not measured"):
+    for claim in (one for one in verdict.published()["claims"] if one["quantity"] == "not measured"):
         row = rows[claim["id"]]
         assert row[5] == "not run" and row[7] == f"not measured here: it needs {claim['needs']}"
         assert claim["said"].startswith("Lab4AI: ") and row[3:5] == ("–", "–")

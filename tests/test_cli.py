@@ -8,8 +8,8 @@ import time
 import pytest
 
 from fp8lab import cli
-from fp8lab.profiles import read_profile
-from fp8lab.runs import open_run
+from fp8lab.config.profile import read_profile
+from fp8lab.results.run_folder import open_run
 
 
 def fp8lab(*arguments, timeout=120) -> subprocess.CompletedProcess:
@@ -187,10 +187,10 @@ def test_stop_ends_what_nobody_owns():
     """A stand-in server that carries the mark of an owner that is gone."""
     import os
 
-    from fp8lab.server import leftovers
+    from fp8lab.server import orphans
 
-    mark = json.loads(leftovers.mark(id="lost-1", variant="fp8", profile="lost", port=1)) | {"owner_pid": 2**22 + 1}
-    environment = os.environ | {leftovers.MARK: json.dumps(mark)}
+    mark = json.loads(orphans.mark(id="lost-1", variant="fp8", profile="lost", port=1)) | {"owner_pid": 2**22 + 1}
+    environment = os.environ | {orphans.MARK: json.dumps(mark)}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment) as lost:
         time.sleep(0.3)
         assert "LEFT OVER" in fp8lab("status").stdout

@@ -13,7 +13,7 @@ import pytest
 
 import fp8lab as lab
 from conftest import streaming_server, wait_for
-from fp8lab.load.clocks import Clocks, clock_problems
+from fp8lab.load.level import Clocks, clock_problems
 
 # Every reading of one clock is shifted once FILE exists. Setting the machine's own clock would hit everyone on it.
 SHIM = r"""

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fp8lab.measure.compare import ABLATION, Noise, contrast, pooled_noise, ratio, student_t
+from fp8lab.metrics.statistics import ABLATION, Noise, contrast, pooled_noise, ratio, student_t
 
 TRIALS = 2000
 

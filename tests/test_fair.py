@@ -6,16 +6,16 @@ import re
 import pytest
 
 import fp8lab as lab
+from fp8lab.config.dimensions import model_shape
+from fp8lab.config.profile import read_profile
 from fp8lab.errors import BadInput
-from fp8lab.measure.bottleneck import Limit
-from fp8lab.measure.capacity import DEFAULT, MLPERF_SERVER
-from fp8lab.measure.compare import Ratio
-from fp8lab.profiles import read_profile
+from fp8lab.metrics.bottleneck import Limit
+from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
+from fp8lab.metrics.statistics import Ratio
 from fp8lab.report import capacity, drawing, fair, fair_figures, roofline
-from fp8lab.report.evidence import Evidence, evidence
 from fp8lab.report.forest import forest
-from fp8lab.runs import open_run
-from fp8lab.shapes import model_shape
+from fp8lab.results.evidence import Evidence, evidence
+from fp8lab.results.run_folder import open_run
 
 TABLES = [
     fair.limits_table, fair.validity_table, fair.equal_load_table, fair.ablation_table, fair.throughputs_table,
@@ -185,7 +185,7 @@ def test_a_recorded_run_brackets_its_limit():
 
 
 def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
-    import fp8lab.measure.metrics  # noqa: F401
+    import fp8lab.metrics.performance  # noqa: F401
 
     assert callable(lab.measure)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fp8lab.flags import ALIASES, flag_of, joined, parse, problem
-from fp8lab.profiles import profile_names, read_profile
+from fp8lab.config.dimensions import fp8_kv, fp8_weights, memory_share, most_running
+from fp8lab.config.flags import ALIASES, flag_of, joined, parse, problem
+from fp8lab.config.profile import profile_names, read_profile
 from fp8lab.server.command import build_command
-from fp8lab.shapes import fp8_kv, fp8_weights, memory_share, most_running
 
 
 @pytest.fixture(scope="module")

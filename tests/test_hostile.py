@@ -11,17 +11,18 @@ import pytest
 
 import fp8lab as lab
 from conftest import streaming_server
-from fp8lab import notebooks
+from fp8lab.config.profile import load_profile, read_profile
+from fp8lab.config.trace import from_file
 from fp8lab.errors import BadInput, Fp8labError
 from fp8lab.load.level import measure_level
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import parse_metrics
-from fp8lab.models import model_folder
-from fp8lab.profiles import load_profile, read_profile
-from fp8lab.runs import open_run, write_json, write_tables
-from fp8lab.tables import Table
-from fp8lab.text import visible
-from fp8lab.traces import from_file
+from fp8lab.models.folders import model_folder
+from fp8lab.report import notebooks
+from fp8lab.results.files import write_json, write_tables
+from fp8lab.results.run_folder import open_run
+from fp8lab.ui.table import Table
+from fp8lab.ui.text import visible
 
 NASTY = "<script>alert(1)</script>\x1b]0;owned\x07\x1b[31m\u202egnp.exe\x00$\\frac{"
 

@@ -6,10 +6,10 @@ import pytest
 
 import fp8lab as lab
 from conftest import make_records
-from fp8lab.experiment import start_server
-from fp8lab.measure.capacity import SLO, required_requests
-from fp8lab.profiles import Level, load_profile
-from fp8lab.runs import open_run
+from fp8lab.config.profile import Level, load_profile
+from fp8lab.experiment.speed import start_server
+from fp8lab.metrics.slo import SLO, required_requests
+from fp8lab.results.run_folder import open_run
 from test_runs import make_result
 
 GENEROUS = SLO("a test's", 60_000, 60_000, share=0.9)

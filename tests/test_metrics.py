@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_records
-from fp8lab.measure import metrics
+from fp8lab.metrics import performance
 
 # Three requests, worked by hand: sent at 0, 1, 2 s; first tokens after 0.1, 0.2, 0.3 s; 11, 21 and 1 tokens.
 HAND = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
@@ -18,7 +18,7 @@ HAND_TOKENS = pd.DataFrame(
 
 
 def test_hand_worked_example():
-    summary = metrics.summarize(HAND, HAND_TOKENS)
+    summary = performance.summarize(HAND, HAND_TOKENS)
     expected = {
         "completed": 3,
         "failed": 0,
@@ -42,12 +42,12 @@ def test_hand_worked_example():
 
 
 def test_a_single_token_has_no_tpot():
-    assert metrics.latencies(HAND)["tpot_ms"].isna().tolist() == [False, False, True]
+    assert performance.latencies(HAND)["tpot_ms"].isna().tolist() == [False, False, True]
 
 
 def test_failures_stay_in_the_count_and_add_nothing():
     failed = make_records([0, 1, 2], [0.1, np.nan, 2.3], [1.1, np.nan, 2.3], [11, 0, 1], errors=[None, "cut", None])
-    summary = metrics.summarize(failed, HAND_TOKENS)
+    summary = performance.summarize(failed, HAND_TOKENS)
     assert (summary["requests"], summary["completed"], summary["failed"]) == (3, 2, 1)
     assert summary["output_tokens"] == 12
     assert summary["mean_ttft_ms"] == pytest.approx(200)
@@ -55,7 +55,7 @@ def test_failures_stay_in_the_count_and_add_nothing():
 
 def test_nothing_completed():
     none = make_records([0, 1], [np.nan] * 2, [np.nan] * 2, [0, 0], errors=["refused"] * 2)
-    summary = metrics.summarize(none, HAND_TOKENS.iloc[:0])
+    summary = performance.summarize(none, HAND_TOKENS.iloc[:0])
     assert summary["completed"] == 0
     assert summary["output_token_throughput"] is None
     assert summary["mean_ttft_ms"] is None
@@ -64,7 +64,7 @@ def test_nothing_completed():
 
 def test_latency_counts_from_sending_and_from_the_schedule():
     late = make_records([0.5], [0.6], [1.0], [2], scheduled=[0.2])
-    each = metrics.latencies(late).iloc[0]
+    each = performance.latencies(late).iloc[0]
     assert each["ttft_ms"] == pytest.approx(100)
     assert each["ttft_from_schedule_ms"] == pytest.approx(400)
 
@@ -73,9 +73,9 @@ def test_steady_window_leaves_out_ramp_and_drain():
     # A hundred requests a second for 100 s, each 5 s long: steady between the first and last seconds.
     sent = np.arange(0, 100, 0.01)
     steady = make_records(sent, sent + 0.1, sent + 5, np.full(sent.size, 50))
-    begin, end = metrics.steady_window(steady)
+    begin, end = performance.steady_window(steady)
     assert 20 < begin < 25 and 79 < end < 85
-    summary = metrics.summarize(steady, HAND_TOKENS.iloc[:0])
+    summary = performance.summarize(steady, HAND_TOKENS.iloc[:0])
     assert summary["steady_output_token_throughput"] == pytest.approx(5000, rel=1e-3)
     assert summary["output_token_throughput"] < 4800
 
@@ -114,16 +114,16 @@ def obvious_peak_per_second(records) -> int:
 @given(any_records())
 @settings(max_examples=200, deadline=None)
 def test_peaks_agree_with_the_obvious_way(records):
-    assert metrics.peak_concurrency(records) == obvious_peak(records)
-    assert metrics.peak_concurrency_per_second(records) == obvious_peak_per_second(records)
-    assert metrics.peak_concurrency_per_second(records) >= metrics.peak_concurrency(records)
+    assert performance.peak_concurrency(records) == obvious_peak(records)
+    assert performance.peak_concurrency_per_second(records) == obvious_peak_per_second(records)
+    assert performance.peak_concurrency_per_second(records) >= performance.peak_concurrency(records)
 
 
 @given(any_records())
 @settings(max_examples=100, deadline=None)
 def test_steady_window_holds_its_share_of_the_tokens(records):
-    begin, end = metrics.steady_window(records)
-    done = metrics.completed(records)
+    begin, end = performance.steady_window(records)
+    done = performance.completed(records)
     if done.empty:
         assert np.isnan(begin) and np.isnan(end)
         return
@@ -141,7 +141,7 @@ def test_steady_window_holds_its_share_of_the_tokens(records):
 @given(any_records())
 @settings(max_examples=100, deadline=None)
 def test_latencies_agree_with_the_obvious_way(records):
-    each = metrics.latencies(records)
+    each = performance.latencies(records)
     done = [r for r in records.itertuples() if r.error is None]
     assert each["ttft_ms"].tolist() == pytest.approx([(r.first_token_s - r.sent_s) * 1e3 for r in done])
     for row, r in zip(each.itertuples(), done, strict=True):

@@ -9,8 +9,8 @@ import sys
 import nbformat
 import pytest
 
-from fp8lab import notebooks
-from fp8lab.runs import open_run
+from fp8lab.report import notebooks
+from fp8lab.results.run_folder import open_run
 
 ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
 FRONT_FIGURES = notebooks.FRONT.read_text().count("_figure(")

@@ -16,7 +16,7 @@ from jupyter_client import BlockingKernelClient, KernelManager
 
 import fp8lab as lab
 from conftest import marked, nothing_left, wait_for
-from fp8lab.server import leftovers
+from fp8lab.server import orphans
 
 START = "import fp8lab as lab; server = lab.start_server(lab.load_profile({profile!r}), 'bf16', log_path={log!r})"
 FAMILY = 4  # watchdog, server, child, grandchild
@@ -224,21 +224,21 @@ def test_a_clock_that_is_set_makes_no_server_look_left_over(fake_vllm, tmp_path,
     with lab.serve(profile, "bf16", log_path=tmp_path / "server.log"):
         create_time = psutil.Process.create_time
         monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
-        (mine,) = [server for server in leftovers.servers() if server.profile == profile.name]
+        (mine,) = [server for server in orphans.servers() if server.profile == profile.name]
         assert mine.owned
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root sees other users' processes, and may start one")
 def test_another_users_server_is_none_of_roots():
-    mark = leftovers.mark(id="other-1", variant="other", profile="other-users", port=1)
+    mark = orphans.mark(id="other-1", variant="other", profile="other-users", port=1)
     command = ["/bin/sleep", "60"]
-    with subprocess.Popen(command, env={leftovers.MARK: mark}, user=65534) as theirs:
+    with subprocess.Popen(command, env={orphans.MARK: mark}, user=65534) as theirs:
         try:
-            assert psutil.Process(theirs.pid).environ()[leftovers.MARK] == mark
+            assert psutil.Process(theirs.pid).environ()[orphans.MARK] == mark
             assert marked("other-users") == []
         finally:
             theirs.kill()
-    with subprocess.Popen(command, env={leftovers.MARK: mark}) as ours:
+    with subprocess.Popen(command, env={orphans.MARK: mark}) as ours:
         try:
             assert marked("other-users") == [ours.pid]
         finally:

@@ -6,17 +6,16 @@ import sys
 
 import pytest
 
-from fp8lab import gpu
+from fp8lab.config.dimensions import dimensions, most_running
+from fp8lab.config.profile import Card, Level, Model, from_dict, load_profile, profile_names, read_profile
 from fp8lab.errors import BadInput
-from fp8lab.evaluation import default_variants
-from fp8lab.experiment import measure
-from fp8lab.files import plain
-from fp8lab.paths import DATA, PROJECT
-from fp8lab.profiles import Card, Level, Model, from_dict, load_profile, profile_names, read_profile
-from fp8lab.provenance import portable
-from fp8lab.runs import open_run
+from fp8lab.experiment.quality import default_variants
+from fp8lab.experiment.speed import measure
+from fp8lab.paths import DATA, PROJECT, portable
+from fp8lab.results.files import plain
+from fp8lab.results.run_folder import open_run
 from fp8lab.server.command import build_command
-from fp8lab.shapes import dimensions, most_running
+from fp8lab.system import gpu
 
 
 @pytest.mark.parametrize("name", profile_names())

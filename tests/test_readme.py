@@ -7,17 +7,17 @@ from statistics import fmean, geometric_mean
 import pytest
 
 from fp8lab import cli
-from fp8lab.evaluation import comparisons
-from fp8lab.measure.capacity import SLO, attains
-from fp8lab.measure.compare import ratio
-from fp8lab.measure.quality import distinguishable
-from fp8lab.measure.usage import frontend_us_per_token, meters_apart
+from fp8lab.experiment.quality import comparisons
+from fp8lab.metrics.quality import distinguishable
+from fp8lab.metrics.resources import frontend_us_per_token, meters_apart
+from fp8lab.metrics.slo import SLO, attains
+from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
 from fp8lab.report.across import claims_across
 from fp8lab.report.claims import number
-from fp8lab.report.evidence import evidence
 from fp8lab.report.fair import ablation_effects, kv_room
-from fp8lab.runs import open_run
+from fp8lab.results.evidence import evidence
+from fp8lab.results.run_folder import open_run
 
 README, CHINESE, CONTRIBUTING = (
     (PROJECT / name).read_text() for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")

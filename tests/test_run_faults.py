@@ -21,10 +21,10 @@ from pyarrow import parquet
 
 import fp8lab as lab
 from conftest import marked, wait_for
-from fp8lab import scratch as folders
+from fp8lab.config.profile import Level, read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
-from fp8lab.profiles import Level, read_profile
-from fp8lab.runs import open_run
+from fp8lab.results.run_folder import open_run
+from fp8lab.system import temporary as folders
 from test_runs import LEVEL, make_result
 
 KILLS = 50
@@ -34,9 +34,10 @@ NURSERY = """
 import os, sys, tempfile, warnings
 import pandas, pyarrow, pyarrow.parquet, httpx
 import fp8lab as lab
-from fp8lab import experiment, runs
-from fp8lab.load import level, records
-from fp8lab.measure import metrics, usage
+from fp8lab.experiment import speed
+from fp8lab.load import level
+from fp8lab.metrics import performance, resources
+from fp8lab.results import run_folder
 warnings.simplefilter("ignore")
 tempfile.gettempdir()  # Python tries the folder out with a file, once: killed in that instant it would leave it
 profile = lab.load_profile(sys.argv[1])
@@ -179,8 +180,8 @@ def test_a_run_killed_while_it_was_made_opens_again(tmp_path, left):
 
 WRITE = """
 import os, resource, signal, sys
-from fp8lab.runs import open_run
-from fp8lab.profiles import Level
+from fp8lab.results.run_folder import open_run
+from fp8lab.config.profile import Level
 import test_runs
 sys.path.insert(0, {tests!r})
 run = open_run({run!r})

@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab import provenance, recording, runs
+from fp8lab.config.profile import Level, read_profile
+from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
-from fp8lab.experiment import load_test, measure, missing_work, trace_for
-from fp8lab.limit_search import find_limit
-from fp8lab.measure.metrics import summarize
-from fp8lab.plan import plan_table
-from fp8lab.profiles import Level, read_profile
-from fp8lab.recording import record
-from fp8lab.runs import LevelResult, open_run
-from fp8lab.traces import fixed_length, sharegpt_like
+from fp8lab.experiment.max_rate import find_limit
+from fp8lab.experiment.plan import plan_table
+from fp8lab.experiment.speed import load_test, measure, missing_work, trace_for
+from fp8lab.metrics.performance import summarize
+from fp8lab.results import export, provenance, run_folder
+from fp8lab.results.export import record
+from fp8lab.results.level import LevelResult
+from fp8lab.results.run_folder import open_run
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)
 
@@ -136,7 +137,7 @@ def test_a_missing_level_lists_what_there_is(run):
 
 def test_json_is_strict_and_whole(tmp_path):
     path = tmp_path / "x.json"
-    runs.write_json(path, {"rate": math.inf, "value": math.nan, "level": LEVEL})
+    run_folder.write_json(path, {"rate": math.inf, "value": math.nan, "level": LEVEL})
     back = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert back == {
         "rate": "inf",
@@ -147,7 +148,7 @@ def test_json_is_strict_and_whole(tmp_path):
 
 
 def test_latest_points_at_the_newest_run(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path)
     first, second = open_run(tmp_path / "a", profile), open_run(tmp_path / "b", profile)
     assert (tmp_path / "latest").resolve() == second.path
     assert open_run("latest").path == second.path != first.path
@@ -157,7 +158,9 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, monkeypatch):
     run.write(make_result())
     assert "continued" not in run.manifest
     monkeypatch.setattr(
-        runs, "collect", lambda: {"created": "later", "machine": {"gpus": ["other"]}, "software": {}, "source": {}}
+        run_folder,
+        "collect",
+        lambda: {"created": "later", "machine": {"gpus": ["other"]}, "software": {}, "source": {}},
     )
     again = open_run(run.path)
     again.write(make_result(Level(variant="fp8", rate=50, requests=3)))
@@ -171,7 +174,7 @@ def test_what_measures_a_level_is_its_part_and_not_what_lies_beside_it(run, monk
     monkeypatch.setattr(provenance, "_git_state", lambda: {"commit": "another", "modified": True})
     run.write(make_result(dataclasses.replace(LEVEL, repeat=2)))
     assert "continued" not in run.manifest
-    monkeypatch.setattr(runs, "digest", lambda *more: "another library")
+    monkeypatch.setattr(run_folder, "digest", lambda *more: "another library")
     run.write(make_result(dataclasses.replace(LEVEL, repeat=3)))
     assert len(run.manifest["continued"]) == 1
     assert [s["part"] for s in run.summaries().values()] == [1, 1, 2]
@@ -241,7 +244,7 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
 
 
 def record_below(monkeypatch, folder):
-    for room in (recording, runs):
+    for room in (export, run_folder):
         monkeypatch.setattr(room, "DATA", folder)
 
 
@@ -289,7 +292,7 @@ def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tm
     def disk_full(*_paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.shutil, "copyfile", disk_full)
+    monkeypatch.setattr(run_folder.shutil, "copyfile", disk_full)
     with pytest.raises(NotWritten, match="No space left on device"):
         record(run, "kept")
     assert sorted((tmp_path / "data").rglob("*")) == before

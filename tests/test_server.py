@@ -16,10 +16,10 @@ import pytest
 
 import fp8lab as lab
 from conftest import marked, nothing_left
+from fp8lab.config.profile import read_profile
+from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput, ServerFailed
-from fp8lab.profiles import read_profile
-from fp8lab.server import command, guard, leftovers, log
-from fp8lab.traces import fixed_length
+from fp8lab.server import auth, command, log, orphans
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_key_is_nowhere_to_be_read(tiny):
 
 
 def test_status_sees_it_and_a_taken_port_is_refused(tiny):
-    (mine,) = [server for server in leftovers.servers() if server.id == tiny.model]
+    (mine,) = [server for server in orphans.servers() if server.id == tiny.model]
     assert mine.owned and mine.owner_pid == os.getpid() and len(mine.pids) >= 3
     with pytest.raises(BadInput, match=f"port {mine.port} is taken"):
         lab.start_server(tiny.profile, "bf16", port=mine.port)
@@ -120,7 +120,7 @@ def test_a_start_that_dies_says_why_and_leaves_nothing(tmp_path):
     text = str(failed.value)
     assert "unrecognized arguments: --no-such-flag" in text and "what to do: this vLLM version" in text
     assert "exit code 2" in text and str(tmp_path / "bad.log") in text
-    assert not [server for server in leftovers.servers() if server.variant == "bad"]
+    assert not [server for server in orphans.servers() if server.variant == "bad"]
 
 
 def test_a_start_that_takes_too_long_ends(tmp_path):
@@ -128,9 +128,7 @@ def test_a_start_that_takes_too_long_ends(tmp_path):
     path.write_text('extends = "tiny-cpu"\n[server]\nstart_timeout_s = 2')
     with pytest.raises(ServerFailed, match="not ready within 2 s"):
         lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "slow.log")
-    assert not [
-        server for server in leftovers.servers() if server.owner_pid == os.getpid() and server.profile == "slow"
-    ]
+    assert not [server for server in orphans.servers() if server.owner_pid == os.getpid() and server.profile == "slow"]
 
 
 def test_a_killed_owner_takes_the_server_along(tmp_path):
@@ -142,10 +140,10 @@ def test_a_killed_owner_takes_the_server_along(tmp_path):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
         model = owner.stdout.readline().strip()
-        assert any(server.id == model for server in leftovers.servers())
+        assert any(server.id == model for server in orphans.servers())
         owner.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while any(server.id == model for server in leftovers.servers()):
+    while any(server.id == model for server in orphans.servers()):
         assert time.monotonic() < deadline, "the server outlived its owner"
         time.sleep(0.2)
 
@@ -238,7 +236,7 @@ def test_the_guard_closes_a_websocket_and_lets_a_lifespan_pass(monkeypatch):
         sent.append(event["type"])
 
     def ask(kind, **scope):
-        asyncio.run(guard.KeyGuard(app)({"type": kind, **scope}, None, send))
+        asyncio.run(auth.KeyGuard(app)({"type": kind, **scope}, None, send))
 
     key = [(b"authorization", b"Bearer right")]
     ask("lifespan")

@@ -25,17 +25,17 @@ from hypothesis import strategies as st
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
-from fp8lab import gpu
+from fp8lab.config.profile import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
-from fp8lab.load.watch import Watch
-from fp8lab.locks import Lock, machine_lock
-from fp8lab.measure.metrics import completed
-from fp8lab.profiles import read_profile
-from fp8lab.runs import open_run
-from fp8lab.scratch import Scratch, sweep
-from fp8lab.server import command, place, readiness
-from fp8lab.server.ask import ask
+from fp8lab.load.level import Watch
+from fp8lab.metrics.performance import completed
+from fp8lab.results.run_folder import open_run
+from fp8lab.server import command, launch, preflight
 from fp8lab.server.launch import Server
+from fp8lab.server.request import ask
+from fp8lab.system import gpu
+from fp8lab.system.locks import Lock, machine_lock
+from fp8lab.system.temporary import Scratch, sweep
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ def test_the_failed_level_is_measured_again_on_request(fake_vllm, tmp_path, monk
 
 def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path):
     """Nothing answers any more, /health neither; streams are given up one idle time after their last byte."""
-    from fp8lab.experiment import _endpoint
+    from fp8lab.experiment.speed import _endpoint
     from fp8lab.load.level import measure_level
 
     profile = lab.load_profile(str(fake_vllm("hang")))
@@ -401,10 +401,10 @@ HOSTS = 2**22 + 1, 2**22 + 2
 @pytest.fixture
 def when_ready(monkeypatch):
     """Call it with what is to happen, given the server, once that is ready and before stock is taken."""
-    wait = readiness.wait
+    wait = launch.wait
 
     def then(happens):
-        monkeypatch.setattr(readiness, "wait", lambda server, *args: (wait(server, *args), happens(server)))
+        monkeypatch.setattr(launch, "wait", lambda server, *args: (wait(server, *args), happens(server)))
 
     return then
 
@@ -630,9 +630,9 @@ def test_a_profile_for_another_card_warns_when_it_is_loaded(card):
 
 
 def test_a_listener_is_told_where_there_is_no_ipv6(monkeypatch):
-    monkeypatch.setattr(place.psutil, "net_connections", lambda _kind: [])
-    monkeypatch.setattr(place, "Path", lambda *_parts: Path("/nowhere"))
-    assert place.listener(1) == "another process"
+    monkeypatch.setattr(preflight.psutil, "net_connections", lambda _kind: [])
+    monkeypatch.setattr(preflight, "Path", lambda *_parts: Path("/nowhere"))
+    assert preflight.listener(1) == "another process"
 
 
 def test_another_cache_folder_is_no_way_around_the_lock(card, tmp_path, monkeypatch):
@@ -649,7 +649,7 @@ def shared(tmp_path, monkeypatch):
     """A folder that all users may write to, in the place of /run/lock."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o1777)
-    monkeypatch.setattr("fp8lab.locks._SHARED", (tmp_path / "missing", folder))
+    monkeypatch.setattr("fp8lab.system.locks._SHARED", (tmp_path / "missing", folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield folder
     shutil.rmtree(folder)
@@ -663,7 +663,7 @@ def test_the_lock_is_the_same_for_all_users(shared):
 
     def start(user: int) -> subprocess.Popen:
         # Root's own interpreter may lie where nobody else reads: become the user only then.
-        become = f"import os, fp8lab.locks, fp8lab.errors; os.setuid({user}); os.umask(0o077)\n"
+        become = f"import os, fp8lab.system.locks, fp8lab.errors; os.setuid({user}); os.umask(0o077)\n"
         command = [sys.executable, "-c", become + code]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -701,7 +701,7 @@ def test_without_a_folder_for_all_the_lock_lies_in_the_cache(shared, tmp_path):
 
 def test_a_lock_dies_with_its_holder(tmp_path):
     path = tmp_path / "x.lock"
-    code = f"from fp8lab.locks import Lock; from pathlib import Path; l = Lock(Path({str(path)!r}), 'x'); print(1, flush=True); input()"
+    code = f"from fp8lab.system.locks import Lock; from pathlib import Path; l = Lock(Path({str(path)!r}), 'x'); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:

@@ -5,11 +5,11 @@ import zipfile
 
 import pytest
 
-from fp8lab import notebooks
+from fp8lab.config.profile import read_profile
 from fp8lab.errors import BadInput
-from fp8lab.profiles import read_profile
-from fp8lab.runs import open_run
-from fp8lab.sharing import share
+from fp8lab.report import notebooks
+from fp8lab.results.run_folder import open_run
+from fp8lab.share import share
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from conftest import HERE
-from fp8lab.gpu import GpuReader
+from fp8lab.config.profile import Level
+from fp8lab.config.trace import fixed_length
 from fp8lab.load import telemetry
 from fp8lab.load.level import measure_level
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import Telemetry
-from fp8lab.measure.clock import clock
-from fp8lab.measure.metrics import completed, steady_window
-from fp8lab.profiles import Level
-from fp8lab.runs import open_run
-from fp8lab.traces import fixed_length
+from fp8lab.metrics.performance import completed, steady_window
+from fp8lab.metrics.resources import clock
+from fp8lab.results.run_folder import open_run
+from fp8lab.system.gpu import GpuReader
 
 COUNTERS = 'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting{engine="0"} 0.0\n'
 

@@ -8,12 +8,12 @@ import pytest
 
 import fp8lab as lab
 from conftest import marked
-from fp8lab import experiment
+from fp8lab.config.trace import arrival_times, fixed_length, from_file, sharegpt_like
 from fp8lab.errors import BadInput
-from fp8lab.models import model_folder
-from fp8lab.plan import plan_table
-from fp8lab.runs import open_run
-from fp8lab.traces import arrival_times, fixed_length, from_file, sharegpt_like
+from fp8lab.experiment import speed
+from fp8lab.experiment.plan import plan_table
+from fp8lab.models.folders import model_folder
+from fp8lab.results.run_folder import open_run
 
 
 def test_lengths_have_the_published_shape():
@@ -129,18 +129,18 @@ def test_the_warm_up_has_the_workloads_own_shape(fake_vllm, tmp_path, monkeypatc
     (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens\n700,8\n800,30\n900,40\n")
     workload |= {"trace": workload["trace"].format(tmp=tmp_path), "warmup_requests": warmup}
     profile = with_workload(fake_vllm(), **workload)
-    sent, send = [], experiment.send_load
+    sent, send = [], speed.send_load
 
     def noted(endpoint, trace, *arguments, **options):
         sent.append((trace, send(endpoint, trace, *arguments, **options)))
 
-    monkeypatch.setattr(experiment, "send_load", noted)
+    monkeypatch.setattr(speed, "send_load", noted)
     with lab.serve(profile, "bf16", log_path=tmp_path / "server.log") as server:
-        experiment.warm_up(server)
+        speed.warm_up(server)
     ((trace, outcome),) = sent
     assert list(zip(trace.prompt_tokens, trace.output_tokens, strict=True)) == lengths
     assert not any(one.error for one in outcome.outcomes)
-    measured = experiment.trace_for(profile, lab.Level(variant="bf16", rate=1, requests=min(warmup, 3)))
+    measured = speed.trace_for(profile, lab.Level(variant="bf16", rate=1, requests=min(warmup, 3)))
     assert not set(trace.prompts) & set(measured.prompts)
 
 

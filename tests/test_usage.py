@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.measure.clock import clock
-from fp8lab.measure.compare import Ratio
-from fp8lab.measure.usage import meters_apart, summarize_usage
-from fp8lab.report.evidence import evidence
-from fp8lab.runs import open_run
+from fp8lab.metrics.resources import clock, meters_apart, summarize_usage
+from fp8lab.metrics.statistics import Ratio
+from fp8lab.results.evidence import evidence
+from fp8lab.results.run_folder import open_run
 
 RECORDS = make_records([0.0, 5.0], [0.1, 5.1], [10.0, 20.35], [100, 100])
 WINDOW = (4.0, 16.0)

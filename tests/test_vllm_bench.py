@@ -10,11 +10,11 @@ import pytest
 
 import fp8lab as lab
 from conftest import running, wait_for
-from fp8lab import experiment
 from fp8lab.errors import InUse, LevelFailed, ServerFailed
+from fp8lab.experiment import speed
 from fp8lab.load import vllm_bench
 from fp8lab.load.stream import Endpoint
-from fp8lab.runs import open_run
+from fp8lab.results.run_folder import open_run
 
 HANGS = "import sys, time; print('sending', flush=True); time.sleep(600)"
 BREAKS = "import sys; sys.exit('KeyError: no such dataset')"
@@ -128,21 +128,21 @@ def test_what_is_wrong_for_all_variants_stops_at_once(fake_vllm, tmp_path, monke
         tried.append(variant)
         raise InUse("the GPU is in use")
 
-    monkeypatch.setattr(experiment, "start_server", occupied)
+    monkeypatch.setattr(speed, "start_server", occupied)
     with pytest.raises(InUse):
         lab.measure(open_run(tmp_path / "run", profile), profile)
     assert tried == ["bf16"]
 
 
 def test_a_level_that_could_not_be_measured_costs_no_other(fake_vllm, tmp_path, monkeypatch):
-    profile, real = lab.load_profile(str(fake_vllm())), experiment.load_test
+    profile, real = lab.load_profile(str(fake_vllm())), speed.load_test
 
     def sometimes(server, **options):
         if server.variant == "bf16":
             raise LevelFailed("load worker 0 ended with exit code 1 before it was ready")
         return real(server, **options)
 
-    monkeypatch.setattr(experiment, "load_test", sometimes)
+    monkeypatch.setattr(speed, "load_test", sometimes)
     run = open_run(tmp_path / "run", profile)
     with pytest.raises(LevelFailed, match="bf16-.* was not measured: load worker 0 ended with exit code 1"):
         lab.measure(run, profile)

@@ -11,12 +11,6 @@ Names are imported when they are first used, so that `import fp8lab` takes no ti
 
 import importlib
 
-# The room `measure/` and the function `measure` share a name. The room (empty by itself) is loaded now and its name given
-# back: loading it later would put the room where `lab.measure` is the function.
-from . import measure as _room
-
-del _room, measure  # noqa: F821 - loading the room bound its name here
-
 _HOMES = {
     "errors": (
         "BadInput",
@@ -28,12 +22,19 @@ _HOMES = {
         "RunMismatch",
         "ServerFailed",
     ),
-    "evaluation": ("QualityTask", "check_weights", "measure_quality", "quality_profile"),
-    "experiment": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
-    "limit_search": ("find_limit",),
-    "measure.capacity": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
-    "plan": ("plan_table",),
-    "profiles": ("Level", "Profile", "load_profile", "profile_names"),
+    "experiment.quality": (
+        "QualityTask",
+        "check_weights",
+        "checkpoint_folder",
+        "measure_quality",
+        "quality_profile",
+        "read_text",
+    ),
+    "experiment.speed": ("load_test", "measure", "serve", "start_server", "trace_for", "warm_up"),
+    "experiment.max_rate": ("find_limit",),
+    "metrics.slo": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
+    "experiment.plan": ("plan_table",),
+    "config.profile": ("Level", "Profile", "load_profile", "profile_names"),
     "report.across": ("claims_across", "worth_table"),
     "report.capacity": ("attainment_table", "capacity_plan", "limit_table"),
     "report.claims": ("claims_table", "judge"),
@@ -83,11 +84,9 @@ _HOMES = {
         "tpot_figure",
         "worth_figure",
     ),
-    "runs": ("LevelResult", "Run", "open_run"),
+    "results.run_folder": ("LevelResult", "Run", "open_run"),
     "server.command": ("printable_command",),
-    "tensors": ("checkpoint_folder",),
-    "texts": ("read_text",),
-    "traces": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
+    "config.trace": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

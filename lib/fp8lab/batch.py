@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from .config.profile import Level, check_workload, read_changed, read_profile, with_paths
 from .errors import BadInput
-from .gpu import visible
-from .notebooks import check_parameters, find
 from .paths import PLAIN_NAME, RUNS, repository_relative
-from .profiles import Level, check_workload, read_changed, read_profile, with_paths
-from .report.batch_pages import has_invalid, write_pages
-from .runs import write_json
+from .report.batch_page import has_invalid, write_pages
+from .report.notebooks import check_parameters, find
+from .results.files import write_json
+from .system.gpu import visible
 
 # Set for a job's process: its standard input is a pipe that ends with the batch.
 TIED = "FP8LAB_TIED_TO_STDIN"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, Fp8labError
+from .paths import writing
 
 if TYPE_CHECKING:
-    from .runs import Run
+    from .results.run_folder import Run
 
 
 # A level is INVALID: all else was measured and printed.
@@ -26,12 +27,12 @@ _INVALID = 3
 
 def reproduce(args) -> int:
     from .batch import end_with_owner
-    from .notebooks import check_parameters, execute, find
+    from .config.profile import load_profile
     from .paths import RUNS, repository_relative
-    from .profiles import load_profile
     from .report.claims import claims_table
     from .report.fair import validity_table
-    from .runs import open_run
+    from .report.notebooks import check_parameters, execute, find
+    from .results.run_folder import open_run
 
     end_with_owner()
     notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
@@ -57,11 +58,11 @@ def reproduce(args) -> int:
 
 
 def measure(args) -> int:
-    from .experiment import measure as measure_levels
+    from .experiment.speed import measure as measure_levels
     from .paths import repository_relative
     from .report.fair import validity_table
     from .report.show import levels_table
-    from .runs import open_run
+    from .results.run_folder import open_run
 
     if args.again and not args.run:
         raise BadInput(
@@ -79,11 +80,11 @@ def measure(args) -> int:
 
 
 def quality(args) -> None:
-    from .evaluation import QualityTask, check_weights, measure_quality, quality_profile
+    from .config.profile import load_profile
+    from .experiment.quality import QualityTask, check_weights, measure_quality, quality_profile
     from .paths import repository_relative
-    from .profiles import load_profile
     from .report.quality import quality_table
-    from .runs import open_run
+    from .results.run_folder import open_run
 
     if args.source:
         print(quality_table(open_run(source=args.source)))
@@ -103,9 +104,9 @@ def quality(args) -> None:
 
 
 def plan(args) -> None:
-    from .plan import plan_table
-    from .profiles import read_profile
-    from .runs import open_run
+    from .config.profile import read_profile
+    from .experiment.plan import plan_table
+    from .results.run_folder import open_run
 
     run = open_run(source=args.run) if args.run else None
     profile = run.profile if run and args.profile == "auto" else read_profile(args.profile)
@@ -113,10 +114,10 @@ def plan(args) -> None:
 
 
 def share(args) -> None:
-    from .notebooks import find
     from .paths import repository_relative
-    from .runs import open_run
-    from .sharing import share as share_run
+    from .report.notebooks import find
+    from .results.run_folder import open_run
+    from .share import share as share_run
 
     run = open_run(source=args.run)
     # A run of answers alone has nothing for the front notebook to show.
@@ -134,20 +135,20 @@ def batch(args) -> int:
 
 
 def record(args) -> None:
-    from . import recording
     from .paths import repository_relative
-    from .runs import open_run
+    from .results import export
+    from .results.run_folder import open_run
 
-    print(repository_relative(recording.record(open_run(source=args.run), args.name, args.tokens or ())))
+    print(repository_relative(export.record(open_run(source=args.run), args.name, args.tokens or ())))
 
 
 def serve(args) -> None:
-    from .profiles import load_profile, read_profile
+    from .config.profile import load_profile, read_profile
     from .server.command import printable_command
     from .server.launch import start_server
 
     if args.print_command:
-        from .gpu import gpu_names
+        from .system.gpu import gpu_names
 
         # A command can be shown for a card that is not here.
         needs_choice = args.profile == "auto" and not gpu_names()
@@ -170,10 +171,10 @@ def serve(args) -> None:
 
 
 def load_test(args) -> int:
-    from .files import told, write_json, write_tables
+    from .config.trace import arrival_times, named_trace
     from .load.level import measure_level
     from .load.stream import Endpoint
-    from .traces import arrival_times, named_trace
+    from .results.files import write_json, write_tables
 
     if args.api_key_env and args.api_key_env not in os.environ:
         raise BadInput(f"--api-key-env {args.api_key_env}: no such environment variable")
@@ -194,7 +195,7 @@ def load_test(args) -> int:
         name = "all at once" if math.isinf(rate) else f"{rate:g} req/s"
     if args.max_concurrency is not None:
         name = f"{name}, closed loop at {args.max_concurrency}"
-    with told(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     summary, records, tokens, _ = measure_level(
         endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
@@ -209,7 +210,7 @@ def load_test(args) -> int:
 def claims(args) -> None:
     from .report.across import claims_across
     from .report.claims import claims_table
-    from .runs import open_run
+    from .results.run_folder import open_run
 
     runs = [open_run(source=run) for run in args.run]
     table = claims_table(*runs, brief=args.brief) if len(runs) == 1 else claims_across(*runs)
@@ -217,7 +218,7 @@ def claims(args) -> None:
 
 
 def profiles(args) -> None:
-    from .profiles import profile_names, read_profile
+    from .config.profile import profile_names, read_profile
 
     if not args.name:
         names = profile_names()
@@ -239,10 +240,10 @@ def profiles(args) -> None:
 
 
 def status(_args) -> None:
-    from . import gpu
-    from .server import leftovers
+    from .server import orphans
+    from .system import gpu
 
-    found = leftovers.servers()
+    found = orphans.servers()
     if not found:
         print("no server of fp8lab is running")
     for server in found:
@@ -261,11 +262,11 @@ def status(_args) -> None:
 
 
 def stop(args) -> None:
-    from .server import leftovers
+    from .server import orphans
 
-    found = [server for server in leftovers.servers() if args.all or not server.owned]
+    found = [server for server in orphans.servers() if args.all or not server.owned]
     for server in found:
-        leftovers.stop(server)
+        orphans.stop(server)
         print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
     if not found:
         print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")

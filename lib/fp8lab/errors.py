@@ -14,7 +14,7 @@ Beside it stands Stopped, a KeyboardInterrupt: Ctrl-C, or a notebook's stop butt
 Every message names the offending value, what was expected, and what to do.
 """
 
-from .text import visible
+from .ui.text import visible
 
 
 class Fp8labError(Exception):

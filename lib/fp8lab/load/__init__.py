@@ -1,0 +1,1 @@
+"""Requests: HTTP streams, schedules, worker processes, telemetry."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -17,37 +16,14 @@ import orjson
 import pandas as pd
 
 from ..errors import BadInput, LevelFailed
-from ..progress import StatusLine
+from ..metrics.quality import Reading
+from ..ui.status import StatusLine
 from .stream import Endpoint
 
 _TIMEOUT_S = 600
 # What passes (a restarting proxy, a full queue) is asked again after so many seconds each.
 _PAUSES_S = (1.0, 2.0, 4.0)
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The next-token distributions along a text, one row a predicted token, n rows in the text's order.
-
-    `document` (n,) int32: its document; `token` (n,) int32: the token that came; `logprob` (n,) float32: its natural
-    log-probability; `top_ids` (n, k) int32 and `top_logprobs` (n, k) float32: the k likeliest, likeliest first.
-    """
-
-    document: np.ndarray
-    token: np.ndarray
-    logprob: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-
-    def to_table(self) -> pd.DataFrame:
-        columns = {"document": self.document, "token": self.token, "logprob": self.logprob}
-        return pd.DataFrame(columns | {"top_ids": list(self.top_ids), "top_logprobs": list(self.top_logprobs)})
-
-    @classmethod
-    def from_table(cls, table: pd.DataFrame) -> "Reading":
-        plain = (table[name].to_numpy() for name in ("document", "token", "logprob"))
-        return cls(*plain, *(np.stack(table[name].to_numpy()) for name in ("top_ids", "top_logprobs")))
 
 
 def tokenize(endpoint: Endpoint, text: str) -> tuple[list[int], list[int]]:

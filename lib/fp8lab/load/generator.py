@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config.trace import Trace
 from ..errors import BadInput
-from ..scratch import Scratch
-from ..traces import Trace
+from ..system.temporary import Scratch
+from .pool import ClientReport, Team
 from .stream import Endpoint, Outcome
-from .team import ClientReport, Team
 
 # A worker parses about 40,000 chunks/s on a server core; a quarter of that leaves its timestamps undisturbed.
 _CHUNKS_PER_S_PER_WORKER = 10_000

@@ -1,19 +1,22 @@
 """One level against any endpoint: send the load, make the tables, sum up, judge the client."""
 
 import contextlib
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from ..config.trace import Trace
 from ..errors import Stopped
-from ..progress import StatusLine
-from ..traces import Trace
-from .clocks import Clocks, clock_problems
+from ..ui.status import StatusLine
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
 from .stream import Endpoint
 from .telemetry import Telemetry
-from .watch import Watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +27,7 @@ _FAILED_SHARE = 0.01
 
 
 class Measured(NamedTuple):
-    """A level's summary and tables; see `records.to_tables` and `Telemetry.table` for the columns."""
+    """A level's summary and tables; see `to_tables` and `Telemetry.table` for the columns."""
 
     summary: dict
     records: "pd.DataFrame"
@@ -65,8 +68,7 @@ def measure_level(
             status.done(f"{name}: stopped", chart.picture())
             raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
     # Imported here: the first request must not wait for pandas.
-    from ..measure.metrics import latencies, send_lag_ms, summarize
-    from .records import to_tables
+    from ..metrics.performance import latencies, send_lag_ms, summarize
 
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
@@ -76,8 +78,8 @@ def measure_level(
     summary = summarize(records, tokens) | _client(sent, len(tokens))
     sampled = None
     if telemetry:
-        from ..measure.metrics import completed, window_of
-        from ..measure.usage import summarize_usage
+        from ..metrics.performance import completed, window_of
+        from ..metrics.resources import summarize_usage
 
         sampled, steady = telemetry.table(sent.start), window_of(summary)
         summary |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
@@ -133,3 +135,117 @@ def _client(sent: Sent, chunks: int) -> dict:
         "client_stall_max_ms": client.stall_max_ms,
         "seconds_to_first_request": client.start_delay_s,
     }
+
+
+def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """(records, tokens) of a level, in model seconds from its start.
+
+    records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked,
+    output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
+    last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
+    the slot that it took had become free (nan: it always was).
+    tokens: request, at_s.
+    """
+    import pandas as pd
+
+    def model_time(moment: float) -> float:
+        return (moment - sent.start) / time_dilation if moment else np.nan
+
+    rows = [
+        {
+            "request": o.index,
+            "prompt_tokens": o.prompt_tokens if o.prompt_tokens >= 0 else trace.prompt_tokens[o.index],
+            "output_tokens_asked": trace.output_tokens[o.index],
+            "output_tokens": o.output_tokens if o.output_tokens >= 0 else len(o.chunks),
+            "chunks": len(o.chunks),
+            "scheduled_s": float(sent.due_s[o.index]),
+            "sent_s": model_time(o.sent),
+            "first_token_s": model_time(o.chunks[0]) if o.chunks else np.nan,
+            "last_token_s": model_time(o.chunks[-1]) if o.chunks else np.nan,
+            "finish_reason": o.finish_reason,
+            "error": o.error,
+        }
+        | ({"slot_s": model_time(o.slot)} if sent.client.closed_loop else {})
+        for o in sent.outcomes
+    ]
+    records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})
+    chunks = [np.asarray(o.chunks) for o in sent.outcomes]
+    tokens = pd.DataFrame(
+        {
+            "request": np.repeat(records["request"].to_numpy(np.int32), records["chunks"]),
+            "at_s": (np.concatenate(chunks) - sent.start) / time_dilation,
+        }
+    )
+    return records, tokens
+
+
+# NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
+_SLEW = 1e-3
+_STEP_S = 0.5
+_SUSPENDED_S = 0.1
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """The machine's clocks at one instant, in seconds. Levels are timed by `monotonic`, which stands still while the
+    machine is suspended; `boot` does not; `wall` is what the date says."""
+
+    monotonic: float
+    boot: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> "Clocks":
+        return cls(time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time())
+
+
+def clock_problems(begin: Clocks, end: Clocks) -> list[str]:
+    """Why times taken between `begin` and `end` cannot be trusted; empty when they can."""
+    elapsed = end.monotonic - begin.monotonic
+    suspended = (end.boot - begin.boot) - elapsed
+    if suspended > _SUSPENDED_S:
+        return [f"the machine was suspended for {suspended:.1f} s during the level"]
+    stepped = (end.wall - begin.wall) - elapsed
+    if abs(stepped) > _STEP_S + _SLEW * elapsed:
+        return [f"the clock was set {abs(stepped):.1f} s {'ahead' if stepped > 0 else 'back'} during the level"]
+    return []
+
+
+PERIOD_S = 1.0
+
+
+class Watch:
+    """While its `with` block runs, `problem()` says why the level should end, in words, or None.
+
+    `ask` is asked from a thread of its own (it may take seconds) and answers likewise; its first problem stays. What it
+    raises is a problem too: a level that nobody watched must not pass for a good one, nor cost its records.
+    """
+
+    def __init__(self, ask: Callable[[], str | None]):
+        self._ask = ask
+        self._problem: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._stop.set()
+        self._thread.join()
+        # What happened since the last look: a server that died with its last answer.
+        self._problem = self._problem or self._look()
+
+    def problem(self) -> str | None:
+        return self._problem
+
+    def _run(self) -> None:
+        while not self._problem and not self._stop.wait(PERIOD_S):
+            self._problem = self._look()
+
+    def _look(self) -> str | None:
+        try:
+            return self._ask()
+        except Exception as error:
+            return f"the server could not be watched any more: {error!r}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ..gpu import GpuReader
+from ..system.gpu import GpuReader
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
+from ..config.trace import Trace
 from ..errors import LevelFailed
-from ..scratch import Scratch
-from ..server import guarded
-from ..traces import Trace
+from ..server import watchdog
+from ..system.temporary import Scratch
 from .stream import Endpoint
 from .worker import unwritable
 
@@ -73,7 +73,7 @@ def _run_guarded(
     command: Sequence[str], environment: Mapping[str, str], log: Path, deadline: float
 ) -> list[tuple[float, float]]:
     """Runs the client until it ends or the deadline has passed, under a watchdog, as a server is: see `_cpu_marks`."""
-    with guarded.popen(command, environment, log, grace_s=2) as process:
+    with watchdog.popen(command, environment, log, grace_s=2) as process:
         try:
             return _cpu_marks(process, deadline)
         finally:
@@ -94,7 +94,7 @@ def _cpu_marks(guard: subprocess.Popen, deadline: float) -> list[tuple[float, fl
 
 
 def _in_our_names(said: dict, marks: list[tuple[float, float]], dilation: float) -> dict:
-    from .team import busiest_second
+    from .pool import busiest_second
 
     # What ran before the load (imports, tokenizing) is not the client at work.
     ended = marks[-1][0] if marks else 0.0

@@ -1,0 +1,1 @@
+"""From a run to words and pictures: verdicts, tables, figures, notebooks, pages."""

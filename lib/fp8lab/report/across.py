@@ -3,15 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ..runs import Run
-from ..tables import Table
+from ..results.evidence import FRONT_ENDS, Evidence, evidence, rate_name
+from ..results.run_folder import Run
+from ..ui.table import Table
 from .caption import card_mark, card_note
 from .claims import Verdict, judge, show_interval, show_value
 from .drawing import Figure
-from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import clocks_told, equal_load_ratios
 from .forest import forest
-from .published import claim_of
+from .verdict import claim_of
 
 _THROUGHPUT, _JOULES = "output_token_throughput", "joules_per_output_token"
 

@@ -4,12 +4,12 @@ from collections.abc import Set
 
 import numpy as np
 
-from ..measure.metrics import concurrency_over_time
-from ..runs import Run
-from ..shapes import fp8_kv, memory_share
+from ..config.dimensions import fp8_kv, memory_share
+from ..metrics.performance import concurrency_over_time
+from ..results.evidence import evidence, rate_name
+from ..results.run_folder import Run
 from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
-from .evidence import evidence, rate_name
-from .published import claim_of, level_id
+from .verdict import claim_of, level_id
 
 # Light to dark, hatched, so that the parts are told apart in print.
 _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest", "#BBBBBB", ".."))
@@ -125,7 +125,7 @@ def _name(axes, name: str, xs, ys, x: float, offset: tuple[float, float]) -> Non
 
 def number_line() -> Figure:
     """The positive values of the two FP8 formats up to 16, and how far each goes."""
-    from ..measure.fp8 import FORMATS, largest, values
+    from ..metrics.number_formats import FORMATS, largest, values
 
     canvas, axes = new_canvas(None, "Which numbers do E4M3 and E5M2 have?", height=2.1)
     axes.grid(axis="y", visible=False)

@@ -4,27 +4,12 @@ import math
 from statistics import fmean
 
 from ..errors import BadInput
-from ..measure.capacity import OBJECTIVES, SLO, Attainment, Bracket, attains, bracket
-from ..runs import Run
-from ..tables import Table
+from ..metrics.slo import OBJECTIVES, SLO, attains
+from ..results.evidence import evidence, limit
+from ..results.run_folder import Run
+from ..ui.table import Table
 from .caption import card_note
-from .evidence import Evidence, evidence
 from .fair import show_number
-
-
-def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
-    """What every valid level of a variant that was offered a rate says of an objective, with its rate, ascending."""
-    tried = []
-    for level_id, s in seen.levels((variant,)).items():
-        rate = float(s["level"]["rate"])
-        if math.isfinite(rate) and (level := seen.level(level_id)):
-            tried.append((rate, attains(level.records, slo)))
-    return sorted(tried)
-
-
-def limit(seen: Evidence, variant: str, slo: SLO) -> Bracket:
-    """The rates between which a variant's limit lies, by all its levels."""
-    return bracket((rate, found.bound) for rate, found in attainment(seen, variant, slo))
 
 
 def attainment_table(run: Run, slo: SLO) -> Table:

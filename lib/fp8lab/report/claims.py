@@ -22,12 +22,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from ..measure.compare import Ratio, contrast
-from ..runs import Run, write_json
-from ..tables import Table
-from .caption import card_mark, card_note, unmeasured
-from .evidence import Evidence, evidence
-from .published import level_id, published
+from ..metrics.statistics import Ratio, contrast
+from ..results.evidence import Evidence, evidence
+from ..results.files import write_json
+from ..results.run_folder import Run, unmeasured
+from ..ui.table import Table
+from .caption import card_mark, card_note
+from .verdict import level_id, published
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
 _MOST = 2 / 3
@@ -59,7 +60,7 @@ class Verdict:
 
 def judge(run: Run) -> list[Verdict]:
     """The verdict on every claim; also stored as `claims.json` in a run that can be written."""
-    from .recommendations import RECOMMENDATIONS
+    from .judges import RECOMMENDATIONS
 
     facts, seen = published(), evidence(run)
     verdicts = [

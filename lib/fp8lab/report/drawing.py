@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..runs import Run
+from ..results.evidence import FRONT_ENDS
+from ..results.run_folder import Run
 from .caption import card_mark, card_note
-from .evidence import FRONT_ENDS
 
 # Okabe-Ito colours, told apart also in grey and by marker; a variant keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}

@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from ..measure.compare import ABLATION, Ratio
-from ..measure.kv import paging_waste, reserving_waste
+from ..config.dimensions import most_running
+from ..metrics.kv_cache import paging_waste, reserving_waste
+from ..metrics.statistics import ABLATION, Ratio
 from ..paths import repository_relative
-from ..runs import Run
-from ..shapes import most_running
-from ..tables import Table
-from . import published
+from ..results.evidence import FRONT_ENDS, Evidence, evidence, rate_name
+from ..results.run_folder import Run
+from ..ui.table import Table
+from . import verdict
 from .caption import card_note
-from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
 METRICS = {
@@ -180,9 +180,9 @@ def kv_table(run: Run) -> Table:
 
 def paging_table(run: Run) -> Table:
     """What paging leaves unused of the KV memory, against reserving a maximum, for this run's requests."""
-    seen, claim = evidence(run), published.claim_of("R3")
+    seen, claim = evidence(run), verdict.claim_of("R3")
     # The level that the claim on it is judged by, where there is one.
-    judged_by = published.level_id("fp8", claim["fp8"]["rate"])
+    judged_by = verdict.level_id("fp8", claim["fp8"]["rate"])
     ids = sorted(seen.summaries, key=lambda level_id: level_id != judged_by)
     level = next((one for one in map(seen.level, ids) if one is not None), None)
     if level is None:

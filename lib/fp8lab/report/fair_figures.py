@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ..measure.capacity import SLO
-from ..measure.clock import POWER
-from ..measure.compare import Ratio
-from ..runs import Run
+from ..metrics.resources import POWER
+from ..metrics.slo import SLO
+from ..metrics.statistics import Ratio
+from ..results.evidence import FRONT_ENDS, Evidence, evidence, rate_name
+from ..results.run_folder import Run
 from .drawing import (
     GREY,
     INK,
@@ -21,7 +22,6 @@ from .drawing import (
     told_or,
     variant_style,
 )
-from .evidence import FRONT_ENDS, Evidence, evidence, rate_name
 from .fair import METRICS, ablation_effects, equal_load_ratios, kv_room
 from .forest import forest
 

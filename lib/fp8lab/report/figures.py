@@ -3,10 +3,10 @@
 import math
 from statistics import geometric_mean
 
-from ..runs import Run
+from ..results.evidence import evidence
+from ..results.run_folder import Run
 from .drawing import GREY, INK, STYLE, Figure, caption_of, label_ends, new_canvas, plainly, told_or
-from .evidence import evidence
-from .published import claim_of
+from .verdict import claim_of
 
 
 def throughput(run: Run) -> Figure:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from ..measure.compare import Ratio
-from ..runs import Run
+from ..metrics.statistics import Ratio
+from ..results.run_folder import Run
 from .caption import card_mark
 from .drawing import GREY, INK, Figure, caption_of, new_canvas, told_or
 

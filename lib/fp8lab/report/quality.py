@@ -3,15 +3,15 @@
 import statistics
 from pathlib import Path
 
-from ..evaluation import AGAIN, comparisons, reference_variant, summaries, tables
-from ..measure.quality import Comparison, Estimate, distinguishable, identical_prefix
-from ..runs import Run
-from ..tables import Table
+from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
+from ..metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
+from ..results.run_folder import Run, other_card, unmeasured
+from ..ui.table import Table
 from . import quality_figures
-from .caption import card_note, other_card, unmeasured
+from .caption import card_note
 from .claims import by_interval
-from .published import claim_of
 from .show import Shown, _show
+from .verdict import claim_of
 
 # The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
 PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
@@ -105,11 +105,11 @@ def formats_figure(run: Run, folder: Path) -> Shown:
 
 def formats_table() -> Table:
     """The values that each format has."""
-    from ..measure import fp8
+    from ..metrics import number_formats
 
     rows = []
-    for name in fp8.FORMATS:
-        every = fp8.values(name)
+    for name in number_formats.FORMATS:
+        every = number_formats.values(name)
         positive = every[every > 0]
         between = int(((positive >= 1) & (positive < 2)).sum())
         rows.append((name, f"{len(every)}", f"{positive[-1]:,.0f}", f"{positive[0]:.2g}", f"{between}",
@@ -120,14 +120,14 @@ def formats_table() -> Table:
 
 def weights_table(folder: Path) -> Table:
     """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
-    from ..measure import fp8
-    from ..tensors import matrices
+    from ..metrics import number_formats
+    from ..models.tensors import matrices
 
     found: dict[str, list[tuple]] = {}
     for kind, _, stored in matrices(folder):
         tensor = stored.float()
         peak = float(tensor.abs().max() / tensor.square().mean().sqrt())
-        errors = (fp8.rounding_error(tensor, name).relative for name in (*fp8.FORMATS, "INT8"))
+        errors = (number_formats.rounding_error(tensor, name).relative for name in (*number_formats.FORMATS, "INT8"))
         found.setdefault(kind, []).append((peak, *errors))
     rows = []
     for kind, each in found.items():
@@ -141,13 +141,13 @@ def weights_table(folder: Path) -> Table:
 
 def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
-    from ..measure import fp8
-    from ..tensors import kv_cache
+    from ..metrics import number_formats
+    from ..models.tensors import kv_cache
 
     rows = []
     for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):
-        uncalibrated = [fp8.rounding_error(layer, "E4M3", 1.0) for layer in side]
-        others = [[fp8.rounding_error(layer, name, scale).relative for layer in side]
+        uncalibrated = [number_formats.rounding_error(layer, "E4M3", 1.0) for layer in side]
+        others = [[number_formats.rounding_error(layer, name, scale).relative for layer in side]
                   for name, scale in (("E4M3", None), ("E5M2", 1.0))]  # fmt: skip
         peaks = [float(layer.abs().max()) for layer in side]
         rows.append((what, f"{min(peaks):.2g} to {max(peaks):.2g}", f"{max(e.clipped for e in uncalibrated):.2%}",

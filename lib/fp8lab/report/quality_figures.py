@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation import AGAIN, comparisons, reference_variant, tables
-from ..measure.quality import identical_prefix
-from ..runs import Run
+from ..experiment.quality import AGAIN, comparisons, reference_variant, tables
+from ..metrics.quality import identical_prefix
+from ..results.run_folder import Run
 from .drawing import INK, STYLE, Figure, caption_of, new_canvas
 
 _FLOOR = ("#767676", "x")
@@ -64,8 +64,8 @@ def rounding(run: Run, folder: Path) -> Figure:
     """The two formats' rounding error by magnitude, over where the model's scaled weights are; and an outlier's cost."""
     from matplotlib.figure import Figure as Canvas
 
-    from ..measure import fp8
-    from ..tensors import matrices
+    from ..metrics import number_formats
+    from ..models.tensors import matrices
 
     canvas = Canvas(figsize=(9.2, 3.8), layout="constrained")
     left, right = canvas.subplots(1, 2)
@@ -74,8 +74,8 @@ def rounding(run: Run, folder: Path) -> Figure:
     low, high = np.quantile(scaled, [0.01, 0.99])
     left.axvspan(low, high, color="#dddddd", label="98 % of the weights, scaled")
     colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": _FLOOR}
-    for name in fp8.FORMATS:
-        left.plot(magnitudes, fp8.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
+    for name in number_formats.FORMATS:
+        left.plot(magnitudes, number_formats.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
     left.set(
         xscale="log",
         yscale="log",
@@ -88,7 +88,7 @@ def rounding(run: Run, folder: Path) -> Figure:
     sizes = np.geomspace(10, 1e6, 11)
     told = []
     for name, (color, marker) in colors.items():
-        errors = [fp8.outlier_error(weight, name, size) for size in sizes]
+        errors = [number_formats.outlier_error(weight, name, size) for size in sizes]
         right.plot(sizes, errors, color=color, marker=marker, ms=5, lw=1.6, label=name)
         told.append(f"{name} {errors[0]:.1%} at 10 times the RMS and {errors[-1]:.0%} at a million times")
     right.set(
@@ -115,13 +115,13 @@ def _visible(count: int, first: int) -> np.ndarray:
 
 def _scaled_weights(folder: Path) -> np.ndarray:
     """Magnitudes of a sample of every matrix's weights, each over its own E4M3 scale."""
-    from ..measure import fp8
-    from ..tensors import matrices
+    from ..metrics import number_formats
+    from ..models.tensors import matrices
 
     samples = []
     for _, _, tensor in matrices(folder):
         flat = tensor.float().flatten().abs()
-        samples.append((flat[:: max(1, len(flat) // 2000)] / fp8.per_tensor_scale(flat, "E4M3")).numpy())
+        samples.append((flat[:: max(1, len(flat) // 2000)] / number_formats.per_tensor_scale(flat, "E4M3")).numpy())
     return np.concatenate(samples)
 
 

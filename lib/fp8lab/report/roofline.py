@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from ..profiles import Card
-from ..runs import Run
-from ..shapes import ModelShape
+from ..config.dimensions import ModelShape
+from ..config.profile import Card
+from ..results.evidence import evidence, rate_name
+from ..results.run_folder import Run
 from .drawing import (
     GREY,
     INK,
@@ -18,7 +19,6 @@ from .drawing import (
     told_or,
     variant_style,
 )
-from .evidence import evidence, rate_name
 
 
 def roofline(run: Run) -> Figure:
@@ -80,7 +80,7 @@ def roofline(run: Run) -> Figure:
 
 def _steps(shape: ModelShape, context: float) -> dict[str, float]:
     """FLOP for each byte read, in BF16, of a step that decodes for 32 or 256 requests with `context` tokens in the KV
-    cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.measure.roofline` does."""
+    cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.metrics.roofline` does."""
     weights, kv = shape.weight_bytes_read(False), context * shape.kv_bytes_per_token(2)
     decode = {n: sum(shape.flops(n, n)) / (weights + n * kv) for n in (32, 256)}
     prefill = sum(shape.flops(2048, 1)) / weights

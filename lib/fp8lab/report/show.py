@@ -6,18 +6,16 @@ import io
 import math
 from dataclasses import dataclass
 
-from ..files import told
-from ..measure.capacity import SLO
-from ..measure.clock import MOST, Clock
-from ..measure.usage import frontend_us_per_token, meters_apart
-from ..paths import repository_relative
-from ..profiles import Profile
-from ..runs import Run
-from ..shapes import fp8_kv
-from ..tables import Table
+from ..config.dimensions import fp8_kv
+from ..config.profile import Profile
+from ..metrics.resources import MOST, Clock, frontend_us_per_token, meters_apart
+from ..metrics.slo import SLO
+from ..paths import repository_relative, writing
+from ..results.evidence import evidence
+from ..results.run_folder import Run
+from ..ui.table import Table
 from . import across, background_figures, drawing, fair_figures, figures, roofline
 from .caption import card_note
-from .evidence import evidence
 
 _PIXELS_PER_INCH = 200
 # Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
@@ -265,7 +263,7 @@ def _show(run: Run, figure: drawing.Figure) -> Shown:
         figure.canvas.savefig(vector, format="svg", metadata={"Date": None})
     if not run.read_only:
         folder = run.path / "figures"
-        with told(folder):
+        with writing(folder):
             folder.mkdir(exist_ok=True)
             (folder / f"{figure.name}.svg").write_text(vector.getvalue())
             figure.canvas.savefig(folder / f"{figure.name}.png", dpi=_PIXELS_PER_INCH)

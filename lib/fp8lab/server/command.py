@@ -7,14 +7,14 @@ import os
 import shlex
 import sys
 
-from .. import gpu
-from ..flags import joined
-from ..models import model_folder, packaged_model
-from ..profiles import Profile
+from ..config.flags import joined
+from ..config.profile import Profile
+from ..models.folders import model_folder, packaged_model
+from ..system import gpu
 
 HOST = "127.0.0.1"
 EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
-GUARD = "fp8lab.server.guard.KeyGuard"
+GUARD = "fp8lab.server.auth.KeyGuard"
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 
 

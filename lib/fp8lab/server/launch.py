@@ -3,30 +3,31 @@
 import atexit
 import contextlib
 import dataclasses
+import json
+import math
 import os
 import secrets
+import shlex
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from .. import gpu
-from ..errors import InUse, Stopped
-from ..files import told
-from ..locks import Lock
-from ..paths import cache_dir
-from ..private import secrets_of
-from ..profiles import Profile, check_device, check_environment
-from ..progress import StatusLine
-from ..provenance import portable
-from ..scratch import Scratch
-from ..tables import Table
-from . import guarded, leftovers, log, place, readiness
-from .ask import PROBE_S, ask
+from ..config.profile import Profile, check_device, check_environment
+from ..config.secrets import secrets_of
+from ..errors import InUse, ServerFailed, Stopped
+from ..paths import cache_dir, portable, writing
+from ..system import gpu
+from ..system.locks import Lock
+from ..system.temporary import Scratch
+from ..ui.status import StatusLine
+from ..ui.table import Table
+from . import log, orphans, preflight, watchdog
 from .command import HOST, build_command, build_environment
+from .request import PROBE_S, ask
 
 # The folder that holds the package fp8lab.
 _LIB = str(Path(__file__).resolve().parents[2])
@@ -137,13 +138,13 @@ class Server:
             return None
         if self._memory_before is not None and gpu.memory_used_gib() is None:
             return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
-        others, _, _ = place.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before)
+        others, _, _ = preflight.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before)
         return f"another job came onto the GPU: {'; '.join(others)}" if others else None
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
         watchdog = self._watchdog.pid if self._watchdog else None
-        found = leftovers.find(self.model)
+        found = orphans.find(self.model)
         return tuple(pid for pid in found.pids if pid != watchdog) if found else ()
 
     def stop(self) -> None:
@@ -169,8 +170,8 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(_STOP_GRACE_S + 5)
         # Nothing is left unless the watchdog was killed, or interrupted while it was started; then this finds it.
-        if left := leftovers.find(self.model):
-            leftovers.stop(left)
+        if left := orphans.find(self.model):
+            orphans.stop(left)
         if guard:
             guard.kill()
             guard.wait()
@@ -205,7 +206,7 @@ class Server:
             extra = build_environment(self.profile, self.variant)
             started = time.monotonic()
             self._launch(command, extra)
-            readiness.wait(self, command, started, status)
+            _wait_until_ready(self, command, started, status)
             self._take_stock(command, extra, time.monotonic() - started)
             kv = f"{self.info.kv_cache_tokens:,} tokens of KV cache" if self.info.kv_cache_tokens else "ready"
             status.done(f"{self.variant} ready after {self.info.startup_s:.0f} s, {kv}")
@@ -214,19 +215,19 @@ class Server:
             raise
 
     def _launch(self, command: list[str], extra: Mapping[str, str]) -> None:
-        mark = leftovers.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
+        mark = orphans.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
-        environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, leftovers.MARK: mark, "SPT_NOENV": "1"}
+        environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, orphans.MARK: mark, "SPT_NOENV": "1"}
         self._secrets = secrets_of(environment)
         # vLLM imports parts of fp8lab (the guard, the emulated GPU), wherever this process has it from.
         known = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
         environment["PYTHONPATH"] = os.pathsep.join([*known, _LIB])
-        with told(self.log_path):
+        with writing(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
         if self.profile.device == "cuda":
-            self._gpu_lock = place.take_gpu(f"{self.variant} of profile {self.profile.name}")
+            self._gpu_lock = preflight.take_gpu(f"{self.variant} of profile {self.profile.name}")
             self._memory_before = gpu.memory_used_gib()
             self._idle_pids = {o.pid for o in gpu.occupants()}
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
@@ -234,7 +235,7 @@ class Server:
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
         # Should this process die, the GPU stays locked until the server has ended.
         held = [lock.fd for lock in (self._scratch, self._gpu_lock) if lock]
-        self._watchdog = guarded.popen(
+        self._watchdog = watchdog.popen(
             command, environment, self.log_path,
             grace_s=_STOP_GRACE_S, options=("--scratch", self._scratch.path), held=held,
         )  # fmt: skip
@@ -261,9 +262,9 @@ class Server:
 
     def _take_stock_of_gpu(self) -> str:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
-        mine = {process.pid for process in leftovers.with_descendants(self.pids())}
-        others, self._gpu_pids, doubt = place.others_on_gpu(
-            mine, self._idle_pids, self._memory_before, place.cuda_processes(mine)
+        mine = {process.pid for process in orphans.with_descendants(self.pids())}
+        others, self._gpu_pids, doubt = preflight.others_on_gpu(
+            mine, self._idle_pids, self._memory_before, preflight.cuda_processes(mine)
         )
         if others:
             self._memory_before = None  # what stays in use is theirs
@@ -301,9 +302,9 @@ def start_server(
     check_device(profile)
     check_environment(profile)
     if port is not None:
-        place.check_port(port)
-    place.warn_of_leftovers()
-    port = port or place.free_port()
+        preflight.check_port(port)
+    preflight.warn_of_leftovers()
+    port = port or preflight.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
@@ -314,3 +315,63 @@ def start_server(
         server.stop()  # the first stop may have been interrupted too
         status.done(f"{variant}: stopped while it started")
         raise Stopped(f"the {variant} server had not started, nothing of it is left; run the same again") from None
+
+
+def _wait_until_ready(server: "Server", command: Sequence[str], started: float, status: StatusLine) -> None:
+    """Returns when `server`, started with `command` at `started` (monotonic), is ready, showing its phase meanwhile.
+
+    Raises ServerFailed, with the log's root cause, when it has died or its profile's time for a start is over.
+    """
+    within = server.profile.server.start_timeout_s
+    while not _answers(server, started + within):
+        seconds = time.monotonic() - started
+        reached = log.phase(log.read(server.log_path))
+        status.update(f"{server.variant}: {reached}", f"{seconds:.0f} s")
+        if not server.alive:
+            raise ServerFailed(_failure(server, command, f"ended with exit code {server.exit_code()}", seconds))
+        if seconds > within:
+            how = f"was not ready within {within:.0f} s (last phase: {reached})"
+            raise ServerFailed(_failure(server, command, how, seconds))
+        time.sleep(0.25)
+
+
+def _answers(server: "Server", deadline: float) -> bool:
+    """Whether this very server is ready."""
+
+    def patience(at_most: float = math.inf) -> float:
+        return min(at_most, max(1.0, deadline - time.monotonic()))
+
+    try:
+        if server.ask("GET", "/health", within=patience(PROBE_S))[0] != 200:
+            return False
+        status, text = server.ask("GET", "/v1/models", within=patience(PROBE_S))
+        served = _served_names(text) if status == 200 else None
+        if served != [server.model]:
+            said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
+            who = preflight.listener(server.port)
+            raise ServerFailed(
+                f"port {server.port} is held by {who} and answers {said}, not this start's {server.model!r}; "
+                f"end that process, or choose another port (log: {server.log_path})"
+            )
+        body = {"model": server.model, "prompt": " time", "max_tokens": 2, "ignore_eos": True}
+        status, text = server.ask("POST", "/v1/completions", body=body, within=patience())
+    except OSError:
+        return False
+    if status != 200:
+        raise ServerFailed(f"the first completion was refused: HTTP {status} {text[:300]}; log: {server.log_path}")
+    return True
+
+
+def _served_names(text: str) -> list[str] | None:
+    """The model names in a reply of /v1/models; None when it is no such reply."""
+    try:
+        return [model["id"] for model in json.loads(text)["data"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _failure(server: "Server", command: Sequence[str], how: str, seconds: float) -> str:
+    telling, remedy = log.root_cause(server.log())
+    lines = [f"the {server.variant} server {how}, {seconds:.0f} s after its start", *(f"    {t}" for t in telling)]
+    lines += [f"what to do: {remedy}"] if remedy else []
+    return "\n".join([*lines, f"log: {server.log_path}", f"command: {shlex.join(command)}"])

@@ -21,6 +21,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
@@ -148,3 +150,28 @@ def tell(line: str) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def popen(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    grace_s: float,
+    options: Sequence[str] = (),
+    held: Sequence[int] = (),
+) -> subprocess.Popen:
+    """The watchdog of `command`, which writes to `log`. Closing its standard input ends both; what it says, `watchdog`
+    tells. `options` are the watchdog's own; the file descriptors `held` stay open until all has ended."""
+    from ..config.secrets import secrets_of
+
+    guard = [sys.executable, __file__, "--log", str(log), "--grace", str(grace_s), *options]
+    guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
+    return subprocess.Popen(
+        [*guard, "--", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=dict(environment),
+        start_new_session=True,
+        pass_fds=held,
+    )

@@ -1,0 +1,1 @@
+"""The order of things: serve, load, store; speed, answers, the search for the highest rate, the plan."""

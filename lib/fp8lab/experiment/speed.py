@@ -1,0 +1,375 @@
+"""The only orchestrator: for each variant, for each level not yet measured, serve, load, store."""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..config.profile import Level, Profile
+from ..config.trace import Trace, arrival_times, is_file, named_trace
+from ..errors import BadInput, Fp8labError, LevelFailed, ServerFailed
+from ..load import vllm_bench
+from ..load.generator import send_load
+from ..load.level import measure_level
+from ..load.stream import Endpoint
+from ..load.telemetry import Telemetry
+from ..results.level import LevelResult
+from ..results.run_folder import Run
+from ..server import launch
+from ..server.command import served_model
+from ..server.launch import Server, ServerInfo
+from ..ui.status import StatusLine
+from ..ui.table import Table
+from ..ui.text import visible
+
+
+class RecordedServer:
+    """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
+
+    def __init__(self, profile: Profile, variant: str, run: Run):
+        profile.variant_flags(variant)
+        self.profile, self.variant, self.run = profile, variant, run
+        held = [s["server"] for s in run.summaries().values() if s["level"]["variant"] == variant]
+        if not held:
+            raise BadInput(f"recorded run {run.path.name} holds no level of variant {variant!r}")
+        self.info = ServerInfo(**held[0])
+
+    def stop(self) -> None:
+        """Nothing runs, nothing ends."""
+
+    def __enter__(self) -> "RecordedServer":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+    def _table(self) -> Table:
+        rows = [("state", "recorded: no server is running"), *self.info.rows()]
+        emulated = " (EMULATED GPU)" if self.run.emulated else ""
+        return Table(
+            f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows
+        )
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+# What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
+_PATIENCE_S = 300.0
+_PATIENCE = 5
+
+
+def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:
+    """Starts a server and returns when it is ready; stop it with `stop()`.
+
+    With a `run` its log goes into the run folder; with a recorded run nothing is started. Further
+    `options` are those of `fp8lab.server.launch.start_server` (port, log_path).
+    """
+    if run is None:
+        return launch.start_server(profile, variant, **options)
+    if run.read_only:
+        return RecordedServer(profile, variant, run)
+    return launch.start_server(profile, variant, **{"log_path": run.log_path(variant)} | options)
+
+
+@contextlib.contextmanager
+def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Iterator[Server | RecordedServer]:
+    """`start_server` for a `with` statement: ready inside the block, gone after it."""
+    server = start_server(profile, variant, run=run, **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def trace_for(profile: Profile, level: Level) -> Trace:
+    """The trace of a level: every variant gets the same one, each repeat its own seed. Raises BadInput for a file that
+    cannot be read, is too short, or holds arrival times."""
+    trace = _trace(profile, level.variant, level.requests, _seed(profile, level))
+    _check_times(trace)
+    return trace
+
+
+def _trace(profile: Profile, variant: str, requests: int | None, seed: int) -> Trace:
+    workload = profile.workload
+    tokenizer = workload.tokenizer or None
+    if workload.trace.endswith(".json") and not tokenizer:
+        tokenizer = served_model(profile, variant)
+    return named_trace(
+        workload.trace, requests, seed=seed, tokenizer=tokenizer,
+        input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
+    )  # fmt: skip
+
+
+def _check_times(trace: Trace) -> None:
+    if trace.arrival_s is not None:
+        raise BadInput(
+            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
+            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
+        )
+
+
+def load_test(
+    server: Server | RecordedServer,
+    trace: Trace | None = None,
+    *,
+    rate: float,
+    requests: int | None = None,
+    repeat: int = 1,
+    run: Run | None = None,
+    workers: int | None = None,
+) -> LevelResult:
+    """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
+
+    `trace` defaults to the profile's, with `requests` requests (default 1000); one with arrival times of its own is
+    refused (BadInput). With a `run` the result is
+    stored there, and a level that the run already holds is returned instead of measured. A server that dies or
+    hangs ends the level early: its records are kept, and it is invalid. Raises RunMismatch when the run was made with
+    another profile, or holds this level with other requests; InUse when another process writes to the run.
+    """
+    count = requests if requests is not None else len(trace) if trace else 1000
+    level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
+    trace = trace.head(count) if trace else None
+    if isinstance(server, RecordedServer):
+        server.run.has(level, trace)
+        return server.run.read(level)
+    if run is not None:
+        run.check_profile(server.profile)
+    trace = trace or trace_for(server.profile, level)
+    _check_times(trace)
+    with run.locked() if run is not None else contextlib.nullcontext():
+        if run is not None and run.has(level, trace):
+            StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
+            return run.read(level)
+        result = _measure_level(server, level, trace, workers)
+        if run is not None:
+            run.write(result)
+    return result
+
+
+def warm_up(server: Server | RecordedServer) -> None:
+    """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation, of shapes
+    like theirs. They are the workload's own, from another seed, with answers of 16 tokens at most; of a file, all that
+    it has where it has fewer."""
+    profile, requests = server.profile, server.profile.workload.warmup_requests
+    if isinstance(server, RecordedServer) or not requests:
+        return
+    drawn = not profile.workload.trace.endswith((".csv", ".json"))
+    trace = _trace(profile, server.variant, requests if drawn else None, profile.workload.seed + 10_000)
+    trace = trace.head(min(requests, len(trace)))
+    short = dataclasses.replace(trace, output_tokens=tuple(min(n, 16) for n in trace.output_tokens))
+    send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
+
+
+def missing_work(
+    run: Run | None, profile: Profile, protocols: Sequence[str], others: Sequence[Level] = ()
+) -> list[tuple[str, list[Level]]]:
+    """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in
+    the order of the profile, levels that ask for a start of their own after the others and start by start: variants then
+    alternate.
+
+    Without a run that is everything.
+    """
+    todo = list(dict.fromkeys([*_levels(profile, protocols), *others]))
+    if run:
+        checked = run.cross_checks()
+        todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
+    order = list(profile.variants)
+    todo.sort(key=lambda level: (level.start, order.index(level.variant)))
+    by_server = itertools.groupby(todo, key=lambda level: (level.start, level.variant))
+    return [(variant, list(group)) for (_, variant), group in by_server]
+
+
+def measure(
+    run: Run,
+    profile: Profile,
+    protocol: str | Sequence[str] = "as published",
+    *,
+    workers: int | None = None,
+    again: Sequence[str] = (),
+) -> list[LevelResult]:
+    """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
+
+    One server a variant, in the order of the profile; a finished level is stored at once, so that an
+    interrupted call goes on where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted
+    call has set aside) are set aside and measured once more, and returned too. On a recorded run this only reads, and
+    returns what it holds of them. Raises InUse when another process writes to the
+    run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be
+    measured there, raises ServerFailed when a server did not start or died under load (its further levels are missing),
+    LevelFailed when only levels or cross-checks failed.
+    """
+    run.check_profile(profile)
+    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    asked = _levels(profile, protocols)
+    with run.locked():
+        anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
+        todo = [] if run.read_only else [one for one in asked if one not in anew and not run.has(one)]
+        if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
+            trace_for(profile, longest)  # a file that cannot be read or is too short says so now
+        # What is measured already needs its file no more; while that is there, it must be the one that was sent.
+        gone = is_file(profile.workload.trace) and not Path(profile.workload.trace).is_file()
+        for level in asked:
+            if level not in anew and run.has(level, None if run.read_only or gone else trace_for(profile, level)):
+                run.read(level)
+        for level in anew:
+            if (run.path / "levels" / level.id).is_dir():
+                run.set_aside(level.id)
+        work = missing_work(run, profile, protocols, anew)
+        asked = list(dict.fromkeys([*asked, *anew]))
+        if work and run.read_only:
+            # Part of a run is shown as far as it goes: what rests on the rest says so itself.
+            lacking = [level.id for level in asked if not run.has(level)]
+            if len(lacking) == len(asked):
+                raise BadInput(
+                    f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}: all that were asked for"
+                )
+            if lacking:
+                StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
+            asked, work = [level for level in asked if run.has(level)], []
+        failed: list[Fp8labError] = []
+        for variant, levels in work:
+            try:
+                failed += _measure_variant(run, profile, variant, levels, workers)
+            except Fp8labError as error:
+                # Wrong for all variants; what went wrong before is told too.
+                raise type(error)("\n".join(map(str, [*failed, error]))) from None
+    if failed:
+        kind = ServerFailed if any(isinstance(error, ServerFailed) for error in failed) else LevelFailed
+        raise kind("\n".join(map(str, failed)))
+    return [run.read(level) for level in asked]
+
+
+def _stored_levels(run: Run, profile: Profile, ids: Sequence[str], asked: Sequence[Level]) -> list[Level]:
+    """The levels of these ids, to be measured again: as they are `asked` for now, else as they were measured. Raises
+    BadInput for ids that `run` does not hold, and for levels that `profile` cannot give again."""
+    if ids and run.read_only:
+        raise BadInput(f"run {run.path.name} is a recorded run and read-only: no level of it can be measured again")
+    if unknown := [level_id for level_id in ids if run.stored(level_id) is None]:
+        held = ", ".join(sorted(path.name for path in run.path.glob("levels/*"))) or "none"
+        raise BadInput(f"run {run.path.name} holds no level {', '.join(unknown)} to measure again (it holds: {held})")
+    now, planned = {level.id: level for level in asked}, _levels(profile, list(profile.protocols))
+    levels = []
+    for level_id in dict.fromkeys(ids):
+        level, was = (now[level_id], {}) if level_id in now else run.level(level_id, planned)
+        profile.variant_flags(level.variant)
+        trace = trace_for(profile, level)
+        if (was.get("trace", trace.name), was.get("trace_digest", trace.digest)) != (trace.name, trace.digest):
+            raise BadInput(
+                f"level {level_id} was measured with requests of your own ({was['trace']}), which profile {profile.name} "
+                f"does not name; in Python, run.set_aside({level_id!r}) and load_test with them measure it again"
+            )
+        levels.append(level)
+    return levels
+
+
+def _measure_variant(
+    run: Run, profile: Profile, variant: str, levels: list[Level], workers: int | None
+) -> list[Fp8labError]:
+    """Measures `levels` on one server; what went wrong on the way, which is no reason to leave out other variants."""
+    try:
+        server = start_server(profile, variant, run=run)
+    except ServerFailed as error:
+        StatusLine().done(f"{variant}: not measured, {str(error).partition(chr(10))[0]}")
+        return [ServerFailed(f"{error}\nnot measured: {_names(levels)}")]
+    with server:
+        return _measure_on(server, levels, run, workers)
+
+
+def _measure_on(server: Server, levels: list[Level], run: Run, workers: int | None) -> list[Fp8labError]:
+    failed: list[Fp8labError] = []
+    try:
+        warm_up(server)
+    except LevelFailed as error:
+        return [LevelFailed(f"{server.variant} could not be warmed up: {error}; not measured: {_names(levels)}")]
+    for number, level in enumerate(levels):
+        if problem := server.problem():
+            said = f"the {server.variant} server did not last: {problem}; not measured: {_names(levels[number:])}"
+            return [*failed, ServerFailed(said)]
+        try:
+            load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+        except LevelFailed as error:
+            StatusLine().done(f"{level.id}: not measured, {error}")
+            failed.append(LevelFailed(f"{level.id} was not measured: {error}"))
+            continue
+        if level.cross_check and not server.problem():
+            try:
+                cross_check(server, level, run)
+            except LevelFailed as error:
+                StatusLine().done(f"{level.id}: no cross-check, {error}")
+                failed.append(LevelFailed(f"{level.id} has no cross-check: {error}"))
+    return failed
+
+
+def _names(levels: Sequence[Level]) -> str:
+    return ", ".join(level.id for level in levels)
+
+
+def cross_check(server: Server, level: Level, run: Run) -> dict:
+    """The same load once more with `vllm bench serve`, stored beside the level; returns its result. Raises LevelFailed
+    when that client fails or hangs."""
+    profile = server.profile
+    if level.id in run.cross_checks():
+        return run.cross_checks()[level.id]
+    status = StatusLine()
+    status.update(f"{level.id}: cross-check with vllm bench serve")
+    result = vllm_bench.run(
+        _endpoint(server), trace_for(profile, level), level.rate,
+        tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        timeout_s=_PATIENCE_S + _PATIENCE * (run.read(level).summary["duration_s"] or 0) * profile.time_dilation,
+    )  # fmt: skip
+    run.write_cross_check(level, result)
+    status.done(
+        f"{level.id}: vllm bench serve: {result['request_throughput']:.1f} req/s completed, "
+        f"{result['output_token_throughput']:,.0f} tok/s, TPOT {result['mean_tpot_ms']:.1f} ms"
+        + ("" if (core := result["client_busiest_core"]) is None else f", its client at {core:.0%} of a core")
+    )
+    return result
+
+
+def _levels(profile: Profile, protocols: Sequence[str]) -> list[Level]:
+    return list(dict.fromkeys(level for name in protocols for level in profile.levels(name)))
+
+
+def _measure_level(server: Server, level: Level, trace: Trace, workers: int | None) -> LevelResult:
+    profile = server.profile
+    due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation)
+    measured = measure_level(
+        _endpoint(server),
+        trace,
+        due,
+        name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
+        time_dilation=profile.time_dilation,
+        telemetry=telemetry,
+        server_problem=server.problem,
+        workers=workers,
+    )
+    summary = measured.summary | {
+        "level": dataclasses.asdict(level) | {"trace": trace.name, "trace_digest": trace.digest},
+        "started": started,
+        "emulated": profile.emulated,
+        "time_dilation": profile.time_dilation,
+        "server": dataclasses.asdict(server.info),
+    }
+    if not summary["valid"]:
+        warnings.warn(
+            f"level {level.id} is INVALID: {visible(summary['invalid_reason'])} "
+            f"(to measure it again: `fp8lab measure --run DIR --again {level.id}`)",
+            stacklevel=3,
+        )
+    return LevelResult(level, summary, *measured[1:])
+
+
+def _endpoint(server: Server) -> Endpoint:
+    return Endpoint(server.base_url, server.model, server.api_key)
+
+
+def _seed(profile: Profile, level: Level) -> int:
+    return profile.workload.seed + level.repeat - 1

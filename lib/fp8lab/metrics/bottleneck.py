@@ -1,0 +1,190 @@
+"""What limited a level: the offered load, the client, the front end, the engine process, the GPU (its power limit, where
+that held its clock back), or the KV cache.
+
+A number is the GPU's only where the GPU was the limit. The order of the questions matters: a client or a front
+end that is full starves what comes behind it, so it is asked first.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from .performance import completed, concurrency_over_time, window_of
+from .resources import Clock, clock
+from .roofline import Roofline
+
+CAUSES = (
+    "offered load", "client", "front end", "engine", "GPU and engine", "GPU power limit", "GPU, nearer compute",
+    "GPU, nearer memory", "KV capacity",
+)  # fmt: skip
+
+# In flight may grow by this share of the offered rate and still count as keeping up: Poisson arrivals do that much.
+_GROWTH = 0.05
+# A level this many times as long as its slow requests shows whether a backlog stays.
+_LONG = 3.0
+# One process can use one core; a sample of half a second is a little off.
+_FULL = 0.95
+_CLIENT_FULL = 0.90
+_ENGINE_WORKS = 0.5
+# A few preemptions at a peak do not make the KV cache the limit: more than this many a request do.
+_PREEMPTED = 0.01
+# A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
+# that merely streams what a full GPU makes is as busy and holds none.
+_HELD = 0.05
+# NVML counts time with a kernel on the GPU. Above the first the GPU never waited; below the second the steps' host
+# side is the longer one, since vLLM prepares the next step while the GPU computes this one.
+_GPU_FULL, _GPU_WAITS = 0.95, 0.85
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What limited a level (one of `CAUSES`, or "unknown") and the evidence in a sentence."""
+
+    cause: str
+    evidence: str
+
+
+def backlog_growth(records: pd.DataFrame) -> float:
+    """How fast requests in flight grew while they still arrived, as a share of the offered rate.
+
+    The slope of a line through the number in flight over the second half of the arrivals, divided by their rate, less
+    what belongs to the ramp: requests that take long are still joining then, whatever the server. About 0 for a server
+    that keeps up, 1 - capacity / rate for one that does not. Failed requests are left out. nan for all at once.
+    """
+    done = completed(records)
+    arrivals = np.sort(done["scheduled_s"].to_numpy(float))
+    duration = arrivals[-1] if arrivals.size else 0.0
+    if duration <= 0:
+        return math.nan
+    at = np.linspace(duration / 2, duration, 400)
+    left = np.sort(done["last_token_s"].to_numpy(float))
+    in_flight = np.searchsorted(arrivals, at, side="right") - np.searchsorted(left, at, side="right")
+    slope = float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
+    # In flight after t seconds of a stationary server: rate x integral of P(stay > u), u up to t. Its slope is what a
+    # ramp alone would give; stays are taken from requests that came early, before a backlog lengthened them.
+    early = done["scheduled_s"] <= duration / 3
+    stay = np.sort((done["last_token_s"] - done["sent_s"])[early].to_numpy(float))
+    ramp = float((1 - np.searchsorted(stay, at, side="right") / stay.size).mean()) if stay.size else 0.0
+    return slope - ramp
+
+
+def long_enough(records: pd.DataFrame) -> bool:
+    """Whether arrivals went on for three times as long as the slowest requests (p99) took."""
+    done = completed(records)
+    stay = (done["last_token_s"] - done["sent_s"]).to_numpy(float)
+    return bool(stay.size and done["scheduled_s"].max() >= _LONG * np.quantile(stay, 0.99))
+
+
+def keeps_up(records: pd.DataFrame) -> bool:
+    """Whether the server kept up with the offered load: its backlog did not grow. False for all at once."""
+    return backlog_growth(records) <= _GROWTH
+
+
+def held_by_front_end(
+    records: pd.DataFrame, telemetry: pd.DataFrame | None, window: tuple[float, float]
+) -> float | None:
+    """The share (0 to 1) of the requests in flight that the engine neither runs nor queues, over the steady window (s):
+    they wait for the front end, on their way in or with their last tokens on the way out. None when it was not sampled."""
+    if telemetry is None:
+        return None
+    known = telemetry[["at_s", "running", "waiting"]].dropna()
+    known = known[known["at_s"].between(*window)]
+    times, counts = concurrency_over_time(records)
+    if known.empty or not times.size:
+        return None
+    at = np.searchsorted(times, known["at_s"].to_numpy(float), side="right") - 1
+    in_flight = float(np.where(at >= 0, counts[at], 0).sum())
+    in_engine = float((known["running"] + known["waiting"]).sum())
+    return max(0.0, 1 - in_engine / in_flight) if in_flight else None
+
+
+def what_limited(
+    summary: Mapping,
+    records: pd.DataFrame,
+    telemetry: pd.DataFrame | None = None,
+    roofline: Roofline | None = None,
+    power_limit_w: float | None = None,
+) -> Limit:
+    """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry.
+
+    `power_limit_w` is the datasheet's, for a level whose enforced limit was not sampled."""
+    if not summary["valid"]:
+        return Limit("unknown", f"the level is invalid: {summary['invalid_reason']}")
+    growth = backlog_growth(records)
+    window = window_of(summary)
+    held = held_by_front_end(records, telemetry, window)
+    ran = clock(telemetry, window, power_limit_w) if telemetry is not None else None
+    used = _Used(summary, held, ran)
+    if (summary["client_busiest_core"] or 0) > _CLIENT_FULL:
+        return Limit("client", f"a client process used {summary['client_busiest_core']:.2f} of a core")
+    if growth <= _GROWTH and not used.full("frontend"):
+        return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
+    if kv := _kv_full(summary, telemetry):
+        return Limit("KV capacity", kv)
+    trend = (
+        "all were sent at once"
+        if math.isnan(growth)
+        else "it just kept up"
+        if growth <= _GROWTH
+        else f"in flight grew by {growth:.0%} of the offered rate"
+    )
+    evidence = f"{trend}; {used}{_distance(roofline)}"
+    gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
+    if used.full("frontend") and not gpu_is_fed:
+        return Limit("front end", evidence)
+    if used.gpu is None:
+        return Limit("unknown", f"{evidence}; no GPU was sampled")
+    if used.gpu < _GPU_WAITS:
+        # Steps are launched by the engine process alone: a GPU that idles while requests run waits for it. One that
+        # idles most of the time itself waits for something that was not sampled.
+        running = (summary.get("running_steady") or 0) >= 1
+        busy = used.full("engine") or (running and (used.cores["engine"] or 0) >= _ENGINE_WORKS)
+        return Limit("engine" if busy else "unknown", evidence)
+    if used.gpu < _GPU_FULL:
+        return Limit("GPU and engine", evidence)
+    if ran and ran.power_limited:
+        return Limit("GPU power limit", evidence)
+    return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
+
+
+class _Used:
+    """The shares of the steady window, and the sentence that tells them."""
+
+    def __init__(self, summary: Mapping, held: float | None, ran: Clock | None):
+        self.gpu = summary.get("gpu_util_steady")
+        self.held = held
+        self.clock = str(ran) if ran else ""
+        self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
+
+    def full(self, role: str) -> bool:
+        return (self.cores[role] or 0) >= _FULL
+
+    def __str__(self) -> str:
+        names = {"frontend": "front end", "engine": "engine", "client": "client"}
+        parts = [f"{names[role]} {share:.2f}" for role, share in self.cores.items() if share is not None]
+        busiest = f"the busiest process of each kind used, in cores: {', '.join(parts)}" if parts else ""
+        gpu = f"the GPU had no kernel running {1 - self.gpu:.0%} of the time" if self.gpu is not None else ""
+        held = f"{self.held:.0%} of the requests in flight were not in the engine" if self.held is not None else ""
+        return "; ".join(filter(None, (gpu, self.clock, busiest, held))) or "nothing was sampled"
+
+
+def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:
+    """Evidence that the KV cache was full; empty when it was not."""
+    preempted = summary.get("preemptions") or 0
+    if preempted > _PREEMPTED * summary["requests"]:
+        return f"{preempted:.0f} preemptions for want of KV blocks"
+    if telemetry is not None:
+        known = telemetry[["waiting", "kv_cache_usage"]].dropna()
+        waited = ((known["waiting"] > 0) & (known["kv_cache_usage"] >= _FULL)).mean() if len(known) else 0
+        if waited > 0.1:
+            return f"requests waited while the KV cache was at least {_FULL:.0%} full in {waited:.0%} of the samples"
+    return ""
+
+
+def _distance(roofline: Roofline | None) -> str:
+    if roofline is None:
+        return ""
+    return f"; the tokens needed about {roofline.compute:.0%} of its matrix peak and {roofline.memory:.0%} of its bandwidth"

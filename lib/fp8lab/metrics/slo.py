@@ -1,0 +1,200 @@
+"""The highest rate that meets a service-level objective: what a level shows of it, and the search for it.
+
+Whether a share of requests is within its limits is a question about a proportion, so a level must be long enough to
+answer it. The rule is that of MLPerf LoadGen's early stopping (mlcommons/inference, loadgen/early_stopping.cc): with
+k violations among n requests the percentile is met when so few would be seen, were it just missed, in at most 1 % of
+tests: for the 99th percentile n must be 459 with no violation, 662 with one, and so on.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+
+from ..errors import BadInput
+from .bottleneck import keeps_up, long_enough
+from .performance import latencies
+
+CONFIDENCE = 0.99
+
+
+@dataclass(frozen=True)
+class SLO:
+    """A service-level objective: this share of all requests within both limits, in ms (inf: no limit)."""
+
+    name: str
+    ttft_ms: float
+    tpot_ms: float
+    share: float = 0.99
+
+    def __post_init__(self):
+        if not (self.ttft_ms > 0 and self.tpot_ms > 0 and 0 < self.share < 1):
+            raise BadInput(f"{self}: limits must be above 0 ms and the share between 0 and 1")
+
+    def __str__(self) -> str:
+        limits = [
+            f"{name} ≤ {value:,g} ms"
+            for name, value in (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms))
+            if value < math.inf
+        ]
+        return f"{' and '.join(limits)} for {self.share:.0%} of requests ({self.name})"
+
+
+DEFAULT = SLO("the published service line", 120, 50)
+# MLPerf Inference v5.1, Llama-3.1-8B: its server and interactive scenarios.
+MLPERF_SERVER = SLO("MLPerf server", 2000, 100)
+MLPERF_INTERACTIVE = SLO("MLPerf interactive", 500, 30)
+OBJECTIVES = (DEFAULT, MLPERF_SERVER, MLPERF_INTERACTIVE)
+
+
+class Attainment(NamedTuple):
+    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence.
+
+    `at_limit`: undecided although it was as long as a probe of the search.
+    """
+
+    state: str
+    reason: str
+    violations: int
+    requests: int
+    at_limit: bool = False
+
+    @property
+    def bound(self) -> str:
+        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing.
+
+        A level at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the
+        SLO. One that was merely too short says nothing.
+        """
+        return "missed" if self.at_limit else self.state
+
+
+def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
+    """Whether a level meets `slo`. A failed request violates it, and so does a backlog that grows: such a level
+    would miss any limit if it only lasted longer. A level too short for either is undecided."""
+    each = latencies(records)
+    good = (each["ttft_ms"] <= slo.ttft_ms) & ~(each["tpot_ms"] > slo.tpot_ms)
+    requests, violations = len(records), int(len(records) - good.sum())
+    counted = f"{violations:,} of {requests:,} requests were outside its limits"
+    if violations > allowed_violations(requests, slo.share):
+        if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:
+            return Attainment("missed", counted, violations, requests)
+        close = f"{counted}: too close to call without {required_requests(violations, slo.share):,} requests"
+        at_limit = requests >= probe_requests(slo)
+        return Attainment("undecided", close + ", so not shown to be met" * at_limit, violations, requests, at_limit)
+    if keeps_up(records):
+        return Attainment("met", counted, violations, requests)
+    if long_enough(records):
+        return Attainment("missed", f"{counted}, but the backlog grew to the end", violations, requests)
+    return Attainment(
+        "undecided", f"{counted}, but the backlog still grew when arrivals ended: it takes a longer level", violations, requests
+    )  # fmt: skip
+
+
+def allowed_violations(requests: int, share: float = 0.99) -> int:
+    """The most violations among `requests` that still show the SLO met; -1 when the level is too short for any."""
+    allowed = -1
+    while allowed < requests and _at_most(allowed + 1, requests, 1 - share) <= 1 - CONFIDENCE:
+        allowed += 1
+    return allowed
+
+
+@functools.cache
+def required_requests(violations: int = 0, share: float = 0.99) -> int:
+    """The fewest requests with which `violations` still show the SLO met: 459, 662, 838, … for the 99th percentile."""
+    low, high = violations, violations + 1
+    while allowed_violations(high, share) < violations:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if allowed_violations(middle, share) >= violations else (middle, high)
+    return high
+
+
+def probe_requests(slo: SLO) -> int:
+    """The fewest requests of a probe of the search: so many that one violation is allowed."""
+    return required_requests(1, slo.share)
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X binomial(n, p)."""
+    terms = (
+        math.exp(
+            math.lgamma(n + 1)
+            - math.lgamma(i + 1)
+            - math.lgamma(n - i + 1)
+            + i * math.log(p)
+            + (n - i) * math.log1p(-p)
+        )
+        for i in range(k + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+class Bracket(NamedTuple):
+    """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it,
+    or that a level of full length did not show to meet it (`Attainment.bound`).
+
+    0 and inf: no rate that was tried showed it.
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == 0:
+            return f"below {self.high:g}" if self.high < math.inf else "not known"
+        return f"{self.low:g} to {self.high:g}" if self.high < math.inf else f"at least {self.low:g}"
+
+
+def bracket(tried: Iterable[tuple[float, str]]) -> Bracket:
+    """The bracket that (rate, `Attainment.bound`) pairs give. Where they contradict each other (noise, seeds), a rate that
+    missed counts: one is met when all its levels that say something say so. A rate that no level decided does not."""
+    tried = list(tried)
+    high = min((rate for rate, state in tried if state == "missed"), default=math.inf)
+    low = max((rate for rate, state in tried if state == "met" and rate < high), default=0.0)
+    return Bracket(low, high)
+
+
+def search(
+    probe: Callable[[float], str],
+    start: float = 25.0,
+    *,
+    known: Iterable[tuple[float, str]] = (),
+    tolerance: float = 0.05,
+    max_probes: int = 8,
+) -> tuple[Bracket, list[tuple[float, str]]]:
+    """Finds the limit by doubling (or halving), then by bisection; (bracket, what was tried in order).
+
+    `probe(rate)` measures one level and returns its `Attainment.bound`, or "invalid" for one that does not count. `known`
+    are the (rate, bound) of earlier levels: the search goes on from them, and from `start` where they bound nothing. It ends
+    when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. Eight probes suffice
+    for any limit from a half to eight times `start`. After a probe that says nothing it goes on below, and bounds nothing
+    with it.
+    """
+    if not (start > 0 and tolerance > 0 and max_probes > 0):
+        raise BadInput(f"search: start {start}, tolerance {tolerance} and max_probes {max_probes} must be above 0")
+    known, tried = list(known), []
+    while len(tried) < max_probes and (rate := _next_rate([*known, *tried], start, tolerance)):
+        state = probe(rate)
+        if state == "invalid":
+            break
+        tried.append((rate, state))
+    return bracket([*known, *tried]), tried
+
+
+def _next_rate(tried: Sequence[tuple[float, str]], start: float, tolerance: float) -> float | None:
+    """The rate to try next; None when the limit is known within `tolerance`."""
+    low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
+    if low == 0:
+        return start if high == math.inf else high / 2
+    if high == math.inf:
+        return low * 2
+    if high / low - 1 <= tolerance:
+        return None
+    # The geometric middle halves the relative width; three digits, so that the level's name is readable.
+    rate = float(f"{math.sqrt(low * high):.3g}")
+    return rate if low < rate < high else None

@@ -1,0 +1,1 @@
+"""Folders that vLLM can load: shapes with a tokenizer, trained weights out of packages."""

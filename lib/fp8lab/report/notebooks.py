@@ -1,0 +1,187 @@
+"""Runs notebooks headless through papermill, strictly, and turns them into single-file pages."""
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import BadInput, Fp8labError
+from ..paths import PROJECT
+from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
+
+FRONT = PROJECT / "project_reproduce.ipynb"
+STEPS = PROJECT / "notebooks"
+# Runs by its name only: it serves a trained model, the others the shapes of a large one.
+_APART = ("07_quality",)
+# nbconvert's page without its scripts: neither formulas nor diagrams are used.
+_PAGE = """{%- extends "index.html.j2" -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}<style>STYLE</style>{%- endblock -%}
+"""
+# A figure scrolls within its width rather than become too small to read; what scrolls must be within a keyboard's reach.
+_SCROLLING = r'<figure><div class="figure-box" role="group" aria-label="figure" tabindex="0">\1</div>'
+# Read on a phone, printed, and by people who tell colours badly apart.
+_STYLE = """
+:root { --jp-mirror-editor-comment-color: #2f6060; --jp-mirror-editor-number-color: #060; --jp-mirror-editor-operator-color: #8000d0; }
+main { max-width: 75rem; margin: 0 auto; }
+main a { text-decoration: underline; }
+.figure-box { overflow-x: auto; }
+.highlight pre, .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media screen { .figure-box img { min-width: 520px; object-fit: contain; } }
+@media (max-width: 40rem) {
+  body.jp-Notebook { padding: 0.5rem; }
+  figure { margin: 1em 0; }
+  .jp-OutputArea-output :is(td, th) { vertical-align: top; }
+  th[style*="min-width"] { min-width: 22em !important; }
+}
+@page { size: A4; margin: 14mm; }
+@media print {
+  * { overflow: visible !important; }
+  .jp-Cell, .jp-Cell-inputWrapper, .jp-InputArea, .jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output {
+    display: block !important;
+  }
+  :root { --jp-content-font-size1: 10.5pt; --jp-code-font-size: 8.5pt; }
+  figure img { max-height: 75mm; }
+  figure, img, tr, pre, caption { break-inside: avoid; }
+  h1, h2, h3, caption, .jp-MarkdownCell, .jp-CodeCell .jp-Cell-inputWrapper { break-after: avoid; }
+  .jp-OutputArea-output table { font-size: 6.5pt; }
+  .jp-OutputArea-output :is(td, th) { padding: 0.3em; min-width: 0 !important; }
+}
+"""
+
+
+class NotebookFailed(Fp8labError):
+    """A cell raised an error; what was executed is kept."""
+
+
+def find(name: str) -> list[Path]:
+    """The notebooks that `name` means: "front", "steps" (those on speed, in order), a step's name, or a path."""
+    steps = sorted(STEPS.glob("*.ipynb"))
+    if name == "front":
+        return [FRONT]
+    if name == "steps":
+        return [path for path in steps if path.stem not in _APART]
+    named = [path for path in steps if name in (path.stem, path.stem.partition("_")[0])]
+    if not named and not Path(name).is_file():
+        known = ", ".join(["front", "steps", *(path.stem for path in steps)])
+        raise BadInput(f"no notebook {name!r} (there are: {known}; or give a path)")
+    return named or [Path(name)]
+
+
+def check_parameters(notebook: Path, parameters: Mapping) -> None:
+    """Raises BadInput for a parameter that the notebook does not declare; papermill itself only warns."""
+    import papermill
+
+    declared = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(parameters) - set(declared)):
+        raise BadInput(f"{notebook.name} has no parameter {', '.join(unknown)} (it declares: {', '.join(declared)})")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
+    """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
+
+    The source is never written to. Raises BadInput for undeclared or impossible parameters and NotebookFailed, with the
+    cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
+    """
+    import papermill
+
+    check_parameters(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failure = None
+    with _ForwardedProgress(output.with_suffix(".progress")):
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                cwd=str(PROJECT),
+                progress_bar=False,
+                # The kernel's own log goes to this terminal; what cells print and raise goes into the notebook.
+                extra_arguments=["--log-level=CRITICAL"],
+            )
+        except papermill.PapermillExecutionError as error:
+            failure = error
+    page = to_html(output)
+    if failure:
+        if failure.ename in ("BadInput", "RunMismatch", "InUse"):
+            raise BadInput(f"{notebook.name}: {failure.evalue}") from failure
+        message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+        raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
+    return page
+
+
+def to_html(executed: Path) -> Path:
+    """A page in one file beside the executed notebook: no script, no request to any other host."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(executed, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    title = heading[1] if heading else executed.stem.replace("_", " ")
+    exporter = HTMLExporter(
+        raw_template=_PAGE.replace("STYLE", _STYLE), exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    body, _ = exporter.from_notebook_node(
+        notebook, resources={"metadata": {"name": title, "path": str(executed.parent)}}
+    )
+    page = executed.with_suffix(".html")
+    # The page travels alone: other notebooks are not where its links would look for them.
+    body = re.sub(r'<a href="[^":]+\.ipynb">(.*?)</a>', r"\1", body)
+    page.write_text(re.sub(r"<figure>(<img [^>]*>)", _SCROLLING, body))
+    return page
+
+
+def keep_outputs(executed: Path, source: Path = FRONT) -> None:
+    """Writes the outputs of an executed copy into the notebook itself, which is to be committed with them."""
+    import nbformat
+
+    fresh = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.from_dict({**out, "metadata": {}}) for out in fresh[cell.id].outputs]
+            for out in cell.outputs:
+                if out.output_type == "execute_result":
+                    out.execution_count = None
+    nbformat.write(notebook, source)
+
+
+class _ForwardedProgress:
+    """Shows in this terminal what the notebook's kernel, whose output goes into cells, says of its progress."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._done = threading.Event()
+
+    def __enter__(self):
+        self._path.write_text("")
+        os.environ[PROGRESS_FILE_VARIABLE] = str(self._path)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_exc):
+        del os.environ[PROGRESS_FILE_VARIABLE]
+        self._done.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _follow(self):
+        status = StatusLine()
+        with self._path.open() as lines:
+            while True:
+                finished = self._done.is_set()
+                for line in lines:
+                    kind, _, text = line.rstrip("\n").partition(" ")
+                    if kind == "done":
+                        status.done(text)
+                    else:
+                        phase, _, detail = text.partition(": ")
+                        status.update(phase, detail)
+                if finished:
+                    return
+                self._done.wait(0.2)

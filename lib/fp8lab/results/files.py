@@ -1,0 +1,138 @@
+"""Files of a run: JSON and tables, written whole or not at all, and read with one clear error when damaged."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import BadInput, RunDamaged
+from ..paths import cache_dir, writing
+
+# More is damage: the likeliest tokens of every position of a text of three million tokens, the most that is stored.
+_MOST_ROWS = 1 << 26
+# A row holds numbers and, at the longest, a prompt's whole answer.
+_MOST_BYTES_A_ROW = 1 << 16
+
+
+def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
+    """Each table that is not None as <name>.parquet into `folder`, on the disk when this returns."""
+    for name, table in tables.items():
+        if table is not None:
+            path = folder / f"{name}.parquet"
+            with writing(path):
+                # Whole numbers by their differences, floats by their bytes' place: the recorded levels take 0.69 of what
+                # they take with zstd alone, and nothing is lost.
+                encodings = {column: "DELTA_BINARY_PACKED" for column in table.select_dtypes("integer")}
+                encodings |= {column: "BYTE_STREAM_SPLIT" for column in table.select_dtypes("floating")}
+                table.to_parquet(
+                    path, compression="zstd", compression_level=19, index=False, column_encoding=encodings,
+                    use_dictionary=[column for column in table if column not in encodings], write_page_checksum=True,
+                )  # fmt: skip
+                sync(path)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `value` beside `path` and renames: a reader sees the whole file or none. Raises NotWritten."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with scratch.open("w") as file:
+                json.dump(plain(value), file, indent=2, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when the file or folder is on the disk: a power cut must not leave a summary without its tables."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_json(path: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
+    """A JSON object that has `keys`. Raises RunDamaged with the `remedy` for anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunDamaged(f"{path} cannot be read ({error}); {remedy}") from None
+    lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
+    if lacking:
+        raise RunDamaged(f"{path} cannot be used (it lacks {', '.join(lacking)}); {remedy}")
+    return value
+
+
+def read_parquet(path: Path, remedy: str, columns: Sequence[str] = (), most_rows: int = _MOST_ROWS) -> pd.DataFrame:
+    """A table that has `columns` and at most `most_rows` rows: more are refused unread, a small file can hold
+    gigabytes. Raises RunDamaged with the `remedy` for anything else."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            rows, size = sum(group.num_rows for group in groups), sum(group.total_byte_size for group in groups)
+            if rows > most_rows or size > _MOST_BYTES_A_ROW * (rows + 1):
+                raise ValueError(f"it holds {rows:,} rows, {size:,} bytes: more than there can be")
+            table = file.read().to_pandas()
+        if lacking := sorted(set(columns) - set(table)):
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        return table
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunDamaged(f"{path} cannot be read ({said[:300]}); {remedy}") from None
+
+
+def plain(value):
+    """`value` as JSON holds it: infinity as text, not-a-number as null, mappings and sequences as they are."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+# Hundreds of times the largest recorded run, whose token timestamps are left out; more than that is not one of ours.
+_LARGEST_BYTES = 2 * 2**30
+
+
+def unpacked(archive: Path) -> Path:
+    """The run folder inside an archive that `share.share` wrote, unpacked once into the cache folder.
+
+    Raises BadInput for anything else: it may come from a stranger.
+    """
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_dir() / "shared" / digest
+    try:
+        with zipfile.ZipFile(archive) as file:
+            names = file.namelist()
+            top = {name.partition("/")[0] for name in names}
+            strange = [name for name in names if name.startswith(("/", "\\")) or ".." in Path(name).parts]
+            if strange or len(top) != 1 or sum(info.file_size for info in file.infolist()) > _LARGEST_BYTES:
+                raise BadInput(f"{archive.name} is not an archive of one run; `fp8lab share RUN` makes one")
+            if not target.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                    file.extractall(Path(scratch) / "run")
+                    (Path(scratch) / "run").rename(target)
+    # RuntimeError: encrypted, or packed in a way that zipfile does not know; ValueError, OSError: names that cannot be.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, OSError) as error:
+        raise BadInput(f"{archive.name} cannot be unpacked: {error}") from None
+    return target / top.pop()

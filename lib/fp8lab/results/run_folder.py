@@ -1,0 +1,386 @@
+"""The run folder: write, read, resume. Its layout is the same for a recorded run, which is read-only.
+
+run.json                          provenance and the resolved profile
+levels/<variant>-<rate>rps-r<n>/  records, tokens, telemetry .parquet; summary.json (last: the level is complete)
+unfinished/                       a level while it is being written
+set-aside/                        levels that were to be measured again, as they were
+logs/<variant>.log                the server's own output
+rendered/                         executed notebooks and pages
+quality/<variant>.json, .parquet  what its answers were (fp8lab.experiment.quality)
+claims.json                       the verdicts
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from ..config.profile import Level, Profile, from_dict, load_profile
+from ..config.trace import Trace
+from ..errors import BadInput, RunDamaged, RunMismatch
+from ..metrics.performance import steady_window, stored_window
+from ..paths import DATA, RUNS, repository_relative, writing
+from ..system.locks import Lock
+from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
+from .level import LevelResult
+from .provenance import collect, digest
+
+SCHEMA = 1
+_SUMMARY_KEYS = ("level", "requests", "completed", "valid")
+_LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
+_LEVEL_ID = re.compile(r"(.+?)-([\d.e+-]+|inf)rps-r(\d+)")
+# The columns of its tables; see `load.records.to_tables`.
+_RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
+_RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
+_TOKENS = ("request", "at_s")
+# A day of telemetry, five times a second.
+_MOST_SAMPLES = 24 * 3600 * 5
+
+
+class Run:
+    """An open run folder. Use `open_run` to get one."""
+
+    def __init__(self, path: Path, manifest: dict, read_only: bool):
+        self.path, self.manifest, self.read_only = path, manifest, read_only
+        self._lock: Lock | None = None
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The profile that this run was made with, as resolved then."""
+        return from_dict(self.manifest["profile"])
+
+    @property
+    def emulated(self) -> bool:
+        return self.profile.emulated
+
+    def log_path(self, variant: str) -> Path:
+        """Where the next server of `variant` logs; logs of earlier starts are kept."""
+        names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
+        return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to this run meanwhile; may be nested. Raises InUse when one does."""
+        if self._lock or self.read_only:
+            yield
+            return
+        self._lock = Lock(self.path / ".lock", f"run folder {repository_relative(self.path)}")
+        try:
+            yield
+        finally:
+            self._lock.release()
+            self._lock = None
+
+    def has(self, level: Level, trace: Trace | None = None) -> bool:
+        """Whether the level is complete. Raises RunMismatch when it was measured with other requests, by their number or,
+        with a `trace`, by what they are; RunDamaged when its summary cannot be read."""
+        if not (self._folder(level.id) / "summary.json").is_file():
+            return False
+        held = self._summary(level.id)["level"]
+        differs = f"{held['requests']} requests, not {level.requests}" if held["requests"] != level.requests else ""
+        if trace:
+            # A run from before digests were stored knows its trace by name alone.
+            name, digest = held.get("trace", trace.name), held.get("trace_digest", trace.digest)
+            if (name, digest) != (trace.name, trace.digest):
+                differs = f"the requests of {name} (digest {digest}), not those of {trace.name} (digest {trace.digest})"
+        if differs:
+            raise RunMismatch(
+                f"run {self.path.name} holds level {level.id} with {differs}; choose another run folder, or set that level "
+                f"aside and measure it with these: in Python, run.set_aside({level.id!r})"
+            )
+        return True
+
+    def summaries(self) -> dict[str, dict]:
+        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat.
+
+        Raises RunDamaged when one cannot be read.
+        """
+        variants = list(self.profile.variants)
+        found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
+
+        def place(item: tuple[str, dict]):
+            level = item[1]["level"]
+            known = level["variant"] in variants
+            return (variants.index(level["variant"]) if known else len(variants), float(level["rate"]), level["repeat"])
+
+        return dict(sorted(found.items(), key=place))
+
+    def stored(self, level_id: str) -> Path | None:
+        """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
+        when the run never held it."""
+        held = {path.name: path for path in self.path.glob("levels/*") if path.is_dir()}
+        copies = {path.name.rpartition("-"): path for path in self.path.glob("set-aside/*-*")}
+        numbered = {
+            int(number): path for (name, _, number), path in copies.items() if name == level_id and number.isdecimal()
+        }
+        return held.get(level_id) or (numbered[max(numbered)] if numbered else None)
+
+    def level(self, level_id: str, planned: Iterable[Level] = ()) -> tuple[Level, Mapping]:
+        """What a `stored` level is, and what its summary says of that, its trace included. When the summary is damaged the
+        second is empty, and the first told by the level's name and its number of requests: that of `planned`, or that of
+        its records. Raises RunDamaged when these are damaged too."""
+        folder = self.stored(level_id)
+        with contextlib.suppress(RunDamaged, TypeError, ValueError):
+            told = read_json(folder / "summary.json", "", _SUMMARY_KEYS)["level"]
+            keys = [*_LEVEL_KEYS, "cross_check", "start"]
+            level = Level(**{key: told[key] for key in keys if key in told})
+            if level.id == level_id and isinstance(level.requests, int):
+                return level, told
+        for level in planned:
+            if level.id == level_id:
+                return level, {}
+        with contextlib.suppress(RunDamaged, AttributeError, ValueError):
+            variant, rate, repeat = _LEVEL_ID.fullmatch(level_id).groups()
+            requests = len(read_parquet(folder / "records.parquet", "", _RECORDS))
+            return Level(variant=variant, rate=float(rate), requests=requests, repeat=int(repeat)), {}
+        raise RunDamaged(
+            f"{folder}: its summary cannot be read, nor can its records, and no protocol of the profile names it: how many "
+            f"requests it had is not known; to measure it again, move it away and call load_test"
+        )
+
+    def read(self, level: Level) -> LevelResult:
+        """A complete level. Raises BadInput when the run does not hold it, RunDamaged when it cannot be read."""
+        if not self.has(level):
+            held = ", ".join(self.summaries()) or "none"
+            raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
+        folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
+        records = read_parquet(folder / "records.parquet", remedy, _RECORDS, most_rows=level.requests)
+        if len(records) != summary["requests"]:
+            raise RunDamaged(
+                f"{folder / 'records.parquet'} holds {len(records)} requests, its summary {summary['requests']}; {remedy}"
+            )
+        try:
+            chunks = int(records["chunks"].sum())
+        except (TypeError, ValueError):
+            raise RunDamaged(f"{folder / 'records.parquet'} holds chunks that are no numbers; {remedy}") from None
+        at = {name: folder / f"{name}.parquet" for name in ("tokens", "telemetry")}
+        tokens = read_parquet(at["tokens"], remedy, _TOKENS, most_rows=chunks) if at["tokens"].exists() else None
+        telemetry = read_parquet(at["telemetry"], remedy, most_rows=_MOST_SAMPLES) if at["telemetry"].exists() else None
+        if "steady_begin_s" not in summary:  # a run from before it was stored
+            summary |= stored_window(steady_window(records, tokens, telemetry))
+        return LevelResult(level, summary, records, tokens, telemetry)
+
+    def write(self, result: LevelResult) -> None:
+        """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
+        it replaces is set aside. Raises NotWritten, with the folder as it was, when the disk is full."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        with self.locked():
+            part = self._note_place()
+            folder, unfinished = self._folder(result.level.id), self.path / "unfinished"
+            scratch = unfinished / result.level.id
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                with writing(scratch):
+                    scratch.mkdir(parents=True)
+                    folder.parent.mkdir(exist_ok=True)
+                write_tables(scratch, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
+                write_json(scratch / "summary.json", dict(result.summary) | {"part": part})
+                with writing(folder):
+                    sync(scratch)
+                    if folder.exists():
+                        self.set_aside(result.level.id)
+                    scratch.rename(folder)
+                    sync(folder.parent)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def set_aside(self, level_id: str) -> Path:
+        """Moves a level, whole or damaged, into `set-aside/` and returns where to: it will be measured again."""
+        folder = self._folder(level_id)
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        if not folder.is_dir():
+            held = ", ".join(sorted(path.name for path in self.path.glob("levels/*"))) or "none"
+            raise BadInput(f"run {self.path.name} holds no level {level_id!r} to set aside (it holds: {held})")
+        with self.locked(), writing(self.path / "set-aside"):
+            names = (self.path / "set-aside" / f"{level_id}-{n}" for n in itertools.count(1))
+            target = next(path for path in names if not path.exists())
+            target.parent.mkdir(exist_ok=True)
+            return folder.rename(target)
+
+    def write_cross_check(self, level: Level, result: Mapping) -> None:
+        """What another client measured of the same load, beside ours."""
+        write_json(self._folder(level.id) / "vllm_bench.json", result)
+
+    def cross_checks(self) -> dict[str, dict]:
+        """The cross-check of every level that has one, by level id."""
+        paths = sorted(self.path.glob("levels/*/vllm_bench.json"))
+        return {path.parent.name: read_json(path, self._again(path.parent.name)) for path in paths}
+
+    def write_part(self, folder: str, name: str, summary: Mapping, **tables: pd.DataFrame | None) -> None:
+        """Stores `tables` as <folder>/<table>.parquet and then, atomically, `summary` as <folder>/<name>.json."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        with self.locked():
+            self._note_place()
+            with writing(self.path / folder):
+                (self.path / folder).mkdir(exist_ok=True)
+            write_tables(self.path / folder, **tables)
+            write_json(self.path / folder / f"{name}.json", summary)
+
+    def read_parts(self, folder: str) -> dict[str, dict]:
+        """The summaries that `write_part` stored in `folder`, by name."""
+        paths = sorted(self.path.glob(f"{folder}/[!.]*.json"))
+        return {path.stem: read_json(path, f"delete it to measure {path.stem} again") for path in paths}
+
+    def read_table(self, folder: str, name: str) -> pd.DataFrame:
+        """A table that `write_part` stored. Raises RunDamaged when it is missing or cannot be read."""
+        return read_parquet(self.path / folder / f"{name}.parquet", "delete the .json beside it to measure it again")
+
+    def check_profile(self, profile: Profile) -> None:
+        """Raises RunMismatch unless this run was made with `profile`."""
+        if self.read_only:
+            return
+        # Read back and written again, so that a run from before a key existed has its default.
+        mine, other = (plain(one.identity()) for one in (self.profile, profile))
+        differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
+        # A run may take in more levels and variants; what a level is must not change.
+        shared = mine["variants"].keys() & other["variants"].keys()
+        for key in ("variants", "variant_env"):
+            if all(mine[key].get(variant) == other[key].get(variant) for variant in shared):
+                differing.discard(key)
+        if differing := sorted(differing - {"protocols", "title"}):
+            raise RunMismatch(
+                f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
+                f"(they differ in: {', '.join(differing)}); choose another --run folder, or that profile"
+            )
+
+    def adopt(self, profile: Profile) -> None:
+        """Goes on with `profile`, which may name other protocols than when the run was made. A variant that it no longer
+        names stays as it was: its levels may be here."""
+        self.check_profile(profile)
+        profile = dataclasses.replace(
+            profile,
+            variants={**self.profile.variants, **profile.variants},
+            variant_env={**self.profile.variant_env, **profile.variant_env},
+        )
+        if not self.read_only and profile != self.profile:
+            with self.locked():
+                self.manifest["profile"] = plain(profile.as_dict())
+                write_json(self.path / "run.json", self.manifest)
+            del self.profile
+
+    def _note_place(self) -> int:
+        """The part of the run, from 1, that is measured here and now. A machine, software, source or profile that the run
+        was not begun or continued with is another part: it is added to `continued`."""
+        here = plain(_place(self.profile))
+        known = [self.manifest, *self.manifest.get("continued", [])]
+        alike = ("machine", "software", "measured_with")
+        for part, place in enumerate(known, start=1):
+            if all(place.get(key) == here[key] for key in alike):
+                return part
+        self.manifest.setdefault("continued", []).append(here)
+        write_json(self.path / "run.json", self.manifest)
+        return len(known) + 1
+
+    def _folder(self, level_id: str) -> Path:
+        return self.path / "levels" / level_id
+
+    def _summary(self, level_id: str) -> dict:
+        summary = read_json(self._folder(level_id) / "summary.json", self._again(level_id), _SUMMARY_KEYS)
+        if not isinstance(summary["level"], dict) or not summary["level"].keys() >= _LEVEL_KEYS:
+            raise RunDamaged(f"{self._folder(level_id) / 'summary.json'} names no level; {self._again(level_id)}")
+        return summary
+
+    def _again(self, level_id: str) -> str:
+        """What to do about a level that cannot be used as it is."""
+        return f"measure it again with `fp8lab measure --run {repository_relative(self.path)} --again {level_id}`"
+
+    def __repr__(self) -> str:
+        kind = "recorded run" if self.read_only else "run"
+        return f"{kind} {self.path.name}: {len(self.summaries())} complete levels, profile {self.profile.name}"
+
+
+def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "") -> Run:
+    """Opens a run folder to write to, or a recorded one to read from.
+
+    `run_dir` is resumed if it exists and made if not; empty makes `runs/<profile>-<date>-<time>`, "latest"
+    goes on with the last one. `profile` is a profile or the name of one; "auto" is the run's own, for a new
+    run the machine's. `source` opens that folder (or the name of one in `data/recorded/`) read-only instead.
+    Raises RunMismatch for a folder of another profile, BadInput for one that is no run folder.
+    """
+    if source:
+        path = Path(source)
+        if path.suffix == ".zip" and path.is_file():
+            path = unpacked(path)
+        path = path if path.is_dir() else DATA / "recorded" / str(source)
+        return Run(path, _manifest(path), read_only=True)
+    if str(run_dir) == "latest":
+        run_dir = (RUNS / "latest").resolve() if (RUNS / "latest").exists() else ""
+    if run_dir and (Path(run_dir) / "run.json").is_file():
+        run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
+        if profile != "auto":
+            run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
+        return run
+    profile = load_profile(profile) if isinstance(profile, str) else profile
+    path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
+        raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
+    write_json(path / "run.json", manifest)
+    if path.resolve().parent == RUNS:
+        _point_latest_at(path)
+    return Run(path, manifest, read_only=False)
+
+
+def _place(profile: Profile) -> dict:
+    """Provenance of what is measured here and now. `measured_with` tells one way of measuring from another: a digest of
+    this library and of the profile. A notebook that was saved, or a level that was added, changes neither."""
+    made_of = {key: value for key, value in plain(profile.identity()).items() if key not in ("title", "protocols")}
+    return collect() | {"measured_with": digest(json.dumps(made_of, sort_keys=True))}
+
+
+def _made_here(entry: Path) -> bool:
+    """Whether `entry` is what an `open_run` that was killed leaves: a folder with nothing else is still new."""
+    return entry.name == ".lock" or entry.name.startswith(".run.json.")
+
+
+def _manifest(path: Path) -> dict:
+    if not (path / "run.json").is_file():
+        recorded = ", ".join(sorted(p.name for p in (DATA / "recorded").glob("*") if p.is_dir())) or "none"
+        raise BadInput(f"no run folder at {str(path)!r}: it has no run.json (recorded runs: {recorded})")
+    remedy = "restore it from a copy of the run, or choose another --run folder"
+    manifest = read_json(path / "run.json", remedy, ("schema", "profile"))
+    if manifest.get("schema") != SCHEMA:
+        raise BadInput(f"{path}/run.json has schema {manifest.get('schema')!r}; this version reads {SCHEMA}")
+    return manifest
+
+
+def _point_latest_at(path: Path) -> None:
+    latest = RUNS / "latest"
+    scratch = RUNS / f".latest-{os.getpid()}"
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(path.name, target_is_directory=True)
+    scratch.replace(latest)
+
+
+def unmeasured(run: Run) -> str | None:
+    """Why a run can carry no verdict, whatever it holds; None when it can."""
+    if run.emulated:
+        return "EMULATED GPU"
+    if run.profile.device != "cuda":
+        return "no GPU"
+    return f"OTHER CARD: {name}, not the profile's {run.profile.gpu.name}" if (name := other_card(run)) else None
+
+
+def other_card(run: Run) -> str | None:
+    """The GPU that (a part of) a run was measured on, where its profile names another."""
+    card = run.profile.gpu
+    if card is None or run.profile.device != "cuda":
+        return None
+    places = [run.manifest, *run.manifest.get("continued", [])]
+    # A server takes the first GPU that is visible.
+    first = [gpus[0] for place in places if (gpus := place.get("machine", {}).get("gpus"))]
+    return next((name for name in first if not card.fits(name)), None)

@@ -1,0 +1,159 @@
+"""Whether a server may start here: its port, its GPU, and what earlier starts left behind."""
+
+import contextlib
+import os
+import pwd
+import socket
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import psutil
+
+from ..errors import BadInput, InUse
+from ..system import gpu
+from ..system.locks import Lock, machine_lock
+from . import orphans
+from .command import HOST
+
+# An idle card holds up to about 1 GiB for its driver; a process needs more than this to matter.
+_IDLE_GIB = 2.0
+_LISTEN = "0A"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Raises BadInput for a number that is no port, InUse, with who listens, for one that is taken."""
+    if not 0 < port < 65536:
+        raise BadInput(f"port {port} is not between 1 and 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise InUse(
+                f"port {port} is taken on {HOST} by {listener(port)}; choose another, or leave it out to have a free "
+                "one chosen"
+            ) from None
+
+
+def listener(port: int) -> str:
+    """Who listens on `port`: pid, name, owner and memory as far as this user may know."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return describe(connection.pid)
+    # The kernel names another user's process to nobody, but its owner to all.
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):  # no such table without IPv6
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    return f"a process of user {_user(int(fields[7]))}"
+    return "another process"
+
+
+def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
+    """A process in words: pid, name, owner, memory. Its command line may hold secrets and is left out."""
+    held = "" if gpu_memory_gib is None else f", {gpu_memory_gib:.1f} GiB of GPU memory"
+    try:
+        process = psutil.Process(pid)
+        memory = held or f", {process.memory_info().rss / 2**30:.1f} GiB"
+        return f"pid {pid} ({process.name()}, user {_user(process.uids().real)}{memory})"
+    except psutil.Error:
+        return f"pid {pid} (not visible from here{held})"
+
+
+def take_gpu(what: str) -> Lock:
+    """The lock on the GPU, for a server called `what`. Raises InUse when another start holds it, or when anything
+    computes on the card or fills it: a server beside it would not be measured alone. BadInput for a card that is lost."""
+    uuid = gpu.gpu_uuid()
+    if uuid is None:
+        raise BadInput("the GPU cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
+    lock = machine_lock(uuid, f"the GPU (for {what})")
+    try:
+        check_gpu()
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def check_gpu() -> None:
+    """Raises InUse, with pid, owner and memory, when the GPU that a server would take is not idle."""
+    mine = {pid: server for server in orphans.servers() for pid in server.pids}
+    busy = [o for o in gpu.occupants() if o.memory_gib is None or o.memory_gib > _IDLE_GIB]
+    if busy:
+        holders = "; ".join(describe(o.pid, o.memory_gib) for o in busy)
+        ours = any(o.pid in mine for o in busy)
+        remedy = "end it with `fp8lab stop --all`" if ours else "wait, or choose another card (CUDA_VISIBLE_DEVICES)"
+        raise InUse(f"the GPU is in use by {holders}; {remedy}")
+    if (used := gpu.memory_used_gib() or 0.0) > _IDLE_GIB:
+        raise InUse(
+            f"{used:.1f} GiB of the GPU's memory are held by processes that cannot be seen from here; "
+            "see `nvidia-smi` on the host, or choose another card (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def others_on_gpu(
+    mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0
+) -> tuple[list[str], set[int], str]:
+    """(who beside a server computes on the GPU, in words; the pids there that are the server's; why that is not
+    certain, or "").
+
+    `mine` are the server's processes, `idle` the pids that were on the card before it and held next to nothing, beside
+    `before_gib` of memory in use. NVML names a process by its pid here, or, in a container under an older driver, by
+    the host's: of those, up to `nameless` may be the server's. Or it names none.
+    """
+    there = [o for o in gpu.occupants() if o.pid not in idle or (o.memory_gib or 0.0) > _IDLE_GIB]
+    ours = [o for o in there if o.pid in mine]
+    # Pids of the host are large numbers: that one of them is by chance another process's here is next to impossible.
+    others = [o for o in there if o.pid not in mine and psutil.pid_exists(o.pid)]
+    unknown = [o for o in there if o.pid not in mine and not psutil.pid_exists(o.pid)]
+    doubt = ""
+    if ours or len(unknown) > nameless:
+        others += unknown
+    else:
+        ours = unknown
+        doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
+    said = [describe(o.pid, o.memory_gib) for o in others]
+    used, held = gpu.memory_used_gib(), [o.memory_gib for o in (*ours, *others)]
+    if ours and None not in (used, before_gib, *held) and (hidden := used - before_gib - sum(held)) > _IDLE_GIB:
+        said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
+    return said, {o.pid for o in ours}, doubt
+
+
+def cuda_processes(pids: Collection[int]) -> int:
+    """How many of the processes `pids` have CUDA's memory open; all of them count where that cannot be seen."""
+
+    def opened(pid: int) -> bool:
+        with contextlib.suppress(OSError):  # it ended, or may not be looked into
+            return any(os.path.realpath(entry) == "/dev/nvidia-uvm" for entry in Path(f"/proc/{pid}/fd").iterdir())
+        return False
+
+    return sum(map(opened, pids)) or len(pids)
+
+
+def warn_of_leftovers() -> None:
+    """Warns of every server whose owner or watchdog is gone."""
+    for other in orphans.servers():
+        if not (other.owned and other.watched):
+            gone = "its watchdog was killed" if other.owned else "its owner is gone"
+            option = " --all" if other.owned else ""
+            warnings.warn(
+                f"a server of an earlier start is still there, {gone} ({other.variant}, pids "
+                f"{', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB); end it with `fp8lab stop{option}`",
+                stacklevel=3,
+            )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

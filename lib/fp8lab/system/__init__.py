@@ -1,0 +1,1 @@
+"""The machine: its GPUs (NVML), locks, temporary folders."""
