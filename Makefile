@@ -58,9 +58,9 @@ bundle:
 front: $(STAMP)
 	$(BIN)/python -c "import fp8lab as lab; from fp8lab import paths; \
 	  runs = [lab.open_run(source=name) for name in ('h100-80gb', 'h200-80gb', 'h100-80gb-starts', 'h100-80gb-long-prompts')]; \
-	  (paths.DATA / 'recorded' / 'h100-80gb' / 'figures' / 'worth.svg').write_text(lab.worth_figure(*runs).svg)"
+	  lab.worth_figure(*runs).save(paths.DATA / 'recorded' / 'h100-80gb' / 'figures' / 'worth.svg')"
 	$(BIN)/fp8lab reproduce --source h200-80gb
-	$(BIN)/python -c "from fp8lab import notebooks, paths; \
+	$(BIN)/python -c "from fp8lab import paths; from fp8lab.report import notebooks; \
 	  notebooks.keep_outputs(paths.RUNS / 'redrawn-h200-80gb' / notebooks.FRONT.name)"
 
 clean:

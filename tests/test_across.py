@@ -1,5 +1,6 @@
 """Several runs side by side, from the recorded ones."""
 
+import dataclasses
 import math
 from statistics import fmean
 
@@ -7,10 +8,11 @@ import nbformat
 import pytest
 
 import fp8lab as lab
-from fp8lab.metrics.resources import frontend_us_per_token
+from fp8lab.metrics.summary import Summary
 from fp8lab.paths import DATA
 from fp8lab.report import notebooks
-from fp8lab.report.across import _causes, worth_figure
+from fp8lab.report.figures.comparison import worth_figure
+from fp8lab.report.tables.comparison import causes
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.run_folder import open_run
 
@@ -37,20 +39,23 @@ def test_claims_stand_run_by_run_and_a_run_named_twice_once():
 def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
     rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*recorded(H100, H200, LONG)).rows}
     card = rows[LONG, "all at once", "one Python process"]
-    assert card[3].startswith("1.65×") and card[6:] == ("KV capacity", "GPU, nearer memory")
-    assert rows[H100, "100 req/s", "one Python process"][6:] == ("front end", "front end")
+    assert card[3].startswith("1.65×") and card[6:8] == ("KV capacity", "GPU, nearer memory")
+    assert rows[H100, "100 req/s", "one Python process"][6:8] == ("API server", "API server")
     figure = worth_figure(*recorded(H100, H200, LONG))
-    assert "published, other loads: FP8 at 100, BF16 at 50 req/s: 1.60×" in figure.alt
-    assert "h100-80gb-long-prompts, all at once limit: BF16 KV capacity, FP8 GPU: 1.65× (1.63 to 1.67)" in figure.alt
+    names = [tick.get_text() for tick in figure.canvas.axes[0].get_yticklabels()]
+    assert names[0] == "published, other loads:\nFP8 at 100, BF16 at 50 req/s"
+    assert "h100-80gb-long-prompts, all at once\nlimit: BF16 KV capacity, FP8 GPU" in names
     # A ratio without repeats is not drawn.
-    assert "75 req/s" not in figure.alt
+    assert not any("75 req/s" in name for name in names)
 
 
 def test_an_invalid_seed_is_no_cause():
     seen = Evidence(open_run(source=H100))
-    whole = _causes(seen, "fp8", 100)
-    seen.summaries = seen.summaries | {"fp8-100rps-r2": seen.summaries["fp8-100rps-r2"] | {"valid": False}}
-    assert (whole.total(), _causes(seen, "fp8", 100).total()) == (3, 2)
+    whole = causes(seen, "fp8", 100)
+    seen.summaries = seen.summaries | {
+        "fp8-100rps-r2": dataclasses.replace(seen.summaries["fp8-100rps-r2"], valid=False)
+    }
+    assert (whole.total(), causes(seen, "fp8", 100).total()) == (3, 2)
 
 
 def test_an_emulated_run_marks_what_it_is_drawn_in():
@@ -83,8 +88,8 @@ def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
     own = evidence(open_run(source=STARTS))
     tokens = own.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, "output_token_throughput").value
     levels = {name: own.levels((f"{name}-rust-graphs",)).values() for name in ("fp8", "bf16")}
-    assert all(s["power_limited_steady"] == 1.0 for s in levels["bf16"])
-    fp8, bf16 = (fmean(s["gpu_sm_mhz_steady"] for s in each if s["level"]["repeat"] <= 2) for each in levels.values())
+    assert all(s.power_limited_steady == 1.0 for s in levels["bf16"])
+    fp8, bf16 = (fmean(s.gpu_sm_mhz_steady for s in each if s.level.repeat <= 2) for each in levels.values())
     assert f"Its {tokens:.2f} times the tokens came with a clock {fp8 / bf16:.2f} times as fast" in prose
     assert 0.8 <= bf16 / 1980 < 0.85 and fp8 / 1980 > 0.99  # "almost a fifth", "hardly any"
     low, high = zip(*(_frontend_costs(name) for name in (H100, H200)), strict=True)
@@ -94,12 +99,13 @@ def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
 def _frontend_costs(name):
     summaries = open_run(source=name).summaries()
     ids = [f"{variant}-100rps-r{seed}" for variant in ("bf16", "fp8") for seed in (1, 2, 3)]
-    costs = [round(frontend_us_per_token(summaries[level])) for level in ids]
+    costs = [round(summaries[level].frontend_us_per_token) for level in ids]
     return min(costs), max(costs)
 
 
-def test_the_front_ends_cost_is_cpu_time_over_tokens():
-    summary = {"frontend_cpu_steady": 1.04, "steady_output_token_throughput": 10_000.0, "time_dilation": 1.0}
-    assert frontend_us_per_token(summary) == pytest.approx(104)
-    assert frontend_us_per_token(summary | {"time_dilation": 2.0}) == pytest.approx(208)
-    assert frontend_us_per_token(summary | {"frontend_cpu_steady": None}) is None
+def test_the_api_servers_cost_is_cpu_time_over_tokens():
+    used = {"frontend_cpu_steady": 1.04, "steady_output_token_throughput": 10_000.0}
+    summary = Summary(valid=True, requests=1, completed=1, failed=0, **used)
+    assert summary.frontend_us_per_token == pytest.approx(104)
+    assert dataclasses.replace(summary, time_dilation=2.0).frontend_us_per_token == pytest.approx(208)
+    assert dataclasses.replace(summary, frontend_cpu_steady=None).frontend_us_per_token is None

@@ -14,7 +14,7 @@ import pytest
 from conftest import marked, nothing_left, wait_for
 from fp8lab import batch as batches
 from fp8lab.batch import _Queue, _run, load_matrix
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.paths import DATA
 from fp8lab.report.batch_page import write_pages
@@ -117,7 +117,7 @@ def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matr
     assert index.count("project_reproduce.html") == 3 and "small-long (EMULATED)" in comparison
     short = open_run(source=out / "small-short" / "run")
     assert short.profile.workload.trace == "random" and list(short.summaries()) == ["bf16-100rps-r1"]
-    assert short.summaries()["bf16-100rps-r1"]["prompt_tokens"] == 20 * (16 + 1)  # Llama's begin-of-text token
+    assert short.summaries()["bf16-100rps-r1"].prompt_tokens == 20 * (16 + 1)  # Llama's begin-of-text token
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
@@ -174,7 +174,7 @@ def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_d
     _, said = first.communicate(timeout=300)
     assert first.returncode == 3 and states() == ["invalid"], said
     run = open_run(source=next(out.glob("*/run")))
-    assert [s["valid"] for s in run.summaries().values()] == [False, True]
+    assert [s.valid for s in run.summaries().values()] == [False, True]
     assert "done, with INVALID levels" in said
     index = (out / "index.html").read_text()
     assert "done, with INVALID levels" in index and "bf16-50rps-r1" in index and "--again bf16-50rps-r1" in index

@@ -11,13 +11,14 @@ import pytest
 
 from conftest import make_records
 from fp8lab.config.dimensions import fp8_kv, fp8_weights, model_shape
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
-from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_front_end, keeps_up, long_enough, what_limited
+from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, long_enough, what_limited
 from fp8lab.metrics.kv_cache import held_tokens, paging_waste, reserving_waste
-from fp8lab.metrics.performance import steady_window, stored_window, window_of
+from fp8lab.metrics.performance import steady_window
 from fp8lab.metrics.resources import POWER, clock
 from fp8lab.metrics.roofline import roofline
+from fp8lab.metrics.summary import Summary
 from fp8lab.paths import DATA
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
@@ -38,13 +39,17 @@ def served(rate=50.0, capacity=100.0, requests=1000):
 
 
 def judged(records, telemetry=None, **changed):
-    summary = (
-        {"valid": True, "invalid_reason": None, "client_busiest_core": 0.1, "preemptions": 0.0, "requests": 1000}
-        | stored_window(steady_window(records))
-        | IDLE
-        | changed
-    )
-    return what_limited(summary, records, telemetry, power_limit_w=700)
+    begin, end = steady_window(records)
+    fields = {
+        "client_busiest_core": 0.1,
+        "preemptions": 0.0,
+        "requests": 1000,
+        "completed": 1000,
+        "failed": 0,
+        "valid": True,
+    }
+    window = {"steady_begin_s": begin, "steady_end_s": end} if end > begin else {}
+    return what_limited(Summary(**fields | window | IDLE | changed), records, telemetry, power_limit_w=700)
 
 
 def test_backlogs_grow_by_what_is_not_served():
@@ -76,16 +81,16 @@ def test_short_levels_do_not_show_whether_a_backlog_stays():
     (100, {}, "offered load", "no backlog grew"),
     (60, {"valid": False, "invalid_reason": "requests left late"}, "unknown", "requests left late"),
     (60, {"client_busiest_core": 0.97}, "client", "0.97 of a core"),
-    (60, {"frontend_cpu_max_steady": 1.02, "gpu_util_steady": 0.69}, "front end", "no kernel running 31%"),
-    (100, {"frontend_cpu_max_steady": 1.02}, "front end", "just kept up"),
-    (60, {"gpu_util_steady": 0.6, "engine_cpu_max_steady": 1.0}, "engine", "engine 1.00"),
+    (60, {"frontend_cpu_max_steady": 1.02, "gpu_util_steady": 0.69}, "API server", "no kernel running 31%"),
+    (100, {"frontend_cpu_max_steady": 1.02}, "API server", "just kept up"),
+    (60, {"gpu_util_steady": 0.6, "engine_cpu_max_steady": 1.0}, "EngineCore", "EngineCore 1.00"),
         (60, {"gpu_util_steady": 0.6}, "unknown", "no kernel running 40%"),
-    (60, {"gpu_util_steady": 0.6, "running_steady": 90.0}, "engine", "engine 0.60"),
-    (60, {"gpu_util_steady": 0.1, "engine_cpu_max_steady": 0.2, "running_steady": 90.0}, "unknown", "engine 0.20"),
-    (60, {"gpu_util_steady": 0.9}, "GPU and engine", "no kernel running 10%"),
+    (60, {"gpu_util_steady": 0.6, "running_steady": 90.0}, "EngineCore", "EngineCore 0.60"),
+    (60, {"gpu_util_steady": 0.1, "engine_cpu_max_steady": 0.2, "running_steady": 90.0}, "unknown", "EngineCore 0.20"),
+    (60, {"gpu_util_steady": 0.9}, "GPU and EngineCore", "no kernel running 10%"),
     (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
     (60, {"preemptions": 12.0}, "KV capacity", "12 preemptions"),
-    (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "front end", "front end 1.00"),
+    (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "API server", "front end 1.00"),
     (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
 ])  # fmt: skip
 def test_constructed_levels_are_attributed(capacity, changed, cause, said):
@@ -129,7 +134,7 @@ def test_a_clock_that_the_power_limit_holds_back_is_the_limit():
     # In a few samples it is not what limits the level, and a GPU that waits for its host is not limited by its power.
     rarely = held.assign(gpu_clock_reasons=np.where(np.arange(len(held)) % 4, 0.0, 4.0))
     assert judged(records, rarely).cause == "GPU, nearer compute"
-    assert judged(records, held.assign(gpu_clock_reasons=4.0), gpu_util_steady=0.9).cause == "GPU and engine"
+    assert judged(records, held.assign(gpu_clock_reasons=4.0), gpu_util_steady=0.9).cause == "GPU and EngineCore"
 
 
 def test_a_run_without_the_reasons_says_what_its_power_is_consistent_with():
@@ -149,26 +154,24 @@ def test_every_reader_of_a_level_has_the_same_steady_window():
     seen = evidence(open_run(source="h100-80gb"))
     for level_id, summary in seen.summaries.items():
         level = seen.level(level_id)
-        begin, end = window_of(summary)
-        assert summary["steady_output_token_throughput"] * (end - begin) == pytest.approx(
-            0.6 * summary["output_tokens"]
-        )
-        assert clock(level.telemetry, (begin, end)).power_w == pytest.approx(summary["gpu_power_w_steady"])
+        begin, end = summary.window
+        assert summary.steady_output_token_throughput * (end - begin) == pytest.approx(0.6 * summary.output_tokens)
+        assert clock(level.telemetry, (begin, end)).power_w == pytest.approx(summary.gpu_power_w_steady)
 
 
 def test_a_full_front_end_that_holds_nothing_back_is_not_the_limit():
     """Streaming what a full GPU makes can take a whole core, too: the requests then are in the engine."""
     records = served(100, 60)
     window = steady_window(records)
-    assert held_by_front_end(records, sampled(records, 1.0), window) == pytest.approx(0, abs=0.01)
-    assert held_by_front_end(records, sampled(records, 0.7), window) == pytest.approx(0.3, abs=0.01)
-    assert held_by_front_end(records, None, window) is None
+    assert held_by_api_server(records, sampled(records, 1.0), window) == pytest.approx(0, abs=0.01)
+    assert held_by_api_server(records, sampled(records, 0.7), window) == pytest.approx(0.3, abs=0.01)
+    assert held_by_api_server(records, None, window) is None
     full = {"frontend_cpu_max_steady": 0.99}
     assert judged(records, sampled(records, 1.0), **full).cause == "GPU, nearer compute"
     held = judged(records, sampled(records, 0.7), **full)
-    assert held.cause == "front end" and "30% of the requests in flight were not in the engine" in held.evidence
+    assert held.cause == "API server" and "30% of the requests in flight were not in the engine" in held.evidence
     # A GPU that waits is not the limit, wherever the requests are.
-    assert judged(records, sampled(records, 1.0), **full, gpu_util_steady=0.9).cause == "front end"
+    assert judged(records, sampled(records, 1.0), **full, gpu_util_steady=0.9).cause == "API server"
 
 
 @pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-long-prompts", "h200-80gb", "emulated-h100"])
@@ -177,13 +180,13 @@ def test_every_recorded_level_is_attributed(name):
     for level_id, summary in seen.summaries.items():
         found = seen.limit(level_id)
         assert found.cause in (*CAUSES, "emulated card") and found.evidence, level_id
-        if found.cause == "front end":
-            assert summary["frontend_cpu_max_steady"] >= 0.95
+        if found.cause == "API server":
+            assert summary.frontend_cpu_max_steady >= 0.95
         if found.cause.startswith("GPU"):
-            assert summary["gpu_util_steady"] >= 0.85
+            assert summary.gpu_util_steady >= 0.85
             level = seen.level(level_id)
-            held = held_by_front_end(level.records, level.telemetry, window_of(level.summary))
-            assert summary["frontend_cpu_max_steady"] < 0.95 or (held < 0.05 and summary["gpu_util_steady"] >= 0.95)
+            held = held_by_api_server(level.records, level.telemetry, level.summary.window)
+            assert summary.frontend_cpu_max_steady < 0.95 or (held < 0.05 and summary.gpu_util_steady >= 0.95)
         if found.cause == "offered load":
             assert keeps_up(seen.level(level_id).records)
         if seen.run.emulated and found.cause == "emulated card":

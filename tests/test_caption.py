@@ -7,19 +7,18 @@ import pytest
 
 import fp8lab as lab
 from fp8lab.paths import DATA
-from fp8lab.report import background_figures, claims, fair_figures, figures, show
-from fp8lab.report.across import worth_figure
-from fp8lab.report.quality import answers_table, asked_table, published_table, quality_table
+from fp8lab.report.figures.comparison import worth_figure
+from fp8lab.report.tables.quality import answers_table, asked_table, published_table, quality_table
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
 from test_fair import FIGURES, TABLES
 
 A100 = "NVIDIA A100-SXM4-80GB"
 NOTE = f"OTHER CARD: {A100}, not the profile's H100 SXM 80 GB. "
-SHOWN = [show.levels_table, show.resources_table, show.memory_table, show.cross_check_table, show.environment_table]
+SHOWN = [lab.levels_table, lab.resources_table, lab.memory_table, lab.cross_check_table, lab.environment_table]
 DRAWN = [
-    figures.throughput, figures.concurrency, figures.rate, figures.tpot, background_figures.memory,
-    background_figures.batching, worth_figure,
+    lab.throughput_figure, lab.concurrency_figure, lab.rate_figure, lab.tpot_figure, lab.memory_figure,
+    lab.batching_figure, worth_figure,
 ]  # fmt: skip
 
 
@@ -40,7 +39,7 @@ def other(tmp_path_factory):
     return measured_on(A100, tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("table", [*TABLES, *SHOWN, claims.claims_table, lab.worth_table])
+@pytest.mark.parametrize("table", [*TABLES, *SHOWN, lab.claims_table, lab.worth_table])
 def test_every_table_says_so(other, table):
     assert table(other).caption.startswith(NOTE)
 
@@ -63,7 +62,7 @@ def test_it_gives_no_verdict_and_no_share_of_a_datasheet_that_is_not_its_own(oth
 
 def test_a_part_of_it_is_enough(tmp_path):
     run = measured_on("NVIDIA H100 PCIe", tmp_path, later=True)
-    assert "OTHER CARD: NVIDIA H100 PCIe" in show.levels_table(run).caption
+    assert "OTHER CARD: NVIDIA H100 PCIe" in lab.levels_table(run).caption
     assert {v.verdict for v in lab.judge(run)} == {"not run"}
 
 
@@ -89,17 +88,21 @@ def _with(tmp_path, manifest, gpus):
 def test_no_mark_where_there_is_no_reason_for_one():
     for name in ("h100-80gb", "h200-80gb", "h100-80gb-long-prompts"):
         run = open_run(source=name)
-        assert "CARD" not in show.levels_table(run).caption + fair_figures.saturation(run).caption
+        assert "CARD" not in lab.levels_table(run).caption + lab.saturation_figure(run).caption
 
 
 def test_the_line_of_vllms_share_is_that_of_the_commands(tmp_path):
     """A variant may take another share than the one that all have."""
     folder = tmp_path / "run"
     shutil.copytree(DATA / "recorded" / "h100-80gb", folder)
-    assert "vLLM's share: 71.6 GiB" in background_figures.memory(open_run(source=folder)).alt
+
+    def named():
+        return [text.get_text() for text in lab.memory_figure(open_run(source=folder)).canvas.axes[0].texts]
+
+    assert "vLLM's share 71.6" in named()
     for path in folder.glob("levels/*/summary.json"):
         summary = json.loads(path.read_text())
         command = summary["server"]["command"]
         command[command.index("--gpu-memory-utilization") + 1] = "0.5" if "fp8" in path.parent.name else "0.6"
         path.write_text(json.dumps(summary))
-    assert "vLLM's share" not in background_figures.memory(open_run(source=folder)).alt
+    assert not any("vLLM's share" in text for text in named())

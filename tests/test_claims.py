@@ -3,8 +3,10 @@ import json
 
 import pytest
 
-from fp8lab.config.profile import read_profile
-from fp8lab.report import background_figures, claims, drawing, figures, judges, show, verdict
+import fp8lab as lab
+from fp8lab.config.profile_file import read_profile
+from fp8lab.report import claims, judges, verdict
+from fp8lab.report.figures import drawing
 from fp8lab.results.evidence import evidence
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
@@ -41,6 +43,7 @@ def fill(run, levels, repeat=1, **common):
             "level": level,
             "requests": 1000,
             "completed": 1000,
+            "failed": 0,
         }
         rest = dict.fromkeys(("steady_output_token_throughput", "mean_ttft_ms", "p99_ttft_ms"), 1.0)
         write_json(folder / "summary.json", summary | rest | values | common)
@@ -140,6 +143,8 @@ def test_emulated_numbers_get_no_verdict(tmp_path):
 
 def test_claims_json_holds_all_that_a_verdict_needs(run):
     fill(run, PUBLISHED)
+    assert not (run.path / "claims.json").exists()  # a table writes nothing
+    lab.write_claims(run)
     stored = json.loads((run.path / "claims.json").read_text())["claims"]
     assert [claim["id"] for claim in stored] == EVERY_CLAIM
     for claim in stored:
@@ -159,13 +164,13 @@ def test_the_recorded_run_judges_what_was_recommended():
 def test_a_limit_that_is_not_the_cards_is_another_cause(run, monkeypatch):
     from fp8lab.metrics.bottleneck import Limit
 
-    for cause, expected in (("front end", "reproduced, other cause"), ("GPU compute", "reproduced")):
+    for cause, expected in (("API server", "reproduced, other cause"), ("GPU compute", "reproduced")):
         monkeypatch.setattr("fp8lab.results.evidence.Evidence.limit", lambda self, level, c=cause: Limit(c, "seen"))
         found = fill(run, PUBLISHED)["C3"]
         assert found.verdict == expected and found.limits == {"fp8-100rps-r1": cause}
 
 
-@pytest.mark.parametrize("draw", [show.throughput_figure, show.concurrency_figure, show.rate_figure, show.tpot_figure])
+@pytest.mark.parametrize("draw", [lab.throughput_figure, lab.concurrency_figure, lab.rate_figure, lab.tpot_figure])
 @pytest.mark.parametrize("levels", [{}, PUBLISHED, PUBLISHED | EQUAL])
 def test_figures_draw_what_there_is(run, draw, levels):
     fill(run, levels)
@@ -176,7 +181,7 @@ def test_figures_draw_what_there_is(run, draw, levels):
 
 
 def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
-    drawn = {name: background_figures.memory(open_run(source=name)) for name in ("h100-80gb", "h200-80gb")}
+    drawn = {name: lab.memory_figure(open_run(source=name)) for name in ("h100-80gb", "h200-80gb")}
     said = {name: [text.get_text() for text in one.canvas.axes[0].texts] for name, one in drawn.items()}
     assert {"vLLM's share 71.6", "the card 79.6"} <= set(said["h100-80gb"])
     assert "vLLM's share 71.3" in said["h200-80gb"]  # held to the memory of a smaller card
@@ -184,19 +189,19 @@ def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
 
 
 def test_a_colour_of_a_variant_means_that_variant():
-    lines = background_figures.batching(open_run(source="h200-80gb")).canvas.axes[0].lines
+    lines = lab.batching_figure(open_run(source="h200-80gb")).canvas.axes[0].lines
     assert len(lines) >= 3 and not {line.get_color() for line in lines} & {color for color, _ in drawing.STYLE.values()}
 
 
 def test_arithmetic_is_of_no_run():
-    drawn = background_figures.number_line()
+    drawn = lab.number_line_figure()
     assert "Run" not in drawn.caption and [t.get_text() for t in drawn.canvas.axes[0].get_xticklabels()][-1] == "16"
 
 
 def test_names_at_the_ends_of_lines_do_not_lie_on_each_other():
     from matplotlib.text import Text
 
-    canvas, axes = drawing.new_canvas(None, "How?")
+    canvas, axes = drawing._canvas([], "How?", 3.8, 1, 1)
     axes.set(xlim=(0, 1), ylim=(0, 100))
     drawing.label_ends(axes, [("b", 0.5, 51, "#000"), ("a", 0.5, 50, "#000"), ("c", 0.5, 50.5, "#000")])
     canvas.draw_without_rendering()
@@ -208,7 +213,7 @@ def test_names_at_the_ends_of_lines_do_not_lie_on_each_other():
 def test_emulated_figures_say_so(tmp_path):
     run = open_run(tmp_path / "run", read_profile("emulated-h100"))
     fill(run, PUBLISHED | EQUAL, emulated=True)
-    for draw in (figures.throughput, figures.concurrency, figures.rate, figures.tpot):
+    for draw in (lab.throughput_figure, lab.concurrency_figure, lab.rate_figure, lab.tpot_figure):
         drawn = draw(run)
         assert "EMULATED" in drawn.caption
         assert any("EMULATED" in text.get_text() for text in drawn.canvas.axes[0].texts)
@@ -310,14 +315,10 @@ def test_the_recorded_runs_judge_memory_and_name_where_it_ran_out():
     for name in ("h100-80gb", "h200-80gb"):
         seen = evidence(open_run(source=name))
         found = next(v for v in claims.judge(seen.run) if v.id == "M1")
-        by_hand = [
-            s for s in seen.summaries.values() if s["level"]["variant"] == "bf16" and s["level"]["rate"] in (50, 100)
-        ]
+        by_hand = [s for s in seen.summaries.values() if s.level.variant == "bf16" and s.level.rate in (50, 100)]
         assert found.verdict == "not reproduced" and len(by_hand) == 6 and len(found.levels) == 12
-        assert (
-            found.measured == pytest.approx(100 * max(s["kv_cache_usage_max"] for s in by_hand)) and found.measured < 95
-        )
-        assert sum(s["preemptions"] + s["failed"] for s in by_hand) == 0
+        assert found.measured == pytest.approx(100 * max(s.kv_cache_usage_max for s in by_hand)) and found.measured < 95
+        assert sum(s.preemptions + s.failed for s in by_hand) == 0
     found = next(v for v in claims.judge(open_run(source="h100-80gb-long-prompts")) if v.id == "M1")
     told = "memory did run out: bf16-infrps-r1, bf16-infrps-r2, bf16-infrps-r3 (120 preemptions, 0 failed requests"
     assert found.verdict == "not run" and told in found.reason and "fp8-infrps" not in found.reason
@@ -352,5 +353,5 @@ def test_what_is_not_measured_is_a_row_that_says_what_it_needs(run):
     ],
 )
 def test_one_rule_judges_by_the_interval(direction, low, value, high, expected):
-    word, said = claims.by_interval({"tolerance": 0.1, "direction": direction}, 10, value, low, high)
+    word, said = verdict.by_interval({"tolerance": 0.1, "direction": direction}, 10, value, low, high)
     assert word == expected and ("allows both answers" in said) == (expected == "undecided")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fp8lab import cli
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.results.run_folder import open_run
 
 

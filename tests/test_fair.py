@@ -1,5 +1,6 @@
 """The fair comparison's tables and figures, on the recorded runs and on runs that lack much."""
 
+import dataclasses
 import math
 import re
 
@@ -7,24 +8,25 @@ import pytest
 
 import fp8lab as lab
 from fp8lab.config.dimensions import model_shape
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.metrics.bottleneck import Limit
 from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
 from fp8lab.metrics.statistics import Ratio
-from fp8lab.report import capacity, drawing, fair, fair_figures, roofline
-from fp8lab.report.forest import forest
-from fp8lab.results.evidence import Evidence, evidence
+from fp8lab.report.figures import drawing, roofline
+from fp8lab.report.figures.drawing import forest
+from fp8lab.report.tables import comparison
+from fp8lab.results.evidence import Compared, Evidence, evidence
 from fp8lab.results.run_folder import open_run
 
 TABLES = [
-    fair.limits_table, fair.validity_table, fair.equal_load_table, fair.ablation_table, fair.throughputs_table,
-    fair.kv_table, fair.paging_table, fair.roofline_table, capacity.limit_table,
-    lambda run: capacity.attainment_table(run, DEFAULT), lambda run: capacity.capacity_plan(run, MLPERF_SERVER, 500),
+    lab.bottlenecks_table, lab.validity_table, lab.equal_load_table, lab.ablation_table, lab.throughputs_table,
+    lab.kv_table, lab.paging_table, lab.roofline_table, lab.slo_table,
+    lambda run: lab.attainment_table(run, DEFAULT), lambda run: lab.capacity_plan(run, MLPERF_SERVER, 500),
 ]  # fmt: skip
 FIGURES = [
-    fair_figures.saturation, fair_figures.equal_load, fair_figures.ablation, fair_figures.littles_law,
-    fair_figures.kv_capacity, roofline.roofline, lambda run: fair_figures.objective(run, DEFAULT),
+    lab.saturation_figure, lab.equal_load_figure, lab.ablation_figure, lab.littles_law_figure,
+    lab.kv_capacity_figure, lab.roofline_figure, lambda run: lab.objective_figure(run, DEFAULT),
 ]  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def run(request, tmp_path):
 def test_tables_say_what_there_is(run, draw):
     table = draw(run)
     assert table.caption and "<caption" in table._repr_html_() and repr(table)
-    if run.emulated and draw is not fair.paging_table:
+    if run.emulated and draw is not lab.paging_table:
         assert "EMULATED" in table.caption
 
 
@@ -55,12 +57,15 @@ def test_figures_ask_a_question_and_say_what_is_seen(run, draw):
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_an_alternative_text_can_be_read_out(run, draw):
-    assert len(draw(run).alt) <= 650
+    alt = draw(run).alt
+    assert len(alt) <= 650 and "?" in alt and alt.endswith("tables hold the numbers.")
 
 
 def test_an_interval_beyond_the_axis_ends_in_an_arrow():
-    within = forest([open_run(source="h100-80gb")], "f", "How?", [("a", Ratio(1.2, 1.1, 1.3, 3, ""))], "ratio", "c")
-    beyond = forest([open_run(source="h100-80gb")], "f", "How?", [("a", Ratio(1.2, 0.1, 9.0, 3, ""))], "ratio", "c")
+    within, beyond = (
+        drawing.figure("f", "How?")(lambda axes, rows: forest(axes, "How?", rows, "ratio") or "c")([("a", one)])
+        for one in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(1.2, 0.1, 9.0, 3, ""))
+    )
     arrows = [[line.get_marker() for line in figure.canvas.axes[0].lines] for figure in (within, beyond)]
     assert not {"<", ">"} & set(arrows[0]) and {"<", ">"} <= set(arrows[1])
     assert "arrow" in beyond.canvas.axes[0].get_xlabel() and "arrow" not in within.canvas.axes[0].get_xlabel()
@@ -73,7 +78,7 @@ def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
     assert roofline._steps(shape, context=0)["decode for 32"] == pytest.approx(32)
     steps = roofline._steps(shape, context=400)
     assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
-    figure = roofline.roofline(open_run(source="h100-80gb"))
+    figure = lab.roofline_figure(open_run(source="h100-80gb"))
     assert re.search(r"memory is the limit of decode for 32 .*; compute is the limit of prefill", figure.caption)
     ticks = [note.get_text() for note in figure.canvas.axes[0].texts if re.match("decode|prefill", note.get_text())]
     assert ticks == list(steps) and all(f"{tick} (" in figure.caption for tick in ticks)
@@ -81,35 +86,36 @@ def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
 
 def test_without_telemetry_no_step_is_drawn_or_told(monkeypatch):
     monkeypatch.setattr(Evidence, "kv_tokens_a_request", lambda self: None)
-    figure = roofline.roofline(open_run(source="h100-80gb"))
+    figure = lab.roofline_figure(open_run(source="h100-80gb"))
     assert "Ticks" not in figure.caption and not any(
         "decode" in note.get_text() for note in figure.canvas.axes[0].texts
     )
 
 
 def test_the_caption_explains_the_markers_that_were_drawn():
-    told = {name: fair_figures.saturation(open_run(source=name)).caption for name in ("h100-80gb", "h200-80gb")}
-    assert "left half full for four Python processes" in told["h200-80gb"]
+    told = {name: lab.saturation_figure(open_run(source=name)).caption for name in ("h100-80gb", "h200-80gb")}
+    assert "left half full for 4 Python processes" in told["h200-80gb"]
     assert ("lower half full" in told["h100-80gb"], "lower half full" in told["h200-80gb"]) == (True, False)
-    assert "Markers" not in fair_figures.saturation(open_run(source="h100-80gb-long-prompts")).caption
+    assert "Markers" not in lab.saturation_figure(open_run(source="h100-80gb-long-prompts")).caption
 
 
 def test_a_whole_runs_gain_is_its_ramp_and_drain_only_beyond_the_steady_states_interval(monkeypatch):
-    told = {row[1]: row[5] for row in fair.equal_load_table(open_run(source="h200-80gb")).rows if "kept up" in row[5]}
+    told = {row[1]: row[5] for row in lab.equal_load_table(open_run(source="h200-80gb")).rows if "kept up" in row[5]}
     assert "in its ramp and drain; steady state 1.00×" in told["50 req/s"]
     assert told["60 req/s"].endswith("(both kept up; steady state 1.06× (1.00 to 1.13))")
     seen, said = evidence(open_run(source="h200-80gb")), []
+    at_50 = Compared("one Python process", 50, "", {"bf16": "bf16", "fp8": "fp8"}, Ratio(1.05, 1.01, 1.09, 3, ""))
     for steady in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(0.9, 0.8, 0.95, 3, "")):
         monkeypatch.setattr(Evidence, "compare", lambda self, *_, steady=steady: steady)
-        said.append(fair._steady_state(seen, "output_token_throughput", "", 50, Ratio(1.05, 1.01, 1.09, 3, "")))
+        said.append(comparison._steady_state(seen, "output_token_throughput", at_50))
     assert ["ramp" in text for text in said] == [False, True]
 
 
 def test_a_reservation_that_cannot_hold_the_requests_is_no_waste():
-    rows = dict(fair.paging_table(open_run(source="h100-80gb-long-prompts")).rows)
+    rows = dict(lab.paging_table(open_run(source="h100-80gb-long-prompts")).rows)
     assert rows["reserving 2,048 tokens a request"] == "too little: some hold more"
     assert rows["reserving 8,192 tokens a request"].endswith("%") and rows["the same, as published"] == "at most 4%"
-    assert "%" in dict(fair.paging_table(open_run(source="h100-80gb")).rows)["reserving 2,048 tokens a request"]
+    assert "%" in dict(lab.paging_table(open_run(source="h100-80gb")).rows)["reserving 2,048 tokens a request"]
 
 
 def test_a_level_of_unknown_limit_keeps_up_if_its_records_say_so(monkeypatch):
@@ -123,19 +129,20 @@ def test_a_level_that_does_not_count_is_left_out_everywhere():
     run = open_run(source="h200-80gb")
     whole, seen = Evidence(run), Evidence(run)
     seen.summaries = {
-        level_id: s | ({"valid": False, "completed": 0} if level_id == "fp8-60rps-r1" else {})
+        level_id: dataclasses.replace(s, valid=False, completed=0) if level_id == "fp8-60rps-r1" else s
         for level_id, s in whole.summaries.items()
     }
     assert whole.parts(("bf16", "fp8"), 60) == "3, 4" and seen.parts(("bf16", "fp8"), 60) in ("3", "4")
     assert 60 in whole.rates("fp8") and 60 not in seen.rates("fp8")
     assert not seen.levels(("fp8",), 60) and list(seen.levels(("fp8",), 60, valid=False)) == ["fp8-60rps-r1"]
     # Valid, and nothing completed.
-    seen.summaries["fp8-60rps-r1"] |= {"valid": True}
+    seen.summaries["fp8-60rps-r1"] = dataclasses.replace(seen.summaries["fp8-60rps-r1"], valid=True)
     assert seen.parts(("fp8",), 60) == ""
 
 
 def test_variants_are_told_apart_without_colour():
-    styles = [drawing.variant_style(variant) for variant in read_profile("h200-80gb").variants]
+    profile = read_profile("h200-80gb")
+    styles = [drawing.variant_style(profile, variant) for variant in profile.variants]
     shapes = [(style["marker"], style["fillstyle"]) for style in styles]
     assert len(set(shapes)) == len(shapes)
 
@@ -150,7 +157,7 @@ def test_the_recorded_ratios_can_be_had_from_the_records_by_hand():
             rate[variant] = records["output_tokens"].sum() / (records["last_token_s"].max() - records["sent_s"].min())
         logs.append(rate["fp8"] / rate["bf16"])
     by_hand = (logs[0] * logs[1] * logs[2]) ** (1 / 3)
-    table = fair.equal_load_table(seen.run)
+    table = lab.equal_load_table(seen.run)
     shown = next(row for row in table.rows if row[0].startswith("output tokens") and row[1] == "50 req/s")
     assert float(shown[3]) == pytest.approx(by_hand, abs=5e-4)
 
@@ -159,12 +166,12 @@ def test_a_comparison_says_in_which_parts_of_the_run_it_was_measured():
     run = open_run(source="h200-80gb")
     begun = sorted(place["created"] for place in [run.manifest, *run.manifest["continued"]])
     assert len(begun) == 4
-    equal = {(row[1], row[2]): row[-1] for row in fair.equal_load_table(run).rows}
-    assert equal["50 req/s", "one Python process"] == "1" and equal["all at once", "four Python processes"] == "2"
+    equal = {(row[1], row[2]): row[-1] for row in lab.equal_load_table(run).rows}
+    assert equal["50 req/s", "one Python process"] == "1" and equal["all at once", "4 Python processes"] == "2"
     assert equal["60 req/s", "one Python process"] == "3, 4" and equal["60 req/s", "Rust"] == "4"
-    assert {row[-1] for row in fair.ablation_table(run).rows if row[2] == "Rust"} == {"1, 4"}
+    assert {row[-1] for row in lab.ablation_table(run).rows if row[2] == "Rust"} == {"1, 4"}
     # A run in one part has no such column.
-    assert "part" not in str(fair.equal_load_table(open_run(source="emulated-h100")).columns)
+    assert "part" not in str(lab.equal_load_table(open_run(source="emulated-h100")).columns)
 
 
 def test_the_plan_is_arithmetic_on_the_bracket():
@@ -175,13 +182,13 @@ def test_the_plan_is_arithmetic_on_the_bracket():
     assert re.match(r"\d", row[4]) and re.match(r"\d", row[5])
     for rate, headroom in ((0, 0.2), (float("inf"), 0.2), (10, 1.0)):
         with pytest.raises(BadInput, match="target_rate"):
-            capacity.capacity_plan(run, MLPERF_SERVER, rate, headroom)
+            lab.capacity_plan(run, MLPERF_SERVER, rate, headroom)
 
 
 def test_a_recorded_run_brackets_its_limit():
     run = open_run(source="h200-80gb")
     with lab.serve(run.profile, "bf16", run=run) as server:
-        assert lab.find_limit(server, MLPERF_SERVER, run=run) == (60, 75)
+        assert lab.find_max_rate(server, MLPERF_SERVER, run=run) == (60, 75)
 
 
 def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
@@ -193,18 +200,20 @@ def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
 def test_the_clock_figure_shows_what_was_sampled():
     held = lab.clock_figure(open_run(source="h100-80gb-starts"))
     assert "Levels bf16-rust-graphs-infrps-r1 and fp8-rust-graphs-infrps-r1" in held.caption
-    assert "the power limit held the clock back in 100% of the samples" in held.alt
+    said = lab.conclusion(open_run(source="h100-80gb-starts"), "clock")
+    assert "the power limit held the clock back in 100% of the samples" in said.because
     assert "Ticks: samples in which NVML named the power limit" in held.caption
     before = lab.clock_figure(open_run(source="h100-80gb"))
     assert "What held the clock back was not sampled in this run" in before.caption
-    assert "consistent with the power limit" in before.alt
-    assert "nothing is measured yet" in lab.clock_figure(open_run(source="emulated-h100")).alt
+    assert "consistent with the power limit" in lab.conclusion(open_run(source="h100-80gb"), "clock").because
+    emulated = lab.clock_figure(open_run(source="emulated-h100"))
+    assert "no GPU was sampled" in [text.get_text() for text in emulated.canvas.axes[0].texts]
 
 
 def test_a_comparison_names_the_clocks_that_it_also_compares():
     run = open_run(source="h100-80gb")
     rows = {(row[0], row[1], row[2]): row for row in lab.equal_load_table(run).rows}
-    row = rows["output tokens/s, whole run", "all at once", "Rust, larger CUDA graphs"]
+    row = rows["output tokens/s, whole run", "all at once", "Rust, max-cudagraph-capture-size 1024"]
     assert row[3] == "1.242" and row[6] == "1.30× (1,959 / 1,512 MHz)"
     columns = lab.resources_table(run).columns
     used = {row[0]: dict(zip(columns, row, strict=True)) for row in lab.resources_table(run).rows}

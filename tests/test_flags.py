@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fp8lab.config.dimensions import fp8_kv, fp8_weights, memory_share, most_running
 from fp8lab.config.flags import ALIASES, flag_of, joined, parse, problem
-from fp8lab.config.profile import profile_names, read_profile
+from fp8lab.config.profile_file import profile_names, read_profile
 from fp8lab.server.command import build_command
 
 

@@ -6,7 +6,8 @@ import pytest
 
 import fp8lab as lab
 from conftest import make_records
-from fp8lab.config.profile import Level, load_profile
+from fp8lab.config.profile import Level
+from fp8lab.config.profile_file import load_profile
 from fp8lab.experiment.speed import start_server
 from fp8lab.metrics.slo import SLO, required_requests
 from fp8lab.results.run_folder import open_run
@@ -40,13 +41,13 @@ def search(profile, tmp_path):
     def go(start=200, **options):
         run = open_run(tmp_path / "run", profile)
         with start_server(profile, "bf16", run=run) as server:
-            return lab.find_limit(server, GENEROUS, run=run, start=start, seconds=1, **options)
+            return lab.find_max_rate(server, GENEROUS, run=run, start=start, seconds=1, **options)
 
     return go
 
 
 def held(tmp_path) -> dict[str, bool]:
-    return {level: s["valid"] for level, s in open_run(source=tmp_path / "run").summaries().items()}
+    return {level: s.valid for level, s in open_run(source=tmp_path / "run").summaries().items()}
 
 
 def test_a_probe_that_was_disturbed_is_measured_again_in_the_same_search(search, refused, tmp_path):
@@ -73,7 +74,7 @@ def stored(variant, rate, requests, ttft_s, late, repeat=1):
     first = [at + ttft_s + 61 * (n < late) for n, at in enumerate(sent)]
     records = make_records(sent, first, [at + 0.1 for at in first], [10] * requests)
     made = make_result(Level(variant=variant, rate=rate, requests=requests, repeat=repeat))
-    summary = dict(made.summary) | {"requests": requests}
+    summary = dataclasses.replace(made.summary, requests=requests)
     return dataclasses.replace(made, records=records, tokens=None, summary=summary)
 
 
@@ -85,11 +86,11 @@ def test_the_search_and_the_table_of_a_run_give_one_limit(search, profile, tmp_p
     run.write(stored("bf16", 300, PROBE, 0.01, 0))
     run.write(stored("bf16", 300, PROBE, 0.01, PROBE, repeat=2))
     run.write(stored("bf16", 230, 20, 0.01, 0))  # decides nothing
-    assert lab.limit_table(run, [GENEROUS]).rows[0][1] == "220 to 250"
+    assert lab.slo_table(run, [GENEROUS]).rows[0][1] == "220 to 250"
     found = search(max_probes=1)
     assert "bf16-235rps-r1" in held(tmp_path)  # between 220 and 250
     run = open_run(tmp_path / "run")
-    assert lab.limit_table(run, [GENEROUS]).rows[0][1] == str(found)
+    assert lab.slo_table(run, [GENEROUS]).rows[0][1] == str(found)
 
 
 def test_a_level_too_short_to_tell_is_kept_and_its_rate_measured_with_the_next_repeat(search, profile, tmp_path):

@@ -79,12 +79,12 @@ def test_waiting_for_a_slot_is_no_lag(sse_url, capsys):
     due = arrival_times(60, 300)
     result = closed(sse_url, fixed_length(60, input_tokens=5, output_tokens=10), due, max_concurrency=4)
     summary, records = result.summary, result.records
-    assert summary["valid"], summary["invalid_reason"]
-    assert summary["schedule_lag_p99_ms"] < 5 and summary["closed_loop"]
-    assert summary["peak_concurrent_requests"] == 4 < summary["peak_concurrent_requests_vllm"]
+    assert summary.valid, summary.invalid_reason
+    assert summary.schedule_lag_p99_ms < 5 and summary.closed_loop
+    assert summary.peak_concurrent_requests == 4 < summary.peak_concurrent_requests_vllm
     assert "peak 4 in flight" in capsys.readouterr().err
     # Seen from the schedule they did wait, and the records say for what.
-    assert latencies(records)["lag_ms"].max() > 100 and summary["p99_ttft_from_schedule_ms"] > 100
+    assert latencies(records)["lag_ms"].max() > 100 and summary.p99_ttft_from_schedule_ms > 100
     assert records["slot_s"].isna().sum() == 4 and (records["slot_s"].dropna() <= records["sent_s"].iloc[4:]).all()
     # Each slot that was taken is one that another request had left.
     assert set(np.searchsorted(np.sort(records["last_token_s"]), records["slot_s"].dropna())) == set(range(1, 57))
@@ -108,10 +108,10 @@ def to_records_of_a_closed_loop(slot, sent):
 def test_the_cap_holds_over_all_workers_and_is_used_up(sse_url, cap, workers, requests):
     trace = fixed_length(requests, input_tokens=5, output_tokens=10)
     summary = closed(sse_url, trace, max_concurrency=cap, workers=workers).summary
-    assert summary["completed"] == requests
-    assert summary["peak_concurrent_requests"] == min(cap, requests)
+    assert summary.completed == requests
+    assert summary.peak_concurrent_requests == min(cap, requests)
     # Every slot has as much to do as any other, whichever worker holds it.
-    assert summary["mean_concurrent_requests"] > 0.8 * min(cap, requests)
+    assert summary.mean_concurrent_requests > 0.8 * min(cap, requests)
 
 
 def test_failed_requests_give_their_slots_back(sse_url):
@@ -131,7 +131,7 @@ def test_a_closed_loop_may_take_longer_than_its_drain(sse_url):
     """20 requests of 0.5 s, two at a time, are 5 s: each second brings something, so none of them is cut short."""
     with streaming_server("--itl-ms", "50") as url:
         result = closed(url, max_concurrency=2, drain_timeout_s=1.5)
-    assert result.summary["valid"] and result.summary["duration_s"] > 4
+    assert result.summary.valid and result.summary.duration_s > 4
 
 
 def test_the_status_line_of_a_closed_loop_counts_who_waits(sse_url):

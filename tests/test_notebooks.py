@@ -133,7 +133,7 @@ def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
     four = {"bf16-100rps-r1", "bf16-50rps-r1", "fp8-100rps-r1", "fp8-50rps-r1"}
     probes = set(run.summaries()) - four
     assert four <= set(run.summaries()) and len(probes) == 3 and all(level.startswith("fp8-") for level in probes)
-    assert all(summary["failed"] == 0 for summary in run.summaries().values())
+    assert all(summary.failed == 0 for summary in run.summaries().values())
     assert [pages[step].count("<figure>") for step in ("04", "05", "06")] == [4, 7, 1]
     assert "fp8: the limit is" in pages["06"] and "EMULATED GPU, nothing measured" in pages["05"]
 

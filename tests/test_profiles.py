@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from fp8lab.config.dimensions import dimensions, most_running
-from fp8lab.config.profile import Card, Level, Model, from_dict, load_profile, profile_names, read_profile
+from fp8lab.config.profile import Card, Level, Model
+from fp8lab.config.profile_file import from_dict, load_profile, profile_names, read_profile
 from fp8lab.errors import BadInput
 from fp8lab.experiment.quality import default_variants
 from fp8lab.experiment.speed import measure
@@ -40,9 +41,47 @@ def test_auto_is_the_machines_own(monkeypatch):
 
 
 def test_variants_are_the_published_flags():
-    variants = read_profile("h100-80gb").variants
+    variants = {name: one.flags for name, one in read_profile("h100-80gb").variants.items()}
     assert variants["fp8"][-4:] == ("--quantization", "fp8", "--kv-cache-dtype", "fp8")
     assert "--quantization" not in variants["fp8-kv"] and "--kv-cache-dtype" not in variants["fp8-weights"]
+
+
+def test_a_variant_has_what_its_base_has_and_says_what_else_it_changes(tmp_path):
+    """Bases and API servers are fields; where a profile does not say them they follow from the flags, never from names."""
+    given = read_profile("h100-80gb")
+    older = from_dict(json.loads((DATA / "recorded" / "h100-80gb" / "run.json").read_text())["profile"])
+    for name, one in older.variants.items():
+        assert (one, older.setup(name)) == (given.variants[name], given.setup(name))
+    told = {name: (given.base(name), given.variants[name].api_server, given.setup(name)) for name in given.variants}
+    assert told["fp8-weights-rust"] == ("fp8-weights", "rust", "Rust")
+    assert told["bf16-api4"] == ("bf16", "python", "4 Python processes")
+    assert told["fp8-rust-graphs"] == ("fp8", "rust", "Rust, max-cudagraph-capture-size 1024")
+    (tmp_path / "mine.toml").write_text("""
+        extends = "h100-80gb"
+        [variants]
+        fp8 = ["--quantization", "fp8"]
+        quick = { base = "fp8-rust", flags = ["--quantization=fp8", "--block-size", "32"], env = { A = "1" } }
+        [variants.fp8-rust]
+        api_server = "python"
+    """)
+    mine = read_profile(tmp_path / "mine.toml")
+    assert mine.variants["fp8-rust"].flags == ("--quantization", "fp8") and mine.variants["fp8-rust"].env == {}
+    quick = mine.variants["quick"]
+    assert (quick.base, quick.flags[-2:], quick.env) == ("fp8", ("--block-size", "32"), {"A": "1"})
+    assert mine.setup("quick") == "one Python process, block-size 32, A=1"
+
+
+@pytest.mark.parametrize("variants, said", [
+    ('x = { base = "y" }', "variants.x.base: no variant 'y'"),
+    ('x = { base = "y" }\ny = { base = "x" }', "derive from each other in a circle: x -> y -> x"),
+    ('x = { api_server = "go" }', "variants.x.api_server: expected .*'python' or 'rust'"),
+    ('x = { flag = [] }', "variants.x: unknown keys .'flag'.; known: .'api_server', 'base', 'env', 'flags'"),
+    ('x = { base = "bf16", flags = ["oops", "--block-size", "8"] }', "variants.x.flags: it does not begin with a flag"),
+])  # fmt: skip
+def test_a_variant_that_cannot_be_is_refused(tmp_path, variants, said):
+    (tmp_path / "mine.toml").write_text(f'extends = "emulated-h100"\n[variants]\n{variants}')
+    with pytest.raises(BadInput, match=said):
+        read_profile(tmp_path / "mine.toml")
 
 
 def test_extending_merges_tables_and_replaces_the_rest():
@@ -66,7 +105,7 @@ def test_unknown_names_list_the_known_ones():
         load_profile("h101")
     profile = read_profile("emulated-h100")
     with pytest.raises(BadInput, match="no variant 'fp4'.*bf16"):
-        profile.variant_flags("fp4")
+        profile.variant("fp4")
     with pytest.raises(BadInput, match="no protocol 'x'.*equal load"):
         profile.levels("x")
 
@@ -101,8 +140,14 @@ def test_checkpoints_by_variant():
         ("[gpu]\nmemory_gib = -1", "mine.toml: gpu.memory_gib: expected a number above 0"),
         ("[emulation]\nhbm_fraction = 1.5", "mine.toml: emulation.hbm_fraction: expected at most 1"),
         ('[server]\nflags = "--enforce-eager"', "mine.toml: server.flags: expected a list, not a text"),
-        ('[variants]\nbf16 = "--dtype bfloat16"', "mine.toml: variants.bf16: expected a list, not a text"),
-        ('[variants]\nbf16 = ["--max-num-seqs", 4]', r"mine.toml: variants.bf16.1.: expected a text in quotes, not 4"),
+        (
+            '[variants]\nbf16 = "--dtype bfloat16"',
+            "mine.toml: variants.bf16: expected a list of flags or a table, not a text",
+        ),
+        (
+            '[variants]\nbf16 = ["--max-num-seqs", 4]',
+            r"mine.toml: variants.bf16.flags.1.: expected a text in quotes, not 4",
+        ),
         ("[server.env]\nVLLM_USE_RUST_FRONTEND = 1", "server.env.VLLM_USE_RUST_FRONTEND: expected a text in quotes"),
         ("[server]\nstart_timeout_s = 0", "mine.toml: server.start_timeout_s: expected a number above 0"),
         ("[workload]\nseed = -1", "mine.toml: workload.seed: expected 0 or more, not -1"),
@@ -135,10 +180,10 @@ def test_checkpoints_by_variant():
         ('replaces = "protocols"', "mine.toml: replaces: expected a list of tables"),
         (
             '[variants]\nbf16 = ["-q", "fp8", "--quantization=fp8"]',
-            "mine.toml: variants.bf16: --quantization is given twice",
+            "mine.toml: variants.bf16.flags: --quantization is given twice",
         ),
         ('[server]\nflags = ["--port", "1"]', "mine.toml: server.flags: --port is not the profile's to set"),
-        ('[variants]\nbf16 = ["--model=x"]', "mine.toml: variants.bf16: --model is not the profile's to set"),
+        ('[variants]\nbf16 = ["--model=x"]', "mine.toml: variants.bf16.flags: --model is not the profile's to set"),
         ('[server.env]\nCUDA_VISIBLE_DEVICES = "1"', "server.env.CUDA_VISIBLE_DEVICES: .*the environment of fp8lab"),
         ("[server.env]\nHF_TOKEN = true", "expected a text in quotes, not true"),
         ("extends = 3", "mine.toml: extends: expected the name of a profile"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fp8lab as lab
 from fp8lab import cli
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, LevelFailed, RunMismatch
 from fp8lab.experiment.quality import comparisons, default_variants, split, summaries, tables
 from fp8lab.load import answers

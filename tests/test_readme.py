@@ -5,17 +5,15 @@ import re
 from statistics import fmean, geometric_mean
 
 import pytest
+from fp8lab.report.fair import ablation_effects, kv_room
 
 from fp8lab import cli
 from fp8lab.experiment.quality import comparisons
 from fp8lab.metrics.quality import distinguishable
-from fp8lab.metrics.resources import frontend_us_per_token, meters_apart
 from fp8lab.metrics.slo import SLO, attains
 from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
-from fp8lab.report.across import claims_across
-from fp8lab.report.claims import number
-from fp8lab.report.fair import ablation_effects, kv_room
+from fp8lab.report.claims import claims_across, number
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
 
@@ -46,9 +44,9 @@ def held_back(seen, suffix: str, seeds: int) -> list[str]:
         variant: [seen.summaries[f"{variant}{suffix}-infrps-r{seed}"] for seed in range(1, seeds + 1)]
         for variant in ("fp8", "bf16")
     }
-    mhz = {variant: fmean(s["gpu_sm_mhz_steady"] for s in levels) for variant, levels in held.items()}
+    mhz = {variant: fmean(s.gpu_sm_mhz_steady for s in levels) for variant, levels in held.items()}
     for s in held["bf16"]:
-        assert s["gpu_power_w_steady"] > 0.98 * 700 and s["power_limited_steady"] in (None, 1.0)  # "in all samples"
+        assert s.gpu_power_w_steady > 0.98 * 700 and s.power_limited_steady in (None, 1.0)  # "in all samples"
     return [f"{mhz['bf16']:,.0f}", f"{mhz['fp8'] / mhz['bf16']:.2f}×"]
 
 
@@ -77,43 +75,41 @@ def headline_numbers() -> list[str]:
     told = [f"{one.value:.2f}×" for one in (*ratios, *halved)]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
     told += held_back(h100, "-rust-graphs", 3) + held_back(starts, "-rust-graphs", 2) + held_back(long_prompts, "", 3)
-    apart = [abs(meters_apart(s)) for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
+    apart = [abs(s).meters_apart for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
     told.append(f"{100 * max(apart):.1f} %")
     for one in (h100, seen):
         assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
         fp8 = [s for level, s in one.summaries.items() if level.startswith("fp8-100rps")]
-        assert len(fp8) == 3 and all(s["frontend_cpu_max_steady"] >= 0.95 for s in fp8)  # "at a whole core"
-        told.append(number(geometric_mean(s["request_throughput"] for s in fp8)))
+        assert len(fp8) == 3 and all(s.frontend_cpu_max_steady >= 0.95 for s in fp8)  # "at a whole core"
+        told.append(number(geometric_mean(s.request_throughput for s in fp8)))
         costs = [
-            round(frontend_us_per_token(s))
-            for level, s in one.summaries.items()
-            if re.match("(bf16|fp8)-100rps", level)
+            round(s.frontend_us_per_token) for level, s in one.summaries.items() if re.match("(bf16|fp8)-100rps", level)
         ]
         told.append(f"{min(costs)} to {max(costs)} µs")
     rust = [
-        round(frontend_us_per_token(s))
+        round(s.frontend_us_per_token)
         for one in (h100, seen)
         for level, s in one.summaries.items()
         if "-rust-" in level
     ]
     told.append(f"{min(rust)} to {max(rust)} µs")
-    odd = [round(frontend_us_per_token(seen.summaries[f"fp8-100rps-r{seed}"])) for seed in (3, 1, 2)]
+    odd = [round(seen.summaries[f"fp8-100rps-r{seed}"].frontend_us_per_token) for seed in (3, 1, 2)]
     told += [f"{odd[0]} µs", f"{odd[1]}", f"{odd[2]}"]
     fullest = kv_room(h100) + kv_room(seen)
     for names in (("bf16", "bf16-api4", "bf16-rust"), ("fp8", "fp8-api4", "fp8-rust")):
         told.append(f"{max(row[4] for row in fullest if row[0] in names):.0%}".replace("%", " %"))
-    preempted = {s["level"]["variant"]: s["preemptions"] for s in long_prompts.summaries.values()}
+    preempted = {s.level.variant: s.preemptions for s in long_prompts.summaries.values()}
     assert preempted == {"bf16": 40, "fp8": 0, "fp8-weights": 44, "fp8-kv": 0}
     assert max(row[3] for row in kv_room(long_prompts)) == 300
-    busy = [round(100 * h100.summaries[f"bf16-rust-graphs-infrps-r{n}"]["gpu_util_steady"]) for n in (1, 2, 3)]
+    busy = [round(100 * h100.summaries[f"bf16-rust-graphs-infrps-r{n}"].gpu_util_steady) for n in (1, 2, 3)]
     told.append(f"{min(busy)} to {max(busy)} %")
     for variant in ("fp8-rust", "fp8-rust-graphs"):
         busy = [round(100 * busy_in_large_steps(h100, f"{variant}-infrps-r{seed}")) for seed in (1, 2, 3)]
         told.append(f"{min(busy)} to {max(busy)} %")
-    engine = [h100.summaries[f"fp8-rust-graphs-infrps-r{seed}"]["engine_cpu_max_steady"] for seed in (1, 2, 3)]
+    engine = [h100.summaries[f"fp8-rust-graphs-infrps-r{seed}"].engine_cpu_max_steady for seed in (1, 2, 3)]
     told.append(f"{min(engine):.2f} to {max(engine):.2f}")
     engine = [
-        s["engine_cpu_max_steady"] for level, s in seen.summaries.items() if re.match("fp8(-weights)?-rust-inf", level)
+        s.engine_cpu_max_steady for level, s in seen.summaries.items() if re.match("fp8(-weights)?-rust-inf", level)
     ]
     told += [f"{min(engine):.2f}", f"{max(engine):.2f}"]
     service_line = SLO("as recommended", 120, math.inf)
@@ -128,10 +124,10 @@ def headline_numbers() -> list[str]:
         steady = one.compare("fp8", "bf16", 50, "steady_output_token_throughput")
         assert not steady.shown
         told.append(f"{steady.value:.2f}×")
-    completed = {level: s["request_throughput"] for level, s in seen.summaries.items()}
+    completed = {level: s.request_throughput for level, s in seen.summaries.items()}
     told += [f"{completed[f'fp8-{front}-100rps-r1']:.1f}" for front in ("api4", "rust")]
     burst = [completed[level] for level in completed if re.match("fp8-(rust|api4)-inf", level)]
-    most = [s["running_max"] for level, s in seen.summaries.items() if "-inf" in level]
+    most = [s.running_max for level, s in seen.summaries.items() if "-inf" in level]
     assert min(most) > 1000 and max(most) <= 1024  # "capped by --max-num-seqs 1024"
     return [*told, f"{min(burst):.0f} to {max(burst):.0f}"]
 
@@ -195,5 +191,5 @@ def test_recorded_runs_are_whole_and_small():
     for folder in folders:
         run = open_run(source=folder)
         for level_id, summary in run.summaries().items():
-            assert summary["valid"] and summary["failed"] == 0, level_id
+            assert summary.valid and summary.failed == 0, level_id
         assert run.manifest["source"]["commit"] and run.manifest["software"]["packages"]

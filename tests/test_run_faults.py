@@ -21,8 +21,10 @@ from pyarrow import parquet
 
 import fp8lab as lab
 from conftest import marked, wait_for
-from fp8lab.config.profile import Level, read_profile
+from fp8lab.config.profile import Level
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
+from fp8lab.metrics.summary import MeasuredLevel
 from fp8lab.results.run_folder import open_run
 from fp8lab.system import temporary as folders
 from test_runs import LEVEL, make_result
@@ -100,16 +102,12 @@ def quietly_kill(pid: int) -> None:
 def what_must_be_same(run) -> dict:
     return {
         level_id: (
-            {key: summary[key] for key in SAME_KEYS},
-            summary["level"],
-            run.read(level_of(summary)).records[SAME_COLUMNS].to_dict("list"),
+            {key: getattr(summary, key) for key in SAME_KEYS},
+            summary.level,
+            run.read(summary.level).records[SAME_COLUMNS].to_dict("list"),
         )
         for level_id, summary in run.summaries().items()
     }
-
-
-def level_of(summary) -> Level:
-    return Level(**{key: summary["level"][key] for key in ("variant", "rate", "requests", "repeat")})
 
 
 def complete(run) -> dict[str, bytes]:
@@ -252,7 +250,7 @@ def test_a_read_only_run_folder_is_a_clear_error_and_can_be_read(tmp_path):
     drop = "os.setuid(65534)" if os.getuid() == 0 else ""
     said = write_under(drop, run.path)
     assert said.startswith("NotWritten ") and "Permission denied" in said
-    assert open_run(source=run.path).read(LEVEL).summary["completed"] == 3
+    assert open_run(source=run.path).read(LEVEL).summary.completed == 3
 
 
 # Damage.
@@ -283,7 +281,7 @@ def whole(level: Level):
     """A made-up result of `level` with as many requests as it has."""
     result = make_result(level)
     records = pd.concat([result.records] * 10).head(level.requests).reset_index(drop=True)
-    summary = result.summary | {"requests": level.requests, "failures": {}}
+    summary = dataclasses.replace(result.summary, requests=level.requests, failures={})
     return dataclasses.replace(result, records=records, summary=summary)
 
 
@@ -465,7 +463,12 @@ def test_requests_of_ones_own_are_not_replaced_by_the_profiles(tmp_path):
     level = Level(variant="bf16", rate=63.7, requests=30)
     made = whole(level)
     run.write(
-        dataclasses.replace(made, summary=made.summary | {"level": dataclasses.asdict(level) | {"trace": "mine.csv"}})
+        dataclasses.replace(
+            made,
+            summary=dataclasses.replace(
+                made.summary, level=MeasuredLevel(**dataclasses.asdict(level), trace="mine.csv")
+            ),
+        )
     )
     with pytest.raises(BadInput, match=r"requests of your own \(mine.csv\).*load_test with them"):
         again(run, run.profile, level.id)
@@ -489,7 +492,7 @@ def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_rem
     first = done("--profile", str(path))
     assert first.returncode == 3, first.stderr
     run = open_run(source=tmp_path / "run")
-    assert {level: s["valid"] for level, s in run.summaries().items()} == {
+    assert {level: s.valid for level, s in run.summaries().items()} == {
         "bf16-50rps-r1": False, "bf16-100rps-r1": False, "fp8-50rps-r1": True, "fp8-100rps-r1": True,
     }  # fmt: skip
     assert "what to do" in first.stdout and first.stdout.endswith(f"{tmp_path / 'run'}\n")
@@ -497,7 +500,7 @@ def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_rem
     refused.write_text("0")
     remedy = re.search(r"fp8lab measure --run \S+ (--again \S+ --again \S+)", first.stdout)[1].split()
     assert done(*remedy).returncode == 0
-    assert all(s["valid"] for s in open_run(source=tmp_path / "run").summaries().values())
+    assert all(s.valid for s in open_run(source=tmp_path / "run").summaries().values())
 
 
 def test_work_that_failed_wins_over_an_invalid_level(fake_vllm, tmp_path):
@@ -505,7 +508,7 @@ def test_work_that_failed_wins_over_an_invalid_level(fake_vllm, tmp_path):
     command = [sys.executable, "-m", "fp8lab.cli", "measure", "--profile", str(path), "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     held = open_run(source=tmp_path / "run").summaries()
-    assert done.returncode == 1 and [s["valid"] for s in held.values()] == [False]
+    assert done.returncode == 1 and [s.valid for s in held.values()] == [False]
 
 
 # Two writers.

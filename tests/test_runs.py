@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.config.profile import Level, read_profile
+from fp8lab.config.profile import Level, Variant
+from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
-from fp8lab.experiment.max_rate import find_limit
+from fp8lab.experiment.max_rate import find_max_rate
 from fp8lab.experiment.plan import plan_table
 from fp8lab.experiment.speed import load_test, measure, missing_work, trace_for
 from fp8lab.metrics.performance import summarize
+from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.results import export, provenance, run_folder
 from fp8lab.results.export import record
 from fp8lab.results.level import LevelResult
@@ -27,8 +29,8 @@ def make_result(level=LEVEL, requests=3) -> LevelResult:
     records = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
     records = pd.concat([records] * math.ceil(requests / 3), ignore_index=True)[:requests]
     tokens = records[["request"]].assign(at_s=records["first_token_s"])
-    summary = summarize(records, tokens) | {"valid": True, "invalid_reason": None, "emulated": True}
-    summary["level"] = dataclasses.asdict(level)
+    measured = MeasuredLevel(**dataclasses.asdict(level))
+    summary = Summary(**summarize(records, tokens), valid=True, emulated=True, level=measured)
     return LevelResult(level, summary, records, tokens)
 
 
@@ -48,7 +50,7 @@ def test_a_level_comes_back_as_it_was_written(run):
     run.write(result)
     back = run.read(LEVEL)
     assert back.records.equals(result.records)
-    assert back.summary["mean_ttft_ms"] == pytest.approx(200)
+    assert back.summary.mean_ttft_ms == pytest.approx(200)
     assert list(run.summaries()) == ["bf16-50rps-r1"]
 
 
@@ -75,9 +77,11 @@ def test_a_run_of_another_profile_is_refused_and_untouched(run):
 
 def test_a_variant_that_has_levels_does_not_change_in_two_steps(run, profile):
     run.write(make_result())
-    without = dataclasses.replace(profile, variants={"fp8": profile.variants["fp8"]}, variant_env={})
+    without = dataclasses.replace(profile, variants={"fp8": profile.variants["fp8"]})
     open_run(run.path, without)
-    changed = dataclasses.replace(profile, variants={**profile.variants, "bf16": ("--max-num-seqs", "7")})
+    changed = dataclasses.replace(
+        profile, variants={**profile.variants, "bf16": Variant(flags=("--max-num-seqs", "7"))}
+    )
     with pytest.raises(RunMismatch, match="variants"):
         open_run(run.path, changed)
     assert open_run(run.path).profile.variants["bf16"] == profile.variants["bf16"]
@@ -96,7 +100,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, profile):
 def test_a_recorded_run_is_read_only(run):
     run.write(make_result())
     recorded = open_run(source=run.path)
-    assert recorded.read(LEVEL).summary["completed"] == 3
+    assert recorded.read(LEVEL).summary.completed == 3
     with pytest.raises(BadInput, match="read-only"):
         recorded.write(make_result())
 
@@ -177,7 +181,7 @@ def test_what_measures_a_level_is_its_part_and_not_what_lies_beside_it(run, monk
     monkeypatch.setattr(run_folder, "digest", lambda *more: "another library")
     run.write(make_result(dataclasses.replace(LEVEL, repeat=3)))
     assert len(run.manifest["continued"]) == 1
-    assert [s["part"] for s in run.summaries().values()] == [1, 1, 2]
+    assert [s.part for s in run.summaries().values()] == [1, 1, 2]
     assert open_run(run.path).manifest["continued"] == run.manifest["continued"]
 
 
@@ -185,10 +189,11 @@ def test_a_level_is_its_requests(run, profile):
     """A stored level is not returned for other requests of the same number, nor for another profile."""
     own = trace_for(profile, LEVEL)
     result = make_result()
-    result.summary["level"] |= {"trace": own.name, "trace_digest": own.digest}
+    traced = MeasuredLevel(**dataclasses.asdict(LEVEL), trace=own.name, trace_digest=own.digest)
+    result = dataclasses.replace(result, summary=dataclasses.replace(result.summary, level=traced))
     run.write(result)
     server = SimpleNamespace(variant="bf16", profile=profile)
-    assert load_test(server, rate=50, requests=3, run=run).summary["level"]["trace_digest"] == own.digest
+    assert load_test(server, rate=50, requests=3, run=run).summary.level.trace_digest == own.digest
     assert load_test(server, sharegpt_like(5, seed=0), rate=50, requests=3, run=run).valid
     renamed = dataclasses.replace(fixed_length(3, input_tokens=8, output_tokens=8), name=own.name)
     for other in (sharegpt_like(3, seed=7), fixed_length(3, input_tokens=8, output_tokens=8), renamed):
@@ -198,7 +203,7 @@ def test_a_level_is_its_requests(run, profile):
     with pytest.raises(RunMismatch, match="workload"):
         load_test(SimpleNamespace(variant="bf16", profile=changed), rate=50, requests=3, run=run)
     with pytest.raises(RunMismatch, match="workload"):
-        find_limit(SimpleNamespace(variant="bf16", profile=changed), run=run)
+        find_max_rate(SimpleNamespace(variant="bf16", profile=changed), run=run)
     # A file may change under a profile that stays the same.
     summary = run.path / "levels" / LEVEL.id / "summary.json"
     summary.write_text(summary.read_text().replace(own.digest, "0" * 16))
@@ -231,11 +236,15 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
     more = dataclasses.replace(profile, protocols=dict(profile.protocols) | {"mine": (LEVEL,)})
     assert "mine" in open_run(run.path, more).profile.protocols
     assert "mine" in open_run(run.path).profile.protocols
-    other = dataclasses.replace(profile, variants=dict(profile.variants) | {"bf16": ("--dtype", "float16")})
+    other = dataclasses.replace(
+        profile, variants=dict(profile.variants) | {"bf16": Variant(flags=("--dtype", "float16"))}
+    )
     with pytest.raises(RunMismatch, match="variants"):
         open_run(run.path, other)
     # Another variant beside them, or a key of a profile that did not exist when the run was made, changes no level.
-    added = dataclasses.replace(profile, variants=dict(profile.variants) | {"new": ("--dtype", "float16")})
+    added = dataclasses.replace(
+        profile, variants=dict(profile.variants) | {"new": Variant(flags=("--dtype", "float16"))}
+    )
     assert "new" in open_run(run.path, added).profile.variants
     manifest = json.loads((run.path / "run.json").read_text())
     del manifest["profile"]["workload"]["tokenizer"]
@@ -279,7 +288,7 @@ def test_recording_a_recorded_run_onto_itself_is_refused_and_harmless(run, monke
     target = record(run, "kept")
     with pytest.raises(BadInput, match="'kept' is this recorded run itself"):
         record(open_run(source="kept"), "kept")
-    assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
+    assert open_run(source="kept").read(LEVEL).summary.completed == 3
     assert record(open_run(source="kept"), "other") != target
 
 
@@ -296,7 +305,7 @@ def test_recording_that_fails_midway_leaves_the_earlier_one(run, monkeypatch, tm
     with pytest.raises(NotWritten, match="No space left on device"):
         record(run, "kept")
     assert sorted((tmp_path / "data").rglob("*")) == before
-    assert open_run(source="kept").read(LEVEL).summary["completed"] == 3
+    assert open_run(source="kept").read(LEVEL).summary.completed == 3
 
 
 def test_provenance_names_no_host_and_no_user(run):

@@ -16,7 +16,7 @@ import pytest
 
 import fp8lab as lab
 from conftest import marked, nothing_left
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput, ServerFailed
 from fp8lab.server import auth, command, log, orphans
@@ -32,9 +32,9 @@ def tiny(tmp_path_factory):
 
 def test_it_streams_real_tokens(tiny):
     result = lab.load_test(tiny, lab.sharegpt_like(8), rate=8)
-    assert result.summary["completed"] == 8 and result.summary["failed"] == 0
-    assert result.summary["output_tokens"] == sum(lab.sharegpt_like(8).output_tokens)
-    assert result.summary["mean_tpot_ms"] > 0
+    assert result.summary.completed == 8 and result.summary.failed == 0
+    assert result.summary.output_tokens == sum(lab.sharegpt_like(8).output_tokens)
+    assert result.summary.mean_tpot_ms > 0
     assert "8 of 8" in repr(result) and "<table>" in result._repr_html_()
 
 
@@ -186,7 +186,7 @@ def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(short_prof
             result = lab.load_test(server, rate=25, requests=500)  # 70 s of arrivals in dilated time
         assert noticed[0] - died[0] < 5
         assert time.monotonic() - died[0] < 5 + 5  # summing up takes a moment
-    assert "the server" in result.summary["invalid_reason"] and len(result.records) == 500
+    assert "the server" in result.summary.invalid_reason and len(result.records) == 500
     nothing_left(profile.name, pids)
 
 
@@ -280,5 +280,5 @@ def test_the_emulated_gpu_takes_prompts_in_pieces_and_survives_preemption(tmp_pa
     with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
         result = lab.load_test(server, fixed_length(12, input_tokens=400, output_tokens=100), rate=math.inf)
         said = {line.partition("{")[0]: line for line in server.metrics().splitlines()}
-    assert result.summary["completed"] == 12 and result.summary["output_tokens"] == 1200
+    assert result.summary.completed == 12 and result.summary.output_tokens == 1200
     assert float(said["vllm:num_preemptions_total"].rpartition(" ")[2]) > 0

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.load.level import Watch
 from fp8lab.metrics.performance import completed
@@ -282,12 +282,12 @@ def test_a_server_that_fails_under_load_costs_its_level_and_no_other_variant(fak
     assert time.monotonic() - began < 20
     result = run.read(levels["as published"][0])
     pattern = cause.replace(r"\d+", "").split()
-    assert not result.valid and all(word in result.summary["invalid_reason"] for word in pattern)
+    assert not result.valid and all(word in result.summary.invalid_reason for word in pattern)
     # Noticed within 5 s of the tenth request: later ones were never sent, earlier ones are kept as they were.
     assert len(result.records) == 400 and len(completed(result.records)) >= 8
     assert result.records["sent_s"].max() < result.records["scheduled_s"][10] + 5
     assert sorted(run.summaries()) == ["bf16-50rps-r1", "fp8-100rps-r1"]
-    assert run.summaries()["fp8-100rps-r1"]["failed"] == 0
+    assert run.summaries()["fp8-100rps-r1"].failed == 0
     assert marked(profile.name) == []
 
 
@@ -303,7 +303,7 @@ def test_the_failed_level_is_measured_again_on_request(fake_vllm, tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'mended'}{os.pathsep}{os.environ['PYTHONPATH']}")
     run = open_run(run_dir)
     results = lab.measure(run, run.profile, protocols, again=["bf16-50rps-r1"])
-    assert [result.summary["failed"] for result in results] == [0, 0, 0, 0]
+    assert [result.summary.failed for result in results] == [0, 0, 0, 0]
     assert json.loads((run_dir / "set-aside" / "bf16-50rps-r1-1" / "summary.json").read_text())["valid"] is False
     with pytest.raises(BadInput, match="no level bf16-1rps-r1"):
         lab.measure(run, run.profile, protocols, again=["bf16-1rps-r1"])
@@ -323,8 +323,8 @@ def test_a_server_that_hangs_ends_the_level_by_its_deadline(fake_vllm, tmp_path)
             server_problem=server.problem,
         )  # fmt: skip
     assert time.monotonic() - began < 15
-    assert not result.summary["valid"] and 8 <= result.summary["completed"] < 40 == len(result.records)
-    assert "requests failed, above 1%; most often with: no bytes for 2 s" in result.summary["invalid_reason"]
+    assert not result.summary.valid and 8 <= result.summary.completed < 40 == len(result.records)
+    assert "requests failed, above 1%; most often with: no bytes for 2 s" in result.summary.invalid_reason
 
 
 @pytest.mark.parametrize("fault", ["drip-head", "drip-body"])
@@ -335,7 +335,7 @@ def test_a_health_that_drips_does_not_hold_the_level(fake_vllm, tmp_path, fault)
         assert time.monotonic() - began < 2 + 4 + 4 + 3  # the look under way, the last one, and summing up
         with pytest.raises(TimeoutError):
             server.ask("GET", "/health", within=0.7)
-    assert len(completed(result.records)) == 40 and "the server" not in (result.summary["invalid_reason"] or "")
+    assert len(completed(result.records)) == 40 and "the server" not in (result.summary.invalid_reason or "")
 
 
 def test_a_reply_that_is_none_is_an_oserror():
@@ -382,7 +382,7 @@ def test_a_job_that_comes_onto_the_gpu_during_a_level_makes_it_invalid(card, tmp
         with pytest.warns(UserWarning, match="another job came onto the GPU"):
             result = lab.load_test(server, rate=50, requests=500)
         says()
-    assert not result.valid and "12.5 GiB of GPU memory" in result.summary["invalid_reason"]
+    assert not result.valid and "12.5 GiB of GPU memory" in result.summary.invalid_reason
     assert len(result.records) == 500 and result.records["sent_s"].max() < 8
 
 
@@ -465,7 +465,7 @@ def test_where_nobody_can_tell_the_server_says_so(card, tmp_path, when_ready, th
     with lab.serve(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "server.log") as server:
         assert server.info.gpu_doubt == doubt and f"not certain: {doubt}" in repr(server)
         result = lab.load_test(server, rate=50, requests=20)
-        assert result.valid and result.summary["server"]["gpu_doubt"] == doubt
+        assert result.valid and result.summary.server.gpu_doubt == doubt
         says(33.0, [*there, [HOSTS[1], 12.5]])
         assert f"another job came onto the GPU: pid {HOSTS[1]} (not visible" in server.problem()
         says()

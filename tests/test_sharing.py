@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.report import notebooks
 from fp8lab.results.run_folder import open_run

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bench import soak
-from fp8lab.config.profile import read_profile
+from fp8lab.config.profile_file import read_profile
 
 ROUND = {"descriptors": 9, "threads": 2, "children": 0, "server_processes": 0, "temporary_files": 0}
 ROUND |= {"memory_mib": 200.0, "start_s": 1.0, "load_s": 1.0, "stop_s": 1.0, "failed": 0}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from conftest import HERE
-from fp8lab.config.profile import Level
 from fp8lab.config.trace import fixed_length
 from fp8lab.load import telemetry
 from fp8lab.load.level import measure_level
@@ -45,13 +44,13 @@ def failing(error: BaseException, good: int = 0):
 @pytest.mark.parametrize("error", [ValueError("no such thing"), SystemExit("leave"), MemoryError()], ids=repr)
 def test_a_thread_that_dies_makes_the_level_invalid_and_keeps_it(sse_url, monkeypatch, error):
     result = level(sse_url, failing(error, good=1))
-    assert not result.summary["valid"] and result.summary["completed"] == 20 == len(result.records)
-    assert f"telemetry of the server ended with {error!r}" in result.summary["invalid_reason"]
+    assert not result.summary.valid and result.summary.completed == 20 == len(result.records)
+    assert f"telemetry of the server ended with {error!r}" in result.summary.invalid_reason
     assert result.telemetry["client_cpu"].notna().any()  # the other thread went on
     monkeypatch.setattr(GpuReader, "read", lambda *_: (_ for _ in ()).throw(error))
     result = level(sse_url, lambda: COUNTERS)
-    assert f"telemetry of the machine ended with {error!r}" in result.summary["invalid_reason"]
-    assert result.summary["completed"] == 20 and result.telemetry["running"].notna().any()
+    assert f"telemetry of the machine ended with {error!r}" in result.summary.invalid_reason
+    assert result.summary.completed == 20 and result.telemetry["running"].notna().any()
 
 
 def test_a_thread_that_hangs_does_not_hold_the_level(sse_url, monkeypatch):
@@ -59,18 +58,18 @@ def test_a_thread_that_hangs_does_not_hold_the_level(sse_url, monkeypatch):
     forever = threading.Event()
     result = level(sse_url, lambda: str(forever.wait()), seconds=0.5)
     forever.set()
-    assert "telemetry of the server hung" in result.summary["invalid_reason"] and result.summary["completed"] == 20
+    assert "telemetry of the server hung" in result.summary.invalid_reason and result.summary.completed == 20
 
 
 @pytest.mark.parametrize("good", [0, 2])
 def test_a_server_that_stops_telling_makes_the_level_invalid(sse_url, good):
     result = level(sse_url, failing(OSError("timed out"), good), seconds=6.0)
-    assert "the server's /metrics gave no sample for " in result.summary["invalid_reason"]
-    assert "% of the time (timed out)" in result.summary["invalid_reason"] and len(result.records) == 20
+    assert "the server's /metrics gave no sample for " in result.summary.invalid_reason
+    assert "% of the time (timed out)" in result.summary.invalid_reason and len(result.records) == 20
 
 
 def test_a_server_that_never_counted_anything_is_no_fault(sse_url):
-    assert level(sse_url, lambda: "# statistics are switched off\n", seconds=4.0).summary["valid"]
+    assert level(sse_url, lambda: "# statistics are switched off\n", seconds=4.0).summary.valid
 
 
 def problems(column: str, at, window=(0.0, 20.0), dilation=1.0) -> list[str]:
@@ -101,11 +100,10 @@ def test_what_was_seen_too_seldom_cannot_tell_the_limit(column, period):
 def test_every_recorded_level_was_watched(name):
     run = open_run(source=name)
     for summary in run.summaries().values():
-        held = {key: summary["level"][key] for key in ("variant", "rate", "requests", "repeat")}
-        result = run.read(Level(**held))
+        result = run.read(summary.level)
         whole = (result.records["sent_s"].min(), completed(result.records)["last_token_s"].max())
         steady = steady_window(result.records, result.tokens, result.telemetry)
-        watching = Telemetry([], lambda: "", summary["time_dilation"])
+        watching = Telemetry([], lambda: "", summary.time_dilation)
         assert watching.problems(result.telemetry, [whole, steady]) == []
 
 

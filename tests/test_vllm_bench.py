@@ -146,4 +146,4 @@ def test_a_level_that_could_not_be_measured_costs_no_other(fake_vllm, tmp_path, 
     run = open_run(tmp_path / "run", profile)
     with pytest.raises(LevelFailed, match="bf16-.* was not measured: load worker 0 ended with exit code 1"):
         lab.measure(run, profile)
-    assert {summary["level"]["variant"] for summary in run.summaries().values()} == {"fp8"}
+    assert {summary.level.variant for summary in run.summaries().values()} == {"fp8"}

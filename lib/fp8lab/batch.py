@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from .config.profile import Level, check_workload, read_changed, read_profile, with_paths
+from .config.profile import Level
+from .config.profile_file import check_workload, read_changed, read_profile, with_paths
 from .errors import BadInput
 from .paths import PLAIN_NAME, RUNS, repository_relative
 from .report.batch_page import has_invalid, write_pages
@@ -271,7 +272,7 @@ def _show(said: TextIO, shown: bool) -> None:
 def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
     read = read_profile(profile)
     for variant in matrix.variants:
-        read.variant_flags(variant)
+        read.variant(variant)
     return {
         protocol: [level for level in read.levels(protocol) if not matrix.variants or level.variant in matrix.variants]
         for protocol in matrix.protocols

@@ -27,11 +27,11 @@ _INVALID = 3
 
 def reproduce(args) -> int:
     from .batch import end_with_owner
-    from .config.profile import load_profile
+    from .config.profile_file import load_profile
     from .paths import RUNS, repository_relative
     from .report.claims import claims_table
-    from .report.fair import validity_table
     from .report.notebooks import check_parameters, execute, find
+    from .report.tables.levels import validity_table
     from .results.run_folder import open_run
 
     end_with_owner()
@@ -50,7 +50,7 @@ def reproduce(args) -> int:
             page = execute(notebook, rendered / notebook.name, where | chosen)
         print(repository_relative(page))
     print(claims_table(run, brief=True))
-    valid = all(summary["valid"] for summary in run.summaries().values())
+    valid = all(summary.valid for summary in run.summaries().values())
     if not valid:
         print(f"\n{validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
@@ -60,8 +60,7 @@ def reproduce(args) -> int:
 def measure(args) -> int:
     from .experiment.speed import measure as measure_levels
     from .paths import repository_relative
-    from .report.fair import validity_table
-    from .report.show import levels_table
+    from .report.tables.levels import levels_table, validity_table
     from .results.run_folder import open_run
 
     if args.again and not args.run:
@@ -76,14 +75,14 @@ def measure(args) -> int:
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
-    return 0 if all(summary["valid"] for summary in run.summaries().values()) else _INVALID
+    return 0 if all(summary.valid for summary in run.summaries().values()) else _INVALID
 
 
 def quality(args) -> None:
-    from .config.profile import load_profile
+    from .config.profile_file import load_profile
     from .experiment.quality import QualityTask, check_weights, measure_quality, quality_profile
     from .paths import repository_relative
-    from .report.quality import quality_table
+    from .report.tables.quality import quality_table
     from .results.run_folder import open_run
 
     if args.source:
@@ -95,7 +94,7 @@ def quality(args) -> None:
     check_weights(profile)
     task.read()
     for variant in args.variant or ():
-        profile.variant_flags(variant)
+        profile.variant(variant)
     run = open_run(args.run, profile)
     with _resumable(run):
         measure_quality(run, profile, args.variant or (), task=task)
@@ -104,7 +103,7 @@ def quality(args) -> None:
 
 
 def plan(args) -> None:
-    from .config.profile import read_profile
+    from .config.profile_file import read_profile
     from .experiment.plan import plan_table
     from .results.run_folder import open_run
 
@@ -143,7 +142,7 @@ def record(args) -> None:
 
 
 def serve(args) -> None:
-    from .config.profile import load_profile, read_profile
+    from .config.profile_file import load_profile, read_profile
     from .server.command import printable_command
     from .server.launch import start_server
 
@@ -174,7 +173,7 @@ def load_test(args) -> int:
     from .config.trace import arrival_times, named_trace
     from .load.level import measure_level
     from .load.stream import Endpoint
-    from .results.files import write_json, write_tables
+    from .results.files import plain, write_json, write_tables
 
     if args.api_key_env and args.api_key_env not in os.environ:
         raise BadInput(f"--api-key-env {args.api_key_env}: no such environment variable")
@@ -203,13 +202,12 @@ def load_test(args) -> int:
     )  # fmt: skip
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
-    print(json.dumps(summary))
-    return 0 if summary["valid"] else _INVALID
+    print(json.dumps(plain(summary)))
+    return 0 if summary.valid else _INVALID
 
 
 def claims(args) -> None:
-    from .report.across import claims_across
-    from .report.claims import claims_table
+    from .report.claims import claims_across, claims_table
     from .results.run_folder import open_run
 
     runs = [open_run(source=run) for run in args.run]
@@ -218,7 +216,7 @@ def claims(args) -> None:
 
 
 def profiles(args) -> None:
-    from .config.profile import profile_names, read_profile
+    from .config.profile_file import profile_names, read_profile
 
     if not args.name:
         names = profile_names()
@@ -229,8 +227,9 @@ def profiles(args) -> None:
     profile = read_profile(args.name)
     wide = max(map(len, profile.variants)) + 2
     print(f"{profile.name}: {profile.title}\n\nvariants")
-    for variant, flags in profile.variants.items():
-        print(f"  {variant:<{wide}}{' '.join(flags)}")
+    for name, one in profile.variants.items():
+        variables = " ".join(f"{key}={value}" for key, value in one.env.items())
+        print(f"  {name:<{wide}}{' '.join(filter(None, (variables, *one.flags)))}")
     print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
     for protocol, levels in profile.protocols.items():
         print(f"\nprotocol {protocol!r}")

@@ -4,8 +4,8 @@ import itertools
 import math
 
 from ..config.profile import Level
-from ..metrics import slo
-from ..results.evidence import attainment, evidence, limit
+from ..metrics.slo import DEFAULT, SLO, Bracket, attains, probe_requests, search
+from ..results.evidence import evidence
 from ..results.run_folder import Run
 from ..server.launch import Server
 from ..ui.status import StatusLine
@@ -15,31 +15,31 @@ from .speed import RecordedServer, load_test
 _TRIES = 2
 
 
-def find_limit(
+def find_max_rate(
     server: Server | RecordedServer,
-    slo: slo.SLO = slo.DEFAULT,
+    slo: SLO = DEFAULT,
     *,
     run: Run,
     start: float = 25.0,
     seconds: float = 20.0,
     max_probes: int = 8,
     workers: int | None = None,
-) -> slo.Bracket:
+) -> Bracket:
     """Searches the highest rate at which `server` meets `slo`; returns the bracket that it lies in, at best 5 % wide.
 
     Every probe is a level of `run`, of at least `seconds` and of as many requests as its percentile needs. The search goes
     on from all levels that the run holds of the variant, an interrupted search's among them; the bracket is that of
-    `limit_table`. `start` is the first rate where they say nothing. A probe that is INVALID is set aside and measured once
+    `slo_table`. `start` is the first rate where they say nothing. A probe that is INVALID is set aside and measured once
     more; if it is INVALID again the search ends, and the next one begins with it. A level that was too short to tell is
     left as it is: its rate is measured with the next repeat, or with a longer `seconds`. From a recorded run the bracket is
     that of its levels.
     """
     if isinstance(server, RecordedServer):
-        return limit(evidence(server.run), server.variant, slo)
+        return evidence(server.run).slo_limit(server.variant, slo)
     run.check_profile(server.profile)  # before a level of the run counts, or is set aside
 
     def needed(rate: float) -> int:
-        return max(slo.probe_requests(slo), math.ceil(seconds * rate))
+        return max(probe_requests(slo), math.ceil(seconds * rate))
 
     def probe(rate: float) -> str:
         level = _free_level(server, rate, needed(rate), run)
@@ -52,20 +52,20 @@ def find_limit(
                 break
         if not result.valid:
             StatusLine().done(
-                f"{level.id}: INVALID, so the search ends here: {result.summary['invalid_reason']}; mend the cause and "
+                f"{level.id}: INVALID, so the search ends here: {result.summary.invalid_reason}; mend the cause and "
                 "search again: it begins with this level"
             )
             return "invalid"
-        found = slo.attains(result.records, slo)
+        found = attains(result.records, slo)
         StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
         return found.bound
 
     known = [
         (rate, found.bound)
-        for rate, found in attainment(evidence(run), server.variant, slo)
+        for rate, found in evidence(run).attainment(server.variant, slo)
         if found.bound != "undecided" or found.requests >= needed(rate)
     ]
-    return slo.search(probe, start, known=known, max_probes=max_probes)[0]
+    return search(probe, start, known=known, max_probes=max_probes)[0]
 
 
 def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:
@@ -76,5 +76,5 @@ def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:
     for repeat in itertools.count(1):
         level = Level(variant=server.variant, rate=rate, requests=requests, repeat=repeat)
         level = planned.get(level.id, level)
-        if level.requests >= requests and not (level.id in held and held[level.id]["valid"]):
+        if level.requests >= requests and not (level.id in held and held[level.id].valid):
             return level

@@ -9,7 +9,7 @@ from ..ui.table import Table
 from .speed import missing_work, trace_for
 
 # Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
-# prompts are read and one front-end process drains what has piled up, and vLLM's client, which imports for long.
+# prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.
 _START_S = {"cuda": 140, "emulated": 35, "cpu": 45}
 _PROMPT_TOKENS_PER_S = 40_000
 _DRAIN_TOKENS_PER_S = 10_000

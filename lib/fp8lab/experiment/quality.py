@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..config.flags import flag_of, joined
-from ..config.profile import Profile
+from ..config.profile import FORMAT_FLAGS, Profile
 from ..errors import BadInput, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
 from ..load.stream import Endpoint
@@ -187,9 +187,9 @@ def reference_variant(profile: Profile) -> str:
 def default_variants(profile: Profile) -> list[str]:
     """One variant for each checkpoint and choice of number formats; others with the same numbers answer the same."""
     kept: dict[tuple, str] = {}
-    for variant, flags in profile.variants.items():
-        command = joined(profile.server.flags, flags)
-        formats = [flag_of(command, name) for name in ("--dtype", "--quantization", "--kv-cache-dtype")]
+    for variant, one in profile.variants.items():
+        command = joined(profile.server.flags, one.flags)
+        formats = [flag_of(command, name) for name in FORMAT_FLAGS]
         kept.setdefault((profile.model.served(variant), *formats), variant)
     return list(kept.values())
 

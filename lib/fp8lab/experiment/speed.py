@@ -16,11 +16,12 @@ from ..load.generator import send_load
 from ..load.level import measure_level
 from ..load.stream import Endpoint
 from ..load.telemetry import Telemetry
+from ..metrics.summary import MeasuredLevel
 from ..results.level import LevelResult
 from ..results.run_folder import Run
 from ..server import launch
 from ..server.command import served_model
-from ..server.launch import Server, ServerInfo
+from ..server.launch import Server
 from ..ui.status import StatusLine
 from ..ui.table import Table
 from ..ui.text import visible
@@ -30,12 +31,12 @@ class RecordedServer:
     """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
 
     def __init__(self, profile: Profile, variant: str, run: Run):
-        profile.variant_flags(variant)
+        profile.variant(variant)
         self.profile, self.variant, self.run = profile, variant, run
-        held = [s["server"] for s in run.summaries().values() if s["level"]["variant"] == variant]
+        held = [s.server for s in run.summaries().values() if s.level.variant == variant]
         if not held:
             raise BadInput(f"recorded run {run.path.name} holds no level of variant {variant!r}")
-        self.info = ServerInfo(**held[0])
+        self.info = held[0]
 
     def stop(self) -> None:
         """Nothing runs, nothing ends."""
@@ -256,15 +257,16 @@ def _stored_levels(run: Run, profile: Profile, ids: Sequence[str], asked: Sequen
     now, planned = {level.id: level for level in asked}, _levels(profile, list(profile.protocols))
     levels = []
     for level_id in dict.fromkeys(ids):
-        level, was = (now[level_id], {}) if level_id in now else run.level(level_id, planned)
-        profile.variant_flags(level.variant)
+        level = now.get(level_id) or run.level(level_id, planned)
+        profile.variant(level.variant)
         trace = trace_for(profile, level)
-        if (was.get("trace", trace.name), was.get("trace_digest", trace.digest)) != (trace.name, trace.digest):
+        was, digest = (getattr(level, name, "") for name in ("trace", "trace_digest"))
+        if (was or trace.name, digest or trace.digest) != (trace.name, trace.digest):
             raise BadInput(
-                f"level {level_id} was measured with requests of your own ({was['trace']}), which profile {profile.name} "
+                f"level {level_id} was measured with requests of your own ({was}), which profile {profile.name} "
                 f"does not name; in Python, run.set_aside({level_id!r}) and load_test with them measure it again"
             )
-        levels.append(level)
+        levels.append(level.asked if isinstance(level, MeasuredLevel) else level)
     return levels
 
 
@@ -321,7 +323,7 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
         tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
-        timeout_s=_PATIENCE_S + _PATIENCE * (run.read(level).summary["duration_s"] or 0) * profile.time_dilation,
+        timeout_s=_PATIENCE_S + _PATIENCE * (run.read(level).summary.duration_s or 0) * profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
     status.done(
@@ -351,16 +353,13 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         server_problem=server.problem,
         workers=workers,
     )
-    summary = measured.summary | {
-        "level": dataclasses.asdict(level) | {"trace": trace.name, "trace_digest": trace.digest},
-        "started": started,
-        "emulated": profile.emulated,
-        "time_dilation": profile.time_dilation,
-        "server": dataclasses.asdict(server.info),
-    }
-    if not summary["valid"]:
+    asked = MeasuredLevel(**dataclasses.asdict(level), trace=trace.name, trace_digest=trace.digest)
+    summary = dataclasses.replace(
+        measured.summary, level=asked, server=server.info, started=started, emulated=profile.emulated
+    )
+    if not summary.valid:
         warnings.warn(
-            f"level {level.id} is INVALID: {visible(summary['invalid_reason'])} "
+            f"level {level.id} is INVALID: {visible(summary.invalid_reason)} "
             f"(to measure it again: `fp8lab measure --run DIR --again {level.id}`)",
             stacklevel=3,
         )

@@ -1,6 +1,7 @@
 """One level against any endpoint: send the load, make the tables, sum up, judge the client."""
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,8 @@ from .telemetry import Telemetry
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..metrics.summary import Summary
+
 
 # A level of which more than this share failed did not carry the load that it stands for.
 _FAILED_SHARE = 0.01
@@ -29,7 +32,7 @@ _FAILED_SHARE = 0.01
 class Measured(NamedTuple):
     """A level's summary and tables; see `to_tables` and `Telemetry.table` for the columns."""
 
-    summary: dict
+    summary: "Summary"
     records: "pd.DataFrame"
     tokens: "pd.DataFrame"
     telemetry: "pd.DataFrame | None"
@@ -69,50 +72,51 @@ def measure_level(
             raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
     # Imported here: the first request must not wait for pandas.
     from ..metrics.performance import latencies, send_lag_ms, summarize
+    from ..metrics.summary import Summary
 
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
     problems = [watch.problem()] if watch.problem() else _too_many(failures, sent)
     problems += clock_problems(clocks, Clocks.now())
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
-    summary = summarize(records, tokens) | _client(sent, len(tokens))
+    fields = summarize(records, tokens) | _client(sent, len(tokens))
     sampled = None
     if telemetry:
-        from ..metrics.performance import completed, window_of
+        from ..metrics.performance import completed
         from ..metrics.resources import summarize_usage
 
-        sampled, steady = telemetry.table(sent.start), window_of(summary)
-        summary |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
+        steady = fields["steady_begin_s"] or math.nan, fields["steady_end_s"] or math.nan
+        sampled = telemetry.table(sent.start)
+        fields |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
         whole = (records["sent_s"].min(), completed(records)["last_token_s"].max())
         # A server that failed or a client that stood still explains a silence: told already.
         problems += telemetry.problems(sampled, () if problems else (whole, steady))
-    summary |= {
-        "failures": dict(failures.most_common(10)),
-        "valid": not problems,
-        "invalid_reason": "; ".join(problems) or None,
-    }
+    summary = Summary(
+        **fields, failures=dict(failures.most_common(10)), valid=not problems, invalid_reason="; ".join(problems) or None,
+        time_dilation=time_dilation,
+    )  # fmt: skip
     status.done(one_line(name, summary), chart.picture())
     return Measured(summary, records, tokens, sampled)
 
 
-def one_line(name: str, summary: dict) -> str:
+def one_line(name: str, summary: "Summary") -> str:
     """A level in one line."""
-    verdict = " - VALID" if summary["valid"] else f" - INVALID: {summary['invalid_reason']}"
-    if not summary["completed"]:
+    verdict = " - VALID" if summary.valid else f" - INVALID: {summary.invalid_reason}"
+    if not summary.completed:
         return f"{name}: no request completed{verdict}"
-    failed = f", {summary['failed']} FAILED" if summary["failed"] else ""
-    tpot = f", TPOT {summary['mean_tpot_ms']:.1f} ms" if summary["mean_tpot_ms"] is not None else ""
+    failed = f", {summary.failed} FAILED" if summary.failed else ""
+    tpot = f", TPOT {summary.mean_tpot_ms:.1f} ms" if summary.mean_tpot_ms is not None else ""
     return (
-        f"{name}: {summary['request_throughput']:.1f} req/s completed{failed}, "
-        f"{summary['output_token_throughput']:,.0f} tok/s, peak {_peak(summary)} in flight, "
-        f"TTFT {summary['mean_ttft_ms']:.0f} ms{tpot}{verdict}"
+        f"{name}: {summary.request_throughput:.1f} req/s completed{failed}, "
+        f"{summary.output_token_throughput:,.0f} tok/s, peak {_peak(summary)} in flight, "
+        f"TTFT {summary.mean_ttft_ms:.0f} ms{tpot}{verdict}"
     )
 
 
-def _peak(summary: dict) -> str:
+def _peak(summary: "Summary") -> str:
     """The exact peak, with vLLM's count by whole seconds where that is another; a cap is on the exact one alone."""
-    exact, by_second = summary["peak_concurrent_requests"], summary["peak_concurrent_requests_vllm"]
-    return str(exact) if summary["closed_loop"] or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
+    exact, by_second = summary.peak_concurrent_requests, summary.peak_concurrent_requests_vllm
+    return str(exact) if summary.closed_loop or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
 
 
 def _too_many(failures: Counter, sent: Sent) -> list[str]:

@@ -1,4 +1,4 @@
-"""What limited a level: the offered load, the client, the front end, the engine process, the GPU (its power limit, where
+"""What limited a level: the offered load, the client, the API server, the EngineCore, the GPU (its power limit, where
 that held its clock back), or the KV cache.
 
 A number is the GPU's only where the GPU was the limit. The order of the questions matters: a client or a front
@@ -6,18 +6,18 @@ end that is full starves what comes behind it, so it is asked first.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .performance import completed, concurrency_over_time, window_of
+from .performance import completed, concurrency_over_time
 from .resources import Clock, clock
 from .roofline import Roofline
+from .summary import Summary
 
 CAUSES = (
-    "offered load", "client", "front end", "engine", "GPU and engine", "GPU power limit", "GPU, nearer compute",
+    "offered load", "client", "API server", "EngineCore", "GPU and EngineCore", "GPU power limit", "GPU, nearer compute",
     "GPU, nearer memory", "KV capacity",
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ _CLIENT_FULL = 0.90
 _ENGINE_WORKS = 0.5
 # A few preemptions at a peak do not make the KV cache the limit: more than this many a request do.
 _PREEMPTED = 0.01
-# A front end that is in the way holds requests back: this share of those in flight is not in the engine. A front end
+# An API server that is in the way holds requests back: this share of those in flight is not in the EngineCore. An API server
 # that merely streams what a full GPU makes is as busy and holds none.
 _HELD = 0.05
 # NVML counts time with a kernel on the GPU. Above the first the GPU never waited; below the second the steps' host
@@ -83,11 +83,11 @@ def keeps_up(records: pd.DataFrame) -> bool:
     return backlog_growth(records) <= _GROWTH
 
 
-def held_by_front_end(
+def held_by_api_server(
     records: pd.DataFrame, telemetry: pd.DataFrame | None, window: tuple[float, float]
 ) -> float | None:
-    """The share (0 to 1) of the requests in flight that the engine neither runs nor queues, over the steady window (s):
-    they wait for the front end, on their way in or with their last tokens on the way out. None when it was not sampled."""
+    """The share (0 to 1) of the requests in flight that the EngineCore neither runs nor queues, over the steady window (s):
+    they wait for the API server, on their way in or with their last tokens on the way out. None when it was not sampled."""
     if telemetry is None:
         return None
     known = telemetry[["at_s", "running", "waiting"]].dropna()
@@ -102,7 +102,7 @@ def held_by_front_end(
 
 
 def what_limited(
-    summary: Mapping,
+    summary: Summary,
     records: pd.DataFrame,
     telemetry: pd.DataFrame | None = None,
     roofline: Roofline | None = None,
@@ -111,15 +111,15 @@ def what_limited(
     """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry.
 
     `power_limit_w` is the datasheet's, for a level whose enforced limit was not sampled."""
-    if not summary["valid"]:
-        return Limit("unknown", f"the level is invalid: {summary['invalid_reason']}")
+    if not summary.valid:
+        return Limit("unknown", f"the level is invalid: {summary.invalid_reason}")
     growth = backlog_growth(records)
-    window = window_of(summary)
-    held = held_by_front_end(records, telemetry, window)
+    window = summary.window
+    held = held_by_api_server(records, telemetry, window)
     ran = clock(telemetry, window, power_limit_w) if telemetry is not None else None
     used = _Used(summary, held, ran)
-    if (summary["client_busiest_core"] or 0) > _CLIENT_FULL:
-        return Limit("client", f"a client process used {summary['client_busiest_core']:.2f} of a core")
+    if (summary.client_busiest_core or 0) > _CLIENT_FULL:
+        return Limit("client", f"a client process used {summary.client_busiest_core:.2f} of a core")
     if growth <= _GROWTH and not used.full("frontend"):
         return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
     if kv := _kv_full(summary, telemetry):
@@ -134,17 +134,17 @@ def what_limited(
     evidence = f"{trend}; {used}{_distance(roofline)}"
     gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
     if used.full("frontend") and not gpu_is_fed:
-        return Limit("front end", evidence)
+        return Limit("API server", evidence)
     if used.gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
     if used.gpu < _GPU_WAITS:
-        # Steps are launched by the engine process alone: a GPU that idles while requests run waits for it. One that
+        # Steps are launched by the EngineCore alone: a GPU that idles while requests run waits for it. One that
         # idles most of the time itself waits for something that was not sampled.
-        running = (summary.get("running_steady") or 0) >= 1
+        running = (summary.running_steady or 0) >= 1
         busy = used.full("engine") or (running and (used.cores["engine"] or 0) >= _ENGINE_WORKS)
-        return Limit("engine" if busy else "unknown", evidence)
+        return Limit("EngineCore" if busy else "unknown", evidence)
     if used.gpu < _GPU_FULL:
-        return Limit("GPU and engine", evidence)
+        return Limit("GPU and EngineCore", evidence)
     if ran and ran.power_limited:
         return Limit("GPU power limit", evidence)
     return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
@@ -153,28 +153,28 @@ def what_limited(
 class _Used:
     """The shares of the steady window, and the sentence that tells them."""
 
-    def __init__(self, summary: Mapping, held: float | None, ran: Clock | None):
-        self.gpu = summary.get("gpu_util_steady")
+    def __init__(self, summary: Summary, held: float | None, ran: Clock | None):
+        self.gpu = summary.gpu_util_steady
         self.held = held
         self.clock = str(ran) if ran else ""
-        self.cores = {role: summary.get(f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
+        self.cores = {role: getattr(summary, f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
 
     def full(self, role: str) -> bool:
         return (self.cores[role] or 0) >= _FULL
 
     def __str__(self) -> str:
-        names = {"frontend": "front end", "engine": "engine", "client": "client"}
+        names = {"frontend": "API server", "engine": "EngineCore", "client": "client"}
         parts = [f"{names[role]} {share:.2f}" for role, share in self.cores.items() if share is not None]
         busiest = f"the busiest process of each kind used, in cores: {', '.join(parts)}" if parts else ""
         gpu = f"the GPU had no kernel running {1 - self.gpu:.0%} of the time" if self.gpu is not None else ""
-        held = f"{self.held:.0%} of the requests in flight were not in the engine" if self.held is not None else ""
+        held = f"{self.held:.0%} of the requests in flight were not in the EngineCore" if self.held is not None else ""
         return "; ".join(filter(None, (gpu, self.clock, busiest, held))) or "nothing was sampled"
 
 
-def _kv_full(summary: Mapping, telemetry: pd.DataFrame | None) -> str:
+def _kv_full(summary: Summary, telemetry: pd.DataFrame | None) -> str:
     """Evidence that the KV cache was full; empty when it was not."""
-    preempted = summary.get("preemptions") or 0
-    if preempted > _PREEMPTED * summary["requests"]:
+    preempted = summary.preemptions or 0
+    if preempted > _PREEMPTED * summary.requests:
         return f"{preempted:.0f} preemptions for want of KV blocks"
     if telemetry is not None:
         known = telemetry[["waiting", "kv_cache_usage"]].dropna()

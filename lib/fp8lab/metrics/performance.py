@@ -5,8 +5,6 @@ TTFT, TPOT, ITL, E2EL, throughput and the per-second peak concurrency are those 
 Failed requests are counted and add nothing to a numerator; they stay in every denominator.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -113,22 +111,6 @@ def steady_window(
     return _evenly_spread(done)
 
 
-def stored_window(window: tuple[float, float]) -> dict[str, float | None]:
-    """The steady window as a summary holds it; `window_of` reads it back."""
-    begin, end = window
-    return (
-        {"steady_begin_s": begin, "steady_end_s": end}
-        if end > begin
-        else {"steady_begin_s": None, "steady_end_s": None}
-    )
-
-
-def window_of(summary: Mapping) -> tuple[float, float]:
-    """The steady window (s) that a level's summary holds; (nan, nan) when it has none."""
-    begin, end = summary["steady_begin_s"], summary["steady_end_s"]
-    return (np.nan, np.nan) if begin is None else (begin, end)
-
-
 def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
     first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
     width = np.maximum(last - first, 1e-9)
@@ -145,10 +127,7 @@ def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
 
 
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
-    """The metrics of a level, by name; what cannot be computed is None.
-
-    Whole run: first arrival to last token, drain tail included. Steady: see `steady_window`.
-    """
+    """The fields of `summary.Summary` that follow from what the client saw."""
     done, each = completed(records), latencies(records)
     duration = _duration(records)
     begin, end = steady_window(records, tokens)
@@ -158,7 +137,9 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
     def rate(amount: float) -> float | None:
         return amount / duration if duration else None
 
-    summary = stored_window((begin, end)) | {
+    summary = {
+        "steady_begin_s": begin if end > begin else None,
+        "steady_end_s": end if end > begin else None,
         "requests": len(records),
         "completed": len(done),
         "failed": len(records) - len(done),
@@ -167,7 +148,6 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
         "output_tokens": output,
         "request_throughput": rate(len(done)),
         "output_token_throughput": rate(output),
-        "total_token_throughput": rate(output + int(done["prompt_tokens"].sum())),
         "steady_output_token_throughput": (_STEADY[1] - _STEADY[0]) * output / (end - begin) if end > begin else None,
         "peak_output_tokens_per_s": _fullest_second(tokens, records),
         "peak_concurrent_requests": peak_concurrency(records),

@@ -1,7 +1,5 @@
 """What a level cost: telemetry summed up, energy for each token and each request. Pure functions on tables."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,8 @@ from .performance import completed
 def summarize_usage(
     telemetry: pd.DataFrame, records: pd.DataFrame, window: tuple[float, float]
 ) -> dict[str, float | None]:
-    """Means over the steady `window` (s), maxima and energy over the whole run; what was not sampled is None.
+    """The fields of `summary.Summary` that follow from telemetry: means over the steady `window` (s), maxima and energy over
+    the whole run; what was not sampled is None.
 
     `energy_j` is what the GPU's own counter rose by from the first request to the last token; `energy_integral_j`, its
     check, integrates the power samples over the same time (trapezoids). Joules a token and a request are the counter's,
@@ -23,13 +22,10 @@ def summarize_usage(
     done = completed(records)
     span = (records["sent_s"].min(), done["last_token_s"].max())
     run = telemetry[telemetry["at_s"].between(*span)]
-    means = ["gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_sm_mhz", "running", "waiting", "kv_cache_usage"]
-    means += [f"{role}_{what}" for role in ("frontend", "engine", "client") for what in ("cpu", "cpu_max")]
+    means = ["gpu_util", "gpu_power_w", "gpu_sm_mhz", "running", "frontend_cpu"]
+    means += [f"{role}_cpu_max" for role in ("frontend", "engine", "client")]
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
-    usage |= {
-        f"{column}_max": _known(run[column].max())
-        for column in ("running", "waiting", "kv_cache_usage", "gpu_memory_gib")
-    }
+    usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
     usage["preemptions"] = _increase(run["preemptions"])
     held = clock(telemetry, window)
     usage |= {
@@ -47,21 +43,6 @@ def summarize_usage(
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
-
-
-def frontend_us_per_token(summary: Mapping) -> float | None:
-    """CPU time that the front-end processes used for each output token of the steady window, in µs.
-
-    Its inverse is what one core of this host can stream: a host's figure, whatever the GPU.
-    """
-    cores, tokens = summary.get("frontend_cpu_steady"), summary.get("steady_output_token_throughput")
-    return cores * 1e6 * summary["time_dilation"] / tokens if cores and tokens else None
-
-
-def meters_apart(summary: Mapping) -> float | None:
-    """How far the level's two energy meters are apart, as ln(integral / counter); None where one is missing."""
-    counted, integral = summary.get("energy_j"), summary.get("energy_integral_j")
-    return math.log(integral / counted) if counted and integral else None
 
 
 def _known_samples(telemetry: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from ..results.run_folder import Run, open_run
 from ..ui.table import Table
 from .caption import card_mark, card_note
 from .claims import claims_table
-from .fair import validity_table
+from .tables.levels import validity_table
 
 _STATES = {"invalid": "done, with INVALID levels"}
 
@@ -18,7 +18,7 @@ _STATES = {"invalid": "done, with INVALID levels"}
 def has_invalid(run_dir: Path) -> bool:
     """Whether a level of the run is INVALID; False also for a run that cannot be read."""
     try:
-        return not all(summary["valid"] for summary in open_run(source=run_dir).summaries().values())
+        return not all(summary.valid for summary in open_run(source=run_dir).summaries().values())
     except Fp8labError:
         return False
 
@@ -69,11 +69,11 @@ def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
     rows, mark = [], f" ({word})" if (word := card_mark(run)) else ""
     for level_id, s in run.summaries().items():
         numbers = (
-            (s["request_throughput"], "{:.1f}"), (s["output_token_throughput"], "{:,.0f}"), (s["p99_ttft_ms"], "{:,.0f}"),
-            (s["mean_tpot_ms"], "{:.1f}"), (s.get("joules_per_output_token"), "{:.3f}"),
+            (s.request_throughput, "{:.1f}"), (s.output_token_throughput, "{:,.0f}"), (s.p99_ttft_ms, "{:,.0f}"),
+            (s.mean_tpot_ms, "{:.1f}"), (s.joules_per_output_token, "{:.3f}"),
         )  # fmt: skip
         cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
-        rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s["valid"] else "INVALID"))
+        rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s.valid else "INVALID"))
     return rows
 
 

@@ -1,18 +1,108 @@
-"""The verdicts on what is no value or ratio of levels: M1, memory, R1 to R3, recommended or said in passing, and Q1, quality;
-and on what this kit has no measurement of."""
+"""One judge for each kind of claim: ratios and values of levels, what is recommended or said in passing, quality; and what
+this kit has no measurement of."""
 
 import math
 from collections.abc import Callable, Collection
+from statistics import geometric_mean
 
+from ..experiment.quality import comparisons, reference_variant
 from ..metrics.kv_cache import paging_waste, reserving_waste
+from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
-from ..metrics.statistics import Ratio
-from ..results.evidence import FRONT_ENDS, Evidence
-from .claims import Verdict, by_interval, left_out, not_judged, number, verdict, without_gpu
-from .quality import judge_quality
-from .verdict import level_id
+from ..metrics.statistics import Ratio, contrast
+from ..metrics.summary import Summary
+from ..results.evidence import Evidence
+from ..results.run_folder import Run, other_card, unmeasured
+from ..ui.text import four_digits
+from .verdict import Verdict, allowed, by_interval, left_out, level_id, near, not_judged, verdict, without_gpu
 
+# The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
+_MOST = 2 / 3
 _ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")
+
+
+def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
+    sides = [side for side in ("fp8", "bf16") if side in claim]
+    is_ratio, metric = claim["quantity"] == "ratio", claim["metric"]
+    said = {side: claim[side]["value"] for side in sides}
+    seeds = {side: seen.seeds(side, claim[side]["rate"], metric) for side in sides}
+    shared = sorted(set.intersection(*(set(values) for values in seeds.values())))
+    ids = [level_id(side, claim[side]["rate"], seed) for side in reversed(sides) for seed in shared or [1]]
+    value, measured, mean = said["fp8"] / said.get("bf16", 1.0) if is_ratio else said["fp8"], None, None
+    if shared:
+        mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
+        measured = mean.value
+    cause = _cause(claim, ids, mean, seen) if mean and not without_gpu(seen) else ""
+    word, reason = _verdict(claim, ids, value, mean, cause, seeds, seen)
+    return verdict(
+        claim, seen, ids,
+        protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
+        interval=(mean.low, mean.high) if mean and not math.isnan(mean.low) else None,
+        published_parts=said, verdict=word, cause=cause, reason=reason,
+        measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
+    )  # fmt: skip
+
+
+def _verdict(
+    claim: dict, ids: list[str], value: float, mean: Ratio | None, cause: str, seeds, seen: Evidence
+) -> tuple[str, str]:
+    if unjudged := not_judged(seen, ids):
+        return unjudged
+    if mean is None:
+        return "invalid run", f"no {claim['metric']} was measured: nothing completed"
+    told = (_each_seed(claim, seeds, value), left_out(seen, _levels_of(claim)), _causes(claim, seen))
+    behind = "".join(f"; {text}" for text in told if text)
+    word, how_near = by_interval(claim, value, mean.value, mean.low, mean.high)
+    if why := without_gpu(seen):
+        return "not run", f"{why}; {near(mean.value, value)}{behind}"
+    return "reproduced, other cause" if word == "reproduced" and cause.startswith("no") else word, f"{how_near}{behind}"
+
+
+def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
+    """Whether the stated cause holds: "no (the other one)", "undecided", or "" where nothing speaks against it."""
+    if claim["quantity"] == "ratio" and mean.value > 1 and (load := _load_alone(claim, seen)):
+        needed = _MOST * (mean.value - 1)
+        low, high = (load.value, load.value) if math.isnan(load.low) else (load.low, load.high)
+        return "no (the offered load)" if low - 1 >= needed else "undecided" if high - 1 >= needed else ""
+    if claim["cause"] == "the card":
+        others = {seen.limit(level).cause for level in ids if level in seen.summaries}
+        if not any(cause.startswith(("GPU", "KV", "unknown")) for cause in others):
+            return f"no (the {' or the '.join(sorted(others))})"
+    return ""
+
+
+def _levels_of(claim: dict) -> list[tuple[str, float]]:
+    return [(side, claim[side]["rate"]) for side in ("bf16", "fp8") if side in claim]
+
+
+def _each_seed(claim: dict, seeds, value: float) -> str:
+    """What each seed gave, as text, with a word when they disagree about the claim; empty for a single one."""
+    over, under = seeds["fp8"], seeds.get("bf16")
+    each = {seed: over[seed] / (under[seed] if under else 1.0) for seed in over if not under or seed in under}
+    if len(each) < 2:
+        return ""
+    low, high = allowed(claim)
+    answers = {low <= one / value - 1 <= high for one in each.values()}
+    shown = ", ".join(f"{one:.2f}×" if under else four_digits(one) for one in each.values())
+    return f"seeds {shown}{'' if len(answers) == 1 else ' (they disagree about the tolerance)'}"
+
+
+def _causes(claim: dict, seen: Evidence) -> str:
+    """What the load alone does to BF16, and what FP8 does at equal load, as text."""
+    parts = []
+    if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
+        parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
+    rates = sorted({claim[side]["rate"] for side in ("bf16", "fp8") if side in claim})
+    found = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
+    each = [f"{one} at {rate} req/s" for rate, one in found.items() if one]
+    parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
+    return "; ".join(parts)
+
+
+def _load_alone(claim: dict, seen: Evidence) -> Ratio | None:
+    """What the same step in offered load does without FP8: BF16 at FP8's rate over BF16 at its own."""
+    cells = {side: seen.seeds("bf16", claim[side]["rate"], claim["metric"]) for side in ("fp8", "bf16")}
+    return contrast(cells, {"fp8": 1.0, "bf16": -1.0})
 
 
 def _one_level(claim: dict, _seen: Evidence) -> list[str]:
@@ -24,9 +114,9 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     rate, limit_ms = claim["fp8"]["rate"], claim["fp8"]["value"]
     held = seen.level(ids[0])
     shown = attains(held.records, SLO("the service line", limit_ms, float("inf")))
-    mean, p99 = held.summary["mean_ttft_ms"], held.summary["p99_ttft_ms"]
+    mean, p99 = held.summary.mean_ttft_ms, held.summary.p99_ttft_ms
     reason = (
-        f"{shown.reason} (TTFT ≤ {limit_ms} ms); TTFT mean {number(mean)} ms, p99 {number(p99)} ms; "
+        f"{shown.reason} (TTFT ≤ {limit_ms} ms); TTFT mean {four_digits(mean)} ms, p99 {four_digits(p99)} ms; "
         f"limited by the {seen.limit(ids[0]).cause}"
     )
     word = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}[shown.state]
@@ -45,40 +135,38 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
 
 def _p99(seen: Evidence, variant: str, rate: float) -> str:
     values = seen.seeds(variant, rate, "p99_ttft_ms").values()
-    return f"{number(max(values))} ms" if values else ""
+    return f"{four_digits(max(values))} ms" if values else ""
 
 
-def _front_end(claim: dict, seen: Evidence) -> str:
-    """The front end behind which all four variants were measured, the one least in the way if there are several."""
+def _setup(claim: dict, seen: Evidence) -> dict[str, str]:
+    """By base the variants of the setup in which all four were measured, the last one, least in the way, of several."""
     rate, metric = claim["fp8"]["rate"], claim["metric"]
     names = ("fp8", *_ALTERNATIVES)
-    complete = [
-        suffix for suffix in FRONT_ENDS if len(seen.cells([v + suffix for v in names], rate, metric)) == len(names)
-    ]
-    return complete[-1] if complete else ""
+    held = [one for one in seen.setups(*names).values() if len(seen.cells(one.values(), rate, metric)) == len(names)]
+    return held[-1] if held else {name: name for name in names}
 
 
 def _four_variants(claim: dict, seen: Evidence) -> list[str]:
-    rate, metric, suffix = claim["fp8"]["rate"], claim["metric"], _front_end(claim, seen)
+    rate, metric, variants = claim["fp8"]["rate"], claim["metric"], _setup(claim, seen)
     return [
-        level_id(variant + suffix, rate, seed)
-        for variant in ("fp8", *_ALTERNATIVES)
-        for seed in sorted(seen.seeds(variant + suffix, rate, metric)) or [1]
+        level_id(variants[base], rate, seed)
+        for base in ("fp8", *_ALTERNATIVES)
+        for seed in sorted(seen.seeds(variants[base], rate, metric)) or [1]
     ]
 
 
 def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     """R2: are both halves together at least as fast as either alone and as BF16, with all requests at once?"""
-    rate, metric, suffix = claim["fp8"]["rate"], claim["metric"], _front_end(claim, seen)
-    against = {v: seen.compare(f"fp8{suffix}", v + suffix, rate, metric) for v in _ALTERNATIVES}
+    rate, metric, variants = claim["fp8"]["rate"], claim["metric"], _setup(claim, seen)
+    against = {base: seen.compare(variants["fp8"], variants[base], rate, metric) for base in _ALTERNATIVES}
     lowest = min(against.values(), key=lambda one: one.value)
     reason = "throughput of FP8 over " + ", ".join(f"{variant} {one}" for variant, one in against.items())
-    if energy := seen.compare(f"fp8{suffix}", f"bf16{suffix}", rate, "joules_per_output_token"):
+    if energy := seen.compare(variants["fp8"], variants["bf16"], rate, "joules_per_output_token"):
         reason += f"; joules a token over bf16 {energy}"
     causes = {seen.limit(level).cause for level in ids}
     if not any(cause.startswith("GPU") for cause in causes):
         reason += f"; the GPU was not the limit ({', '.join(sorted(causes))})"
-    if "," in (parts := seen.parts([v + suffix for v in ("fp8", *_ALTERNATIVES)], rate)):
+    if "," in (parts := seen.parts(variants.values(), rate)):
         reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
     words = {_word(claim, one) for one in against.values()}
@@ -87,7 +175,7 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
         reason = f"no difference to each of the others is shown: {reason}"
     interval = None if math.isnan(lowest.low) else (lowest.low, lowest.high)
     return {
-        "protocol": f"all at once, front end: {FRONT_ENDS[suffix]}", "measured": lowest.value, "interval": interval,
+        "protocol": f"all at once, API server: {seen.run.profile.setup(variants['fp8'])}", "measured": lowest.value, "interval": interval,
         "measured_parts": {v: one.value for v, one in against.items()}, "verdict": word, "reason": reason,
     }  # fmt: skip
 
@@ -131,9 +219,37 @@ def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evide
     return judged
 
 
+def _judge_quality(claim: dict, run: Run) -> dict:
+    """What claim Q1 comes to in a run: measured and interval (%), verdict, reason.
+
+    What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
+    FP8's). A verdict is given for the published model only, by the interval over documents.
+    """
+    parts = run.read_parts("quality")
+    if "fp8" not in parts or reference_variant(run.profile) != "bf16":
+        return {"verdict": "not run", "reason": "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"}
+    held, model = comparisons(run), parts["fp8"]["model"]
+    kept, agreement = kept_of(held["fp8"]), held["fp8"].top1_agreement.value
+    value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
+    said = f"perplexity kept to {value:.2f} %, the same top token at {agreement:.1%} of positions"
+    found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
+    if claim["model"] not in model.lower():
+        return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
+    if other_card(run):
+        return found | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
+    word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
+    return found | {"verdict": word, "reason": f"{how_near}; another measure (perplexity); {said}"}
+
+
+def kept_of(one: Comparison) -> Estimate:
+    """The reference's perplexity over the variant's."""
+    ratio = one.perplexity_ratio
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
 def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """Q1: how much of the model's quality is left."""
-    return verdict(claim, seen, [], protocol="the same text and prompts", **judge_quality(claim, seen.run))
+    return verdict(claim, seen, [], protocol="the same text and prompts", **_judge_quality(claim, seen.run))
 
 
 def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
@@ -168,39 +284,40 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
 
 
 def _out_elsewhere(claim: dict, seen: Evidence) -> str:
-    """The levels at other loads, or behind another front end, at which BF16 or FP8 did run out of memory, as text."""
+    """The levels at other loads, or behind another API server, at which BF16 or FP8 did run out of memory, as text."""
     told = []
-    for variant in (base + suffix for base in ("bf16", "fp8") for suffix in FRONT_ENDS):
+    bases = ("bf16", "fp8")
+    for variant in sorted(seen.variants(), key=seen.run.profile.base):
+        if seen.run.profile.base(variant) not in bases:
+            continue
         for rate in seen.rates(variant):
             levels = seen.levels((variant,), rate)
-            if (variant not in ("bf16", "fp8") or rate not in claim["rates"]) and _ran_out(
-                levels.values(), claim["full"]
-            ):
+            if (variant not in bases or rate not in claim["rates"]) and _ran_out(levels.values(), claim["full"]):
                 told.append(f"{', '.join(levels)} ({_memory(levels.values())})")
     return f"under other loads memory did run out: {'; '.join(told)}" if told else ""
 
 
-def _ran_out(levels: Collection[dict], full: float) -> bool | None:
+def _ran_out(levels: Collection[Summary], full: float) -> bool | None:
     """Whether a request of some of these levels (their summaries) was preempted or failed, or the KV cache was full; None
     when that is not known of all of them."""
-    each = [[level.get(key) for key in ("preemptions", "failed", "kv_cache_usage_max")] for level in levels]
+    each = [(level.preemptions, level.failed, level.kv_cache_usage_max) for level in levels]
     if any((preempted or 0) > 0 or (failed or 0) > 0 or (fullest or 0) >= full for preempted, failed, fullest in each):
         return True
     return None if any(None in one for one in each) else False
 
 
-def _memory(levels: Collection[dict]) -> str:
+def _memory(levels: Collection[Summary]) -> str:
     """How near levels came to running out of memory, as text."""
-    sums = [[level.get(key) for level in levels] for key in ("preemptions", "failed")]
+    sums = [[level.preemptions for level in levels], [level.failed for level in levels]]
     preempted, failed = ("unknown" if None in counts else f"{sum(counts):,.0f}" for counts in sums)
     fullest = _fullest(levels)
     share = "was not sampled" if fullest is None else f"at most {fullest:.0f} % full"
     return f"{preempted} preemptions, {failed} failed requests, KV cache {share}"
 
 
-def _fullest(levels: Collection[dict]) -> float | None:
+def _fullest(levels: Collection[Summary]) -> float | None:
     """The fullest that the KV cache was in any of the levels, in %; None where it was not sampled."""
-    known = [share for level in levels if (share := level.get("kv_cache_usage_max")) is not None]
+    known = [share for level in levels if (share := level.kv_cache_usage_max) is not None]
     return 100 * max(known) if known else None
 
 
@@ -211,7 +328,9 @@ def _not_measured(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     )
 
 
-RECOMMENDATIONS = {
+JUDGES = {
+    "ratio": judge_values,
+    "fp8": judge_values,
     "memory risk": _memory_risk,
     "not measured": _not_measured,
     "service line": _judge_with(_one_level, _service_line),

@@ -1,8 +1,55 @@
-"""The published claims, and the levels that they rest on."""
+"""What a verdict is, and the rules by which every judge comes to one.
 
+`reproduced`                the measured value is what was claimed, with its whole interval within the tolerance
+`reproduced, other cause`   it is, but the stated cause does not hold
+`not reproduced`            it is not: its interval lies outside the tolerance
+`undecided`                 measured, and its interval or its length allows both answers
+`invalid run`               a level that the claim rests on was not measured properly
+`not run`                   nothing was measured: a level is missing, the GPU was emulated or not the card that the profile
+                            names, or this kit has no measurement of it; the reason says what it needs
+
+Whether the stated cause holds is asked apart from the value, and told whatever the value is: "no (the offered load)" when
+the same step in load brings most of the effect without FP8, "no (the API server)" when that, and not the card, was the
+limit, "undecided" when the interval allows both; empty where a test of it found nothing against it, and where this kit has
+none.
+
+Judged is the (geometric) mean of all valid seeds that were measured as published: a single seed can be an odd one, and
+which one comes first is chance. Each seed's value is told beside it. With a single one the value alone is judged.
+"""
+
+import math
 import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..paths import DATA
+from ..results.evidence import Evidence
+from ..results.run_folder import unmeasured
+from ..ui.text import four_digits
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, judged. `published` (None: the claim has no number), `measured` and `interval` (95 %, over the seeds) are
+    in `unit`; `cause` says
+    whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are the level ids it rests
+    on, `limits` what limited each."""
+
+    id: str
+    title: str
+    protocol: str
+    unit: str
+    published: float | None
+    measured: float | None
+    interval: tuple[float, float] | None
+    published_parts: dict[str, float]
+    measured_parts: dict[str, float | None]
+    verdict: str
+    cause: str
+    reason: str
+    levels: list[str]
+    limits: dict[str, str]
+    emulated: bool
 
 
 def published() -> dict:
@@ -18,3 +65,78 @@ def claim_of(id: str) -> dict:
 def level_id(variant: str, rate: float, repeat: int = 1) -> str:
     """The id of a level, as claims and figures refer to it."""
     return f"{variant}-{rate:g}rps-r{repeat}"
+
+
+def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:
+    """(verdict, reason) when `levels` cannot carry a verdict: one is missing, was not measured properly, or (with
+    `records`) lacks its records."""
+    missing = [level for level in levels if level not in seen.summaries]
+    if missing:
+        return "not run", f"the run holds no level {', '.join(missing)}"
+    invalid = [f"{level}: {s.invalid_reason}" for level in levels if not (s := seen.summaries[level]).valid]
+    if not invalid and records:
+        invalid = [f"{level}: its records are missing" for level in levels if seen.level(level) is None]
+    return ("invalid run", "; ".join(invalid)) if invalid else None
+
+
+def without_gpu(seen: Evidence) -> str | None:
+    """Why a run can carry no verdict at all; None when it can."""
+    why = unmeasured(seen.run)
+    return f"{why}, so no verdict" if why else None
+
+
+def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
+    """A Verdict with what every claim has in common filled in."""
+    value = claim.get("fp8", {}).get("value")
+    common = {
+        "id": claim["id"], "title": claim["title"], "unit": claim.get("unit", ""), "published": value, "measured": None,
+        "interval": None, "cause": "", "published_parts": {} if value is None else {"fp8": value}, "measured_parts": {},
+        "emulated": seen.run.emulated,
+        "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
+    }  # fmt: skip
+    return Verdict(**common | found)
+
+
+def left_out(seen: Evidence, levels: Iterable[tuple[str, float]]) -> str:
+    """The invalid seeds at these (variant, rate), as text: nothing rests on them."""
+    held = [seen.levels((variant,), rate, valid=False) for variant, rate in levels]
+    found = [level_id for levels in held for level_id, s in levels.items() if not s.valid]
+    return f"left out as INVALID: {', '.join(found)}" if found else ""
+
+
+def by_interval(claim: dict, published: float, value: float, low: float, high: float) -> tuple[str, str]:
+    """(verdict, the same in words) of a value with its interval from `low` to `high` (nan: none, the value alone is judged):
+    the one rule for every claim that has an interval. Outside what the claim's direction and tolerance allow it is `not
+    reproduced`, within `reproduced`, across an edge `undecided`."""
+    how_near, tolerance = near(value, published), f"the tolerance of {claim['tolerance']:.0%}"
+    below, above = (value / published - 1,) * 2 if math.isnan(low) else (low / published - 1, high / published - 1)
+    lowest, highest = allowed(claim)
+    if above < lowest or below > highest:
+        return "not reproduced", f"{how_near}, outside {tolerance}"
+    if below < lowest or above > highest:
+        return "undecided", f"{how_near}; its interval lies across an edge of {tolerance} and allows both answers"
+    return "reproduced", how_near
+
+
+def near(value: float, published: float) -> str:
+    change = value / published - 1
+    return f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
+
+
+def allowed(claim: dict) -> tuple[float, float]:
+    """The relative changes from the published value, lowest and highest, that the claim allows."""
+    low = -math.inf if claim["direction"] == "at most" else -claim["tolerance"]
+    high = math.inf if claim["direction"] == "at least" else claim["tolerance"]
+    return low, high
+
+
+def show_interval(v: Verdict) -> str:
+    """A verdict's 95 % interval as a table shows it; "–" without one."""
+    return " to ".join(show_value(end, "x" if v.unit == "x" else "") for end in v.interval) if v.interval else "–"
+
+
+def show_value(value: float | None, unit: str) -> str:
+    """A value with its unit, as a table shows it."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" if unit == "x" else f"{four_digits(value)} {unit}".rstrip()

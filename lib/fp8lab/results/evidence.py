@@ -1,32 +1,26 @@
-"""What the report asks of a run, level by level: values by seed, what limited it, how far it was from the card's limit."""
+"""A run's levels, read once: as a table, by seed, what limited each, how far it was from the card's limits."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config.dimensions import fp8_kv, fp8_weights
-from ..config.flags import flag_of
-from ..config.profile import Level
 from ..metrics.bottleneck import Limit, keeps_up, what_limited
-from ..metrics.performance import window_of
-from ..metrics.resources import Clock, clock, meters_apart
+from ..metrics.resources import Clock, clock
 from ..metrics.roofline import Roofline, roofline
 from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
-from ..metrics.statistics import Cells, Noise, Ratio, Seeds, contrast, pooled_noise
+from ..metrics.statistics import ABLATION, Cells, Noise, Ratio, Seeds, contrast, pooled_noise
+from ..metrics.summary import MeasuredLevel, Summary
 from .level import LevelResult
 from .run_folder import Run, other_card
 
-JOULES = ("joules_per_output_token", "joules_per_request")
+if TYPE_CHECKING:
+    import pandas as pd
 
-# How a front end is told in a variant's name: "fp8-rust" is "fp8" behind vLLM's Rust front end. The last one also
-# relieves the engine process, the next in line.
-FRONT_ENDS = {
-    "": "one Python process",
-    "-api4": "four Python processes",
-    "-rust": "Rust",
-    "-rust-graphs": "Rust, larger CUDA graphs",
-}
+JOULES = ("joules_per_output_token", "joules_per_request")
 
 
 class Evidence:
@@ -34,27 +28,26 @@ class Evidence:
 
     def __init__(self, run: Run):
         self.run = run
-        self.summaries: Mapping[str, dict] = run.summaries()
+        self.summaries: Mapping[str, Summary] = run.summaries()
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - an Evidence lives as long as its run is shown
     def level(self, level_id: str) -> LevelResult | None:
         """The level with its tables; None when the run holds no records of it."""
         if not (self.run.path / "levels" / level_id / "records.parquet").exists():
             return None
-        asked = self.summaries[level_id]["level"]
-        return self.run.read(Level(**{key: asked[key] for key in ("variant", "rate", "requests", "repeat")}))
+        return self.run.read(self.summaries[level_id].level.asked)
 
     def limit(self, level_id: str) -> Limit:
         """What limited a level."""
         level = self.level(level_id)
         if level is None:
             return Limit("unknown", "the run holds no records of it")
-        # On an emulated card neither the GPU nor the front end is what it seems; only the client is real.
+        # On an emulated card neither the GPU nor the API server is what it seems; only the client is real.
         found = what_limited(
             level.summary, level.records, level.telemetry, self.roofline(level_id), self._power_limit_w
         )
         if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
-            return Limit("emulated card", f"EMULATED: the model of the card and of its front end; {found.evidence}")
+            return Limit("emulated card", f"EMULATED: the model of the card and of its API server; {found.evidence}")
         return found
 
     @property
@@ -67,7 +60,7 @@ class Evidence:
         level = self.level(level_id)
         if level is None or level.telemetry is None:
             return None
-        return clock(level.telemetry, window_of(level.summary), self._power_limit_w)
+        return clock(level.telemetry, level.summary.window, self._power_limit_w)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def roofline(self, level_id: str) -> Roofline | None:
@@ -75,88 +68,83 @@ class Evidence:
         profile, level = self.run.profile, self.level(level_id)
         if level is None or profile.gpu is None or level.telemetry is None or other_card(self.run):
             return None
-        shape = profile.shape(level.level.variant)
-        if shape is None:
-            return None
-        server = level.summary["server"]
-        if not (level.summary["completed"] and server["kv_cache_tokens"]):
+        shape, s = profile.shape(level.level.variant), level.summary
+        if shape is None or not (s.completed and s.kv_cache_tokens):
             return None
         return roofline(
-            level.telemetry, window_of(level.summary), shape, profile.gpu,
-            fp8_weights=fp8_weights(server["command"], shape), fp8_kv=fp8_kv(server["command"], shape),
-            kv_cache_tokens=server["kv_cache_tokens"],
+            level.telemetry, s.window, shape, profile.gpu, fp8_weights=fp8_weights(s.command, shape),
+            fp8_kv=fp8_kv(s.command, shape), kv_cache_tokens=s.kv_cache_tokens,
         )  # fmt: skip
 
     def kv_tokens_a_request(self) -> float | None:
         """KV tokens that a running request held, over all samples of all levels; None when none was sampled."""
         held = running = 0.0
-        for level_id in self.summaries:
+        for level_id, s in self.summaries.items():
             level = self.level(level_id)
-            tokens = level and level.summary["server"]["kv_cache_tokens"]
-            if tokens and level.telemetry is not None:
+            if level and level.telemetry is not None and s.kv_cache_tokens:
                 known = level.telemetry[["running", "kv_cache_usage"]].dropna()
-                held += known["kv_cache_usage"].sum() * tokens
+                held += known["kv_cache_usage"].sum() * s.kv_cache_tokens
                 running += known["running"].sum()
         return held / running if running else None
 
-    def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, dict]:
+    def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, Summary]:
         """The summaries of these variants' levels at `rate` (None: at any), by level id; with `valid` only of those
         that count."""
         return {
             level_id: s
             for level_id, s in self.summaries.items()
-            if s["level"]["variant"] in variants
-            and (rate is None or float(s["level"]["rate"]) == rate)
-            and (s["valid"] or not valid)
+            if s.level.variant in variants and (rate is None or s.level.rate == rate) and (s.valid or not valid)
         }
 
     def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
         """A metric of every valid repeat of a level, by repeat."""
         held = self.levels((variant,), rate).values()
-        return {s["level"]["repeat"]: s[metric] for s in held if s.get(metric)}
+        return {s.level.repeat: value for s in held if (value := getattr(s, metric))}
 
-    def cells(self, variants, rate: float, metric: str) -> Cells:
+    def cells(self, variants: Collection[str], rate: float, metric: str) -> Cells:
         """The same for several variants; those without a level are left out."""
         found = {variant: self.seeds(variant, rate, metric) for variant in variants}
         return {variant: values for variant, values in found.items() if values}
 
-    def parts(self, variants, rate: float) -> str:
+    def parts(self, variants: Collection[str], rate: float) -> str:
         """In which parts of the run these variants were measured at `rate`: "1", "1, 4"; empty for a run in one part."""
         if not self.run.manifest.get("continued"):
             return ""
         # Of a level in which nothing completed no value is compared.
-        held = [s for s in self.levels(variants, rate).values() if s["completed"] and "part" in s]
-        return ", ".join(map(str, sorted({s["part"] for s in held})))
+        held = {s.part for s in self.levels(variants, rate).values() if s.completed and s.part is not None}
+        return ", ".join(map(str, sorted(held)))
 
-    def starts(self, variants, rate: float) -> int:
+    def starts(self, variants: Collection[str], rate: float) -> int:
         """The fewest server starts over which the valid repeats of one of `variants` at `rate` are spread."""
-        return min(len({self._start(level_id) for level_id in self.levels((variant,), rate)}) for variant in variants)
+        return min(len({s.start for s in self.levels((variant,), rate).values()}) for variant in variants)
 
     def share_a_start(self, level_ids: Collection[str]) -> bool:
         """Whether some of these levels were measured on one server start."""
-        held = [self._start(level_id) for level_id in level_ids if level_id in self.summaries]
+        held = [self.summaries[level_id].start for level_id in level_ids if level_id in self.summaries]
         return len(set(held)) < len(held)
-
-    def _start(self, level_id: str) -> str:
-        """What tells the server start that a level was measured on: its served name, which no other start has."""
-        return flag_of(self.summaries[level_id].get("server", {}).get("command", ()), "--served-model-name")
 
     def rates(self, *variants: str) -> list[float]:
         """The rates at which each of `variants` has a valid level, ascending."""
-        sets = [{float(s["level"]["rate"]) for s in self.levels((v,)).values()} for v in variants]
-        return sorted(set.intersection(*sets))
+        return sorted(set.intersection(*({s.level.rate for s in self.levels((v,)).values()} for v in variants)))
 
     def variants(self) -> list[str]:
         """The variants that the run holds levels of, in the profile's order."""
-        held = {s["level"]["variant"] for s in self.summaries.values()}
+        held = {s.level.variant for s in self.summaries.values()}
         return [variant for variant in self.run.profile.variants if variant in held]
 
+    def setups(self, *bases: str) -> dict[str, dict[str, str]]:
+        """Setups (`Profile.setup`) that the run holds all of `bases` in, in the profile's order: by setup the variant of each
+        base. Variants of one setup differ in their bases alone."""
+        profile, found = self.run.profile, {}
+        for variant in self.variants():
+            if profile.base(variant) in bases:
+                found.setdefault(profile.setup(variant), {}).setdefault(profile.base(variant), variant)
+        return {setup: variants for setup, variants in found.items() if set(variants) == set(bases)}
+
     def pairs(self) -> Iterator[tuple[str, str, str]]:
-        """(BF16 variant, FP8 variant, their suffix in `FRONT_ENDS`) for each front end that the run holds both behind."""
-        held = set(self.variants())
-        for suffix in FRONT_ENDS:
-            if {f"bf16{suffix}", f"fp8{suffix}"} <= held:
-                yield f"bf16{suffix}", f"fp8{suffix}", suffix
+        """(BF16 variant, FP8 variant, their setup) for each setup that the run holds both in."""
+        for setup, variants in self.setups("bf16", "fp8").items():
+            yield variants["bf16"], variants["fp8"], setup
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def saturated(self, *variants: str, rate: float) -> bool:
@@ -195,8 +183,7 @@ class Evidence:
         Two meters measure a level's joules: the interval is no tighter than they are apart.
         """
         noise = self.noise(metric, saturated=self.saturated(*weights, rate=rate), burst=math.isinf(rate))
-        cells = {variant: self.seeds(variant, rate, metric) for variant in weights}
-        found = contrast(cells, weights, noise)
+        found = contrast({variant: self.seeds(variant, rate, metric) for variant in weights}, weights, noise)
         if found is None:
             return None
         found = found.over(self.starts(weights, rate))
@@ -206,9 +193,90 @@ class Evidence:
         """How far the two energy meters are apart in a contrast, as a logarithm; 0 where one of them is missing."""
         apart = 0.0
         for variant, weight in weights.items():
-            known = [one for s in self.levels((variant,), rate).values() if (one := meters_apart(s)) is not None]
+            known = [one for s in self.levels((variant,), rate).values() if (one := s.meters_apart) is not None]
             apart += weight * fmean(known) if known else 0.0
         return abs(apart)
+
+    def attainment(self, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
+        """What every valid level of a variant that was offered a rate says of an objective, with its rate, ascending."""
+        held = self.levels((variant,)).items()
+        return sorted(
+            (s.level.rate, attains(level.records, slo))
+            for level_id, s in held
+            if math.isfinite(s.level.rate) and (level := self.level(level_id))
+        )
+
+    def slo_limit(self, variant: str, slo: SLO) -> Bracket:
+        """The rates between which a variant's SLO limit lies, by all its levels."""
+        return bracket((rate, found.bound) for rate, found in self.attainment(variant, slo))
+
+    def equal_load(self, metric: str) -> list["Compared"]:
+        """FP8 over BF16 for every setup and rate that both were measured in."""
+        return [
+            Compared(setup, rate, "", {"bf16": bf16, "fp8": fp8}, one)
+            for bf16, fp8, setup in self.pairs()
+            for rate in self.rates(bf16, fp8)
+            if (one := self.compare(fp8, bf16, rate, metric))
+        ]
+
+    def ablation(self, metric: str) -> list["Compared"]:
+        """The effects of FP8's halves (`ABLATION`) for every setup and rate that all four variants were measured in."""
+        return [
+            Compared(setup, rate, effect, variants, one)
+            for setup, variants in self.setups(*ABLATION["interaction"]).items()
+            for rate in self.rates(*variants.values())
+            for effect, weights in ABLATION.items()
+            if (one := self.contrast({variants[base]: w for base, w in weights.items()}, rate, metric))
+        ]
+
+    def kv_room(self) -> list[tuple[str, int, float, float, float | None]]:
+        """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
+        each, rows = self.kv_tokens_a_request(), []
+        for variant in self.variants() if each else ():
+            held = list(self.levels((variant,), valid=False).values())
+            tokens = held[0].kv_cache_tokens
+            most = max((s.running_max for s in held if s.running_max is not None), default=None)
+            fullest = max((s.kv_cache_usage_max for s in held if s.kv_cache_usage_max is not None), default=None)
+            if tokens and most is not None:
+                rows.append((variant, tokens, tokens / each, most, fullest))
+        return rows
+
+    @functools.cached_property
+    def frame(self) -> "pd.DataFrame":
+        """One row a level, by level id: the fields of `Summary`, its level and its server, the variant's base and setup."""
+        import pandas as pd
+
+        profile, rows = self.run.profile, {}
+        for level_id, s in self.summaries.items():
+            server = dataclasses.asdict(s.server) if s.server else {}
+            base, setup = profile.base(s.level.variant), profile.setup(s.level.variant)
+            derived = {"base": base, "setup": setup, "frontend_us_per_token": s.frontend_us_per_token}
+            rows[level_id] = (
+                {"level_id": level_id} | server | dataclasses.asdict(s) | dataclasses.asdict(s.level) | derived
+            )
+        columns = [f.name for kind in (MeasuredLevel, Summary) for f in dataclasses.fields(kind)]
+        frame = pd.DataFrame.from_dict(rows, orient="index") if rows else pd.DataFrame(columns=["level_id", *columns])
+        return frame.drop(columns=["level", "server"], errors="ignore")
+
+
+class Compared(NamedTuple):
+    """A ratio of variants of one setup at one rate. `effect` names it ("": FP8 over BF16); `variants` are by base."""
+
+    setup: str
+    rate: float
+    effect: str
+    variants: Mapping[str, str]
+    ratio: Ratio
+
+
+def levels(run: Run) -> "pd.DataFrame":
+    """The run's levels as a DataFrame, one row a level, by level id. Columns: the fields of `metrics.summary.Summary` (which
+    gives units and definitions), of its level and of its server; the variant's `base` and `setup`; `limited_by`, what limited
+    the level; `roofline_memory` and `roofline_compute`, the share of the card's bandwidth and matrix peak that it needed."""
+    seen = evidence(run)
+    near = {level_id: seen.roofline(level_id) for level_id in seen.summaries}
+    shares = {f"roofline_{name}": [getattr(one, name, None) for one in near.values()] for name in ("memory", "compute")}
+    return seen.frame.assign(limited_by=[seen.limit(level_id).cause for level_id in near], **shares)
 
 
 def evidence(run: Run) -> Evidence:
@@ -225,18 +293,3 @@ def _evidence(_path, _stamps: tuple, run: Run) -> Evidence:
 def rate_name(rate: float) -> str:
     """A rate as text: "50 req/s", "all at once"."""
     return "all at once" if math.isinf(rate) else f"{rate:g} req/s"
-
-
-def attainment(seen: Evidence, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
-    """What every valid level of a variant that was offered a rate says of an objective, with its rate, ascending."""
-    tried = []
-    for level_id, s in seen.levels((variant,)).items():
-        rate = float(s["level"]["rate"])
-        if math.isfinite(rate) and (level := seen.level(level_id)):
-            tried.append((rate, attains(level.records, slo)))
-    return sorted(tried)
-
-
-def limit(seen: Evidence, variant: str, slo: SLO) -> Bracket:
-    """The rates between which a variant's limit lies, by all its levels."""
-    return bracket((rate, found.bound) for rate, found in attainment(seen, variant, slo))

@@ -1,12 +1,12 @@
 """What a level came to, as it is stored and shown."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ..config.profile import Level
+from ..metrics.summary import Summary
 from ..ui.table import Table
 
 
@@ -15,33 +15,34 @@ class LevelResult:
     """A measured level: its summary and records. Shown as a table in a notebook."""
 
     level: Level
-    summary: Mapping
+    summary: Summary
     records: pd.DataFrame
     tokens: pd.DataFrame | None
     telemetry: pd.DataFrame | None = None
 
     @property
     def valid(self) -> bool:
-        return self.summary["valid"]
+        return self.summary.valid
 
     def _table(self) -> Table:
         s = self.summary
 
         def show(key, digits=0, unit=""):
-            return "–" if s.get(key) is None else f"{s[key]:,.{digits}f}{unit}"
+            value = getattr(s, key)
+            return "–" if value is None else f"{value:,.{digits}f}{unit}"
 
         rows = [
-            ("completed", f"{s['completed']:,} of {s['requests']:,}"),
+            ("completed", f"{s.completed:,} of {s.requests:,}"),
             ("request throughput", show("request_throughput", 2, " req/s")),
             ("output throughput, whole run", show("output_token_throughput", 0, " tok/s")),
             ("output throughput, steady state", show("steady_output_token_throughput", 0, " tok/s")),
             ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
             ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', 0, ' ms')}"),
             ("TPOT mean / p99", f"{show('mean_tpot_ms', 1)} / {show('p99_tpot_ms', 1, ' ms')}"),
-            ("the measurement is", "VALID" if self.valid else f"INVALID: {s['invalid_reason']}"),
+            ("the measurement is", "VALID" if self.valid else f"INVALID: {s.invalid_reason}"),
         ]
         rate = "all at once" if math.isinf(self.level.rate) else f"{self.level.rate:g} req/s"
-        emulated = " (EMULATED GPU)" if s.get("emulated") else ""
+        emulated = " (EMULATED GPU)" if s.emulated else ""
         return Table(f"{self.level.variant} at {rate}{emulated}", ("", "value"), rows)
 
     def __repr__(self) -> str:

@@ -24,10 +24,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config.profile import Level, Profile, from_dict, load_profile
+from ..config.profile import Level, Profile
+from ..config.profile_file import from_dict, load_profile
 from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
-from ..metrics.performance import steady_window, stored_window
+from ..metrics.performance import steady_window
+from ..metrics.summary import Summary
 from ..paths import DATA, RUNS, repository_relative, writing
 from ..system.locks import Lock
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
@@ -35,8 +37,6 @@ from .level import LevelResult
 from .provenance import collect, digest
 
 SCHEMA = 1
-_SUMMARY_KEYS = ("level", "requests", "completed", "valid")
-_LEVEL_KEYS = {"variant", "rate", "requests", "repeat"}
 _LEVEL_ID = re.compile(r"(.+?)-([\d.e+-]+|inf)rps-r(\d+)")
 # The columns of its tables; see `load.records.to_tables`.
 _RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
@@ -62,6 +62,11 @@ class Run:
     def emulated(self) -> bool:
         return self.profile.emulated
 
+    def check_writable(self) -> None:
+        """Raises BadInput for a recorded run."""
+        if self.read_only:
+            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+
     def log_path(self, variant: str) -> Path:
         """Where the next server of `variant` logs; logs of earlier starts are kept."""
         names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
@@ -85,11 +90,11 @@ class Run:
         with a `trace`, by what they are; RunDamaged when its summary cannot be read."""
         if not (self._folder(level.id) / "summary.json").is_file():
             return False
-        held = self._summary(level.id)["level"]
-        differs = f"{held['requests']} requests, not {level.requests}" if held["requests"] != level.requests else ""
+        held = self._summary(level.id).level
+        differs = f"{held.requests} requests, not {level.requests}" if held.requests != level.requests else ""
         if trace:
             # A run from before digests were stored knows its trace by name alone.
-            name, digest = held.get("trace", trace.name), held.get("trace_digest", trace.digest)
+            name, digest = held.trace or trace.name, held.trace_digest or trace.digest
             if (name, digest) != (trace.name, trace.digest):
                 differs = f"the requests of {name} (digest {digest}), not those of {trace.name} (digest {trace.digest})"
         if differs:
@@ -99,7 +104,7 @@ class Run:
             )
         return True
 
-    def summaries(self) -> dict[str, dict]:
+    def summaries(self) -> dict[str, Summary]:
         """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat.
 
         Raises RunDamaged when one cannot be read.
@@ -107,10 +112,10 @@ class Run:
         variants = list(self.profile.variants)
         found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
 
-        def place(item: tuple[str, dict]):
-            level = item[1]["level"]
-            known = level["variant"] in variants
-            return (variants.index(level["variant"]) if known else len(variants), float(level["rate"]), level["repeat"])
+        def place(item: tuple[str, Summary]):
+            level = item[1].level
+            known = level.variant in variants
+            return (variants.index(level.variant) if known else len(variants), level.rate, level.repeat)
 
         return dict(sorted(found.items(), key=place))
 
@@ -124,24 +129,21 @@ class Run:
         }
         return held.get(level_id) or (numbered[max(numbered)] if numbered else None)
 
-    def level(self, level_id: str, planned: Iterable[Level] = ()) -> tuple[Level, Mapping]:
-        """What a `stored` level is, and what its summary says of that, its trace included. When the summary is damaged the
-        second is empty, and the first told by the level's name and its number of requests: that of `planned`, or that of
-        its records. Raises RunDamaged when these are damaged too."""
+    def level(self, level_id: str, planned: Iterable[Level] = ()) -> Level:
+        """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; when that is damaged, told
+        by the level's name and its number of requests: that of `planned`, or that of its records. Raises RunDamaged when
+        these are damaged too."""
         folder = self.stored(level_id)
-        with contextlib.suppress(RunDamaged, TypeError, ValueError):
-            told = read_json(folder / "summary.json", "", _SUMMARY_KEYS)["level"]
-            keys = [*_LEVEL_KEYS, "cross_check", "start"]
-            level = Level(**{key: told[key] for key in keys if key in told})
-            if level.id == level_id and isinstance(level.requests, int):
-                return level, told
+        with contextlib.suppress(RunDamaged):
+            if (held := self._read_summary(folder, "").level).id == level_id:
+                return held
         for level in planned:
             if level.id == level_id:
-                return level, {}
+                return level
         with contextlib.suppress(RunDamaged, AttributeError, ValueError):
             variant, rate, repeat = _LEVEL_ID.fullmatch(level_id).groups()
             requests = len(read_parquet(folder / "records.parquet", "", _RECORDS))
-            return Level(variant=variant, rate=float(rate), requests=requests, repeat=int(repeat)), {}
+            return Level(variant=variant, rate=float(rate), requests=requests, repeat=int(repeat))
         raise RunDamaged(
             f"{folder}: its summary cannot be read, nor can its records, and no protocol of the profile names it: how many "
             f"requests it had is not known; to measure it again, move it away and call load_test"
@@ -154,9 +156,9 @@ class Run:
             raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
         folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
         records = read_parquet(folder / "records.parquet", remedy, _RECORDS, most_rows=level.requests)
-        if len(records) != summary["requests"]:
+        if len(records) != summary.requests:
             raise RunDamaged(
-                f"{folder / 'records.parquet'} holds {len(records)} requests, its summary {summary['requests']}; {remedy}"
+                f"{folder / 'records.parquet'} holds {len(records)} requests, its summary {summary.requests}; {remedy}"
             )
         try:
             chunks = int(records["chunks"].sum())
@@ -165,15 +167,16 @@ class Run:
         at = {name: folder / f"{name}.parquet" for name in ("tokens", "telemetry")}
         tokens = read_parquet(at["tokens"], remedy, _TOKENS, most_rows=chunks) if at["tokens"].exists() else None
         telemetry = read_parquet(at["telemetry"], remedy, most_rows=_MOST_SAMPLES) if at["telemetry"].exists() else None
-        if "steady_begin_s" not in summary:  # a run from before it was stored
-            summary |= stored_window(steady_window(records, tokens, telemetry))
+        if summary.steady_begin_s is None:  # nothing completed, or a run from before it was stored
+            begin, end = steady_window(records, tokens, telemetry)
+            if end > begin:
+                summary = dataclasses.replace(summary, steady_begin_s=begin, steady_end_s=end)
         return LevelResult(level, summary, records, tokens, telemetry)
 
     def write(self, result: LevelResult) -> None:
         """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
         it replaces is set aside. Raises NotWritten, with the folder as it was, when the disk is full."""
-        if self.read_only:
-            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        self.check_writable()
         with self.locked():
             part = self._note_place()
             folder, unfinished = self._folder(result.level.id), self.path / "unfinished"
@@ -184,7 +187,7 @@ class Run:
                     scratch.mkdir(parents=True)
                     folder.parent.mkdir(exist_ok=True)
                 write_tables(scratch, records=result.records, tokens=result.tokens, telemetry=result.telemetry)
-                write_json(scratch / "summary.json", dict(result.summary) | {"part": part})
+                write_json(scratch / "summary.json", dataclasses.replace(result.summary, part=part))
                 with writing(folder):
                     sync(scratch)
                     if folder.exists():
@@ -197,8 +200,7 @@ class Run:
     def set_aside(self, level_id: str) -> Path:
         """Moves a level, whole or damaged, into `set-aside/` and returns where to: it will be measured again."""
         folder = self._folder(level_id)
-        if self.read_only:
-            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        self.check_writable()
         if not folder.is_dir():
             held = ", ".join(sorted(path.name for path in self.path.glob("levels/*"))) or "none"
             raise BadInput(f"run {self.path.name} holds no level {level_id!r} to set aside (it holds: {held})")
@@ -219,8 +221,7 @@ class Run:
 
     def write_part(self, folder: str, name: str, summary: Mapping, **tables: pd.DataFrame | None) -> None:
         """Stores `tables` as <folder>/<table>.parquet and then, atomically, `summary` as <folder>/<name>.json."""
-        if self.read_only:
-            raise BadInput(f"run {self.path.name} is a recorded run and read-only")
+        self.check_writable()
         with self.locked():
             self._note_place()
             with writing(self.path / folder):
@@ -246,9 +247,8 @@ class Run:
         differing = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
         # A run may take in more levels and variants; what a level is must not change.
         shared = mine["variants"].keys() & other["variants"].keys()
-        for key in ("variants", "variant_env"):
-            if all(mine[key].get(variant) == other[key].get(variant) for variant in shared):
-                differing.discard(key)
+        if all(mine["variants"][variant] == other["variants"][variant] for variant in shared):
+            differing.discard("variants")
         if differing := sorted(differing - {"protocols", "title"}):
             raise RunMismatch(
                 f"run folder {self.path} was made with profile {mine['name']!r}, not with this {profile.name!r} "
@@ -259,11 +259,7 @@ class Run:
         """Goes on with `profile`, which may name other protocols than when the run was made. A variant that it no longer
         names stays as it was: its levels may be here."""
         self.check_profile(profile)
-        profile = dataclasses.replace(
-            profile,
-            variants={**self.profile.variants, **profile.variants},
-            variant_env={**self.profile.variant_env, **profile.variant_env},
-        )
+        profile = dataclasses.replace(profile, variants={**self.profile.variants, **profile.variants})
         if not self.read_only and profile != self.profile:
             with self.locked():
                 self.manifest["profile"] = plain(profile.as_dict())
@@ -286,10 +282,17 @@ class Run:
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
 
-    def _summary(self, level_id: str) -> dict:
-        summary = read_json(self._folder(level_id) / "summary.json", self._again(level_id), _SUMMARY_KEYS)
-        if not isinstance(summary["level"], dict) or not summary["level"].keys() >= _LEVEL_KEYS:
-            raise RunDamaged(f"{self._folder(level_id) / 'summary.json'} names no level; {self._again(level_id)}")
+    def _summary(self, level_id: str) -> Summary:
+        return self._read_summary(self._folder(level_id), self._again(level_id))
+
+    def _read_summary(self, folder: Path, remedy: str) -> Summary:
+        values = read_json(folder / "summary.json", remedy, ("level", "requests", "completed", "failed", "valid"))
+        try:
+            summary = Summary.read(values)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RunDamaged(f"{folder / 'summary.json'} cannot be used ({error}); {remedy}") from None
+        if summary.level is None:
+            raise RunDamaged(f"{folder / 'summary.json'} names no level; {remedy}")
         return summary
 
     def _again(self, level_id: str) -> str:

@@ -31,7 +31,7 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     sets. Emulated, it is the GPU's command plus one executor flag.
 
     A server of one start has a `served_name` of its own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
-    flags = joined(profile.server.flags, profile.variant_flags(variant))
+    flags = joined(profile.server.flags, profile.variant(variant).flags)
     model = served_model(profile, variant)
     load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
@@ -43,7 +43,7 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     """The variables that the server needs beyond this process's own; no secret among them."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **profile.server.env}
-    environment |= profile.variant_env.get(variant, {})
+    environment |= profile.variant(variant).env
     if profile.model.weights != "checkpoint":
         environment["HF_HUB_OFFLINE"] = "1"
     if profile.device == "cuda":

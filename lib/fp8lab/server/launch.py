@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from ..config.profile import Profile, check_device, check_environment
+from ..config.profile import Profile
+from ..config.profile_file import check_device, check_environment
 from ..config.secrets import secrets_of
 from ..errors import InUse, ServerFailed, Stopped
+from ..metrics.summary import ServerInfo
 from ..paths import cache_dir, portable, writing
 from ..system import gpu
 from ..system.locks import Lock
@@ -36,30 +37,6 @@ _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
 # A busy front end answers late; one that is silent for so long hangs.
 _HANG_S = 60.0
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerInfo:
-    """What a start came to: the exact command, what vLLM reports of memory, and the seconds it took. `gpu_doubt` says
-    why it is not certain that the server had the GPU for itself; empty when it is, or without a GPU."""
-
-    variant: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    startup_s: float
-    kv_cache_tokens: int | None
-    model_memory_gib: float | None
-    emulated: bool
-    gpu_doubt: str = ""
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table: what the start came to."""
-        return [
-            ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
-            ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
-            ("start-up", f"{self.startup_s:.0f} s"),
-            *([("alone on the GPU", f"not certain: {self.gpu_doubt}")] if self.gpu_doubt else []),
-        ]
 
 
 class Server:
@@ -250,14 +227,14 @@ class Server:
         self._heard_at = time.monotonic()
         said = log.reported(self.log())
         self.info = ServerInfo(
-            self.variant,
-            tuple(portable(argument) for argument in command),
-            extra,
-            seconds,
-            said.kv_cache_tokens,
-            said.model_memory_gib,
-            self.profile.emulated,
-            doubt,
+            variant=self.variant,
+            command=tuple(portable(argument) for argument in command),
+            environment=extra,
+            startup_s=seconds,
+            kv_cache_tokens=said.kv_cache_tokens,
+            model_memory_gib=said.model_memory_gib,
+            emulated=self.profile.emulated,
+            gpu_doubt=doubt,
         )
 
     def _take_stock_of_gpu(self) -> str:
@@ -298,7 +275,7 @@ def start_server(
     Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when
     the start fails, Stopped when it is interrupted.
     """
-    profile.variant_flags(variant)
+    profile.variant(variant)
     check_device(profile)
     check_environment(profile)
     if port is not None:

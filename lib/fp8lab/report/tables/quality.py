@@ -1,17 +1,15 @@
-"""Quality in tables and figures: the variants' answers beside the reference's, and beside the published result."""
+"""Quality in tables: the variants' answers beside the reference's, and beside the published result."""
 
 import statistics
 from pathlib import Path
 
-from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
-from ..metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
-from ..results.run_folder import Run, other_card, unmeasured
-from ..ui.table import Table
-from . import quality_figures
-from .caption import card_note
-from .claims import by_interval
-from .show import Shown, _show
-from .verdict import claim_of
+from ...experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
+from ...metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
+from ...results.run_folder import Run
+from ...ui.table import Table
+from ..caption import card_note
+from ..judges import kept_of
+from ..verdict import claim_of
 
 # The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
 PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
@@ -82,30 +80,15 @@ def published_table(run: Run) -> Table:
     rows = [("published", PUBLISHED, f"{claim_of('Q1')['fp8']['value']} % of the benchmark average", PUBLISHED_SOURCE)]
     for name, one in held.items():
         if name not in (reference, reference + AGAIN):
-            kept = f"{_kept(one).value:.2%} [{_kept(one).low:.2%}, {_kept(one).high:.2%}] of the perplexity"
+            kept = f"{kept_of(one).value:.2%} [{kept_of(one).low:.2%}, {kept_of(one).high:.2%}] of the perplexity"
             rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
     return Table(f"{card_note(run)}How much is kept; the rows measure different things on different models",
                  ("", "model and measure", "kept", "source"), rows)  # fmt: skip
 
 
-def divergence_figure(run: Run) -> Shown:
-    """How far each variant moves the next token's distribution, position by position."""
-    return _show(run, quality_figures.divergence(run))
-
-
-def parting_figure(run: Run) -> Shown:
-    """For how many tokens greedy answers stay the reference's."""
-    return _show(run, quality_figures.parting(run))
-
-
-def formats_figure(run: Run, folder: Path) -> Shown:
-    """E4M3 and E5M2: rounding error by magnitude, and what an outlier costs."""
-    return _show(run, quality_figures.rounding(run, folder))
-
-
 def formats_table() -> Table:
     """The values that each format has."""
-    from ..metrics import number_formats
+    from ...metrics import number_formats
 
     rows = []
     for name in number_formats.FORMATS:
@@ -120,8 +103,8 @@ def formats_table() -> Table:
 
 def weights_table(folder: Path) -> Table:
     """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
-    from ..metrics import number_formats
-    from ..models.tensors import matrices
+    from ...metrics import number_formats
+    from ...models.tensors import matrices
 
     found: dict[str, list[tuple]] = {}
     for kind, _, stored in matrices(folder):
@@ -141,8 +124,8 @@ def weights_table(folder: Path) -> Table:
 
 def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
-    from ..metrics import number_formats
-    from ..models.tensors import kv_cache
+    from ...metrics import number_formats
+    from ...models.tensors import kv_cache
 
     rows = []
     for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):
@@ -156,34 +139,6 @@ def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     columns = ("KV cache", "largest, by layer", "clipped, worst layer", "E4M3 error, scale 1.0")
     columns += ("E4M3 error, calibrated", "E5M2 error, scale 1.0")
     return Table(f"Relative error of rounding the KV cache of {tokens} tokens, mean over the layers", columns, rows)
-
-
-def judge_quality(claim: dict, run: Run) -> dict:
-    """What claim Q1 comes to in a run: measured and interval (%), verdict, reason.
-
-    What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
-    FP8's). A verdict is given for the published model only, by the interval over documents.
-    """
-    parts = run.read_parts("quality")
-    if "fp8" not in parts or reference_variant(run.profile) != "bf16":
-        return {"verdict": "not run", "reason": "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"}
-    held, model = comparisons(run), parts["fp8"]["model"]
-    kept, agreement = _kept(held["fp8"]), held["fp8"].top1_agreement.value
-    value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
-    said = f"perplexity kept to {value:.2f} %, the same top token at {agreement:.1%} of positions"
-    found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
-    if claim["model"] not in model.lower():
-        return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
-    if other_card(run):
-        return found | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
-    word, near = by_interval(claim, claim["fp8"]["value"], value, low, high)
-    return found | {"verdict": word, "reason": f"{near}; another measure (perplexity); {said}"}
-
-
-def _kept(one: Comparison) -> Estimate:
-    """The reference's perplexity over the variant's."""
-    ratio = one.perplexity_ratio
-    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
 
 
 def _against(metric: str, name: str, one: Comparison, floor: Comparison | None, reference: str) -> str:

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..experiment.quality import AGAIN, comparisons, reference_variant, tables
-from ..metrics.quality import identical_prefix
-from ..results.run_folder import Run
-from .drawing import INK, STYLE, Figure, caption_of, new_canvas
+from ...experiment.quality import AGAIN, comparisons, reference_variant, tables
+from ...metrics.quality import identical_prefix
+from ...results.run_folder import Run
+from .drawing import INK, STYLE, figure
 
 _FLOOR = ("#767676", "x")
 _FALLBACK = ("#56B4E9", "v")
 
 
-def divergence(run: Run) -> Figure:
+@figure("quality_kl", "How far does each variant move the next token's distribution?")
+def divergence_figure(axes, run: Run) -> str:
     """The share of positions at which a variant moves the next-token distribution by more than so many nats."""
-    canvas, axes = new_canvas(run, "How far does each variant move the next token's distribution?")
-    told = []
-    for name, one in _others(run).items():
+    for name in _others(run):
         kl = np.sort(tables(run, name)[0]["kl"].to_numpy(float))
         points = _visible(len(kl), int((kl <= 0).sum()))
         (color, marker), label = _style(name), _label(name)
@@ -26,19 +25,17 @@ def divergence(run: Run) -> Figure:
             kl[points], 1 - points / len(kl), color=color, marker=marker, markevery=0.12, ms=5, lw=1.6,
             label=label if len(points) else f"{label}: no difference at all",
         )  # fmt: skip
-        told.append(f"{_label(name)}: mean {one.kl_mean.value:.2g}, 99th percentile {one.kl_p99.value:.2g} nats")
     axes.set(xscale="log", yscale="log", xlabel="KL divergence from the reference, nats (at least)",
              ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
     axes.legend(frameon=False, loc="lower left")
-    caption = f"Every position of the text, next-token distribution against {reference_variant(run.profile)}'s."
-    return Figure("quality_kl", canvas, f"Line chart of KL divergences. {'; '.join(told)}.", caption_of(caption, run))
+    return f"Every position of the text, next-token distribution against {reference_variant(run.profile)}'s."
 
 
-def parting(run: Run) -> Figure:
+@figure("quality_parting", "For how long do greedy answers stay the same?")
+def parting_figure(axes, run: Run) -> str:
     """The share of greedy answers that are still the reference's, word for word, after so many tokens."""
-    canvas, axes = new_canvas(run, "For how long do greedy answers stay the same?")
     reference = list(tables(run, reference_variant(run.profile))[1]["tokens"])
-    longest, told = max(len(tokens) for tokens in reference), []
+    longest = max(len(tokens) for tokens in reference)
     for name in _others(run):
         answers = list(tables(run, name)[1]["tokens"])
         # An answer that never parts counts as the same to the right edge.
@@ -50,25 +47,21 @@ def parting(run: Run) -> Figure:
         share = (parts[None, :] >= steps[:, None]).mean(axis=1)
         color, marker = _style(name)
         axes.step(steps, share, where="post", color=color, marker=marker, markevery=0.1, ms=5, label=_label(name))
-        told.append(f"{_label(name)}: {share[-1]:.0%} never part")
     axes.set(
         xlabel="tokens into the answer", ylabel="share of answers still the same", xlim=(0, longest), ylim=(0, 1.05)
     )
     axes.legend(frameon=False, loc="best")
-    caption = (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
+    return (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
                "is no error: one close call decided the other way changes all that follows.")  # fmt: skip
-    return Figure("quality_parting", canvas, f"Step chart. {'; '.join(told)}.", caption_of(caption, run))
 
 
-def rounding(run: Run, folder: Path) -> Figure:
-    """The two formats' rounding error by magnitude, over where the model's scaled weights are; and an outlier's cost."""
-    from matplotlib.figure import Figure as Canvas
+@figure("quality_formats", "What is lost at each magnitude", columns=2)
+def formats_figure(axes, run: Run, folder: Path) -> str:
+    """E4M3 and E5M2: rounding error by magnitude over where the model's scaled weights are, and an outlier's cost."""
+    from ...metrics import number_formats
+    from ...models.tensors import matrices
 
-    from ..metrics import number_formats
-    from ..models.tensors import matrices
-
-    canvas = Canvas(figsize=(9.2, 3.8), layout="constrained")
-    left, right = canvas.subplots(1, 2)
+    left, right = axes
     scaled = _scaled_weights(folder)
     magnitudes = np.geomspace(1e-5, 1e5, 4000)
     low, high = np.quantile(scaled, [0.01, 0.99])
@@ -86,24 +79,17 @@ def rounding(run: Run, folder: Path) -> Figure:
     left.legend(frameon=False, loc="lower left")
     weight = next(tensor for kind, _, tensor in matrices(folder) if kind == "q_proj")
     sizes = np.geomspace(10, 1e6, 11)
-    told = []
     for name, (color, marker) in colors.items():
         errors = [number_formats.outlier_error(weight, name, size) for size in sizes]
         right.plot(sizes, errors, color=color, marker=marker, ms=5, lw=1.6, label=name)
-        told.append(f"{name} {errors[0]:.1%} at 10 times the RMS and {errors[-1]:.0%} at a million times")
     right.set(
         xscale="log", yscale="log", xlabel="one outlier, times the matrix's RMS", ylabel="relative error of all others"
     )
     right.legend(frameon=False, loc="center")
-    for axes, title in ((left, "What is lost at each magnitude"), (right, "What one outlier costs the rest")):
-        axes.set_title(title, loc="left", fontsize=11, color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-    alt = (f"Two line charts. Rounding error by magnitude: E4M3 at most 6 % and E5M2 12 % where they have full precision; 98 % "
-           f"of the scaled weights lie from {low:.2g} to {high:.2g}. An outlier's cost to the others: {'; '.join(told)}.")  # fmt: skip
-    caption = ("Per-tensor scales: the largest magnitude becomes the format's largest value. Computed from this model's weights; "
-               "the outlier is planted in the first query projection. A floating format gives up range before it gives up "
-               "precision; INT8's even steps do not.")  # fmt: skip
-    return Figure("quality_formats", canvas, alt, caption)
+    right.set_title("What one outlier costs the rest", loc="left", fontsize=11, color=INK)
+    return (f"Per-tensor scales: the largest magnitude becomes the format's largest value. Computed from this model's weights, of "
+            f"which 98 % lie from {low:.2g} to {high:.2g} when scaled; the outlier is planted in the first query projection. A "
+            "floating format gives up range before it gives up precision; INT8's even steps do not.")  # fmt: skip
 
 
 def _visible(count: int, first: int) -> np.ndarray:
@@ -115,8 +101,8 @@ def _visible(count: int, first: int) -> np.ndarray:
 
 def _scaled_weights(folder: Path) -> np.ndarray:
     """Magnitudes of a sample of every matrix's weights, each over its own E4M3 scale."""
-    from ..metrics import number_formats
-    from ..models.tensors import matrices
+    from ...metrics import number_formats
+    from ...models.tensors import matrices
 
     samples = []
     for _, _, tensor in matrices(folder):

@@ -1,33 +1,32 @@
-"""Tables of the limit: which rates meet an objective, and how many cards a load needs."""
+"""Which rates meet a service-level objective (SLO), and how many cards a load needs."""
 
 import math
 from statistics import fmean
 
-from ..errors import BadInput
-from ..metrics.slo import OBJECTIVES, SLO, attains
-from ..results.evidence import evidence, limit
-from ..results.run_folder import Run
-from ..ui.table import Table
-from .caption import card_note
-from .fair import show_number
+from ...errors import BadInput
+from ...metrics.slo import OBJECTIVES, SLO, attains
+from ...results.evidence import evidence
+from ...results.run_folder import Run
+from ...ui.table import Table
+from ...ui.text import shown
+from ..caption import card_note
 
 
 def attainment_table(run: Run, slo: SLO) -> Table:
     """Which levels meet a service-level objective, and why not."""
     seen, rows = evidence(run), []
     for level_id, s in seen.summaries.items():
-        if math.isfinite(float(s["level"]["rate"])) and (level := seen.level(level_id)):
+        if math.isfinite(s.level.rate) and (level := seen.level(level_id)):
             found = attains(level.records, slo)
-            ttft, tpot = (show_number(s[key], digits) for key, digits in (("p99_ttft_ms", 0), ("p99_tpot_ms", 1)))
-            rows.append((level_id, ttft, tpot, found.state, found.reason))
+            rows.append((level_id, shown(s.p99_ttft_ms), shown(s.p99_tpot_ms, ",.1f"), found.state, found.reason))
     columns = ("level", "TTFT p99 ms", "TPOT p99 ms", "objective", "because")
     return Table(f"{card_note(run)}{slo}, run {run.path.name}", columns, rows)
 
 
-def limit_table(run: Run, objectives=OBJECTIVES) -> Table:
-    """For each variant and objective the rates between which its limit lies."""
+def slo_table(run: Run, objectives=OBJECTIVES) -> Table:
+    """For each variant and objective the rates between which its SLO limit lies."""
     seen = evidence(run)
-    rows = [(variant, *(str(limit(seen, variant, slo)) for slo in objectives)) for variant in seen.variants()]
+    rows = [(variant, *(str(seen.slo_limit(variant, slo)) for slo in objectives)) for variant in seen.variants()]
     caption = (
         f"{card_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
         "several seeds a rate counts as met when all that are long enough to tell meet it"
@@ -47,30 +46,19 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         )
     seen, rows = evidence(run), []
     for variant in seen.variants():
-        low = limit(seen, variant, slo).low
+        low = seen.slo_limit(variant, slo).low
         if low == 0:
-            rows.append((variant, "none shown", "–", "–", "–", "–"))
+            rows.append((variant, "none shown", *["–"] * 4))
             continue
         usable = low * (1 - headroom)
-        tokens = fmean(
-            s["output_tokens"] / s["completed"] for s in seen.levels((variant,), low).values() if s["completed"]
-        )
+        tokens = fmean(s.output_tokens / s.completed for s in seen.levels((variant,), low).values() if s.completed)
         joules = seen.seeds(variant, low, "joules_per_output_token")
-        rows.append(
-            (
-                variant, f"{low:g}", f"{usable:.1f}", f"{math.ceil(target_rate / usable)}",
-                f"{tokens * usable * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
-            )
-        )  # fmt: skip
-    columns = (
-        "variant",
-        "shown to meet it, req/s",
-        "planned, req/s a card",
-        "cards",
-        "million tokens a card-hour",
-        "tokens a joule at that rate",
-    )
+        rows.append((
+            variant, f"{low:g}", f"{usable:.1f}", f"{math.ceil(target_rate / usable)}",
+            f"{tokens * usable * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
+        ))  # fmt: skip
+    columns = ("variant", "shown to meet it, req/s", "planned, req/s a card", "cards", "million tokens a card-hour")
     caption = (
         f"{card_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
     )
-    return Table(caption, columns, rows)
+    return Table(caption, (*columns, "tokens a joule at that rate"), rows)

@@ -1,0 +1,522 @@
+"""Reading profiles: files that extend each other, or what a run folder holds; one clear error for what cannot be."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import tomllib
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import BadInput
+from ..paths import DATA, PLAIN_NAME
+from . import flags as vllm_flags
+from .dimensions import Dimensions
+from .profile import (
+    DEVICES,
+    RUST,
+    Card,
+    Count,
+    Emulation,
+    Level,
+    Model,
+    Profile,
+    ProfileTable,
+    ServerOptions,
+    Variant,
+    Workload,
+    is_hub_name,
+)
+from .secrets import check_repeated, check_written
+
+# What "auto" chooses from: the first whose card is the machine's.
+_OF_A_CARD = ("h200-80gb", "h100-80gb")
+_TRACE_FILES = (".csv", ".json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Protocol(ProfileTable):
+    """A protocol as a file gives it. With `starts = N` each level is measured N times, as repeats 1 to N, each on a server
+    of its own: what differs from start to start is then in the interval."""
+
+    levels: tuple[Level, ...]
+    starts: Count | None = None
+
+    def resolved(self) -> tuple[Level, ...]:
+        if self.starts is None:
+            return self.levels
+        again = range(1, self.starts + 1)
+        return tuple(dataclasses.replace(level, repeat=n, start=n) for n in again for level in self.levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(Profile):
+    """A profile as files give it, merged."""
+
+    protocols: Mapping[str, _Protocol] = field(default_factory=dict)
+
+
+class _Source:
+    """The files that a profile was merged from, the extended ones first: which of them an error is in."""
+
+    def __init__(self, tables: Sequence[tuple[str, dict]]):
+        self.tables = tables
+
+    def refuse(self, at: Sequence, said: str, *, seen_at: Sequence | None = None) -> NoReturn:
+        """Raises BadInput that names the key path `at` and the last file that gives it, or gives `seen_at`."""
+        place = at if seen_at is None else seen_at
+        file = next((file for file, table in reversed(self.tables) if _holds(table, place)), self.tables[-1][0])
+        raise BadInput(": ".join(filter(None, (file, _key_path(at), said))))
+
+
+def _holds(table, at: Sequence) -> bool:
+    for key in at:
+        if not (isinstance(table, dict) and key in table) and not (
+            isinstance(table, list) and isinstance(key, int) and key < len(table)
+        ):
+            return False
+        table = table[key]
+    return True
+
+
+def _key_path(at: Sequence) -> str:
+    """A key as TOML writes it: protocols."as published".levels[0].rate."""
+    text = ""
+    for key in at:
+        if isinstance(key, int):
+            text += f"[{key}]"
+        else:
+            text += f".{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else json.dumps(key, ensure_ascii=False)}"
+    return text.removeprefix(".")
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in (DATA / "profiles").glob("*.toml"))
+
+
+def load_profile(name: str | Path = "auto", *, weights: str | None = None, model: str | None = None) -> Profile:
+    """The profile `name`, to be measured: one of `profile_names()`, a path to a TOML file, or "auto".
+
+    "auto" is the machine's: h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU.
+    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint (hub name or path) for every variant.
+    Raises BadInput, also for a GPU profile without a GPU, a trace or a model that cannot be read, and for a profile that
+    repeats a secret of the environment. Warns when the GPU is not the one that the profile names.
+    """
+    profile = read_profile(name)
+    check_device(profile)
+    overrides = {"weights": weights} if weights else {}
+    if model:
+        # Another model has other shapes than the profile's.
+        named = {"default": _located(model, Path.cwd())}
+        overrides = {"weights": "checkpoint", "checkpoints": named, "shapes": "", "dimensions": {}}
+    changed = dataclasses.replace(profile.model, **overrides).measured()
+    profile = dataclasses.replace(profile, model=changed)
+    if profile.model.weights == "checkpoint":
+        for variant in profile.variants:
+            profile.model.checkpoint(variant)
+    check_workload(profile)
+    check_environment(profile)
+    _warn_of_another_card(profile)
+    return profile
+
+
+def read_profile(name: str | Path) -> Profile:
+    """The profile `name` as written, whether or not this machine can run it."""
+    name = _of_this_machine() if str(name) == "auto" else str(name)
+    return _resolved(_read(name), Path(name).stem)
+
+
+def read_changed(name: str, over: dict, file: str | Path, where: str = "") -> Profile:
+    """The profile `name` with what the table `over` out of `file` (at `where`) says otherwise; its paths are relative to
+    that file."""
+    table = _with_variants(with_paths(over, Path(file).absolute().parent))
+    return _resolved([*_read(name), (f"{file}: {where}" if where else str(file), table)], Path(name).stem)
+
+
+def from_dict(values: dict) -> Profile:
+    """The profile that `Profile.as_dict` wrote down, for example in a run folder. It may be older than what is refused in
+    a file today."""
+    held = {key: value for key, value in values.items() if value is not None and key != "name"}
+    table = _with_variants(with_paths(held, Path.cwd()))
+    protocols = {}
+    for name, body in table.get("protocols", {}).items():
+        # JSON has no infinity: the rate of all at once is a text there.
+        levels = [level | {"rate": float(level["rate"])} for level in body["levels"]]
+        protocols[name] = body | {"levels": levels}
+    return _parse(table | {"protocols": protocols}, values["name"], _Source([(f"profile {values['name']}", table)]))
+
+
+def check_device(profile: Profile) -> None:
+    """Raises BadInput when `profile` needs a GPU and this machine shows none, or one that cannot be measured."""
+    from ..system import gpu
+
+    if profile.device != "cuda":
+        return
+    if said := gpu.refusal():
+        raise BadInput(said)
+    if not gpu.gpu_names():
+        raise BadInput(
+            f"profile {profile.name!r} needs an NVIDIA GPU and none is visible here{gpu.hidden()}; "
+            "use --profile emulated-h100 to run without one"
+        )
+
+
+def check_environment(profile: Profile) -> None:
+    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment,
+    under whatever name: it would be stored with the run."""
+    flags, variables = _flags_and_variables(profile)
+    check_repeated(profile.name, [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()])
+
+
+def _flags_and_variables(profile: Profile) -> tuple[list[str], list[tuple[str, str]]]:
+    flags = [flag for one in (profile.server, *profile.variants.values()) for flag in one.flags]
+    environments = [one.env for one in (profile.server, *profile.variants.values())]
+    return flags, [(name, value) for environment in environments for name, value in environment.items()]
+
+
+def _of_this_machine() -> str:
+    """The name of the profile of this machine's GPU. Raises BadInput, with a recipe, for a card that none is for."""
+    from ..system import gpu
+
+    if said := gpu.refusal():
+        raise BadInput(said)
+    names, memory_gib = gpu.gpu_names(), gpu.memory_gib()
+    if not names:
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() not in ("", "-1") and (said := gpu.hidden()):
+            raise BadInput(f"no GPU is visible here{said}; name one of them, or choose --profile emulated-h100")
+        return "emulated-h100"
+    cards = {name: read_profile(name).gpu for name in _OF_A_CARD}
+    for name, card in cards.items():
+        if card.fits(names[0], memory_gib):
+            return name
+    has = f" with {memory_gib:.1f} GiB" if memory_gib else ""
+    raise BadInput(
+        f"the GPU here is {names[0]!r}{has}, and the profiles are for other cards "
+        f"({', '.join(f'{name}: {card.name}' for name, card in cards.items())}): their datasheets say nothing of it. "
+        "Write its own into a file mine.toml and choose it with --profile mine.toml:\n\n"
+        'extends = "h100-80gb"\n'
+        f'title = "Llama-3-8B on one {names[0].removeprefix("NVIDIA ")}"\n'
+        f'[gpu]\nname = "{names[0].removeprefix("NVIDIA ")}"\nnvml = ["{names[0]}"]\n'
+        f"memory_gib = {memory_gib or 0:.1f}\n"
+        "hbm_bytes_per_s = 0.0    # memory bandwidth, bytes/s, as 3.35e12\n"
+        "bf16_flops = 0.0         # dense BF16 FLOP/s, without sparsity, as 989e12\n"
+        "fp8_flops = 0.0          # dense FP8 FLOP/s; a card without FP8 units: those of BF16\n"
+    )
+
+
+def _resolved(tables: list[tuple[str, dict]], name: str) -> Profile:
+    source, table = _Source(tables), {}
+    for file, over in tables:
+        table = _extended(table, over, file)
+    profile = _parse(table, name, source)
+    _check_written(profile, source)
+    return dataclasses.replace(profile, model=profile.model.measured())
+
+
+def _warn_of_another_card(profile: Profile) -> None:
+    from ..system.gpu import gpu_names
+
+    if profile.device == "cuda" and profile.gpu and not profile.gpu.fits(name := gpu_names()[0]):
+        warnings.warn(
+            f"the GPU here is {name!r}, profile {profile.name} is for {profile.gpu.name}: every caption of a run of it will "
+            "say so, and it gives no verdicts; name the card in the profile's [gpu]",
+            stacklevel=3,
+        )
+
+
+def check_workload(profile: Profile) -> None:
+    """Raises BadInput unless the trace file and the tokenizer's folder can be read: before anything is started."""
+    from .trace import check_file, is_file, named_trace
+
+    workload = profile.workload
+    if is_file(workload.trace):
+        check_file(workload.trace)
+    else:
+        named_trace(workload.trace, 1, seed=0, input_tokens=1, output_tokens=1)
+    tokenizer = workload.tokenizer
+    if tokenizer and not is_hub_name(tokenizer) and not Path(tokenizer).is_dir():
+        raise BadInput(f"no tokenizer at {tokenizer!r}: expected a model's folder, or a hub name ORG/NAME")
+
+
+def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """The files of a profile, each as (path, table), those that it extends first."""
+    path = Path(name).absolute() if name.endswith(".toml") else DATA / "profiles" / f"{name}.toml"
+    if str(path) in seen:
+        raise BadInput(f"profiles extend each other in a circle: {' -> '.join((*seen, str(path)))}")
+    if not path.is_file():
+        by = f" (which {seen[-1]} extends)" if seen else ""
+        raise BadInput(f"no profile {name!r}{by} (there are: {', '.join(profile_names())}; or give a .toml file)")
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}; expected a TOML file in UTF-8") from None
+    table = _with_variants(with_paths(table, path.parent))
+    base = table.pop("extends", "")
+    if not isinstance(base, str):
+        raise BadInput(f"{path}: extends: expected the name of a profile, or a path to a .toml file, in quotes")
+    return [*(_read(base, (*seen, str(path))) if base else []), (str(path), table)]
+
+
+def with_paths(table: dict, folder: Path) -> dict:
+    """`table` with its paths absolute; they are relative to `folder`. What is no path stays as it is."""
+    table = dict(table)
+    if str(table.get("extends")).endswith(".toml"):
+        table["extends"] = _located(table["extends"], folder)
+    if isinstance(workload := table.get("workload"), dict):
+        table["workload"] = workload | {
+            key: _located(value, folder)
+            for key, value in workload.items()
+            if isinstance(value, str)
+            and value
+            and (key == "tokenizer" or (key == "trace" and value.endswith(_TRACE_FILES)))
+        }
+    model = table.get("model")
+    if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):
+        located = {key: _located(name, folder) if isinstance(name, str) and name else name
+                   for key, name in checkpoints.items()}  # fmt: skip
+        table["model"] = model | {"checkpoints": located}
+    return table
+
+
+def _located(name: str, folder: Path) -> str:
+    """A path, relative to `folder`, made absolute; a hub name as it is. (A .toml, .csv or .json is never a hub's.)"""
+    if is_hub_name(name) and not name.endswith((".toml", ".csv", ".json")) and not (folder / name).is_dir():
+        return name
+    return os.path.abspath(folder / os.path.expanduser(name))
+
+
+def _with_variants(table: dict) -> dict:
+    """`table` with its variants as tables: `NAME = [flags]` is short for one."""
+    if not isinstance(variants := table.get("variants"), dict):
+        return table
+    return table | {"variants": {k: {"flags": one} if isinstance(one, list) else one for k, one in variants.items()}}
+
+
+def _with_older_variables(table: dict, source: "_Source") -> dict:
+    """`table` with each variant's `env`, which older profiles have in a table [variant_env] of its own."""
+    older, variants = table.get("variant_env"), table.get("variants")
+    if not (isinstance(older, dict) and isinstance(variants, dict)):
+        return table
+    for name in older:
+        if name not in variants:
+            source.refuse(["variant_env", name], f"no variant {name!r} (there are: {', '.join(variants)})")
+    variants = {
+        k: {"env": older[k]} | one if k in older and isinstance(one, dict) else one for k, one in variants.items()
+    }
+    return {key: value for key, value in table.items() if key != "variant_env"} | {"variants": variants}
+
+
+def _derived(profile: Profile, source: "_Source") -> Profile:
+    """`profile` with each variant whole: its flags and variables after those of its base, and what follows from them."""
+    whole: dict[str, Variant] = {}
+
+    def resolve(name: str, on: tuple[str, ...] = ()) -> Variant:
+        if name in whole:
+            return whole[name]
+        one = profile.variants[name]
+        if one.base and one.base not in profile.variants:
+            known = ", ".join(profile.variants)
+            source.refuse(
+                ["variants", name, "base"], f"no variant {one.base!r} in profile {profile.name} (there are: {known})"
+            )
+        if name in on:
+            source.refuse(
+                ["variants", name, "base"], f"variants derive from each other in a circle: {' -> '.join((*on, name))}"
+            )
+        if one.base:
+            if said := vllm_flags.problem(one.flags, {}):
+                source.refuse(["variants", name, "flags"], said)
+            base = resolve(one.base, (*on, name))
+            one = dataclasses.replace(
+                one, flags=tuple(vllm_flags.joined(base.flags, one.flags)), env={**base.env, **one.env},
+                base=base.base or one.base, api_server=one.api_server or ("" if RUST in one.env else base.api_server),
+            )  # fmt: skip
+        rust = one.api_server == "rust" or (not one.api_server and one.env.get(RUST, "0") != "0")
+        env = (
+            {**one.env, RUST: "1"}
+            if one.api_server == "rust"
+            else {k: v for k, v in one.env.items() if k != RUST or rust}
+        )
+        whole[name] = dataclasses.replace(one, env=env, api_server="rust" if rust else "python")
+        return whole[name]
+
+    first: dict[tuple, str] = {}
+    for name in profile.variants:
+        one = resolve(name)
+        served = (profile.model.served(name), *one.formats) if profile.model.weights == "checkpoint" else one.formats
+        before = first.setdefault(served, name)
+        if not one.base and before != name:
+            whole[name] = dataclasses.replace(one, base=before)
+    return dataclasses.replace(profile, variants={name: whole[name] for name in profile.variants})
+
+
+def _extended(base: dict, over: dict, file: str) -> dict:
+    """`base` with what the table `over` of `file` says otherwise."""
+    replaced = over.get("replaces", [])
+    known = sorted(typing.get_type_hints(Profile).keys() - {"name", "title", "device"})
+    if not isinstance(replaced, list) or not all(key in known for key in replaced):
+        raise BadInput(f"{file}: replaces: expected a list of tables, of {', '.join(known)}")
+    if absent := [key for key in replaced if key not in over]:
+        raise BadInput(f"{file}: replaces: {', '.join(absent)} is not given here, so that nothing would be left of it")
+    given = {key: value for key, value in over.items() if key != "replaces"}
+    return _merge({key: value for key, value in base.items() if key not in replaced}, given)
+
+
+def _merge(base: dict, over: dict, at: tuple[str, ...] = ()) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        here = (*at, key)
+        before = base.get(key)
+        whole = here == ("model", "checkpoints") or at == ("protocols",)
+        if whole or not (isinstance(value, dict) and isinstance(before, dict)):
+            merged[key] = value
+            continue
+        if here == ("gpu",) and value.get("name", before.get("name")) != before.get("name"):
+            before = {}  # nothing that is said of one card holds for another
+        merged[key] = _merge(before, value, here)
+    return merged
+
+
+@functools.cache
+def _adapter() -> TypeAdapter:
+    return TypeAdapter(_File)
+
+
+def _parse(table: dict, name: str, source: _Source) -> Profile:
+    if "name" in table:
+        source.refuse(["name"], "a profile is called as its file is; leave it out")
+    table = _with_older_variables(table, source)
+    try:
+        file = _adapter().validate_python(table | {"name": name})
+    except ValidationError as error:
+        _refuse_first(error, source)
+    protocols = {protocol: body.resolved() for protocol, body in file.protocols.items()}
+    for protocol, body in table.get("protocols", {}).items():
+        beside = [n for n, level in enumerate(body["levels"]) if {"repeat", "start"} & level.keys()]
+        if "starts" in body and beside:
+            at = ["protocols", protocol, "levels", beside[0]]
+            source.refuse(at, "repeat stands beside starts, which numbers the repeats itself; leave one of them out")
+    built = {f.name: getattr(file, f.name) for f in dataclasses.fields(Profile)}
+    profile = Profile(**built | {"protocols": protocols})
+    if profile.device not in DEVICES:
+        source.refuse(["device"], f"device {profile.device!r} is none of {', '.join(DEVICES)}")
+    if profile.emulated and not (profile.emulation and profile.gpu):
+        source.refuse(["device"], "an emulated device needs the tables [gpu] and [emulation]")
+    if not profile.variants:
+        source.refuse(["variants"], "expected at least one variant: NAME = [flags]")
+    for variant in profile.variants:
+        if not PLAIN_NAME.fullmatch(variant):
+            source.refuse(
+                ["variants", variant],
+                f"variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64",
+            )
+    known = f"(there are: {', '.join(profile.variants)})"
+    for protocol, levels in protocols.items():
+        for n, level in enumerate(levels):
+            if level.variant not in profile.variants:
+                at = ["protocols", protocol, "levels", n % len(file.protocols[protocol].levels), "variant"]
+                source.refuse(at, f"no variant {level.variant!r} in profile {name} {known}")
+    return _derived(profile, source)
+
+
+def _check_written(profile: Profile, source: _Source) -> None:
+    """Raises BadInput for what a file may not say, though a run that was made with it can be read."""
+    check_written(profile.name, *_flags_and_variables(profile))
+    set_by_kit = {
+        "--model": "[model] says which", "--host": "servers listen on this machine alone",
+        "--port": "each start has its own", "--uds": "servers listen on a port",
+        "--served-model-name": "each start has its own",
+        "--config": "the flags in that file would not be stored with the run; write them here",
+    }  # fmt: skip
+    if profile.model.weights == "random":
+        set_by_kit["--load-format"] = 'weights = "random" makes them up'
+    if profile.emulated:
+        set_by_kit["--distributed-executor-backend"] = "the emulated GPU is an executor"
+    lists = {("server", "flags"): profile.server.flags}
+    lists |= {("variants", name, "flags"): one.flags for name, one in profile.variants.items()}
+    for at, flags in lists.items():
+        if said := vllm_flags.problem(flags, set_by_kit):
+            source.refuse(at, said)
+    environments = {("server", "env"): profile.server.env}
+    environments |= {("variants", name, "env"): one.env for name, one in profile.variants.items()}
+    for at, env in environments.items():
+        for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+            if name in env:
+                said = "the server would take another GPU than is watched; set it in the environment of fp8lab itself"
+                source.refuse([*at, name], said)
+    for key in profile.model.checkpoints.keys() - profile.variants.keys() - {"default"}:
+        known = ", ".join(["default", *profile.variants])
+        source.refuse(
+            ["model", "checkpoints", key], f"no variant {key!r} in profile {profile.name} (there are: {known})"
+        )
+    asked: dict[str, tuple[str, Level]] = {}
+    for protocol, levels in profile.protocols.items():
+        for level in levels:
+            other, before = asked.setdefault(level.id, (protocol, level))
+            if before.requests != level.requests:
+                source.refuse(
+                    ["protocols", protocol],
+                    f"level {level.id} has {level.requests} requests, in protocol {other!r} {before.requests}, and a run holds "
+                    f'it once: give both the same, or leave the inherited protocols out with replaces = ["protocols"]',
+                )
+
+
+def _refuse_first(error: ValidationError, source: _Source) -> NoReturn:
+    """Raises BadInput for the first of pydantic's findings, a key that is not known before all others."""
+    found = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "unexpected_keyword_argument")
+    first = found[0]
+    at, kind, context = list(first["loc"]), first["type"], first.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        *table, _ = at
+        unknown = sorted(one["loc"][-1] for one in found if one["type"] == kind and list(one["loc"][:-1]) == table)
+        known = typing.get_type_hints(_table_at(table)).keys()
+        known = sorted(known if table else known - {"name"} | {"extends", "replaces"})
+        source.refuse(table, f"unknown keys {unknown}; known: {known}", seen_at=at)
+    if kind == "missing":
+        source.refuse(at, "is missing; give it, or extend a profile that does", seen_at=at[:-1])
+    if kind == "value_error":
+        source.refuse(at, str(context["error"]))
+    expected = _EXPECTED.get(kind, first["msg"]).format(**context)
+    if kind == "dataclass_type" and at[0] == "variants":
+        expected = "a list of flags or a table"
+    source.refuse(at, f"expected {expected}, not {_shown(first['input'], at)}")
+
+
+_EXPECTED = {
+    "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "bool_type": "true or false", "string_type": "a text in quotes", "tuple_type": "a list", "dict_type": "a table",
+    "mapping_type": "a table", "dataclass_type": "a table", "finite_number": "a finite number",
+    "greater_than": "a number above {gt}", "greater_than_equal": "{ge} or more", "less_than_equal": "at most {le}",
+}  # fmt: skip
+
+
+def _table_at(at: Sequence) -> type:
+    """The class of the table at a key path."""
+    if not at:
+        return Profile
+    if at[0] == "protocols":
+        return Level if len(at) > 2 else _Protocol
+    tables = {"model": Model, "server": ServerOptions, "workload": Workload, "gpu": Card, "emulation": Emulation}
+    if at[0] == "variants":
+        return Variant
+    return Dimensions if len(at) > 1 else tables[at[0]]
+
+
+def _shown(value, at: Sequence) -> str:
+    """A value as an error may show it: what stands among flags, variables and checkpoints may be a secret."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)) or (
+        isinstance(value, str) and at[0] in ("gpu", "emulation", "workload", "protocols")
+    ):
+        return repr(value)[:80]
+    return {str: "a text", list: "a list", dict: "a table"}.get(type(value), type(value).__name__)

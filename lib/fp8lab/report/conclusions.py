@@ -1,0 +1,171 @@
+"""What a claim or a figure comes to in a run, in a sentence or two: computed from that run, never typed beside it."""
+
+import html
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import BadInput
+from ..metrics.slo import DEFAULT
+from ..results.evidence import Evidence, evidence, rate_name
+from ..results.run_folder import Run
+from ..ui.text import shown
+from .caption import card_note
+from .claims import judge
+from .tables.comparison import METRICS
+from .verdict import show_interval, show_value
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A sentence about a run, for a notebook's cell and a terminal: what it says first, and why."""
+
+    so: str
+    because: str
+
+    def _repr_html_(self) -> str:
+        return f"<p><strong>{html.escape(self.so)}</strong> {html.escape(self.because)}</p>"
+
+    def __repr__(self) -> str:
+        return f"{self.so} {self.because}".strip()
+
+
+def conclusion(run: Run, about: str) -> Conclusion:
+    """What `run` says about a claim ("C1", …) or about a figure, by its name ("saturation", "equal_load", "ablation",
+    "littles_law", "kv_capacity", "roofline", "clock", "objective"). Raises BadInput for anything else."""
+    claims = {one.id: one for one in judge(run)}
+    if about in _FIGURES:
+        found = _FIGURES[about](evidence(run))
+    elif about in claims:
+        one = claims[about]
+        measured = "" if one.measured is None else f"measured {show_value(one.measured, one.unit)}"
+        between = f" (95 % interval {show_interval(one)})" if one.interval else ""
+        published = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
+        values = "; ".join(filter(None, (published, measured + between)))
+        cause = f" The stated cause: {one.cause}." if one.cause else ""
+        found = (
+            f"{one.id}, {one.title}: {one.verdict}.",
+            f"{values[:1].upper()}{values[1:]}.{cause} {one.reason}.".lstrip(". "),
+        )
+    else:
+        raise BadInput(f"nothing is concluded about {about!r} (there are: {', '.join([*claims, *_FIGURES])})")
+    so, because = found
+    return Conclusion(f"{card_note(run)}{so}", because)
+
+
+def _saturation(seen: Evidence) -> tuple[str, str]:
+    most = {}
+    for variant in seen.variants():
+        each = {
+            rate: sum(values.values()) / len(values)
+            for rate in seen.rates(variant)
+            if (values := seen.seeds(variant, rate, "steady_output_token_throughput"))
+        }
+        if each:
+            most[variant] = max(each.items(), key=lambda item: item[1])
+    if not most:
+        return "Nothing is measured yet.", ""
+    best = max(most, key=lambda variant: most[variant][1])
+    rate, tokens = most[best]
+    others = [f"{variant} {shown(value)} ({rate_name(at)})" for variant, (at, value) in most.items() if variant != best]
+    so = f"The most in steady state is {tokens:,.0f} tokens/s: {best}, {rate_name(rate)}, limited by {_limits(seen, best, rate)}."
+    return so, f"The others at their best: {', '.join(others)}." if others else ""
+
+
+def _limits(seen: Evidence, variant: str, rate: float) -> str:
+    causes = Counter(seen.limit(level_id).cause for level_id in seen.levels((variant,), rate))
+    return " or ".join(f"the {cause}" for cause, _ in causes.most_common())
+
+
+def _equal_load(seen: Evidence) -> tuple[str, str]:
+    return _ratios("FP8 against BF16 at equal load", seen.equal_load, lambda c: "")
+
+
+def _ablation(seen: Evidence) -> tuple[str, str]:
+    return _ratios("The halves of FP8", seen.ablation, lambda c: f"{c.effect}, ")
+
+
+def _ratios(what: str, compared: Callable, name: Callable) -> tuple[str, str]:
+    """Each metric's ratios: which of them are shown to be off 1."""
+    told = []
+    for metric, (title, _) in METRICS.items():
+        ratios = compared(metric)
+        off = [c for c in ratios if c.ratio.shown]
+        each = "; ".join(f"{name(c)}{rate_name(c.rate)}, {c.setup} {c.ratio}" for c in off)
+        if len(off) > 3:
+            low, high = (pick(off, key=lambda c: c.ratio.value) for pick in (min, max))
+            each = " to ".join(f"{c.ratio} ({name(c)}{rate_name(c.rate)}, {c.setup})" for c in (low, high))
+        if ratios:
+            told.append(
+                f"{title}: "
+                + (f"{len(off)} of {len(ratios)} comparisons differ, {each}." if off else "no difference shown.")
+            )
+    return (f"{what}, metric by metric.", " ".join(told)) if told else (f"{what}: not measured in this run.", "")
+
+
+def _littles_law(seen: Evidence) -> tuple[str, str]:
+    shares = {}
+    for level_id, s in seen.summaries.items():
+        level = seen.level(level_id)
+        if level and level.telemetry is not None and s.mean_concurrent_requests:
+            sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
+            shares[level_id] = float((sampled["running"] + sampled["waiting"]).mean()) / s.mean_concurrent_requests
+    shares = {level_id: share for level_id, share in shares.items() if not math.isnan(share)}
+    if not shares:
+        return "The EngineCore was not sampled.", ""
+    so = f"The EngineCore held {_range(shares, '.0%')} of the requests that Little's law puts in flight."
+    return so, "What is missing was in the API server, before the EngineCore or behind it."
+
+
+def _range(values: Mapping[str, float], pattern: str) -> str:
+    """The lowest and the highest, with their levels."""
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return f"{values[low]:{pattern}} ({low}) to {values[high]:{pattern}} ({high})"
+
+
+def _kv_capacity(seen: Evidence) -> tuple[str, str]:
+    rows = seen.kv_room()
+    if not rows:
+        return "The KV cache was not sampled.", ""
+    full = [level_id for level_id in seen.summaries if seen.limit(level_id).cause == "KV capacity"]
+    so = f"The KV cache was the limit of {', '.join(full)}." if full else "The KV cache was the limit of no level."
+    each = (f"{v}: room for {holds:,.0f} requests, {most:,.0f} ran at most, {shown(share, '.0%')} full at most"
+            for v, _, holds, most, share in rows)  # fmt: skip
+    return so, f"{'; '.join(each)}."
+
+
+def _roofline(seen: Evidence) -> tuple[str, str]:
+    held = {level_id: one for level_id in seen.summaries if (one := seen.roofline(level_id))}
+    if not held:
+        return "How far the card's limits were is not known here.", ""
+    compute = {level_id: one.compute for level_id, one in held.items()}
+    memory = {level_id: one.memory for level_id, one in held.items()}
+    so = f"The tokens needed at most {max(compute.values()):.0%} of the matrix peak and {max(memory.values()):.0%} of the bandwidth."
+    return so, f"Of the matrix peak {_range(compute, '.0%')}; of the bandwidth {_range(memory, '.0%')}."
+
+
+def _clock(seen: Evidence) -> tuple[str, str]:
+    held = [pair for pair in seen.pairs() if seen.rates(*pair[:2])]
+    told = []
+    for variant in held[-1][:2] if held else ():
+        level_id = next(iter(seen.levels((variant,), seen.rates(variant)[-1])), None)
+        ran = seen.clock(level_id) if level_id else None
+        if ran and ran.mhz is not None:
+            told.append(f"{level_id}: {ran}.")
+    return ("What the clock did in the steady window.", " ".join(told)) if told else ("No GPU was sampled.", "")
+
+
+def _objective(seen: Evidence) -> tuple[str, str]:
+    limits = {variant: seen.slo_limit(variant, DEFAULT) for variant in seen.variants()}
+    return f"{DEFAULT}: the highest rate that meets it.", _listed(f"{v} {limit} req/s" for v, limit in limits.items())
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return f"{'; '.join(parts)}."
+
+
+_FIGURES = {
+    "saturation": _saturation, "equal_load": _equal_load, "ablation": _ablation, "littles_law": _littles_law,
+    "kv_capacity": _kv_capacity, "roofline": _roofline, "clock": _clock, "objective": _objective,
+}  # fmt: skip

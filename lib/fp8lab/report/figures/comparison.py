@@ -1,0 +1,223 @@
+"""Figures of the fair comparison: what FP8 changes at equal load, where each variant stops keeping up, and why."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from ...metrics.resources import POWER
+from ...metrics.slo import SLO
+from ...results.evidence import Compared, Evidence, evidence, rate_name
+from ...results.run_folder import Run
+from ..tables.comparison import METRICS, causes, once
+from ..verdict import claim_of
+from .drawing import GREY, INK, Figure, figure, fillings_told, forest, legend, note, plainly, variant_style
+
+_SEEDS = "Mean of the seeds, bars from the lowest to the highest."
+_EQUAL_LOAD, _HALVES = "What does FP8 change at equal load?", "Which half of FP8 does it?"
+_WORTH = "What is FP8 worth, and what was the limit?"
+
+
+@figure("saturation", "Where does each variant stop keeping up?")
+def saturation_figure(axes, run: Run) -> str:
+    """Offered rate against steady output throughput, every variant; all at once at the right."""
+    seen = evidence(run)
+    finite = sorted({r for v in seen.variants() for r in seen.rates(v) if math.isfinite(r)}) or [1.0]
+    burst = finite[-1] * 1.2
+    some = next((s for s in seen.summaries.values() if s.completed), None)
+    mean = some.output_tokens / some.completed if some else 0.0
+    axes.plot([0, finite[-1]], [0, finite[-1] * mean], color=GREY, lw=1, ls=":")
+    axes.annotate("as offered", (finite[0] * 1.05, finite[0] * mean * 1.12), color=GREY, fontsize=8, ha="right")
+    drawn = _over_rates(axes, seen, "steady_output_token_throughput", lambda rate: min(rate, burst))
+    axes.set_xticks([*finite, burst], [*(f"{r:g}" for r in finite), "all at\nonce"])
+    axes.set(xlabel="offered rate, requests/s", ylabel="output tokens/s, steady state", xlim=(0, burst * 1.08))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(plainly)
+    legend(axes, "upper left")
+    return _SEEDS + fillings_told(run.profile, drawn)
+
+
+@figure("objective", "Up to which rate is the objective met?")
+def objective_figure(axes, run: Run, slo: SLO) -> str:
+    """TTFT's 99th percentile over the offered rate, against the limit of an objective."""
+    _over_rates(axes, evidence(run), "p99_ttft_ms", lambda rate: rate if math.isfinite(rate) else None)
+    if math.isfinite(slo.ttft_ms):
+        axes.axhline(slo.ttft_ms, color=INK, lw=1.2, ls=":")
+        note(
+            axes,
+            f"objective {slo.ttft_ms:g} ms",
+            (1, slo.ttft_ms),
+            (-4, 3),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+        )
+    axes.set(yscale="log", xlabel="offered rate, requests/s", ylabel="TTFT p99, ms")
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(plainly)
+    legend(axes, "upper left")
+    return f"{slo}. {_SEEDS}"
+
+
+def _over_rates(axes, seen: Evidence, metric: str, place) -> list[str]:
+    """Draws every variant's `metric` over its rates, at the x that `place` gives each (None: left out); the variants drawn."""
+    drawn = []
+    for variant in seen.variants():
+        held = [(place(rate), list(seen.seeds(variant, rate, metric).values())) for rate in seen.rates(variant)]
+        if points := [(x, values) for x, values in held if values and x is not None]:
+            style = variant_style(seen.run.profile, variant)
+            axes.plot([x for x, _ in points], [sum(v) / len(v) for _, v in points], label=variant, **style)
+            for x, values in points:
+                axes.vlines(x, min(values), max(values), color=style["color"], lw=1.2)
+            drawn.append(variant)
+    return drawn
+
+
+@figure("equal_load", _EQUAL_LOAD)
+def equal_load_figure(axes, run: Run) -> str:
+    """FP8 over BF16 at equal load, with intervals."""
+    rows = [(metric, c) for metric in METRICS for c in evidence(run).equal_load(metric)]
+    forest(axes, _EQUAL_LOAD, [(_row(run, *row), row[1].ratio) for row in rows], "FP8 / BF16")
+    return "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference."
+
+
+@figure("ablation", _HALVES)
+def ablation_figure(axes, run: Run) -> str:
+    """What FP8 weights and the FP8 KV cache each do, and their interaction."""
+    rows = [(metric, c) for metric in METRICS for c in evidence(run).ablation(metric)]
+    rows = [(metric, c) for metric, c in rows if math.isinf(c.rate) or metric == "joules_per_output_token"]
+    forest(axes, _HALVES, [(_row(run, *row), row[1].ratio) for row in rows], "ratio")
+    return "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown."
+
+
+def _row(run: Run, metric: str, c: Compared) -> str:
+    setup = "" if c.variants["bf16"] == "bf16" else f", {c.setup}"
+    return f"{METRICS[metric][0]}, {rate_name(c.rate)}{setup}" + (f": {c.effect}" if c.effect else "")
+
+
+def worth_figure(*runs: Run) -> Figure:
+    """The throughput ratios at equal load that rest on repeats, run by run, with what limited them, beside the published one."""
+    return _worth(*([run for run in once(runs) if _repeated(run)] or once(runs)))
+
+
+def _repeated(run: Run) -> list[Compared]:
+    return [c for c in evidence(run).equal_load("output_token_throughput") if c.ratio.pairs >= 2]
+
+
+@figure("worth", _WORTH)
+def _worth(axes, *runs: Run) -> str:
+    claim, rows = claim_of("C1"), []
+    bf16, fp8 = claim["bf16"], claim["fp8"]
+    for run in runs:
+        for c in _repeated(run):
+            behind = "" if c.variants["bf16"] == "bf16" else f", behind {c.setup}"
+            limit = _mostly(*(causes(evidence(run), c.variants[base], c.rate) for base in ("bf16", "fp8")))
+            rows.append((f"{run.path.name}, {rate_name(c.rate)}{behind}\nlimit: {limit}", c.ratio))
+    text = f"published, other loads:\nFP8 at {fp8['rate']}, BF16 at {bf16['rate']} req/s"
+    forest(axes, _WORTH, rows, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
+    return (
+        "Same rate, trace and seeds, 95 % intervals; a bar across 1 shows no difference. Star: the published ratio, which "
+        "crosses two loads. Where the API server is the limit the ratio is not the card's."
+    )
+
+
+def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
+    """The cause of most levels of both variants in a few words; of each where none has more than half."""
+    both = Counter()
+    for cause, count in [*bf16.items(), *fp8.items()]:
+        both[cause.partition(",")[0]] += count
+    (cause, count), total = both.most_common(1)[0], both.total()
+    if 2 * count > total:
+        return cause if count == total else f"mostly {cause}"
+    return ", ".join(f"{name} {c.most_common(1)[0][0].partition(',')[0]}" for name, c in (("BF16", bf16), ("FP8", fp8)))
+
+
+@figure("littles_law", "Does Little's law explain the concurrency?")
+def littles_law_figure(axes, run: Run) -> str:
+    """Throughput x mean time in the system against what the EngineCore counted in flight, level by level."""
+    seen, top, drawn = evidence(run), 1.0, set()
+    for level_id, s in seen.summaries.items():
+        level, expected = seen.level(level_id), s.mean_concurrent_requests
+        if level is None or level.telemetry is None or not expected:
+            continue
+        sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
+        counted = float((sampled["running"] + sampled["waiting"]).mean())
+        if not math.isnan(counted):
+            variant, style = s.level.variant, variant_style(run.profile, s.level.variant) | {"ls": ""}
+            axes.plot(expected, counted, label=None if variant in drawn else variant, **style)
+            drawn.add(variant)
+            top = max(top, expected, counted)
+    axes.plot([1, top * 1.2], [1, top * 1.2], color=GREY, lw=1, ls=":")
+    axes.set(xscale="log", yscale="log", xlim=(10, top * 1.3), ylim=(10, top * 1.3))
+    axes.set(
+        xlabel="completed requests/s × mean time in the system", ylabel="running + waiting in the EngineCore, mean"
+    )
+    axes.xaxis.set_major_formatter(plainly)
+    axes.yaxis.set_major_formatter(plainly)
+    legend(axes, "upper left")
+    return (
+        "Whole run of each level. On the line: the EngineCore held all requests that were in flight. Below it: some waited "
+        "before it, in the API server, or their last tokens did."
+    )
+
+
+@figure("kv_capacity", "Was the KV cache ever full?")
+def kv_capacity_figure(axes, run: Run) -> str:
+    """Requests of this trace that the KV cache can hold, against the most that ran at once."""
+    rows = [row for row in evidence(run).kv_room() if run.profile.base(row[0]) == row[0]]
+    axes.figure.set_figheight(0.9 + 0.55 * max(1, len(rows)))
+    axes.grid(axis="y", visible=False)
+    for y, (variant, _, holds, most, fullest) in enumerate(rows):
+        axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
+        axes.barh(y, most, 0.34, color=variant_style(run.profile, variant)["color"])
+        share = "" if fullest is None else f", fullest {fullest:.0%}"
+        note(axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (holds, y), (4, 0), va="center")
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
+    axes.set_xlabel("requests of this trace")
+    return (
+        "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran "
+        "at once, over all levels."
+    )
+
+
+@figure("clock", "Does the power limit hold the card's clock back?", height=4.6, rows=2)
+def clock_figure(axes: Sequence, run: Run) -> str:
+    """Power and clock over time of both variants' levels all at once, where the card is least waited for."""
+    seen, (upper, lower) = evidence(run), axes
+    pairs = [pair for pair in seen.pairs() if seen.rates(*pair[:2])]
+    ids = [
+        level_id
+        for variant in (pairs[-1][:2] if pairs else ())
+        if (rates := seen.rates(variant)) and (level_id := next(iter(seen.levels((variant,), rates[-1])), None))
+    ]
+    sampled, limit_w, drawn = False, None, False
+    for level_id in ids:
+        level, ran = seen.level(level_id), seen.clock(level_id)
+        if level is None or ran is None or ran.mhz is None:
+            continue
+        style = variant_style(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
+        limit_w, drawn = ran.limit_w or limit_w, True
+        shown = level.telemetry[level.telemetry["at_s"].between(0, level.summary.duration_s)]
+        for each, column in ((upper, "gpu_power_w"), (lower, "gpu_sm_mhz")):
+            known = shown[["at_s", column]].dropna()
+            each.plot(known["at_s"], known[column], label=level.level.variant, **style)
+        if "gpu_clock_reasons" in shown:
+            known = shown[["at_s", "gpu_sm_mhz", "gpu_clock_reasons"]].dropna()
+            held = known[(known["gpu_clock_reasons"].astype(int) & POWER) != 0]
+            lower.plot(held["at_s"], held["gpu_sm_mhz"], ls="", marker="|", ms=5, color=style["color"])
+            sampled = True
+    if limit_w:
+        upper.axhline(limit_w, color=GREY, lw=1, ls=":")
+        note(upper, f"limit {limit_w:,.0f} W", (0, limit_w), color=GREY)
+        upper.set_ylim(0, limit_w * 1.12)
+    upper.set(ylabel="GPU power, W")
+    lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
+    for each in (upper, lower):
+        each.yaxis.set_major_formatter(plainly)
+        if not drawn:
+            each.set(xticks=[], yticks=[])
+            each.text(0.02, 0.86, "no GPU was sampled", transform=each.transAxes, fontsize=8, color=GREY)
+    legend(upper, "lower right")
+    marks = "Ticks: samples in which NVML named the power limit as what held the clock back."
+    marks = marks if sampled else "What held the clock back was not sampled in this run."
+    return f"Levels {' and '.join(ids) or 'none'}. Power is NVML's mean over a second. {marks}"

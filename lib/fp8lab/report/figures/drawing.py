@@ -1,0 +1,227 @@
+"""The house's way of drawing: canvas, colours and markers, labels, forest plots, and the words that go with a figure."""
+
+import base64
+import functools
+import html
+import inspect
+import io
+import itertools
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config.profile import Profile
+from ...metrics.statistics import Ratio
+from ...paths import writing
+from ...results.run_folder import Run
+from ..caption import card_mark, card_note
+
+# Okabe-Ito colours, told apart also in grey and by marker; a base keeps its own everywhere.
+STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
+INK, GREY = "#222222", "#767676"
+# In another setup (API server, further flags) a variant keeps its base's colour and marker, drawn otherwise filled.
+_FILLINGS = (
+    ("full", "-", "full"),
+    ("left", ":", "left half full"),
+    ("none", "--", "hollow"),
+    ("bottom", "-.", "lower half full"),
+)
+# Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
+_TALL_INCHES, _OWN_PAGE = 4.5, ";max-height:225mm"
+_LEFT, _RIGHT = 0.4, 2.5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure in a page: a real `<img>` with its alternative text and a caption. Plain text elsewhere."""
+
+    name: str
+    svg: str
+    alt: str
+    caption: str
+    canvas: Any = field(repr=False, compare=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the figure as the file's ending says (.svg, .png, .pdf); returns the path. Raises NotWritten."""
+        with writing(Path(path)):
+            Path(path).write_text(self.svg) if str(path).endswith(".svg") else self.canvas.savefig(path, dpi=200)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.svg.encode()).decode()
+        style = "max-width:100%" + (_OWN_PAGE if self.canvas.get_figheight() > _TALL_INCHES else "")
+        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(self.alt)}" style="{style}">'
+        return f"<figure>{image}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+
+    def __repr__(self) -> str:
+        return f"[figure] {self.alt}\n{self.caption}"
+
+
+def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns: int = 1) -> Callable:
+    """Makes a function `draw(axes, *runs, **options) -> caption` one of runs and options that returns a `Figure`. With
+    several `rows` or `columns` the axes are a list. Without a run: arithmetic."""
+
+    def made(draw: Callable[..., str]) -> Callable[..., Figure]:
+        @functools.wraps(draw)
+        def drawn(*arguments, **options) -> Figure:
+            runs = [one for one in arguments if isinstance(one, Run)]
+            canvas, axes = _canvas(runs, title, height, rows, columns)
+            caption = draw(axes, *arguments, **options)
+            from matplotlib import rc_context
+
+            vector = io.StringIO()
+            # The same data give the same file: no date, no random names.
+            with rc_context({"svg.hashsalt": name}):
+                canvas.savefig(vector, format="svg", metadata={"Date": None})
+            source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
+            return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
+
+        # What a caller gives and gets.
+        signature = inspect.signature(draw)
+        drawn.__signature__ = signature.replace(
+            parameters=list(signature.parameters.values())[1:], return_annotation=Figure
+        )
+        return drawn
+
+    return made
+
+
+def _canvas(runs: Sequence[Run], title: str, height: float, rows: int, columns: int):
+    """(canvas, axes) in the house's style; marked across when a run was not made on the GPU that its profile names."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(6.4 if columns == 1 else 9.2, height), layout="constrained")
+    marks = [card_mark(run) or ("CPU" if run.profile.device != "cuda" else "") for run in runs]
+    mark = next(filter(None, marks), "")
+    every = list(canvas.subplots(rows, columns, squeeze=False, sharex=rows > 1).flat)
+    every[0].set_title(title, loc="left", fontsize=11, color=INK)
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", lw=0.8)
+        axes.set_axisbelow(True)
+        if mark:
+            axes.text(
+                0.5, 0.5, mark, transform=axes.transAxes, ha="center", va="center", rotation=20, fontsize=44, color="#bbbbbb",
+                alpha=0.45,
+            )  # fmt: skip
+    return canvas, every if len(every) > 1 else every[0]
+
+
+def _alt(canvas, title: str) -> str:
+    """What is drawn, for those who do not see it: the question, the axes, the names in it."""
+    told = []
+    for axes in canvas.axes:
+        x, y = (" ".join(label.split()) for label in (axes.get_xlabel(), axes.get_ylabel()))
+        told.append(" over ".join(filter(None, (y, x))))
+        names = axes.get_legend_handles_labels()[1] or [
+            " ".join(tick.get_text().split()) for tick in (axes.get_yticklabels() if not y else axes.get_xticklabels())
+        ]
+        if names := [name for name in dict.fromkeys(names) if any(c.isalpha() for c in name)]:
+            many = len(names) > 12
+            told[-1] += f": {f'{len(names)} rows from {names[0]} to {names[-1]}' if many else ', '.join(names)}"
+    return f"{title} Chart of {'; '.join(told)}. The page's tables hold the numbers."
+
+
+def variant_style(profile: Profile, variant: str) -> dict:
+    """How a variant is drawn: colour and marker are its base's, filling and line its setup's."""
+    color, marker = STYLE.get(profile.base(variant), (INK, "v"))
+    filling, line, _ = _filling(profile, variant)
+    return {"color": color, "marker": marker, "fillstyle": filling, "ls": line, "lw": 1.6, "ms": 6}
+
+
+def _filling(profile: Profile, variant: str) -> tuple[str, str, str]:
+    setups = list(dict.fromkeys(map(profile.setup, profile.variants)))
+    setup = profile.setup(variant)
+    return _FILLINGS[setups.index(setup) % len(_FILLINGS) if setup in setups else 0]
+
+
+def fillings_told(profile: Profile, variants: Collection[str]) -> str:
+    """Which setup the markers of `variants` stand for, as a sentence to go on with; empty where all have the first."""
+    told = dict.fromkeys(f"{_filling(profile, v)[2]} for {profile.setup(v)}" for v in profile.variants if v in variants)
+    return f" Markers by API server: {'; '.join(told)}." if len(told) > 1 else ""
+
+
+def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
+    """Names lines at their right ends, (name, x, y, colour) each, instead of a legend. Names that would lie on each
+    other are moved apart; a thin line leads to each."""
+    axes.figure.draw_without_rendering()  # only then is known where things are
+    ends = sorted(ends, key=lambda end: end[2])
+    at = [axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi for _, x, y, _ in ends]
+    apart = list(itertools.accumulate(at, lambda below, own: max(own, below + 11)))
+    upward = sum(apart) / len(at) - sum(at) / len(at)
+    for (name, x, y, color), own, moved in zip(ends, at, apart, strict=True):
+        leader = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5}
+        note(axes, name, (x, y), (24, moved - upward - own), va="center", fontsize=8.5, color=color, arrowprops=leader)
+
+
+def label_where_free(axes, points: list[tuple[str, float, float]]) -> None:
+    """Writes a name beside each of `points`, (name, x, y) each, where it lies on no other point and no other name."""
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    pixel, size = axes.figure.dpi / 72, 7
+    at = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [Bbox.from_extents(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
+    taken += [text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)]
+    for (name, *point), (x, y) in zip(points, at, strict=True):
+        wide, high = 0.62 * size * len(name) * pixel, size * pixel
+        for side, left in (("left", x + 6 * pixel), ("right", x - 6 * pixel - wide)):
+            box = Bbox.from_bounds(left, y - high / 2, wide, high)
+            if not box.count_overlaps(taken):
+                note(axes, name, point, (6 if side == "left" else -6, 0), ha=side, va="center", fontsize=size)
+                taken.append(box)
+                break
+
+
+def note(axes, text: str, at: Sequence[float], offset: tuple[float, float] = (4, 3), **style) -> None:
+    """Writes `text` so many points beside `at`."""
+    axes.annotate(text, tuple(at), offset, textcoords="offset points", **{"fontsize": 8, "color": INK} | style)
+
+
+def legend(axes, where: str) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc=where, fontsize=8)
+
+
+def plainly(value: float, _position: int) -> str:
+    return f"{value:,.0f}"
+
+
+def forest(
+    axes, title: str, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple[str, float] | None = None
+) -> None:
+    """Ratios with their 95 % intervals, one a line: `rows` are (text, ratio), drawn from the top; filled where the interval
+    leaves out 1. `said` is a (text, ratio) without an interval, somebody else's, drawn first as a star."""
+    lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)
+    canvas = axes.figure
+    canvas.set_figheight(max(1.6, 0.9 + 0.24 * lines))
+    # Over the whole figure: beside long names little room is left above the axes.
+    axes.set_title("", loc="left")
+    canvas.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    axes.grid(axis="y", visible=False)
+    axes.axvline(1, color=INK, lw=1)
+    beyond = False
+    texts = [text for text, _ in ([said] if said else []) + list(rows)]
+    if said:
+        axes.plot(said[1], 0, "*", color=INK, mfc="white", ms=12)
+    for y, (_, one) in enumerate(rows, start=bool(said)):
+        low, high = (one.value, one.value) if math.isnan(one.low) else (one.low, one.high)
+        color = INK if one.shown else GREY
+        axes.plot([low, high], [y, y], color=color, lw=2.2 if one.shown else 1.2)
+        ends = [(_LEFT, "<")] * (low < _LEFT) + [(_RIGHT, ">")] * (high > _RIGHT)
+        for end, arrow in ends:
+            axes.plot(end, y, arrow, color=color, ms=6, clip_on=False)
+        beyond = beyond or bool(ends)
+        axes.plot(one.value, y, "o", color=INK, mfc=INK if one.shown else "white", ms=5)
+    axes.set_yticks(range(len(texts)), texts, fontsize=7.5)
+    axes.set_ylim(max(1, len(texts)) - 0.5, -0.5)
+    axes.set_xscale("log")
+    ticks = (0.5, 0.7, 1, 1.4, 2)
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(_LEFT, _RIGHT)
+    arrows = ";\narrow: it goes on" if beyond else ""
+    axes.set_xlabel(f"{label}\n(filled: the interval leaves out 1{arrows})")
