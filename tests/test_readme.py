@@ -5,7 +5,6 @@ import re
 from statistics import fmean, geometric_mean
 
 import pytest
-from fp8lab.report.fair import ablation_effects, kv_room
 
 from fp8lab import cli
 from fp8lab.experiment.quality import comparisons
@@ -13,9 +12,10 @@ from fp8lab.metrics.quality import distinguishable
 from fp8lab.metrics.slo import SLO, attains
 from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
-from fp8lab.report.claims import claims_across, number
+from fp8lab.report.claims import claims_across
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
+from fp8lab.ui.text import four_digits
 
 README, CHINESE, CONTRIBUTING = (
     (PROJECT / name).read_text() for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")
@@ -67,21 +67,21 @@ def headline_numbers() -> list[str]:
     ratios += own_starts
     ratios.append(h100.compare("fp8-rust", "bf16-rust", math.inf, metric))
     ratios.append(seen.compare("fp8-rust", "bf16-rust", math.inf, metric))
-    behind_rust = {name: one for suffix, _, name, one in ablation_effects(seen, metric) if suffix == "-rust"}
+    behind_rust = {c.effect: c.ratio for c in seen.ablation(metric) if c.setup == "Rust"}
     ratios += [behind_rust["FP8 weights"], behind_rust["FP8 KV cache"]]
-    halves = {name: one for _, rate, name, one in ablation_effects(seen, joules) if rate == 50}
-    long_halves = {name: one for _, _, name, one in ablation_effects(long_prompts, metric)}
+    halves = {c.effect: c.ratio for c in seen.ablation(joules) if c.rate == 50}
+    long_halves = {c.effect: c.ratio for c in long_prompts.ablation(metric)}
     halved = [half[name] for half in (halves, long_halves) for name in ("FP8 weights", "FP8 KV cache")]
     told = [f"{one.value:.2f}×" for one in (*ratios, *halved)]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
     told += held_back(h100, "-rust-graphs", 3) + held_back(starts, "-rust-graphs", 2) + held_back(long_prompts, "", 3)
-    apart = [abs(s).meters_apart for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
+    apart = [abs(s.meters_apart) for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
     told.append(f"{100 * max(apart):.1f} %")
     for one in (h100, seen):
         assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
         fp8 = [s for level, s in one.summaries.items() if level.startswith("fp8-100rps")]
         assert len(fp8) == 3 and all(s.frontend_cpu_max_steady >= 0.95 for s in fp8)  # "at a whole core"
-        told.append(number(geometric_mean(s.request_throughput for s in fp8)))
+        told.append(four_digits(geometric_mean(s.request_throughput for s in fp8)))
         costs = [
             round(s.frontend_us_per_token) for level, s in one.summaries.items() if re.match("(bf16|fp8)-100rps", level)
         ]
@@ -95,12 +95,12 @@ def headline_numbers() -> list[str]:
     told.append(f"{min(rust)} to {max(rust)} µs")
     odd = [round(seen.summaries[f"fp8-100rps-r{seed}"].frontend_us_per_token) for seed in (3, 1, 2)]
     told += [f"{odd[0]} µs", f"{odd[1]}", f"{odd[2]}"]
-    fullest = kv_room(h100) + kv_room(seen)
+    fullest = h100.kv_room() + seen.kv_room()
     for names in (("bf16", "bf16-api4", "bf16-rust"), ("fp8", "fp8-api4", "fp8-rust")):
         told.append(f"{max(row[4] for row in fullest if row[0] in names):.0%}".replace("%", " %"))
     preempted = {s.level.variant: s.preemptions for s in long_prompts.summaries.values()}
     assert preempted == {"bf16": 40, "fp8": 0, "fp8-weights": 44, "fp8-kv": 0}
-    assert max(row[3] for row in kv_room(long_prompts)) == 300
+    assert max(row[3] for row in long_prompts.kv_room()) == 300
     busy = [round(100 * h100.summaries[f"bf16-rust-graphs-infrps-r{n}"].gpu_util_steady) for n in (1, 2, 3)]
     told.append(f"{min(busy)} to {max(busy)} %")
     for variant in ("fp8-rust", "fp8-rust-graphs"):
