@@ -1,5 +1,7 @@
 # make reproduce   the published comparison, and the fair one, on this machine
-# make test        formatting, linting, unit tests, real servers, notebooks
+# make quick       formatting, linting, and the tests that need no server (at most 3 min)
+# make test        the same with servers, notebooks and a browser
+# make nightly     the same with long repetitions, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
 # make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
@@ -16,10 +18,10 @@ STAMP := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help env reproduce steps test lab lint bench soak bundle front clean
+.PHONY: help env reproduce steps quick test nightly lab lint bench soak bundle front clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 13
 
 env: $(STAMP)
 
@@ -41,8 +43,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-test: lint
-	$(BIN)/python -m pytest $(ARGS)
+PYTEST := $(BIN)/python -m pytest --durations 10
+
+# What times itself or starts a server has the machine for itself.
+quick: lint
+	$(PYTEST) -n 2 -m "not servers and not timing" $(ARGS)
+
+test: quick
+	$(PYTEST) -m "servers or timing" $(ARGS)
+
+nightly: quick
+	FP8LAB_NIGHTLY=1 $(PYTEST) -m "servers or timing" $(ARGS)
+	$(MAKE) soak
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
@@ -54,14 +66,9 @@ soak: $(STAMP)
 bundle:
 	PYTHON="$(PYTHON)" bash env/bundle/build.sh bundle $(COMPILE_CACHE)
 
-# The front notebook is committed with the outputs of the recorded run, the README with a figure of four runs: made anew.
+# The front notebook is committed with the outputs of a recorded run, README with a figure of three: made anew.
 front: $(STAMP)
-	$(BIN)/python -c "import fp8lab as lab; from fp8lab import paths; \
-	  runs = [lab.open_run(source=name) for name in ('h100-80gb', 'h200-80gb', 'h100-80gb-starts', 'h100-80gb-long-prompts')]; \
-	  lab.worth_figure(*runs).save(paths.DATA / 'recorded' / 'h100-80gb' / 'figures' / 'worth.svg')"
-	$(BIN)/fp8lab reproduce --source h200-80gb
-	$(BIN)/python -c "from fp8lab import paths; from fp8lab.report import notebooks; \
-	  notebooks.keep_outputs(paths.RUNS / 'redrawn-h200-80gb' / notebooks.FRONT.name)"
+	$(BIN)/python data/front.py
 
 clean:
 	rm -rf .venv

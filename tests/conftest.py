@@ -2,6 +2,7 @@
 as it is told, a run made of whole cloth."""
 
 import contextlib
+import inspect
 import os
 import signal
 import subprocess
@@ -24,6 +25,50 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Rare events are looked for at length by `make nightly` alone.
+NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
+
+
+# What starts a server for its tests, and what times itself against a streaming server.
+_STARTERS = {"fake_vllm", "tiny", "measured", "search", "short_profile"}
+_TIMED = {"test_load", "test_telemetry", "test_clocks", "test_live"}
+_now_running = []
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what starts a server, and what times itself: beside another test its times would be wrong."""
+    for item in items:
+        if _STARTERS & set(item.fixturenames):
+            item.add_marker(pytest.mark.servers)
+        times = item.module.__name__ in _TIMED or "sse_url" in item.fixturenames
+        if times or "streaming_server" in inspect.getsource(item.function):
+            item.add_marker(pytest.mark.timing)
+
+
+def pytest_runtest_setup(item):
+    _now_running[:] = [item]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _marked_truly():
+    """What starts a server or executes a notebook is marked `servers`: `make quick` leaves it out."""
+    from fp8lab.report import notebooks
+    from fp8lab.server.launch import Server
+
+    def checked(work):
+        def check(*arguments, **options):
+            if not _now_running[0].get_closest_marker("servers"):
+                pytest.fail("this test starts a server or executes a notebook: mark it `servers`", pytrace=False)
+            return work(*arguments, **options)
+
+        return check
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "_launch", checked(Server._launch))
+        patch.setattr(notebooks, "execute", checked(notebooks.execute))
+        yield
+
 
 SHORT = """
 extends = "emulated-h100"

@@ -21,6 +21,8 @@ from fp8lab.report.batch_page import write_pages
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 
+pytestmark = pytest.mark.servers
+
 # One level of some requests in a tiny run; the notebook only measures.
 PROFILE = """
 extends = "emulated-h100"

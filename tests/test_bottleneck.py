@@ -90,7 +90,7 @@ def test_short_levels_do_not_show_whether_a_backlog_stays():
     (60, {"gpu_util_steady": 0.9}, "GPU and EngineCore", "no kernel running 10%"),
     (60, {"gpu_util_steady": 0.99}, "GPU, nearer compute", "grew by 40%"),
     (60, {"preemptions": 12.0}, "KV capacity", "12 preemptions"),
-    (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "API server", "front end 1.00"),
+    (60, {"preemptions": 1.0, "frontend_cpu_max_steady": 1.0}, "API server", "API server 1.00"),
     (60, {"gpu_util_steady": None}, "unknown", "no GPU was sampled"),
 ])  # fmt: skip
 def test_constructed_levels_are_attributed(capacity, changed, cause, said):
@@ -159,7 +159,7 @@ def test_every_reader_of_a_level_has_the_same_steady_window():
         assert clock(level.telemetry, (begin, end)).power_w == pytest.approx(summary.gpu_power_w_steady)
 
 
-def test_a_full_front_end_that_holds_nothing_back_is_not_the_limit():
+def test_a_full_api_server_that_holds_nothing_back_is_not_the_limit():
     """Streaming what a full GPU makes can take a whole core, too: the requests then are in the engine."""
     records = served(100, 60)
     window = steady_window(records)
@@ -169,7 +169,7 @@ def test_a_full_front_end_that_holds_nothing_back_is_not_the_limit():
     full = {"frontend_cpu_max_steady": 0.99}
     assert judged(records, sampled(records, 1.0), **full).cause == "GPU, nearer compute"
     held = judged(records, sampled(records, 0.7), **full)
-    assert held.cause == "API server" and "30% of the requests in flight were not in the engine" in held.evidence
+    assert held.cause == "API server" and "30% of the requests in flight were not in the EngineCore" in held.evidence
     # A GPU that waits is not the limit, wherever the requests are.
     assert judged(records, sampled(records, 1.0), **full, gpu_util_steady=0.9).cause == "API server"
 

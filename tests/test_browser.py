@@ -29,7 +29,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)"),
+    pytest.mark.servers,
+]
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 RECORDED = "h200-80gb"
@@ -168,7 +171,6 @@ def test_make_lab_opens_the_front_notebook_with_its_kernel(lab, artefacts):
     assert lab.page.locator(".jp-Dialog").count() == 0 and "Python 3" in lab.kernel.inner_text()
 
 
-@pytest.mark.servers
 def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     page = lab.page
     measuring = lab.cell("lab.measure(")
@@ -210,7 +212,6 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     page.set_viewport_size(DESK)
 
 
-@pytest.mark.servers
 def test_an_interrupted_level_keeps_the_server_of_another_cell(lab, artefacts):
     profile, name = lab.folder / "short.toml", "server.ipynb"
     log = lab.folder / "server.log"

@@ -164,6 +164,7 @@ def test_print_command_is_the_published_one():
     assert "distributed-executor-backend" not in done.stdout
 
 
+@pytest.mark.servers
 def test_serve_holds_a_server_until_interrupted():
     import signal
 

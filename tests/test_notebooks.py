@@ -12,6 +12,8 @@ import pytest
 from fp8lab.report import notebooks
 from fp8lab.results.run_folder import open_run
 
+pytestmark = pytest.mark.servers
+
 ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
 FRONT_FIGURES = notebooks.FRONT.read_text().count("_figure(")
 

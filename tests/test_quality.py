@@ -209,6 +209,7 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, content, arguments, said
     assert said in capsys.readouterr().err and not (tmp_path / "run" / "quality").exists()
 
 
+@pytest.mark.servers
 def test_the_packaged_weights_are_those_that_transformers_reads():
     import importlib.util
     from pathlib import Path
@@ -414,6 +415,7 @@ def test_tables_say_what_they_are(measured):
     assert next(one for one in lab.judge(measured) if one.id == "Q1").verdict == "not run"
 
 
+@pytest.mark.servers
 def test_the_notebook_shows_the_recorded_run(tmp_path):
     page = notebooks.execute(notebooks.find("07")[0], tmp_path / "07.ipynb", {"source": "smollm2-h200"}).read_text()
     assert page.count("<figure>") == 3 and "bf16-again (noise floor)" in page and "99.28" in page
@@ -429,6 +431,7 @@ def test_the_notebook_on_the_cpu(measured, tmp_path):
         assert said in page
 
 
+@pytest.mark.servers
 def test_the_notebook_refuses_random_weights(tmp_path):
     with pytest.raises(BadInput, match="random weights"):
         notebooks.execute(

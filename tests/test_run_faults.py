@@ -20,7 +20,7 @@ import pytest
 from pyarrow import parquet
 
 import fp8lab as lab
-from conftest import marked, wait_for
+from conftest import NIGHTLY, marked, wait_for
 from fp8lab.config.profile import Level
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
@@ -29,7 +29,9 @@ from fp8lab.results.run_folder import open_run
 from fp8lab.system import temporary as folders
 from test_runs import LEVEL, make_result
 
-KILLS = 50
+pytestmark = pytest.mark.servers
+
+KILLS = 50 if NIGHTLY else 8
 PROTOCOLS = ["as published", "equal load"]
 # Imports everything, then forks one measurement for each line it reads: no start pays for pandas again.
 NURSERY = """

@@ -21,6 +21,8 @@ from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput, ServerFailed
 from fp8lab.server import auth, command, log, orphans
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import fp8lab as lab
 from conftest import HERE, marked, nothing_left, wait_for
+from fp8lab.config.profile import Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.load.level import Watch
@@ -36,6 +37,8 @@ from fp8lab.server.request import ask
 from fp8lab.system import gpu
 from fp8lab.system.locks import Lock, machine_lock
 from fp8lab.system.temporary import Scratch, sweep
+
+pytestmark = pytest.mark.servers
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_a_start_that_dies_gives_one_error_with_cause_and_remedy(fake_vllm, tmp_
 
 def test_a_flag_that_vllm_does_not_know(fake_vllm, tmp_path):
     profile = lab.load_profile(str(fake_vllm()))
-    profile = dataclasses.replace(profile, variants={"bf16": ("--no-such-flag",)})
+    profile = dataclasses.replace(profile, variants={"bf16": Variant(flags=("--no-such-flag",))})
     said, seconds = start_fails(profile, tmp_path)
     assert "unrecognized arguments: --no-such-flag" in said and "does not know that flag" in said and seconds < 5
 
@@ -401,10 +404,10 @@ HOSTS = 2**22 + 1, 2**22 + 2
 @pytest.fixture
 def when_ready(monkeypatch):
     """Call it with what is to happen, given the server, once that is ready and before stock is taken."""
-    wait = launch.wait
+    wait = launch._wait_until_ready
 
     def then(happens):
-        monkeypatch.setattr(launch, "wait", lambda server, *args: (wait(server, *args), happens(server)))
+        monkeypatch.setattr(launch, "_wait_until_ready", lambda server, *args: (wait(server, *args), happens(server)))
 
     return then
 
@@ -657,7 +660,7 @@ def shared(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may act as two users")
 def test_the_lock_is_the_same_for_all_users(shared):
-    code = f"from pathlib import Path; from fp8lab import locks; locks._SHARED = (Path({str(shared)!r}),)\n"
+    code = f"from pathlib import Path; from fp8lab.system import locks; locks._SHARED = (Path({str(shared)!r}),)\n"
     code += "try: lock = locks.machine_lock('x', 'x')\nexcept locks.InUse as error: print(error, flush=True)\n"
     code += "else: print('mine', flush=True); input()"
 

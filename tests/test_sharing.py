@@ -18,6 +18,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.servers
 def test_a_shared_run_opens_on_another_machine(home):
     run = open_run(source="h200-80gb")
     (page,), archive = share(run, home / "out", notebooks=[notebooks.FRONT])
@@ -30,6 +31,7 @@ def test_a_shared_run_opens_on_another_machine(home):
     assert open_run(source=archive).path == again.path  # unpacked once
 
 
+@pytest.mark.servers
 def test_a_run_of_answers_alone_is_shared_too(home):
     run = open_run(source="smollm2-h200")
     (page,), archive = share(run, home / "out", notebooks=notebooks.find("07_quality"))

@@ -98,6 +98,7 @@ def _key_path(at: Sequence) -> str:
 
 
 def profile_names() -> list[str]:
+    """The names of the profiles in `data/profiles`."""
     return sorted(path.stem for path in (DATA / "profiles").glob("*.toml"))
 
 

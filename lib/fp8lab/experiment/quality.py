@@ -294,7 +294,6 @@ def checkpoint_folder(profile: Profile) -> Path:
 
     Raises BadInput for random weights or a model that is not on this machine.
     """
-    from ..experiment.quality import check_weights, reference_variant
     from ..server.command import served_model
 
     check_weights(profile)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...metrics.resources import POWER
 from ...metrics.slo import SLO
@@ -93,9 +93,10 @@ def _row(run: Run, metric: str, c: Compared) -> str:
     return f"{METRICS[metric][0]}, {rate_name(c.rate)}{setup}" + (f": {c.effect}" if c.effect else "")
 
 
-def worth_figure(*runs: Run) -> Figure:
-    """The throughput ratios at equal load that rest on repeats, run by run, with what limited them, beside the published one."""
-    return _worth(*([run for run in once(runs) if _repeated(run)] or once(runs)))
+def worth_figure(*runs: Run, rows: Mapping[tuple[str, float, str], str] | None = None) -> Figure:
+    """The throughput ratios at equal load that rest on repeats, run by run, with what limited them, beside the published one.
+    `rows` chooses among them and names them: text by (run, rate, setup)."""
+    return _worth(*([run for run in once(runs) if _repeated(run)] or once(runs)), rows=rows)
 
 
 def _repeated(run: Run) -> list[Compared]:
@@ -103,16 +104,18 @@ def _repeated(run: Run) -> list[Compared]:
 
 
 @figure("worth", _WORTH)
-def _worth(axes, *runs: Run) -> str:
-    claim, rows = claim_of("C1"), []
+def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) -> str:
+    claim, drawn = claim_of("C1"), {}
     bf16, fp8 = claim["bf16"], claim["fp8"]
     for run in runs:
         for c in _repeated(run):
             behind = "" if c.variants["bf16"] == "bf16" else f", behind {c.setup}"
+            name = (rows or {}).get((run.path.name, c.rate, c.setup), f"{run.path.name}, {rate_name(c.rate)}{behind}")
             limit = _mostly(*(causes(evidence(run), c.variants[base], c.rate) for base in ("bf16", "fp8")))
-            rows.append((f"{run.path.name}, {rate_name(c.rate)}{behind}\nlimit: {limit}", c.ratio))
+            drawn[run.path.name, c.rate, c.setup] = (f"{name}\nlimit: {limit}", c.ratio)
     text = f"published, other loads:\nFP8 at {fp8['rate']}, BF16 at {bf16['rate']} req/s"
-    forest(axes, _WORTH, rows, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
+    shown = [drawn[key] for key in (rows or drawn)]
+    forest(axes, _WORTH, shown, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
     return (
         "Same rate, trace and seeds, 95 % intervals; a bar across 1 shows no difference. Star: the published ratio, which "
         "crosses two loads. Where the API server is the limit the ratio is not the card's."
@@ -120,14 +123,13 @@ def _worth(axes, *runs: Run) -> str:
 
 
 def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
-    """The cause of most levels of both variants in a few words; of each where none has more than half."""
-    both = Counter()
-    for cause, count in [*bf16.items(), *fp8.items()]:
-        both[cause.partition(",")[0]] += count
-    (cause, count), total = both.most_common(1)[0], both.total()
-    if 2 * count > total:
-        return cause if count == total else f"mostly {cause}"
-    return ", ".join(f"{name} {c.most_common(1)[0][0].partition(',')[0]}" for name, c in (("BF16", bf16), ("FP8", fp8)))
+    """What limited most levels of each variant in a few words; once where it is the same."""
+    causes = [Counter({}), Counter({})]
+    for plain, one in zip(causes, (bf16, fp8), strict=True):
+        for cause, count in one.items():
+            plain[cause.partition(",")[0]] += count
+    told = [f"{'' if len(one) == 1 else 'mostly '}{one.most_common(1)[0][0]}" for one in causes]
+    return told[0] if told[0] == told[1] else f"BF16 {told[0]}, FP8 {told[1]}"
 
 
 @figure("littles_law", "Does Little's law explain the concurrency?")

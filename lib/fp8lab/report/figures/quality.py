@@ -56,7 +56,7 @@ def parting_figure(axes, run: Run) -> str:
 
 
 @figure("quality_formats", "What is lost at each magnitude", columns=2)
-def formats_figure(axes, run: Run, folder: Path) -> str:
+def formats_figure(axes, folder: Path) -> str:
     """E4M3 and E5M2: rounding error by magnitude over where the model's scaled weights are, and an outlier's cost."""
     from ...metrics import number_formats
     from ...models.tensors import matrices
