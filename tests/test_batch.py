@@ -265,3 +265,11 @@ def test_a_job_keeps_the_starts_that_its_profile_asks_for(tmp_path):
     (tmp_path / "job.toml").write_text(_profile_text(read, profile, workload, name))
     made = read_profile(str(tmp_path / "job.toml")).levels("as published")
     assert [(level.repeat, level.start) for level in made] == [(1, 1), (2, 2)]
+
+
+def test_a_workload_with_arrival_times_is_refused_before_any_job(tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens,arrival_s\n8,8,0\n8,8,1\n")
+    matrix = tmp_path / "matrix.toml"
+    matrix.write_text('profiles = ["emulated-h100"]\n[workloads.mine]\ntrace = "mine.csv"\n')
+    with pytest.raises(BadInput, match="holds arrival times"):
+        load_matrix(matrix)

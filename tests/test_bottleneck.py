@@ -14,8 +14,7 @@ from fp8lab.config.dimensions import fp8_kv, fp8_weights, model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
 from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, long_enough, what_limited
-from fp8lab.metrics.kv_cache import held_tokens, paging_waste, reserving_waste
-from fp8lab.metrics.performance import steady_window
+from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
 from fp8lab.metrics.resources import POWER, clock
 from fp8lab.metrics.roofline import roofline
 from fp8lab.metrics.summary import Summary

@@ -11,9 +11,10 @@ from fp8lab.config.dimensions import model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.metrics.bottleneck import Limit
+from fp8lab.metrics.roofline import roofline
 from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
 from fp8lab.metrics.statistics import Ratio
-from fp8lab.report.figures import drawing, roofline
+from fp8lab.report.figures import drawing
 from fp8lab.report.figures.drawing import forest
 from fp8lab.report.tables import comparison
 from fp8lab.results.evidence import Compared, Evidence, evidence

@@ -17,7 +17,7 @@ from fp8lab.errors import BadInput, Fp8labError
 from fp8lab.load.level import measure_level
 from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import parse_metrics
-from fp8lab.models.folders import model_folder
+from fp8lab.models.checkpoints import model_folder
 from fp8lab.report import notebooks
 from fp8lab.results.files import write_json, write_tables
 from fp8lab.results.run_folder import open_run

@@ -3,7 +3,9 @@
 import ast
 import graphlib
 import importlib
+import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import fp8lab
@@ -49,6 +51,22 @@ def test_there_is_no_circle():
 def test_every_folder_says_what_it_is_for():
     for folder in (path for path in LIB.rglob("*") if path.is_dir() and any(path.glob("*.py"))):
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def test_what_is_imported_is_asked_for_by_name():
+    """A package that another one happens to bring may be gone with its next version."""
+    asked = " ".join((PROJECT / "env" / name).read_text() for name in ("common.in", "cpu.in", "extra.txt"))
+    named = {name.lower().replace("_", "-") for name in re.findall(r"^([A-Za-z][\w.-]*)", asked, re.MULTILINE)}
+    homes = importlib.metadata.packages_distributions()
+    files = [*LIB.rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]
+    own = {path.stem for path in files} | {"fp8lab", "bench", "contents"}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own:
+                wanted = {one.lower().replace("_", "-") for one in homes.get(top, [top])}
+                assert wanted & named, f"{path.name} imports {top}, which env/*.in does not name"
 
 
 def test_contributing_names_every_file():

@@ -26,7 +26,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
 from fp8lab.metrics.summary import MeasuredLevel
 from fp8lab.results.run_folder import open_run
-from fp8lab.system import temporary as folders
+from fp8lab.system import locks as folders
 from test_runs import LEVEL, make_result
 
 pytestmark = pytest.mark.servers

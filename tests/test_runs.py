@@ -8,19 +8,19 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
+from fp8lab import share
 from fp8lab.config.profile import Level, Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput, NotWritten, RunDamaged, RunMismatch
 from fp8lab.experiment.max_rate import find_max_rate
-from fp8lab.experiment.plan import plan_table
-from fp8lab.experiment.speed import load_test, measure, missing_work, trace_for
+from fp8lab.experiment.speed import load_test, measure, missing_work, plan_table, trace_for
 from fp8lab.metrics.performance import summarize
 from fp8lab.metrics.summary import MeasuredLevel, Summary
-from fp8lab.results import export, provenance, run_folder
-from fp8lab.results.export import record
+from fp8lab.results import provenance, run_folder
 from fp8lab.results.level import LevelResult
 from fp8lab.results.run_folder import open_run
+from fp8lab.share import record
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)
 
@@ -253,7 +253,7 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
 
 
 def record_below(monkeypatch, folder):
-    for room in (export, run_folder):
+    for room in (share, run_folder):
         monkeypatch.setattr(room, "DATA", folder)
 
 

@@ -35,8 +35,7 @@ from fp8lab.server import command, launch, preflight
 from fp8lab.server.launch import Server
 from fp8lab.server.request import ask
 from fp8lab.system import gpu
-from fp8lab.system.locks import Lock, machine_lock
-from fp8lab.system.temporary import Scratch, sweep
+from fp8lab.system.locks import Lock, Scratch, machine_lock, sweep
 
 pytestmark = pytest.mark.servers
 
@@ -266,7 +265,7 @@ def test_a_killed_watchdogs_folder_goes_with_the_stop_or_the_next_start(fake_vll
     ("fault", "cause"),
     [
         ("die", "the server died; its log: bf16.log"),
-        ("engine-dies", "the server's engine failed: /health answers 503"),
+        ("engine-dies", "the server's EngineCore failed: /health answers 503"),
         ("freeze", r"the server's process \d+ was suspended (SIGSTOP)"),
     ],
 )

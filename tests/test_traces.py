@@ -11,8 +11,8 @@ from conftest import marked
 from fp8lab.config.trace import arrival_times, fixed_length, from_file, sharegpt_like
 from fp8lab.errors import BadInput
 from fp8lab.experiment import speed
-from fp8lab.experiment.plan import plan_table
-from fp8lab.models.folders import model_folder
+from fp8lab.experiment.speed import plan_table
+from fp8lab.models.checkpoints import model_folder
 from fp8lab.results.run_folder import open_run
 
 

@@ -104,7 +104,7 @@ def quality(args) -> None:
 
 def plan(args) -> None:
     from .config.profile_file import read_profile
-    from .experiment.plan import plan_table
+    from .experiment.speed import plan_table
     from .results.run_folder import open_run
 
     run = open_run(source=args.run) if args.run else None
@@ -135,10 +135,10 @@ def batch(args) -> int:
 
 def record(args) -> None:
     from .paths import repository_relative
-    from .results import export
     from .results.run_folder import open_run
+    from .share import record as record_run
 
-    print(repository_relative(export.record(open_run(source=args.run), args.name, args.tokens or ())))
+    print(repository_relative(record_run(open_run(source=args.run), args.name, args.tokens or ())))
 
 
 def serve(args) -> None:

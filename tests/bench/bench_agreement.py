@@ -15,7 +15,7 @@ import fp8lab as lab
 from fp8lab.load import vllm_bench
 from fp8lab.load.level import measure_level
 from fp8lab.load.stream import Endpoint
-from fp8lab.models.folders import model_folder
+from fp8lab.models.checkpoints import model_folder
 
 COMPARED = ("output_token_throughput", "mean_tpot_ms", "peak_concurrent_requests_vllm", "mean_ttft_ms", "p99_ttft_ms")
 CONSTANT = float("inf")

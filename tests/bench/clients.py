@@ -80,7 +80,7 @@ async def with_httpx(args) -> list:
 def with_vllm(args) -> dict:
     from vllm.benchmarks import serve
 
-    from fp8lab.models.folders import model_folder
+    from fp8lab.models.checkpoints import model_folder
 
     measured = {}
     original = serve.benchmark

@@ -148,11 +148,20 @@ def is_file(trace: str) -> bool:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises BadInput unless `path` is a trace that can be read, as far as that shows without a tokenizer."""
+    """Raises BadInput unless `path` is a trace for levels that can be read, as far as that shows without a tokenizer."""
     if Path(path).suffix == ".json" and Path(path).is_file():
         _read_from(Path(path), _conversations)
     else:
-        from_file(path)
+        refuse_times(from_file(path))
+
+
+def refuse_times(trace: Trace) -> None:
+    """Raises BadInput for a trace with arrival times of its own, which a level cannot keep."""
+    if trace.arrival_s is not None:
+        raise BadInput(
+            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
+            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
+        )
 
 
 def named_trace(

@@ -25,7 +25,7 @@ from ..errors import BadInput, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
 from ..load.stream import Endpoint
 from ..metrics.quality import Comparison, Estimate, Reading, compare, position_table
-from ..models.tensors import without_widgets
+from ..models.checkpoints import without_widgets
 from ..paths import DATA, portable, repository_relative
 from ..results.run_folder import Run
 from ..server.launch import Server

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..config.profile import Level, Profile
-from ..config.trace import Trace, arrival_times, is_file, named_trace
+from ..config.trace import Trace, arrival_times, is_file, named_trace, refuse_times
 from ..errors import BadInput, Fp8labError, LevelFailed, ServerFailed
 from ..load import vllm_bench
 from ..load.generator import send_load
@@ -93,7 +94,7 @@ def trace_for(profile: Profile, level: Level) -> Trace:
     """The trace of a level: every variant gets the same one, each repeat its own seed. Raises BadInput for a file that
     cannot be read, is too short, or holds arrival times."""
     trace = _trace(profile, level.variant, level.requests, _seed(profile, level))
-    _check_times(trace)
+    refuse_times(trace)
     return trace
 
 
@@ -106,14 +107,6 @@ def _trace(profile: Profile, variant: str, requests: int | None, seed: int) -> T
         workload.trace, requests, seed=seed, tokenizer=tokenizer,
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
     )  # fmt: skip
-
-
-def _check_times(trace: Trace) -> None:
-    if trace.arrival_s is not None:
-        raise BadInput(
-            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
-            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
-        )
 
 
 def load_test(
@@ -143,7 +136,7 @@ def load_test(
     if run is not None:
         run.check_profile(server.profile)
     trace = trace or trace_for(server.profile, level)
-    _check_times(trace)
+    refuse_times(trace)
     with run.locked() if run is not None else contextlib.nullcontext():
         if run is not None and run.has(level, trace):
             StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
@@ -372,3 +365,43 @@ def _endpoint(server: Server) -> Endpoint:
 
 def _seed(profile: Profile, level: Level) -> int:
     return profile.workload.seed + level.repeat - 1
+
+
+# Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
+# prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.
+_START_S = {"cuda": 140, "emulated": 35, "cpu": 45}
+_PROMPT_TOKENS_PER_S = 40_000
+_DRAIN_TOKENS_PER_S = 10_000
+_TAIL_S = 4
+_CROSS_CHECK_START_S = 20
+
+
+def level_seconds(profile: Profile, level: Level) -> float:
+    """About how many wall seconds one level takes, its cross-check included."""
+    trace = trace_for(profile, level)
+    arrivals = 0.0 if math.isinf(level.rate) else level.requests / level.rate
+    work = sum(trace.output_tokens) / _DRAIN_TOKENS_PER_S + sum(trace.prompt_tokens) / _PROMPT_TOKENS_PER_S
+    load = (max(arrivals, work) + _TAIL_S) * profile.time_dilation
+    return 2 * load + _CROSS_CHECK_START_S if level.cross_check else load
+
+
+def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = None) -> Table:
+    """What is to be measured, server by server, with minutes; with a `run`, only what it lacks."""
+    work = missing_work(run, profile, protocols)
+    caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
+    if not work:
+        return Table(caption, ("plan",), [("nothing is left to measure",)])
+    rows, total = [], 0.0
+    for variant, levels in work:
+        seconds = _START_S[profile.device] + sum(level_seconds(profile, level) for level in levels)
+        total += seconds
+        rates = ", ".join(
+            f"{'all at once' if math.isinf(level.rate) else f'{level.rate:g}'}"
+            f"{f' (seed {level.repeat})' if level.repeat > 1 else ''}{' + cross-check' if level.cross_check else ''}"
+            for level in levels
+        )
+        start = f", start {levels[0].start}" if levels[0].start else ""
+        rows.append((f"{variant}{start}", f"{len(levels)}", rates, f"{seconds / 60:.1f}"))
+    rows.append(("together", f"{sum(len(levels) for _, levels in work)}", "", f"{total / 60:.1f}"))
+    columns = ("variant (one server each)", "levels", "offered rates, requests/s", "minutes")
+    return Table(caption, columns, rows)

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..config.trace import Trace
 from ..errors import BadInput
-from ..system.temporary import Scratch
+from ..system.locks import Scratch
+from ..ui.text import shown
 from .pool import ClientReport, Team
 from .stream import Endpoint, Outcome
 
@@ -52,13 +53,8 @@ class Progress:
         failed = f", {self.failed} FAILED" if self.failed else ""
         return (
             f"{self.sent}/{self.requests} sent, {self.in_flight} in flight, {self.done} done{failed}, "
-            f"{self.tokens_per_s:,.0f} tok/s, TTFT {in_words(self.ttft_ms)} ms{left}"
+            f"{self.tokens_per_s:,.0f} tok/s, TTFT {shown(self.ttft_ms)} ms{left}"
         )
-
-
-def in_words(value: float) -> str:
-    """A number in words; "–" for nan, which is not known yet."""
-    return "–" if math.isnan(value) else f"{value:,.0f}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import base64
 import html
 import math
 
-from .generator import Progress, in_words
+from ..ui.text import shown
+from .generator import Progress
 
 _WIDTH, _HEIGHT, _GAP = 190, 64, 12
 _POINTS = 240
@@ -57,7 +58,7 @@ class LiveChart:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
             f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'
         )
-        told = ", ".join(f"{name} {in_words(values[-1])}" for name, values in self._series.items())
+        told = ", ".join(f"{name} {shown(values[-1])}" for name, values in self._series.items())
         alt = html.escape(f"{self._name} after {self._at[-1]:.0f} s: {told}", quote=True)
         data = base64.b64encode(svg.encode()).decode()
         return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}" style="max-width:100%">'
@@ -71,7 +72,7 @@ class LiveChart:
             f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}" for at, value in known
         )
         return (
-            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {in_words(values[-1])} (most {in_words(most)})</text>'
+            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {shown(values[-1])} (most {shown(most)})</text>'
             f'<line x1="{left}" y1="{18 + _HEIGHT}" x2="{left + _WIDTH}" y2="{18 + _HEIGHT}" stroke="#999"/>'
             f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/>'
         )

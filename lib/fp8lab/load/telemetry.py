@@ -1,7 +1,7 @@
 """What the GPU, the server and the client did while a level ran: sampled by two threads, in one table.
 
 The GPU's shares, power and clock (NVML) are read five times a second, CPU times twice, its memory, energy counter and
-power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full front end answers
+power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full API server answers
 late, and the other samples must not wait for it. The energy counter is read once more at the end: it then encloses the
 level. The threads measure their own cost, and `problems` says where they saw too little. Verdicts are drawn elsewhere
 (`measure/bottleneck.py`).

@@ -14,7 +14,7 @@ import psutil
 from ..config.trace import Trace
 from ..errors import LevelFailed
 from ..server import watchdog
-from ..system.temporary import Scratch
+from ..system.locks import Scratch
 from .stream import Endpoint
 from .worker import unwritable
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import Fp8labError
+from ..results.evidence import evidence
 from ..results.run_folder import Run, open_run
-from ..ui.table import Table
+from ..ui.table import COUNTS, LEVEL, Column, Table, view
 from .caption import card_mark, card_note
 from .claims import claims_table
 from .tables.levels import validity_table
@@ -65,16 +66,14 @@ def _links(folder: Path, name: str, state: str) -> list[str]:
     return [f'<a href="{html.escape(str(page.relative_to(folder)))}">{html.escape(text)}</a>' for text, page in pages]
 
 
-def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
-    rows, mark = [], f" ({word})" if (word := card_mark(run)) else ""
-    for level_id, s in run.summaries().items():
-        numbers = (
-            (s.request_throughput, "{:.1f}"), (s.output_token_throughput, "{:,.0f}"), (s.p99_ttft_ms, "{:,.0f}"),
-            (s.mean_tpot_ms, "{:.1f}"), (s.joules_per_output_token, "{:.3f}"),
-        )  # fmt: skip
-        cells = ["–" if value is None else pattern.format(value) for value, pattern in numbers]
-        rows.append((f"{name}{mark}", level_id, *cells, "VALID" if s.valid else "INVALID"))
-    return rows
+def _levels_of(run: Run, name: str) -> list[list[str]]:
+    mark = f" ({word})" if (word := card_mark(run)) else ""
+    columns = (
+        Column("run", lambda _: f"{name}{mark}"), LEVEL, Column("req/s", "request_throughput", ",.1f"),
+        Column("tok/s", "output_token_throughput", ",.0f"), Column("TTFT p99 ms", "p99_ttft_ms", ",.0f"),
+        Column("TPOT ms", "mean_tpot_ms", ",.1f"), Column("J/token", "joules_per_output_token", ".3f"), COUNTS,
+    )  # fmt: skip
+    return view("", evidence(run).frame, columns).rows
 
 
 def _named(table: Table, caption: str, run: Run) -> str:

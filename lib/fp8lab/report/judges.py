@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from statistics import geometric_mean
 
 from ..experiment.quality import comparisons, reference_variant
-from ..metrics.kv_cache import paging_waste, reserving_waste
+from ..metrics.performance import paging_waste, reserving_waste
 from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
 from ..metrics.statistics import Ratio, contrast

@@ -1,1 +1,1 @@
-"""The run folder on disk: write, read, resume, provenance, export; its levels as evidence."""
+"""The run folder on disk: write, read, resume, provenance; its levels as evidence."""

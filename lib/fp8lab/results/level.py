@@ -8,6 +8,7 @@ import pandas as pd
 from ..config.profile import Level
 from ..metrics.summary import Summary
 from ..ui.table import Table
+from ..ui.text import shown
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,17 @@ class LevelResult:
     def _table(self) -> Table:
         s = self.summary
 
-        def show(key, digits=0, unit=""):
-            value = getattr(s, key)
-            return "–" if value is None else f"{value:,.{digits}f}{unit}"
+        def show(key, pattern=",.0f", unit=""):
+            return shown(getattr(s, key), pattern, unit)
 
         rows = [
             ("completed", f"{s.completed:,} of {s.requests:,}"),
-            ("request throughput", show("request_throughput", 2, " req/s")),
-            ("output throughput, whole run", show("output_token_throughput", 0, " tok/s")),
-            ("output throughput, steady state", show("steady_output_token_throughput", 0, " tok/s")),
+            ("request throughput", show("request_throughput", ",.2f", " req/s")),
+            ("output throughput, whole run", show("output_token_throughput", unit=" tok/s")),
+            ("output throughput, steady state", show("steady_output_token_throughput", unit=" tok/s")),
             ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
-            ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', 0, ' ms')}"),
-            ("TPOT mean / p99", f"{show('mean_tpot_ms', 1)} / {show('p99_tpot_ms', 1, ' ms')}"),
+            ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', unit=' ms')}"),
+            ("TPOT mean / p99", f"{show('mean_tpot_ms', ',.1f')} / {show('p99_tpot_ms', ',.1f', ' ms')}"),
             ("the measurement is", "VALID" if self.valid else f"INVALID: {s.invalid_reason}"),
         ]
         rate = "all at once" if math.isinf(self.level.rate) else f"{self.level.rate:g} req/s"

@@ -1,4 +1,4 @@
-"""A middleware for vLLM's front end that wants this start's key on every path. vLLM imports it; fp8lab only names it.
+"""A middleware for vLLM's API server that wants this start's key on every path. vLLM imports it; fp8lab only names it.
 
     --middleware fp8lab.server.auth.KeyGuard
 

@@ -9,7 +9,7 @@ import sys
 
 from ..config.flags import joined
 from ..config.profile import Profile
-from ..models.folders import model_folder, packaged_model
+from ..models.checkpoints import model_folder, packaged_model
 from ..system import gpu
 
 HOST = "127.0.0.1"
@@ -61,7 +61,7 @@ def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
 
 
 def _guard(profile: Profile, variant: str) -> list[str]:
-    """The flag that guards every path; none for the Rust front end, which loads no Python."""
+    """The flag that guards every path; none for the Rust API server, which loads no Python."""
     environment = os.environ | build_environment(profile, variant)
     return ["--middleware", GUARD] if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "0" else []
 

@@ -22,8 +22,7 @@ from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
 from ..paths import cache_dir, portable, writing
 from ..system import gpu
-from ..system.locks import Lock
-from ..system.temporary import Scratch
+from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
 from ..ui.table import Table
 from . import log, orphans, preflight, watchdog
@@ -35,7 +34,7 @@ _LIB = str(Path(__file__).resolve().parents[2])
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
-# A busy front end answers late; one that is silent for so long hangs.
+# A busy API server answers late; one that is silent for so long hangs.
 _HANG_S = 60.0
 
 
@@ -100,7 +99,9 @@ class Server:
             silent = time.monotonic() - self._heard_at
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
-        return None if status == 200 else f"the server's engine failed: /health answers {status} {text[:200]}".strip()
+        return (
+            None if status == 200 else f"the server's EngineCore failed: /health answers {status} {text[:200]}".strip()
+        )
 
     def exit_code(self) -> str:
         """The exit code of a server that has died, as its watchdog tells it, or "unknown". It tells once."""

@@ -12,7 +12,7 @@ _MAX_LINE = 500
 # In the order in which vLLM writes them (0.26 to 0.32).
 _PHASES = (
     (r"non-default args|Resolved architecture", "reading the model's configuration"),
-    (r"Initializing a V1 LLM engine", "starting the engine process"),
+    (r"Initializing a V1 LLM engine", "starting the EngineCore"),
     (r"Starting to load model|Loading model|Loading safetensors", "loading weights"),
     (r"Model loading took", "measuring memory"),
     (r"torch\.compile|Dynamo bytecode|Compiling a graph", "compiling (torch.compile)"),

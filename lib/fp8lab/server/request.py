@@ -11,7 +11,7 @@ import time
 
 from .command import HOST
 
-# A busy front end answers a probe late.
+# A busy API server answers a probe late.
 PROBE_S = 4.0
 _MAX_REPLY_BYTES = 4 << 20
 

@@ -3,10 +3,14 @@
 import html
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from .text import visible
+from .text import shown, visible
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
 _NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
@@ -75,3 +79,28 @@ def _cell(text: str, style: str, scope: str = "") -> str:
     """A cell, with a `scope` the header of its row or column; a header needs a text."""
     tag, scope = ("th", f' scope="{scope}"') if scope and text else ("td", "")
     return f'<{tag}{scope} style="{style}">{html.escape(_BEFORE_UNIT.sub(_NO_BREAK, text))}</{tag}>'
+
+
+@dataclass(frozen=True)
+class Column:
+    """`value` is a field of the frame, or a function of its row; `pattern` a format specification ("": text)."""
+
+    title: str
+    value: str | Callable[[Any], Any]
+    pattern: str = ""
+
+    def of(self, row) -> str:
+        value = self.value(row) if callable(self.value) else getattr(row, self.value, None)
+        return shown(value, self.pattern) if self.pattern or value is None else str(value)
+
+
+def view(caption: str, frame: "pd.DataFrame", columns: Sequence[Column]) -> Table:
+    """The rows of `frame`, one line each."""
+    # Objects, so that None stays None and a count a whole number.
+    rows = frame.astype(object).where(frame.notna(), None).itertuples(index=False)
+    titles = [column.title for column in columns]
+    return Table(caption, titles, [[column.of(row) for column in columns] for row in rows])
+
+
+LEVEL = Column("level", "level_id")
+COUNTS = Column("measurement", lambda row: "VALID" if row.valid else "INVALID")

@@ -59,7 +59,7 @@ def parting_figure(axes, run: Run) -> str:
 def formats_figure(axes, folder: Path) -> str:
     """E4M3 and E5M2: rounding error by magnitude over where the model's scaled weights are, and an outlier's cost."""
     from ...metrics import number_formats
-    from ...models.tensors import matrices
+    from ...models.checkpoints import matrices
 
     left, right = axes
     scaled = _scaled_weights(folder)
@@ -102,7 +102,7 @@ def _visible(count: int, first: int) -> np.ndarray:
 def _scaled_weights(folder: Path) -> np.ndarray:
     """Magnitudes of a sample of every matrix's weights, each over its own E4M3 scale."""
     from ...metrics import number_formats
-    from ...models.tensors import matrices
+    from ...models.checkpoints import matrices
 
     samples = []
     for _, _, tensor in matrices(folder):

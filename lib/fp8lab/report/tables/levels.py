@@ -5,9 +5,8 @@ from types import SimpleNamespace
 from ...paths import repository_relative
 from ...results.evidence import evidence
 from ...results.run_folder import Run
-from ...ui.table import Table
+from ...ui.table import COUNTS, LEVEL, Column, Table, view
 from ..caption import card_note
-from .view import COUNTS, LEVEL, Column, view
 
 
 def levels_table(run: Run) -> Table:

@@ -4,16 +4,15 @@ import math
 
 from ...config.dimensions import fp8_kv, most_running
 from ...config.profile import Profile
-from ...metrics.kv_cache import paging_waste, reserving_waste
+from ...metrics.performance import paging_waste, reserving_waste
 from ...metrics.resources import MOST, Clock
 from ...paths import repository_relative
 from ...results.evidence import evidence
 from ...results.run_folder import Run
-from ...ui.table import Table
+from ...ui.table import LEVEL, Column, Table, view
 from ...ui.text import shown
 from ..caption import card_note
 from ..verdict import claim_of, level_id
-from .view import LEVEL, Column, view
 
 
 def bottlenecks_table(run: Run, variants=()) -> Table:

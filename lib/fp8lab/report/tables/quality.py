@@ -104,7 +104,7 @@ def formats_table() -> Table:
 def weights_table(folder: Path) -> Table:
     """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
     from ...metrics import number_formats
-    from ...models.tensors import matrices
+    from ...models.checkpoints import matrices
 
     found: dict[str, list[tuple]] = {}
     for kind, _, stored in matrices(folder):
@@ -125,7 +125,7 @@ def weights_table(folder: Path) -> Table:
 def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
     from ...metrics import number_formats
-    from ...models.tensors import kv_cache
+    from ...models.checkpoints import kv_cache
 
     rows = []
     for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):

