@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,26 @@ def test_a_variant_has_what_its_base_has_and_says_what_else_it_changes(tmp_path)
     quick = mine.variants["quick"]
     assert (quick.base, quick.flags[-2:], quick.env) == ("fp8", ("--block-size", "32"), {"A": "1"})
     assert mine.setup("quick") == "one Python process, block-size 32, A=1"
+
+
+def test_a_variant_serves_the_checkpoint_of_its_base(tmp_path):
+    for name in ("plain", "quantised", "own"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "mine.toml").write_text("""
+        extends = "h100-80gb"
+        [model]
+        weights = "checkpoint"
+        checkpoints = { default = "plain", fp8 = "quantised", fp8-api4 = "own" }
+    """)
+    mine = read_profile(tmp_path / "mine.toml")
+    served = {name: Path(mine.checkpoint(name)).name for name in ("bf16-rust", "fp8", "fp8-rust", "fp8-api4", "fp8-kv")}
+    assert list(served.values()) == ["plain", "quantised", "quantised", "own", "plain"]
+    # A run from before bases were stored served what it says: the default.
+    older = plain(mine.as_dict())
+    for one in older["variants"].values():
+        del one["base"], one["api_server"]
+    assert Path(from_dict(older).checkpoint("fp8-rust")).name == "plain"
 
 
 @pytest.mark.parametrize("variants, said", [
@@ -247,9 +268,9 @@ def test_the_readmes_profile_serves_what_it_says(tmp_path, monkeypatch):
     profile = load_profile(readme_profile(tmp_path))
     for variant in profile.variants:
         served = build_command(profile, variant)
-        name = "mine-fp8" if variant == "fp8" else "mine"
+        name = "mine-fp8" if profile.base(variant) == "fp8" else "mine"  # as its base, with other API servers
         assert served[served.index("--model") + 1] == f"{tmp_path}/models/{name}", variant
-        assert profile.shape(variant).layers == (9 if variant == "fp8" else 8)
+        assert profile.shape(variant).layers == (9 if name == "mine-fp8" else 8)
     assert "--kv-cache-dtype" not in build_command(profile, "fp8")
     assert profile.gpu.fits("NVIDIA H20") and not profile.gpu.fits("NVIDIA H100 80GB HBM3")
     assert profile.workload.input_tokens == 2048 and profile.protocols == read_profile("h100-80gb").protocols

@@ -272,7 +272,18 @@ class Profile(ProfileTable):
 
     def shape(self, variant: str) -> ModelShape | None:
         """The sizes of the model that `variant` serves; None where they are not known (see `Model.shape`)."""
-        return self.model.shape(variant)
+        return self.model.shape(self._named(variant))
+
+    def checkpoint(self, variant: str) -> str:
+        """The hub name or path of what `variant` serves: its own, its base's, or the default (see `Model.checkpoint`)."""
+        return self.model.checkpoint(self._named(variant))
+
+    def served(self, variant: str) -> str:
+        """What tells the model that `variant` serves from that of another (see `Model.served`)."""
+        return self.model.served(self._named(variant))
+
+    def _named(self, variant: str) -> str:
+        return variant if self.model.checkpoints.get(variant) else self.base(variant)
 
     def levels(self, protocol: str) -> tuple[Level, ...]:
         if protocol not in self.protocols:

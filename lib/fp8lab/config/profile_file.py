@@ -121,7 +121,7 @@ def load_profile(name: str | Path = "auto", *, weights: str | None = None, model
     profile = dataclasses.replace(profile, model=changed)
     if profile.model.weights == "checkpoint":
         for variant in profile.variants:
-            profile.model.checkpoint(variant)
+            profile.checkpoint(variant)
     check_workload(profile)
     check_environment(profile)
     _warn_of_another_card(profile)
@@ -353,7 +353,7 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
     first: dict[tuple, str] = {}
     for name in profile.variants:
         one = resolve(name)
-        served = (profile.model.served(name), *one.formats) if profile.model.weights == "checkpoint" else one.formats
+        served = (profile.served(name), *one.formats) if profile.model.weights == "checkpoint" else one.formats
         before = first.setdefault(served, name)
         if not one.base and before != name:
             whole[name] = dataclasses.replace(one, base=before)

@@ -190,7 +190,7 @@ def default_variants(profile: Profile) -> list[str]:
     for variant, one in profile.variants.items():
         command = joined(profile.server.flags, one.flags)
         formats = [flag_of(command, name) for name in FORMAT_FLAGS]
-        kept.setdefault((profile.model.served(variant), *formats), variant)
+        kept.setdefault((profile.served(variant), *formats), variant)
     return list(kept.values())
 
 
@@ -268,7 +268,7 @@ def _model(server: Server) -> str:
     """What was served, without this machine's folders."""
     model = server.profile.model
     return (
-        portable(model.checkpoint(server.variant))
+        portable(server.profile.checkpoint(server.variant))
         if model.weights == "checkpoint"
         else f"{model.shapes} ({model.weights})"
     )

@@ -5,7 +5,6 @@ gradients: OCP 8-bit Floating Point Specification 1.0. INT8 stands beside them f
 whose steps are all the same.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +70,3 @@ def relative_step(name: str, magnitudes: np.ndarray) -> np.ndarray:
     gap = grid[above] - grid[above - 1]
     # Beyond the largest value everything is clipped to it.
     return np.maximum(gap / 2, magnitudes - grid[-1]) / magnitudes
-
-
-def decibels(relative: float) -> float:
-    """A relative error as a signal-to-noise ratio in dB."""
-    return math.inf if relative == 0 else -20 * math.log10(relative)

@@ -21,7 +21,7 @@ SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 def served_model(profile: Profile, variant: str) -> str:
     """The folder or hub name that vLLM loads: built here, converted from a package, or the profile's checkpoint."""
     if profile.model.weights == "checkpoint":
-        return profile.model.checkpoint(variant)
+        return profile.checkpoint(variant)
     folder = model_folder if profile.model.weights == "random" else packaged_model
     return str(folder(profile.model.shapes))
 

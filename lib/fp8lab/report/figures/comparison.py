@@ -75,7 +75,7 @@ def _over_rates(axes, seen: Evidence, metric: str, place) -> list[str]:
 def equal_load_figure(axes, run: Run) -> str:
     """FP8 over BF16 at equal load, with intervals."""
     rows = [(metric, c) for metric in METRICS for c in evidence(run).equal_load(metric)]
-    forest(axes, _EQUAL_LOAD, [(_row(run, *row), row[1].ratio) for row in rows], "FP8 / BF16")
+    forest(axes, _EQUAL_LOAD, [(_row(*row), row[1].ratio) for row in rows], "FP8 / BF16")
     return "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference."
 
 
@@ -84,11 +84,11 @@ def ablation_figure(axes, run: Run) -> str:
     """What FP8 weights and the FP8 KV cache each do, and their interaction."""
     rows = [(metric, c) for metric in METRICS for c in evidence(run).ablation(metric)]
     rows = [(metric, c) for metric, c in rows if math.isinf(c.rate) or metric == "joules_per_output_token"]
-    forest(axes, _HALVES, [(_row(run, *row), row[1].ratio) for row in rows], "ratio")
+    forest(axes, _HALVES, [(_row(*row), row[1].ratio) for row in rows], "ratio")
     return "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown."
 
 
-def _row(run: Run, metric: str, c: Compared) -> str:
+def _row(metric: str, c: Compared) -> str:
     setup = "" if c.variants["bf16"] == "bf16" else f", {c.setup}"
     return f"{METRICS[metric][0]}, {rate_name(c.rate)}{setup}" + (f": {c.effect}" if c.effect else "")
 

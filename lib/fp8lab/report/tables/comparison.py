@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from ...metrics.statistics import ABLATION, Ratio
@@ -143,23 +143,3 @@ def _said(one: Ratio, better: str) -> str:
         return "no difference shown"
     higher = one.value > 1
     return f"{'higher' if higher else 'lower'}: {'better' if higher == (better == 'higher') else 'worse'}"
-
-
-def ratios_told(groups: Mapping[str, Sequence[tuple[str, Ratio]]]) -> str:
-    """Each metric's ratios as a range, and which of them are shown to be off 1: a few by name, more by number."""
-    told = []
-    for metric, group in groups.items():
-        if not group:
-            continue
-        values = [one.value for _, one in group]
-        parts = [f"{metric}: {len(group)} ratios from {min(values):.2f} to {max(values):.2f}"]
-        for way, beyond in (
-            ("below", [g for g in group if g[1].high < 1]),
-            ("above", [g for g in group if g[1].low > 1]),
-        ):
-            names = ", ".join(f"{where} ({one.value:.2f})" for where, one in beyond)
-            if beyond:
-                some = "all" if len(beyond) == len(group) else len(beyond)
-                parts.append(f"{some} shown {way} 1" + f": {names}" * (len(beyond) <= 3))
-        told.append(", ".join(parts))
-    return "; ".join(told)
