@@ -193,7 +193,7 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     after = measured(lab.folder)
     assert len(after) == 4 and before.items() <= after.items()
     measuring.screenshot(path=artefacts / "levels-measured.png")
-    verdicts = lab.cell("lab.claims_table(").locator("table")
+    verdicts = lab.cell("lab.claims_table(run, brief=True)").locator("table")
     assert verdicts.get_by_role("cell", name="not run").count() >= 4 and "EMULATED" in verdicts.inner_text()
     figures = lab.notebook.locator("figure img")
     assert figures.count() >= 4
@@ -203,11 +203,11 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     assert "model not found" not in text and "error displaying" not in text
     assert lab.notebook.locator(".jupyter-widgets, [data-mime-type*='widget']").count() == 0
     assert page.locator(".Toastify__toast").count() == 0 and lab.elsewhere == []
-    for cell, name in (("lab.claims_table(", "verdicts"), ("lab.throughput_figure(", "figure")):
+    for cell, name in (("lab.claims_table(run, brief=True)", "verdicts"), ("lab.throughput_figure(", "figure")):
         lab.cell(cell).screenshot(path=artefacts / f"lab-{name}.png")
     page.set_viewport_size(PHONE)
     page.keyboard.press("Control+b")  # without the list of files
-    lab.cell("lab.claims_table(").scroll_into_view_if_needed()
+    lab.cell("lab.claims_table(run, brief=True)").scroll_into_view_if_needed()
     page.screenshot(path=artefacts / "lab-phone.png")
     page.set_viewport_size(DESK)
 
