@@ -43,11 +43,8 @@ def conclusion(run: Run, about: str) -> Conclusion:
         between = f" (95 % interval {show_interval(one)})" if one.interval else ""
         published = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
         values = "; ".join(filter(None, (published, measured + between)))
-        cause = f" The stated cause: {one.cause}." if one.cause else ""
-        found = (
-            f"{one.id}, {one.title}: {one.verdict}.",
-            f"{values[:1].upper()}{values[1:]}.{cause} {one.reason}.".lstrip(". "),
-        )
+        told = "; ".join(filter(None, (values, f"stated cause: {one.cause}" if one.cause else "", one.reason)))
+        found = f"{one.id}, {one.title}: {one.verdict}.", f"{told[:1].upper()}{told[1:]}."
     else:
         raise BadInput(f"nothing is concluded about {about!r} (there are: {', '.join([*claims, *_FIGURES])})")
     so, because = found
