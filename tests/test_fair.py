@@ -11,10 +11,10 @@ from fp8lab.config.dimensions import model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.metrics.bottleneck import Limit
-from fp8lab.metrics.roofline import roofline
 from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
 from fp8lab.metrics.statistics import Ratio
 from fp8lab.report.figures import drawing
+from fp8lab.report.figures.background import _steps
 from fp8lab.report.figures.drawing import forest
 from fp8lab.report.tables import comparison
 from fp8lab.results.evidence import Compared, Evidence, evidence
@@ -76,8 +76,8 @@ def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
     profile = read_profile("h100-80gb")
     shape, card = model_shape(profile.model.shapes), profile.gpu
     # A step multiplies each weight that it reads once for each request: two FLOP for two bytes.
-    assert roofline._steps(shape, context=0)["decode for 32"] == pytest.approx(32)
-    steps = roofline._steps(shape, context=400)
+    assert _steps(shape, context=0)["decode for 32"] == pytest.approx(32)
+    steps = _steps(shape, context=400)
     assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
     figure = lab.roofline_figure(open_run(source="h100-80gb"))
     assert re.search(r"memory is the limit of decode for 32 .*; compute is the limit of prefill", figure.caption)

@@ -11,7 +11,8 @@ import pytest
 
 import fp8lab as lab
 from conftest import streaming_server
-from fp8lab.config.profile_file import load_profile, read_profile
+from fp8lab.config.profile_file import read_profile
+from fp8lab.config.this_machine import load_profile
 from fp8lab.config.trace import from_file
 from fp8lab.errors import BadInput, Fp8labError
 from fp8lab.load.level import measure_level

@@ -7,7 +7,7 @@ import pytest
 import fp8lab as lab
 from conftest import make_records
 from fp8lab.config.profile import Level
-from fp8lab.config.profile_file import load_profile
+from fp8lab.config.this_machine import load_profile
 from fp8lab.experiment.speed import start_server
 from fp8lab.metrics.slo import SLO, required_requests
 from fp8lab.results.run_folder import open_run

@@ -9,7 +9,8 @@ import pytest
 
 from fp8lab.config.dimensions import dimensions, most_running
 from fp8lab.config.profile import Card, Level, Model
-from fp8lab.config.profile_file import from_dict, load_profile, profile_names, read_profile
+from fp8lab.config.profile_file import from_dict, profile_names, read_profile
+from fp8lab.config.this_machine import load_profile
 from fp8lab.errors import BadInput
 from fp8lab.experiment.quality import default_variants
 from fp8lab.experiment.speed import measure

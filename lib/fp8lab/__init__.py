@@ -13,7 +13,8 @@ import importlib
 
 _HOMES = {
     "config.profile": ("Level", "Profile", "Variant"),
-    "config.profile_file": ("load_profile", "profile_names"),
+    "config.profile_file": ("profile_names",),
+    "config.this_machine": ("load_profile",),
     "config.trace": ("Trace", "arrival_times", "fixed_length", "from_file", "sharegpt_like"),
     "errors": (
         "BadInput", "Fp8labError", "InUse", "LevelFailed", "NotWritten", "RunDamaged", "RunMismatch", "ServerFailed",

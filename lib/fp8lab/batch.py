@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TextIO
 
 from .config.profile import Level
-from .config.profile_file import check_workload, read_changed, read_profile, with_paths
+from .config.profile_file import read_changed, read_profile, with_paths
+from .config.this_machine import check_workload
 from .errors import BadInput
 from .paths import PLAIN_NAME, RUNS, repository_relative
 from .report.batch_page import has_invalid, write_pages

@@ -27,7 +27,7 @@ _INVALID = 3
 
 def reproduce(args) -> int:
     from .batch import end_with_owner
-    from .config.profile_file import load_profile
+    from .config.this_machine import load_profile
     from .paths import RUNS, repository_relative
     from .report.claims import claims_table
     from .report.notebooks import check_parameters, execute, find
@@ -79,7 +79,7 @@ def measure(args) -> int:
 
 
 def quality(args) -> None:
-    from .config.profile_file import load_profile
+    from .config.this_machine import load_profile
     from .experiment.quality import QualityTask, check_weights, measure_quality, quality_profile
     from .paths import repository_relative
     from .report.tables.quality import quality_table
@@ -104,11 +104,12 @@ def quality(args) -> None:
 
 def plan(args) -> None:
     from .config.profile_file import read_profile
+    from .config.this_machine import profile_name
     from .experiment.speed import plan_table
     from .results.run_folder import open_run
 
     run = open_run(source=args.run) if args.run else None
-    profile = run.profile if run and args.profile == "auto" else read_profile(args.profile)
+    profile = run.profile if run and args.profile == "auto" else read_profile(profile_name(args.profile))
     print(plan_table(profile, args.protocol or list(profile.protocols), run))
 
 
@@ -142,7 +143,8 @@ def record(args) -> None:
 
 
 def serve(args) -> None:
-    from .config.profile_file import load_profile, read_profile
+    from .config.profile_file import read_profile
+    from .config.this_machine import load_profile, profile_name
     from .server.command import printable_command
     from .server.launch import start_server
 
@@ -150,12 +152,8 @@ def serve(args) -> None:
         from .system.gpu import gpu_names
 
         # A command can be shown for a card that is not here.
-        needs_choice = args.profile == "auto" and not gpu_names()
-        print(
-            printable_command(
-                read_profile("h100-80gb" if needs_choice else args.profile), args.variant, args.port or 8000
-            )
-        )
+        name = "h100-80gb" if args.profile == "auto" and not gpu_names() else profile_name(args.profile)
+        print(printable_command(read_profile(name), args.variant, args.port or 8000))
         return
     with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
         print(server)
@@ -170,6 +168,7 @@ def serve(args) -> None:
 
 
 def load_test(args) -> int:
+    from .config.profile import rate_name
     from .config.trace import arrival_times, named_trace
     from .load.level import measure_level
     from .load.stream import Endpoint
@@ -191,7 +190,7 @@ def load_test(args) -> int:
     else:
         rate = math.inf if args.rate is None else args.rate
         due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
-        name = "all at once" if math.isinf(rate) else f"{rate:g} req/s"
+        name = rate_name(rate)
     if args.max_concurrency is not None:
         name = f"{name}, closed loop at {args.max_concurrency}"
     with writing(out):
@@ -216,7 +215,9 @@ def claims(args) -> None:
 
 
 def profiles(args) -> None:
+    from .config.profile import rate_name
     from .config.profile_file import profile_names, read_profile
+    from .config.this_machine import profile_name
 
     if not args.name:
         names = profile_names()
@@ -224,7 +225,7 @@ def profiles(args) -> None:
         for name in names:
             print(f"{name:<{wide}}{read_profile(name).title}")
         return
-    profile = read_profile(args.name)
+    profile = read_profile(profile_name(args.name))
     wide = max(map(len, profile.variants)) + 2
     print(f"{profile.name}: {profile.title}\n\nvariants")
     for name, one in profile.variants.items():
@@ -234,8 +235,8 @@ def profiles(args) -> None:
     for protocol, levels in profile.protocols.items():
         print(f"\nprotocol {protocol!r}")
         for level in levels:
-            rate = "all at once" if math.isinf(level.rate) else f"{level.rate:g} req/s"
-            print(f"  {level.variant:<{wide}}{rate:<14}{level.requests} requests, repeat {level.repeat}")
+            at = rate_name(level.rate)
+            print(f"  {level.variant:<{wide}}{at:<14}{level.requests} requests, repeat {level.repeat}")
 
 
 def status(_args) -> None:

@@ -37,7 +37,7 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
 
 
 def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
-    """Copies `files(tokens)` to `data/recorded/<name>`; an earlier one of that name is replaced once the copy is
+    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`; an earlier one is replaced once the copy is
     whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
     as it was, when the disk is full."""
     if not PLAIN_NAME.fullmatch(name):

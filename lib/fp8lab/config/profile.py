@@ -13,6 +13,7 @@ flags: the base is the first variant that serves the same number formats.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Level(ProfileTable):
     """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once.
 
     With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0
-    asks for a server of its own: levels of that number share one start a variant (see `_Protocol`).
+    asks for a server of its own: levels of that number share one start a variant (a protocol's `starts` sets it).
     """
 
     variant: str
@@ -72,7 +73,17 @@ class Level(ProfileTable):
 
     @property
     def id(self) -> str:
-        return f"{self.variant}-{self.rate:g}rps-r{self.repeat}"
+        return level_id(self.variant, self.rate, self.repeat)
+
+
+def level_id(variant: str, rate: float, repeat: int = 1) -> str:
+    """The id of a level: its folder in a run, and its name in claims and figures."""
+    return f"{variant}-{rate:g}rps-r{repeat}"
+
+
+def rate_name(rate: float) -> str:
+    """An offered rate as text: "50 req/s", "all at once"."""
+    return "all at once" if math.isinf(rate) else f"{rate:g} req/s"
 
 
 @dataclass(frozen=True, kw_only=True)

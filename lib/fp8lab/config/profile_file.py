@@ -7,7 +7,6 @@ import os
 import re
 import tomllib
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +33,8 @@ from .profile import (
     Workload,
     is_hub_name,
 )
-from .secrets import check_repeated, check_written
+from .secrets import check_written
 
-# What "auto" chooses from: the first whose card is the machine's.
-_OF_A_CARD = ("h200-80gb", "h100-80gb")
 _TRACE_FILES = (".csv", ".json")
 
 
@@ -102,36 +99,9 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in (DATA / "profiles").glob("*.toml"))
 
 
-def load_profile(name: str | Path = "auto", *, weights: str | None = None, model: str | None = None) -> Profile:
-    """The profile `name`, to be measured: one of `profile_names()`, a path to a TOML file, or "auto".
-
-    "auto" is the machine's: h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU.
-    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint (hub name or path) for every variant.
-    Raises BadInput, also for a GPU profile without a GPU, a trace or a model that cannot be read, and for a profile that
-    repeats a secret of the environment. Warns when the GPU is not the one that the profile names.
-    """
-    profile = read_profile(name)
-    check_device(profile)
-    overrides = {"weights": weights} if weights else {}
-    if model:
-        # Another model has other shapes than the profile's.
-        named = {"default": _located(model, Path.cwd())}
-        overrides = {"weights": "checkpoint", "checkpoints": named, "shapes": "", "dimensions": {}}
-    changed = dataclasses.replace(profile.model, **overrides).measured()
-    profile = dataclasses.replace(profile, model=changed)
-    if profile.model.weights == "checkpoint":
-        for variant in profile.variants:
-            profile.checkpoint(variant)
-    check_workload(profile)
-    check_environment(profile)
-    _warn_of_another_card(profile)
-    return profile
-
-
 def read_profile(name: str | Path) -> Profile:
     """The profile `name` as written, whether or not this machine can run it."""
-    name = _of_this_machine() if str(name) == "auto" else str(name)
-    return _resolved(_read(name), Path(name).stem)
+    return _resolved(_read(str(name)), Path(name).stem)
 
 
 def read_changed(name: str, over: dict, file: str | Path, where: str = "") -> Profile:
@@ -154,62 +124,11 @@ def from_dict(values: dict) -> Profile:
     return _parse(table | {"protocols": protocols}, values["name"], _Source([(f"profile {values['name']}", table)]))
 
 
-def check_device(profile: Profile) -> None:
-    """Raises BadInput when `profile` needs a GPU and this machine shows none, or one that cannot be measured."""
-    from ..system import gpu
-
-    if profile.device != "cuda":
-        return
-    if said := gpu.refusal():
-        raise BadInput(said)
-    if not gpu.gpu_names():
-        raise BadInput(
-            f"profile {profile.name!r} needs an NVIDIA GPU and none is visible here{gpu.hidden()}; "
-            "use --profile emulated-h100 to run without one"
-        )
-
-
-def check_environment(profile: Profile) -> None:
-    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment,
-    under whatever name: it would be stored with the run."""
-    flags, variables = _flags_and_variables(profile)
-    check_repeated(profile.name, [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()])
-
-
-def _flags_and_variables(profile: Profile) -> tuple[list[str], list[tuple[str, str]]]:
+def flags_and_variables(profile: Profile) -> tuple[list[str], list[tuple[str, str]]]:
+    """All vLLM flags of a profile, and all (name, value) of its variables: its own and its variants'."""
     flags = [flag for one in (profile.server, *profile.variants.values()) for flag in one.flags]
     environments = [one.env for one in (profile.server, *profile.variants.values())]
     return flags, [(name, value) for environment in environments for name, value in environment.items()]
-
-
-def _of_this_machine() -> str:
-    """The name of the profile of this machine's GPU. Raises BadInput, with a recipe, for a card that none is for."""
-    from ..system import gpu
-
-    if said := gpu.refusal():
-        raise BadInput(said)
-    names, memory_gib = gpu.gpu_names(), gpu.memory_gib()
-    if not names:
-        if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() not in ("", "-1") and (said := gpu.hidden()):
-            raise BadInput(f"no GPU is visible here{said}; name one of them, or choose --profile emulated-h100")
-        return "emulated-h100"
-    cards = {name: read_profile(name).gpu for name in _OF_A_CARD}
-    for name, card in cards.items():
-        if card.fits(names[0], memory_gib):
-            return name
-    has = f" with {memory_gib:.1f} GiB" if memory_gib else ""
-    raise BadInput(
-        f"the GPU here is {names[0]!r}{has}, and the profiles are for other cards "
-        f"({', '.join(f'{name}: {card.name}' for name, card in cards.items())}): their datasheets say nothing of it. "
-        "Write its own into a file mine.toml and choose it with --profile mine.toml:\n\n"
-        'extends = "h100-80gb"\n'
-        f'title = "Llama-3-8B on one {names[0].removeprefix("NVIDIA ")}"\n'
-        f'[gpu]\nname = "{names[0].removeprefix("NVIDIA ")}"\nnvml = ["{names[0]}"]\n'
-        f"memory_gib = {memory_gib or 0:.1f}\n"
-        "hbm_bytes_per_s = 0.0    # memory bandwidth, bytes/s, as 3.35e12\n"
-        "bf16_flops = 0.0         # dense BF16 FLOP/s, without sparsity, as 989e12\n"
-        "fp8_flops = 0.0          # dense FP8 FLOP/s; a card without FP8 units: those of BF16\n"
-    )
 
 
 def _resolved(tables: list[tuple[str, dict]], name: str) -> Profile:
@@ -219,31 +138,6 @@ def _resolved(tables: list[tuple[str, dict]], name: str) -> Profile:
     profile = _parse(table, name, source)
     _check_written(profile, source)
     return dataclasses.replace(profile, model=profile.model.measured())
-
-
-def _warn_of_another_card(profile: Profile) -> None:
-    from ..system.gpu import gpu_names
-
-    if profile.device == "cuda" and profile.gpu and not profile.gpu.fits(name := gpu_names()[0]):
-        warnings.warn(
-            f"the GPU here is {name!r}, profile {profile.name} is for {profile.gpu.name}: every caption of a run of it will "
-            "say so, and it gives no verdicts; name the card in the profile's [gpu]",
-            stacklevel=3,
-        )
-
-
-def check_workload(profile: Profile) -> None:
-    """Raises BadInput unless the trace file and the tokenizer's folder can be read: before anything is started."""
-    from .trace import check_file, is_file, named_trace
-
-    workload = profile.workload
-    if is_file(workload.trace):
-        check_file(workload.trace)
-    else:
-        named_trace(workload.trace, 1, seed=0, input_tokens=1, output_tokens=1)
-    tokenizer = workload.tokenizer
-    if tokenizer and not is_hub_name(tokenizer) and not Path(tokenizer).is_dir():
-        raise BadInput(f"no tokenizer at {tokenizer!r}: expected a model's folder, or a hub name ORG/NAME")
 
 
 def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -271,10 +165,10 @@ def with_paths(table: dict, folder: Path) -> dict:
     """`table` with its paths absolute; they are relative to `folder`. What is no path stays as it is."""
     table = dict(table)
     if str(table.get("extends")).endswith(".toml"):
-        table["extends"] = _located(table["extends"], folder)
+        table["extends"] = located(table["extends"], folder)
     if isinstance(workload := table.get("workload"), dict):
         table["workload"] = workload | {
-            key: _located(value, folder)
+            key: located(value, folder)
             for key, value in workload.items()
             if isinstance(value, str)
             and value
@@ -282,13 +176,12 @@ def with_paths(table: dict, folder: Path) -> dict:
         }
     model = table.get("model")
     if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):
-        located = {key: _located(name, folder) if isinstance(name, str) and name else name
-                   for key, name in checkpoints.items()}  # fmt: skip
-        table["model"] = model | {"checkpoints": located}
+        absolute = {k: located(v, folder) if isinstance(v, str) and v else v for k, v in checkpoints.items()}
+        table["model"] = model | {"checkpoints": absolute}
     return table
 
 
-def _located(name: str, folder: Path) -> str:
+def located(name: str, folder: Path) -> str:
     """A path, relative to `folder`, made absolute; a hub name as it is. (A .toml, .csv or .json is never a hub's.)"""
     if is_hub_name(name) and not name.endswith((".toml", ".csv", ".json")) and not (folder / name).is_dir():
         return name
@@ -431,7 +324,7 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
 
 def _check_written(profile: Profile, source: _Source) -> None:
     """Raises BadInput for what a file may not say, though a run that was made with it can be read."""
-    check_written(profile.name, *_flags_and_variables(profile))
+    check_written(profile.name, *flags_and_variables(profile))
     set_by_kit = {
         "--model": "[model] says which", "--host": "servers listen on this machine alone",
         "--port": "each start has its own", "--uds": "servers listen on a port",

@@ -27,6 +27,17 @@ from ..ui.status import StatusLine
 from ..ui.table import Table
 from ..ui.text import visible
 
+# Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
+# prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.
+_START_S = {"cuda": 140, "emulated": 35, "cpu": 45}
+_PROMPT_TOKENS_PER_S = 40_000
+_DRAIN_TOKENS_PER_S = 10_000
+_TAIL_S = 4
+_CROSS_CHECK_START_S = 20
+# What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
+_PATIENCE_S = 300.0
+_PATIENCE = 5
+
 
 class RecordedServer:
     """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
@@ -60,11 +71,6 @@ class RecordedServer:
 
     def _repr_html_(self) -> str:
         return self._table()._repr_html_()
-
-
-# What a cross-check may take, beside so many times what this kit's client took, before its client counts as hung.
-_PATIENCE_S = 300.0
-_PATIENCE = 5
 
 
 def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:
@@ -122,10 +128,10 @@ def load_test(
     """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
 
     `trace` defaults to the profile's, with `requests` requests (default 1000); one with arrival times of its own is
-    refused (BadInput). With a `run` the result is
-    stored there, and a level that the run already holds is returned instead of measured. A server that dies or
-    hangs ends the level early: its records are kept, and it is invalid. Raises RunMismatch when the run was made with
-    another profile, or holds this level with other requests; InUse when another process writes to the run.
+    refused (BadInput). With a `run` the result is stored there, and a level that the run already holds is returned
+    instead of measured. A server that dies or hangs ends the level early: its records are kept, and it is invalid.
+    Raises RunMismatch when the run was made with another profile, or holds this level with other requests; InUse when
+    another process writes to the run.
     """
     count = requests if requests is not None else len(trace) if trace else 1000
     level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
@@ -365,15 +371,6 @@ def _endpoint(server: Server) -> Endpoint:
 
 def _seed(profile: Profile, level: Level) -> int:
     return profile.workload.seed + level.repeat - 1
-
-
-# Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
-# prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.
-_START_S = {"cuda": 140, "emulated": 35, "cpu": 45}
-_PROMPT_TOKENS_PER_S = 40_000
-_DRAIN_TOKENS_PER_S = 10_000
-_TAIL_S = 4
-_CROSS_CHECK_START_S = 20
 
 
 def level_seconds(profile: Profile, level: Level) -> float:

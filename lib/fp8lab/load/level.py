@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 # A level of which more than this share failed did not carry the load that it stands for.
 _FAILED_SHARE = 0.01
+PERIOD_S = 1.0  # between two looks at a server
+# NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
+_SLEW = 1e-3
+_STEP_S = 0.5
+_SUSPENDED_S = 0.1
 
 
 class Measured(NamedTuple):
@@ -183,12 +188,6 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     return records, tokens
 
 
-# NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
-_SLEW = 1e-3
-_STEP_S = 0.5
-_SUSPENDED_S = 0.1
-
-
 @dataclass(frozen=True)
 class Clocks:
     """The machine's clocks at one instant, in seconds. Levels are timed by `monotonic`, which stands still while the
@@ -213,9 +212,6 @@ def clock_problems(begin: Clocks, end: Clocks) -> list[str]:
     if abs(stepped) > _STEP_S + _SLEW * elapsed:
         return [f"the clock was set {abs(stepped):.1f} s {'ahead' if stepped > 0 else 'back'} during the level"]
     return []
-
-
-PERIOD_S = 1.0
 
 
 class Watch:

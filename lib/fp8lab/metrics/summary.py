@@ -115,7 +115,7 @@ class Summary:
     closed_loop: bool = False  # whether a cap held requests back
     schedule_lag_p99_ms: float | None = None  # ms between the instant when a request could be sent and when it was
     client_busiest_core: float | None = (
-        None  # cores, 0 to 1; of the busiest process in its busiest second; None: under 1 s
+        None  # cores, 0 to 1: the busiest process in its busiest second; None: under 1 s
     )
     client_cpu_us_per_chunk: float | None = None  # µs of all processes
     client_stall_max_ms: float = 0.0  # the longest that a process stood still

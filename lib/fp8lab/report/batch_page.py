@@ -14,6 +14,11 @@ from .claims import claims_table
 from .tables.levels import validity_table
 
 _STATES = {"invalid": "done, with INVALID levels"}
+_COLUMNS = (
+    LEVEL, Column("req/s", "request_throughput", ",.1f"), Column("tok/s", "output_token_throughput", ",.0f"),
+    Column("TTFT p99 ms", "p99_ttft_ms", ",.0f"), Column("TPOT ms", "mean_tpot_ms", ",.1f"),
+    Column("J/token", "joules_per_output_token", ".3f"), COUNTS,
+)  # fmt: skip
 
 
 def has_invalid(run_dir: Path) -> bool:
@@ -50,7 +55,7 @@ def write_pages(folder: Path) -> None:
     scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
     index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}{''.join(remedies)}"
     _write_page(folder / "index.html", f"Batch {folder.name}", index)
-    columns = ("run", "level", "req/s", "tok/s", "TTFT p99 ms", "TPOT ms", "J/token", "measurement")
+    columns = ("run", *(column.title for column in _COLUMNS))
     levels = (
         Table("Every level of every run", columns, rows)._repr_html_() if rows else "<p>Nothing is measured yet.</p>"
     )
@@ -66,14 +71,9 @@ def _links(folder: Path, name: str, state: str) -> list[str]:
     return [f'<a href="{html.escape(str(page.relative_to(folder)))}">{html.escape(text)}</a>' for text, page in pages]
 
 
-def _levels_of(run: Run, name: str) -> list[list[str]]:
+def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
     mark = f" ({word})" if (word := card_mark(run)) else ""
-    columns = (
-        Column("run", lambda _: f"{name}{mark}"), LEVEL, Column("req/s", "request_throughput", ",.1f"),
-        Column("tok/s", "output_token_throughput", ",.0f"), Column("TTFT p99 ms", "p99_ttft_ms", ",.0f"),
-        Column("TPOT ms", "mean_tpot_ms", ",.1f"), Column("J/token", "joules_per_output_token", ".3f"), COUNTS,
-    )  # fmt: skip
-    return view("", evidence(run).frame, columns).rows
+    return [(f"{name}{mark}", *row) for row in view("", evidence(run).frame, _COLUMNS).rows]
 
 
 def _named(table: Table, caption: str, run: Run) -> str:

@@ -1,14 +1,15 @@
 """What a claim or a figure comes to in a run, in a sentence or two: computed from that run, never typed beside it."""
 
 import html
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
+from ..config.profile import rate_name
 from ..errors import BadInput
 from ..metrics.slo import DEFAULT
-from ..results.evidence import Evidence, evidence, rate_name
+from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import shown
 from .caption import card_note
@@ -34,11 +35,9 @@ class Conclusion:
 def conclusion(run: Run, about: str) -> Conclusion:
     """What `run` says about a claim ("C1", …) or about a figure, by its name ("saturation", "equal_load", "ablation",
     "littles_law", "kv_capacity", "roofline", "clock", "objective"). Raises BadInput for anything else."""
-    claims = {one.id: one for one in judge(run)}
     if about in _FIGURES:
         found = _FIGURES[about](evidence(run))
-    elif about in claims:
-        one = claims[about]
+    elif one := (claims := {one.id: one for one in judge(run)}).get(about):
         measured = "" if one.measured is None else f"measured {show_value(one.measured, one.unit)}"
         between = f" (95 % interval {show_interval(one)})" if one.interval else ""
         published = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
@@ -54,13 +53,8 @@ def conclusion(run: Run, about: str) -> Conclusion:
 def _saturation(seen: Evidence) -> tuple[str, str]:
     most = {}
     for variant in seen.variants():
-        each = {
-            rate: sum(values.values()) / len(values)
-            for rate in seen.rates(variant)
-            if (values := seen.seeds(variant, rate, "steady_output_token_throughput"))
-        }
-        if each:
-            most[variant] = max(each.items(), key=lambda item: item[1])
+        if each := seen.by_rate(variant, "steady_output_token_throughput"):
+            most[variant] = max(((rate, fmean(values)) for rate, values in each.items()), key=lambda item: item[1])
     if not most:
         return "Nothing is measured yet.", ""
     best = max(most, key=lambda variant: most[variant][1])
@@ -102,13 +96,7 @@ def _ratios(what: str, compared: Callable, name: Callable) -> tuple[str, str]:
 
 
 def _littles_law(seen: Evidence) -> tuple[str, str]:
-    shares = {}
-    for level_id, s in seen.summaries.items():
-        level = seen.level(level_id)
-        if level and level.telemetry is not None and s.mean_concurrent_requests:
-            sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
-            shares[level_id] = float((sampled["running"] + sampled["waiting"]).mean()) / s.mean_concurrent_requests
-    shares = {level_id: share for level_id, share in shares.items() if not math.isnan(share)}
+    shares = {level_id: counted / expected for level_id, (expected, counted) in seen.in_flight().items()}
     if not shares:
         return "The EngineCore was not sampled.", ""
     so = f"The EngineCore held {_range(shares, '.0%')} of the requests that Little's law puts in flight."
@@ -143,23 +131,15 @@ def _roofline(seen: Evidence) -> tuple[str, str]:
 
 
 def _clock(seen: Evidence) -> tuple[str, str]:
-    held = [pair for pair in seen.pairs() if seen.rates(*pair[:2])]
-    told = []
-    for variant in held[-1][:2] if held else ():
-        level_id = next(iter(seen.levels((variant,), seen.rates(variant)[-1])), None)
-        ran = seen.clock(level_id) if level_id else None
-        if ran and ran.mhz is not None:
-            told.append(f"{level_id}: {ran}.")
+    clocks = {level_id: seen.clock(level_id) for level_id in seen.fullest_pair()}
+    told = [f"{level_id}: {ran}." for level_id, ran in clocks.items() if ran and ran.mhz is not None]
     return ("What the clock did in the steady window.", " ".join(told)) if told else ("No GPU was sampled.", "")
 
 
 def _objective(seen: Evidence) -> tuple[str, str]:
     limits = {variant: seen.slo_limit(variant, DEFAULT) for variant in seen.variants()}
-    return f"{DEFAULT}: the highest rate that meets it.", _listed(f"{v} {limit} req/s" for v, limit in limits.items())
-
-
-def _listed(parts: Iterable[str]) -> str:
-    return f"{'; '.join(parts)}."
+    each = "; ".join(f"{variant} {limit} req/s" for variant, limit in limits.items())
+    return f"{DEFAULT}: the highest rate that meets it.", f"{each}."
 
 
 _FIGURES = {

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection
 from statistics import geometric_mean
 
+from ..config.profile import level_id
 from ..experiment.quality import comparisons, reference_variant
 from ..metrics.performance import paging_waste, reserving_waste
 from ..metrics.quality import Comparison, Estimate
@@ -14,7 +15,7 @@ from ..metrics.summary import Summary
 from ..results.evidence import Evidence
 from ..results.run_folder import Run, other_card, unmeasured
 from ..ui.text import four_digits
-from .verdict import Verdict, allowed, by_interval, left_out, level_id, near, not_judged, verdict, without_gpu
+from .verdict import Verdict, allowed, by_interval, left_out, near, not_judged, verdict, without_gpu
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
 _MOST = 2 / 3
@@ -22,6 +23,8 @@ _ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")
 
 
 def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
+    """A claim on a metric of levels (C1 to C4): FP8's mean over its seeds, or its ratio to BF16's, against the published
+    value; one seed is judged without an interval."""
     sides = [side for side in ("fp8", "bf16") if side in claim]
     is_ratio, metric = claim["quantity"] == "ratio", claim["metric"]
     said = {side: claim[side]["value"] for side in sides}
@@ -120,22 +123,14 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
         f"limited by the {seen.limit(ids[0]).cause}"
     )
     word = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}[shown.state]
-    other = [
-        f"{variant} {_p99(seen, variant, rate)}"
-        for variant in seen.variants()
-        if variant != "fp8" and _p99(seen, variant, rate)
-    ]
-    if other:
-        reason += f"; p99 at the same rate: {', '.join(other)}"
+    others = {v: seen.seeds(v, rate, "p99_ttft_ms") for v in seen.variants() if v != "fp8"}
+    told = [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]
+    if told:
+        reason += f"; p99 of the slowest seed at the same rate: {', '.join(told)}"
     return {
         "protocol": f"FP8 at {rate} req/s", "measured": p99, "measured_parts": {"fp8": p99},
         "verdict": word, "reason": reason,
     }  # fmt: skip
-
-
-def _p99(seen: Evidence, variant: str, rate: float) -> str:
-    values = seen.seeds(variant, rate, "p99_ttft_ms").values()
-    return f"{four_digits(max(values))} ms" if values else ""
 
 
 def _setup(claim: dict, seen: Evidence) -> dict[str, str]:

@@ -31,9 +31,8 @@ from ..ui.text import four_digits
 @dataclass(frozen=True)
 class Verdict:
     """One claim, judged. `published` (None: the claim has no number), `measured` and `interval` (95 %, over the seeds) are
-    in `unit`; `cause` says
-    whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are the level ids it rests
-    on, `limits` what limited each."""
+    in `unit`; `cause` says whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are
+    the level ids it rests on, `limits` what limited each."""
 
     id: str
     title: str
@@ -60,11 +59,6 @@ def published() -> dict:
 def claim_of(id: str) -> dict:
     """The published claim `id`, as it stands in `data/published.toml`."""
     return next(claim for claim in published()["claims"] if claim["id"] == id)
-
-
-def level_id(variant: str, rate: float, repeat: int = 1) -> str:
-    """The id of a level, as claims and figures refer to it."""
-    return f"{variant}-{rate:g}rps-r{repeat}"
 
 
 def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:
@@ -119,6 +113,7 @@ def by_interval(claim: dict, published: float, value: float, low: float, high: f
 
 
 def near(value: float, published: float) -> str:
+    """How far a value is from the published one, in words: "7% below the published value"."""
     change = value / published - 1
     return f"{abs(change):.0%} {'above' if change > 0 else 'below'} the published value"
 

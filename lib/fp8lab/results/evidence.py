@@ -101,6 +101,11 @@ class Evidence:
         held = self.levels((variant,), rate).values()
         return {s.level.repeat: value for s in held if (value := getattr(s, metric))}
 
+    def by_rate(self, variant: str, metric: str) -> dict[float, list[float]]:
+        """A metric of every valid level of a variant: by rate, ascending, the value of each repeat."""
+        held = {rate: list(self.seeds(variant, rate, metric).values()) for rate in self.rates(variant)}
+        return {rate: values for rate, values in held.items() if values}
+
     def cells(self, variants: Collection[str], rate: float, metric: str) -> Cells:
         """The same for several variants; those without a level are left out."""
         found = {variant: self.seeds(variant, rate, metric) for variant in variants}
@@ -229,6 +234,23 @@ class Evidence:
             if (one := self.contrast({variants[base]: w for base, w in weights.items()}, rate, metric))
         ]
 
+    def in_flight(self) -> dict[str, tuple[float, float]]:
+        """By level id the mean number of requests in flight over the whole run: what Little's law expects of the completed
+        ones, and what the EngineCore counted, running and waiting. Levels without samples are left out."""
+        held = {}
+        for level_id, s in self.summaries.items():
+            level, expected = self.level(level_id), s.mean_concurrent_requests
+            if level is not None and level.telemetry is not None and expected:
+                sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
+                held[level_id] = (expected, float((sampled["running"] + sampled["waiting"]).mean()))
+        return {level_id: pair for level_id, pair in held.items() if not math.isnan(pair[1])}
+
+    def fullest_pair(self) -> list[str]:
+        """The ids of one level each of BF16 and FP8, in the setup least in the way, at each one's highest rate."""
+        pairs = [pair for pair in self.pairs() if self.rates(*pair[:2])]
+        held = [(variant, self.rates(variant)[-1]) for variant in (pairs[-1][:2] if pairs else ())]
+        return [next(iter(self.levels((variant,), rate))) for variant, rate in held]
+
     def kv_room(self) -> list[tuple[str, int, float, float, float | None]]:
         """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
         each, rows = self.kv_tokens_a_request(), []
@@ -288,8 +310,3 @@ def evidence(run: Run) -> Evidence:
 @functools.lru_cache(maxsize=4)
 def _evidence(_path, _stamps: tuple, run: Run) -> Evidence:
     return Evidence(run)
-
-
-def rate_name(rate: float) -> str:
-    """A rate as text: "50 req/s", "all at once"."""
-    return "all at once" if math.isinf(rate) else f"{rate:g} req/s"

@@ -1,11 +1,10 @@
 """What a level came to, as it is stored and shown."""
 
-import math
 from dataclasses import dataclass
 
 import pandas as pd
 
-from ..config.profile import Level
+from ..config.profile import Level, rate_name
 from ..metrics.summary import Summary
 from ..ui.table import Table
 from ..ui.text import shown
@@ -41,9 +40,8 @@ class LevelResult:
             ("TPOT mean / p99", f"{show('mean_tpot_ms', ',.1f')} / {show('p99_tpot_ms', ',.1f', ' ms')}"),
             ("the measurement is", "VALID" if self.valid else f"INVALID: {s.invalid_reason}"),
         ]
-        rate = "all at once" if math.isinf(self.level.rate) else f"{self.level.rate:g} req/s"
         emulated = " (EMULATED GPU)" if s.emulated else ""
-        return Table(f"{self.level.variant} at {rate}{emulated}", ("", "value"), rows)
+        return Table(f"{self.level.variant} at {rate_name(self.level.rate)}{emulated}", ("", "value"), rows)
 
     def __repr__(self) -> str:
         return repr(self._table())

@@ -25,7 +25,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..config.profile import Level, Profile
-from ..config.profile_file import from_dict, load_profile
+from ..config.profile_file import from_dict
+from ..config.this_machine import load_profile
 from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.performance import steady_window
@@ -38,7 +39,7 @@ from .provenance import collect, digest
 
 SCHEMA = 1
 _LEVEL_ID = re.compile(r"(.+?)-([\d.e+-]+|inf)rps-r(\d+)")
-# The columns of its tables; see `load.records.to_tables`.
+# The columns of its tables; see `load.level.to_tables`.
 _RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
 _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
 _TOKENS = ("request", "at_s")

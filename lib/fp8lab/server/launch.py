@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from ..config.profile import Profile
-from ..config.profile_file import check_device, check_environment
 from ..config.secrets import secrets_of
+from ..config.this_machine import check_device, check_environment
 from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
 from ..paths import cache_dir, portable, writing

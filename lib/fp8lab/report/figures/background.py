@@ -6,11 +6,11 @@ from collections.abc import Mapping, Set
 import numpy as np
 
 from ...config.dimensions import ModelShape, fp8_kv, memory_share
-from ...config.profile import Card
+from ...config.profile import Card, level_id, rate_name
 from ...metrics.performance import concurrency_over_time
-from ...results.evidence import evidence, rate_name
+from ...results.evidence import evidence
 from ...results.run_folder import Run
-from ..verdict import claim_of, level_id
+from ..verdict import claim_of
 from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, note, plainly, variant_style
 
 # Light to dark, hatched, so that the parts are told apart in print.

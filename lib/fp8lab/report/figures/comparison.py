@@ -4,9 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from ...config.profile import rate_name
 from ...metrics.resources import POWER
 from ...metrics.slo import SLO
-from ...results.evidence import Compared, Evidence, evidence, rate_name
+from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
 from ..tables.comparison import METRICS, causes, once
 from ..verdict import claim_of
@@ -61,8 +62,8 @@ def _over_rates(axes, seen: Evidence, metric: str, place) -> list[str]:
     """Draws every variant's `metric` over its rates, at the x that `place` gives each (None: left out); the variants drawn."""
     drawn = []
     for variant in seen.variants():
-        held = [(place(rate), list(seen.seeds(variant, rate, metric).values())) for rate in seen.rates(variant)]
-        if points := [(x, values) for x, values in held if values and x is not None]:
+        held = ((place(rate), values) for rate, values in seen.by_rate(variant, metric).items())
+        if points := [(x, values) for x, values in held if x is not None]:
             style = variant_style(seen.run.profile, variant)
             axes.plot([x for x, _ in points], [sum(v) / len(v) for _, v in points], label=variant, **style)
             for x, values in points:
@@ -136,17 +137,12 @@ def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
 def littles_law_figure(axes, run: Run) -> str:
     """Throughput x mean time in the system against what the EngineCore counted in flight, level by level."""
     seen, top, drawn = evidence(run), 1.0, set()
-    for level_id, s in seen.summaries.items():
-        level, expected = seen.level(level_id), s.mean_concurrent_requests
-        if level is None or level.telemetry is None or not expected:
-            continue
-        sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
-        counted = float((sampled["running"] + sampled["waiting"]).mean())
-        if not math.isnan(counted):
-            variant, style = s.level.variant, variant_style(run.profile, s.level.variant) | {"ls": ""}
-            axes.plot(expected, counted, label=None if variant in drawn else variant, **style)
-            drawn.add(variant)
-            top = max(top, expected, counted)
+    for level_id, (expected, counted) in seen.in_flight().items():
+        variant = seen.summaries[level_id].level.variant
+        style = variant_style(run.profile, variant) | {"ls": ""}
+        axes.plot(expected, counted, label=None if variant in drawn else variant, **style)
+        drawn.add(variant)
+        top = max(top, expected, counted)
     axes.plot([1, top * 1.2], [1, top * 1.2], color=GREY, lw=1, ls=":")
     axes.set(xscale="log", yscale="log", xlim=(10, top * 1.3), ylim=(10, top * 1.3))
     axes.set(
@@ -186,12 +182,7 @@ def kv_capacity_figure(axes, run: Run) -> str:
 def clock_figure(axes: Sequence, run: Run) -> str:
     """Power and clock over time of both variants' levels all at once, where the card is least waited for."""
     seen, (upper, lower) = evidence(run), axes
-    pairs = [pair for pair in seen.pairs() if seen.rates(*pair[:2])]
-    ids = [
-        level_id
-        for variant in (pairs[-1][:2] if pairs else ())
-        if (rates := seen.rates(variant)) and (level_id := next(iter(seen.levels((variant,), rates[-1])), None))
-    ]
+    ids = seen.fullest_pair()
     sampled, limit_w, drawn = False, None, False
     for level_id in ids:
         level, ran = seen.level(level_id), seen.clock(level_id)

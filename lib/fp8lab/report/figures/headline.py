@@ -28,8 +28,8 @@ def rate_figure(axes, run: Run) -> str:
     points = {
         variant: [
             (rate, geometric_mean(values))
-            for rate in seen.rates(variant)
-            if math.isfinite(rate) and (values := seen.seeds(variant, rate, "request_throughput").values())
+            for rate, values in seen.by_rate(variant, "request_throughput").items()
+            if math.isfinite(rate)
         ]
         for variant in seen.variants()
         if variant in STYLE

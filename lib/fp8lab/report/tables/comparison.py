@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+from ...config.profile import rate_name
 from ...metrics.statistics import ABLATION, Ratio
-from ...results.evidence import Compared, Evidence, evidence, rate_name
+from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
 from ...ui.table import Table
 from ..caption import card_note

@@ -3,7 +3,7 @@
 import math
 
 from ...config.dimensions import fp8_kv, most_running
-from ...config.profile import Profile
+from ...config.profile import Profile, level_id
 from ...metrics.performance import paging_waste, reserving_waste
 from ...metrics.resources import MOST, Clock
 from ...paths import repository_relative
@@ -12,7 +12,7 @@ from ...results.run_folder import Run
 from ...ui.table import LEVEL, Column, Table, view
 from ...ui.text import shown
 from ..caption import card_note
-from ..verdict import claim_of, level_id
+from ..verdict import claim_of
 
 
 def bottlenecks_table(run: Run, variants=()) -> Table:
