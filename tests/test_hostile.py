@@ -15,8 +15,8 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.this_machine import load_profile
 from fp8lab.config.trace import from_file
 from fp8lab.errors import BadInput, Fp8labError
+from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.level import measure_level
-from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import parse_metrics
 from fp8lab.models.checkpoints import model_folder
 from fp8lab.report import notebooks

@@ -20,7 +20,7 @@ from fp8lab.errors import BadInput, LevelFailed, RunMismatch
 from fp8lab.experiment.quality import comparisons, default_variants, split, summaries, tables
 from fp8lab.load import answers
 from fp8lab.load.answers import answer, read_documents, tokenize
-from fp8lab.load.stream import Endpoint
+from fp8lab.load.endpoint import Endpoint
 from fp8lab.metrics import quality
 from fp8lab.metrics.quality import Comparison, Estimate, Reading
 from fp8lab.models.checkpoints import packaged_model

@@ -11,8 +11,8 @@ import pytest
 from conftest import HERE
 from fp8lab.config.trace import fixed_length
 from fp8lab.load import telemetry
+from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.level import measure_level
-from fp8lab.load.stream import Endpoint
 from fp8lab.load.telemetry import Telemetry
 from fp8lab.metrics.performance import completed, steady_window
 from fp8lab.metrics.resources import clock

@@ -13,7 +13,7 @@ from conftest import running, wait_for
 from fp8lab.errors import InUse, LevelFailed, ServerFailed
 from fp8lab.experiment import speed
 from fp8lab.load import vllm_bench
-from fp8lab.load.stream import Endpoint
+from fp8lab.load.endpoint import Endpoint
 from fp8lab.results.run_folder import open_run
 
 pytestmark = pytest.mark.servers

@@ -170,8 +170,8 @@ def serve(args) -> None:
 def load_test(args) -> int:
     from .config.profile import rate_name
     from .config.trace import arrival_times, named_trace
+    from .load.endpoint import Endpoint
     from .load.level import measure_level
-    from .load.stream import Endpoint
     from .results.files import plain, write_json, write_tables
 
     if args.api_key_env and args.api_key_env not in os.environ:

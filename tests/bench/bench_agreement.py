@@ -13,8 +13,8 @@ import statistics
 
 import fp8lab as lab
 from fp8lab.load import vllm_bench
+from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.level import measure_level
-from fp8lab.load.stream import Endpoint
 from fp8lab.models.checkpoints import model_folder
 
 COMPARED = ("output_token_throughput", "mean_tpot_ms", "peak_concurrent_requests_vllm", "mean_ttft_ms", "p99_ttft_ms")

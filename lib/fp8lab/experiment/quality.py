@@ -23,7 +23,7 @@ from ..config.flags import flag_of, joined
 from ..config.profile import FORMAT_FLAGS, Profile
 from ..errors import BadInput, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
-from ..load.stream import Endpoint
+from ..load.endpoint import Endpoint
 from ..metrics.quality import Comparison, Estimate, Reading, compare, position_table
 from ..models.checkpoints import without_widgets
 from ..paths import DATA, portable, repository_relative

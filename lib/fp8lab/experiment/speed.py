@@ -13,9 +13,9 @@ from ..config.profile import Level, Profile
 from ..config.trace import Trace, arrival_times, is_file, named_trace, refuse_times
 from ..errors import BadInput, Fp8labError, LevelFailed, ServerFailed
 from ..load import vllm_bench
+from ..load.endpoint import Endpoint
 from ..load.generator import send_load
 from ..load.level import measure_level
-from ..load.stream import Endpoint
 from ..load.telemetry import Telemetry
 from ..metrics.summary import MeasuredLevel
 from ..results.level import LevelResult

@@ -18,7 +18,7 @@ import pandas as pd
 from ..errors import BadInput, LevelFailed
 from ..metrics.quality import Reading
 from ..ui.status import StatusLine
-from .stream import Endpoint
+from .endpoint import Endpoint
 
 _TIMEOUT_S = 600
 # What passes (a restarting proxy, a full queue) is asked again after so many seconds each.

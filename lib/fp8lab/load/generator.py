@@ -16,8 +16,9 @@ from ..config.trace import Trace
 from ..errors import BadInput
 from ..system.locks import Scratch
 from ..ui.text import shown
+from .endpoint import Endpoint
 from .pool import ClientReport, Team
-from .stream import Endpoint, Outcome
+from .stream import Outcome
 
 # A worker parses about 40,000 chunks/s on a server core; a quarter of that leaves its timestamps undisturbed.
 _CHUNKS_PER_S_PER_WORKER = 10_000

@@ -14,9 +14,9 @@ import numpy as np
 from ..config.trace import Trace
 from ..errors import Stopped
 from ..ui.status import StatusLine
+from .endpoint import Endpoint
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
-from .stream import Endpoint
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:

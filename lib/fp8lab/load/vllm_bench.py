@@ -15,7 +15,7 @@ from ..config.trace import Trace
 from ..errors import LevelFailed
 from ..server import watchdog
 from ..system.locks import Scratch
-from .stream import Endpoint
+from .endpoint import Endpoint
 from .worker import unwritable
 
 # By module, not by command: the CPU build's distribution has another name, which breaks the command.

@@ -22,7 +22,8 @@ from time import monotonic
 
 import uvloop
 
-from .stream import Connection, Endpoint, Outcome, connect
+from .endpoint import Endpoint
+from .stream import Connection, Outcome, connect
 
 TICK_S = 0.25
 # libuv's timers count milliseconds: a request is sent when it is due within half of one.
