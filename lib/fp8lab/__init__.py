@@ -19,6 +19,7 @@ _HOMES = {
     "errors": (
         "BadInput", "Fp8labError", "InUse", "LevelFailed", "NotWritten", "RunDamaged", "RunMismatch", "ServerFailed",
     ),
+    "experiment.anatomy": ("measure_anatomy",),
     "experiment.max_rate": ("find_max_rate",),
     "experiment.quality": (
         "QualityTask", "check_weights", "checkpoint_folder", "measure_quality", "quality_profile", "read_text",
@@ -28,6 +29,7 @@ _HOMES = {
     "metrics.summary": ("Summary",),
     "report.conclusions": ("conclusion",),
     "report.claims": ("claims_across", "claims_table", "judge", "write_claims"),
+    "report.figures.anatomy": ("host_figure", "step_figure"),
     "report.figures.background": ("batching_figure", "memory_figure", "number_line_figure", "roofline_figure"),
     "report.figures.comparison": (
         "ablation_figure", "clock_figure", "equal_load_figure", "kv_capacity_figure", "littles_law_figure",
@@ -35,6 +37,7 @@ _HOMES = {
     ),
     "report.figures.headline": ("concurrency_figure", "rate_figure", "throughput_figure", "tpot_figure"),
     "report.figures.quality": ("divergence_figure", "formats_figure", "parting_figure"),
+    "report.tables.anatomy": ("host_table", "kernels_table", "steps_table"),
     "report.tables.comparison": ("ablation_table", "equal_load_table", "worth_table"),
     "report.tables.levels": (
         "client_table", "cross_check_table", "latency_table", "levels_table", "throughputs_table", "validity_table",

@@ -86,6 +86,11 @@ EXAMPLES = {
         fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
         fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
     """,
+    "anatomy": """
+        fp8lab anatomy                                    bf16 and fp8, 64 to 1,024 decoding at once, on this GPU
+        fp8lab anatomy --variant fp8 --batch 256          one step
+        fp8lab anatomy --profile tiny-cpu --batch 16      no GPU: what the EngineCore does
+    """,
     "claims": """
         fp8lab claims runs/latest
         fp8lab claims runs/latest --brief --markdown     for a README
@@ -211,6 +216,24 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--top", type=int, default=20, metavar="K", help="likeliest tokens kept at each position (20)")
     quality.add_argument("--prompts", type=int, default=64, metavar="N", help="passages to be explained (64)")
     quality.add_argument("--answer-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+
+    anatomy = command("anatomy", commands.anatomy, (
+        "Take decode steps apart: GPU time by kind of kernel beside the datasheet's floor, wall time, what the host adds, and "
+        "what the EngineCore does. About 2 min a variant on an H100; without a GPU the host's half alone."
+    ))  # fmt: skip
+    anatomy.add_argument("--profile", **profile)
+    anatomy.add_argument(
+        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
+    )
+    anatomy.add_argument("--source", default="", metavar="DIR", help="show this run instead of measuring")
+    anatomy.add_argument("--variant", action="append", metavar="V", help="repeatable (default: bf16 and fp8)")
+    anatomy.add_argument(
+        "--batch",
+        type=int,
+        action="append",
+        metavar="N",
+        help="requests decoding at once; repeatable (64, 128, 256, 1024)",
+    )
 
     plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
     plan.add_argument("--profile", **profile)

@@ -102,6 +102,23 @@ def quality(args) -> None:
     print(repository_relative(run.path))
 
 
+def anatomy(args) -> None:
+    from .experiment.anatomy import BATCHES, anatomies, measure_anatomy
+    from .paths import repository_relative
+    from .report.tables.anatomy import host_table, kernels_table, steps_table
+    from .results.run_folder import open_run
+
+    run = open_run(args.run, args.profile, source=args.source)
+    with _resumable(run):
+        measure_anatomy(run, run.profile, args.variant or ("bf16", "fp8"), batches=args.batch or BATCHES)
+    kernels = (
+        kernels_table(run, variant) for variant, batches in anatomies(run).items() if any(b.steps for b in batches)
+    )
+    for table in (steps_table(run), *kernels, host_table(run)):
+        print(f"{table}\n")
+    print(repository_relative(run.path))
+
+
 def plan(args) -> None:
     from .config.profile_file import read_profile
     from .config.this_machine import profile_name

@@ -77,9 +77,12 @@ class ModelShape:
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads * self.head_size
+        self.heads, self.vocabulary = config.num_attention_heads, config.vocab_size
+        heads = self.heads * self.head_size
         attention = config.hidden_size * (2 * heads + 2 * self.kv_heads * self.head_size)
         mlp = 3 * config.hidden_size * config.intermediate_size
+        # Elements that a token brings into the layers' four matrix products: of attention (in and out) and of the MLP.
+        self.product_inputs = self.layers * (2 * config.hidden_size + heads + config.intermediate_size)
         self.layer_parameters = self.layers * (attention + mlp)
         self.vocabulary_parameters = config.vocab_size * config.hidden_size
         self.embeddings = 1 if config.tie_word_embeddings else 2

@@ -41,6 +41,7 @@ SERVER_COLUMNS = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:iteration_tokens_total_count": "iterations",
 }
 ROLES = ("frontend", "engine", "client")
 # What verdicts rest on: the column, who is asked for it, how often.
@@ -97,7 +98,8 @@ class Telemetry:
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
         gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w;
-        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens (counters); for frontend,
+        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens, iterations (counters; an iteration
+        is a step of the EngineCore); for frontend,
         engine and client: <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
         """
         import pandas as pd

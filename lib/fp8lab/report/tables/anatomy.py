@@ -1,0 +1,84 @@
+"""A step taken apart: its GPU kernels by kind beside what the datasheet allows, its wall time, what the EngineCore did."""
+
+from ...config.dimensions import fp8_kv, fp8_weights
+from ...config.flags import joined
+from ...experiment.anatomy import BatchAnatomy, StepAnatomy, anatomies
+from ...metrics.anatomy import KINDS, OTHER, STAGES, floors_ms
+from ...results.run_folder import Run
+from ...ui.table import Table
+from ...ui.text import shown
+from ..caption import card_note
+
+_NOT_RUN = "not run: kernels are profiled on a GPU"
+
+
+def steps_table(run: Run) -> Table:
+    """The steps of every variant and batch: wall time, GPU time, what the host adds, and the kinds that take the longest."""
+    rows = []
+    for variant, batches in anatomies(run).items():
+        for one in batches:
+            step = decode_step(one)
+            busy = step.busy_ms if step else None
+            added = max(0.0, one.wall_ms - busy) if busy is not None else None
+            times = sorted(kind_times(step).items(), key=lambda item: -item[1])[:3] if step else []
+            most = ", ".join(f"{kind} {ms:.1f}" for kind, ms in times) or _NOT_RUN
+            rows.append((variant, f"{one.batch:,}", shown(one.context), f"{one.wall_ms:,.2f}", shown(busy, ",.2f"),
+                         shown(added, ",.2f"), shown(one.gpu.get("gpu_util"), ".0%"), most))  # fmt: skip
+    columns = ("variant", "decoding at once", "context, tokens", "step, ms", "GPU, ms", "host adds, ms", "GPU busy (NVML)",
+               "longest on the GPU, ms")  # fmt: skip
+    return Table(f"{card_note(run)}What a decode step takes, run {run.path.name}", columns, rows)
+
+
+def kernels_table(run: Run, variant: str, *, names: int = 2) -> Table:
+    """The kinds of every profiled step of `variant`, each beside its floor, with its `names` longest kernels; of unknown
+    kernels every name."""
+    rows = []
+    for one in anatomies(run).get(variant, ()):
+        for step in one.steps:
+            floors, times = floors_of(run, variant, step), kind_times(step)
+            for kind, ms in times.items():
+                floor = floors.get(kind)
+                longest = list(step.kernels[kind])[: None if kind == OTHER else names]
+                rows.append((f"{step.name}, {one.batch:,}", kind, f"{ms:.3f}", f"{ms / step.busy_ms:.0%}",
+                             shown(floor, ".3f"), shown(floor and floor / ms, ".0%"), "; ".join(longest)))  # fmt: skip
+            together = sum(times.values())
+            rows.append((f"{step.name}, {one.batch:,}", "all kinds", f"{together:.3f}", f"{together / step.busy_ms:.0%}",
+                         "–", "–", f"{step.steps} steps"))  # fmt: skip
+    columns = ("step", "kind", "ms", "of the GPU's time", "floor, ms", "reached", "longest kernels")
+    caption = f"{card_note(run)}The kernels of {variant}'s steps by kind, run {run.path.name}"
+    return Table(caption if rows else f"{caption}; {_NOT_RUN}", columns, rows)
+
+
+def host_table(run: Run, *, functions: int = 3) -> Table:
+    """What the EngineCore's thread did while each batch decoded: shares of its time by stage, with the innermost functions."""
+    held = [(variant, one) for variant, batches in anatomies(run).items() for one in batches]
+    stages = [stage for stage in STAGES if any(stage in one.host for _, one in held)]
+    rows = []
+    for variant, one in held:
+        shares = [shown(sum(one.host[stage].values()) if stage in one.host else None, ".0%") for stage in stages]
+        every = {name: share for each in one.host.values() for name, share in each.items()}
+        longest = sorted(every.items(), key=lambda item: -item[1])[:functions]
+        told = ", ".join(f"{name} {share:.0%}" for name, share in longest)
+        rows.append((variant, f"{one.batch:,}", *shares, told or f"not run: {one.host_note}"))
+    caption = f"{card_note(run)}What the EngineCore did while a batch decoded, shares of its thread's time, run {run.path.name}"
+    return Table(caption, ("variant", "decoding at once", *stages, "most in"), rows)
+
+
+def decode_step(one: BatchAnatomy) -> StepAnatomy | None:
+    """The profiled decode steps of a batch; None without a GPU."""
+    return next((step for step in one.steps if step.name == "decode"), None)
+
+
+def kind_times(step: StepAnatomy) -> dict[str, float]:
+    """Milliseconds a step by kind, in the order of `KINDS`."""
+    return {kind: sum(step.kernels[kind].values()) for kind in KINDS if kind in step.kernels}
+
+
+def floors_of(run: Run, variant: str, step: StepAnatomy) -> dict[str, float]:
+    """By kind the least milliseconds that the profile's card allows; empty without its datasheet or the model's sizes."""
+    profile = run.profile
+    shape, flags = profile.shape(variant), joined(profile.server.flags, profile.variant(variant).flags)
+    if profile.gpu is None or shape is None:
+        return {}
+    formats = {"fp8_weights": fp8_weights(flags, shape), "fp8_kv": fp8_kv(flags, shape)}
+    return floors_ms(step.work, shape, profile.gpu, **formats)
