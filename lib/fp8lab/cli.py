@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 
-from . import commands
+from . import commands, load_test_command
 from .errors import BadInput, Fp8labError
 
 EXAMPLES = {
@@ -85,6 +85,11 @@ EXAMPLES = {
         fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
         fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
         fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
+        fp8lab load-test --base-url 'https://HOST/openai/deployments/NAME?api-version=2024-10-21' --header-env api-key=MY_KEY \\
+            --chat --natural-stop --max-tokens-field max_completion_tokens --model NAME --rate 2 --out results/azure
+        fp8lab load-test --base-url URL --model NAME --chat --extra-body '{"chat_template_kwargs": {"enable_thinking": false}}' --out o
+        fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50 --warmup 8 --rate 20 --out results/goodput
+        fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50,p95 --find-max-rate --out results/limit
     """,
     "anatomy": """
         fp8lab anatomy                                    bf16 and fp8, 64 to 1,024 decoding at once, on this GPU
@@ -273,70 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--print-command", action="store_true", help="print the vLLM command and exit")
     serve.add_argument("--show-key", action="store_true", help="print the API key of this start")
 
-    load = command("load-test", commands.load_test, (
-        "Measure any OpenAI-compatible endpoint under an open-loop load. Progress goes to standard error; the last "
-        "line of standard output is one JSON document. Exit code 0: the level is valid, 3: it is not, 2: bad arguments."
-    ))  # fmt: skip
-    load.add_argument("--base-url", required=True, metavar="URL", help="http(s)://HOST:PORT, with or without /v1")
-    load.add_argument("--model", required=True, metavar="NAME", help="the served model's name")
-    load.add_argument("--out", required=True, metavar="DIR", help="takes records.parquet, tokens.parquet, summary.json")
-    load.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
-    load.add_argument("--chat", action="store_true", help="/v1/chat/completions instead of /v1/completions")
-    load.add_argument(
-        "--natural-stop", action="store_true", help="let answers end by themselves (for endpoints without ignore_eos)"
-    )
-    load.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="T",
-        help="sharegpt-like (default), random, a .csv of lengths, or a ShareGPT .json",
-    )
-    load.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count a ShareGPT file's tokens")
-    load.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (default 1024)")
-    load.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (default 128)")
-    load.add_argument("--requests", type=int, metavar="N", help="default 1000, or all of a file")
-    load.add_argument(
-        "--rate",
-        type=float,
-        metavar="R",
-        help="requests/s; inf (default) sends all at once; a .csv with times is replayed if no rate is given",
-    )
-    load.add_argument(
-        "--burstiness",
-        type=float,
-        default=1.0,
-        metavar="B",
-        help="1: Poisson arrivals (default), below: bursts, inf: constant gaps",
-    )
-    load.add_argument(
-        "--normalised",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
-    )
-    load.add_argument(
-        "--max-concurrency",
-        type=int,
-        metavar="N",
-        help="cap on requests in flight; what is due beyond it waits for a slot: the level is closed-loop",
-    )
-    load.add_argument(
-        "--idle-timeout",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="a request without a byte of its answer for so long has failed, also one that is queued (default 60)",
-    )
-    load.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="what is still in flight so long after the last request was sent has failed; in a closed loop, while "
-        "requests wait for a slot, so long after anything came back (default 600)",
-    )
-    load.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
-    load.add_argument("--seed", type=int, default=0, metavar="S")
+    load_test_command.add_arguments(command("load-test", load_test_command.run, load_test_command.TEXT))
 
     claims = command("claims", commands.claims, "Judge the published claims by a run.")
     claims.add_argument(

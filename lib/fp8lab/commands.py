@@ -5,9 +5,6 @@ bad arguments answer at once.
 """
 
 import contextlib
-import json
-import math
-import os
 import sys
 import time
 import tomllib
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, Fp8labError
-from .paths import writing
 
 if TYPE_CHECKING:
     from .results.run_folder import Run
@@ -182,44 +178,6 @@ def serve(args) -> None:
         while server.alive:
             time.sleep(0.5)
         raise Fp8labError(f"the server ended by itself; see {server.log_path}")
-
-
-def load_test(args) -> int:
-    from .config.profile import rate_name
-    from .config.trace import arrival_times, named_trace
-    from .load.endpoint import Endpoint
-    from .load.level import measure_level
-    from .results.files import plain, write_json, write_tables
-
-    if args.api_key_env and args.api_key_env not in os.environ:
-        raise BadInput(f"--api-key-env {args.api_key_env}: no such environment variable")
-    out = Path(args.out)
-    if (out / "records.parquet").exists():
-        raise BadInput(f"{out} already holds a result; choose another --out folder")
-    key = os.environ.get(args.api_key_env) if args.api_key_env else None
-    endpoint = Endpoint(args.base_url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop)
-    trace = named_trace(
-        args.trace, args.requests, seed=args.seed, tokenizer=args.tokenizer,
-        input_tokens=args.input_tokens, output_tokens=args.output_tokens,
-    )  # fmt: skip
-    if trace.arrival_s and args.rate is None:
-        due, name = trace.arrival_s, "replay"
-    else:
-        rate = math.inf if args.rate is None else args.rate
-        due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
-        name = rate_name(rate)
-    if args.max_concurrency is not None:
-        name = f"{name}, closed loop at {args.max_concurrency}"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    summary, records, tokens, _ = measure_level(
-        endpoint, trace, due, name=name, workers=args.workers, max_concurrency=args.max_concurrency,
-        exact_tokens=not args.natural_stop, idle_timeout_s=args.idle_timeout, drain_timeout_s=args.drain_timeout,
-    )  # fmt: skip
-    write_tables(out, records=records, tokens=tokens)
-    write_json(out / "summary.json", summary)
-    print(json.dumps(plain(summary)))
-    return 0 if summary.valid else _INVALID
 
 
 def claims(args) -> None:

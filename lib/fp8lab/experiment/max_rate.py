@@ -2,10 +2,19 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-from ..config.profile import Level
-from ..metrics.slo import DEFAULT, SLO, Bracket, attains, probe_requests, search
+import pandas as pd
+
+from ..config.profile import Level, rate_name
+from ..load.level import Measured
+from ..metrics.slo import DEFAULT, SLO, Attainment, Bracket, attains, bracket, probe_requests, search
+from ..metrics.summary import Summary
+from ..paths import writing
 from ..results.evidence import evidence
+from ..results.files import read_json, read_parquet, write_json, write_tables
 from ..results.run_folder import Run
 from ..server.launch import Server
 from ..ui.status import StatusLine
@@ -13,6 +22,8 @@ from .speed import RecordedServer, load_test
 
 # An INVALID probe is measured once more: what disturbed it may have passed.
 _TRIES = 2
+# How a request fails that the endpoint is not to blame for: the client lost it, or could not open a connection for it.
+_CLIENTS_FAULT = r"^lost: |^not sent: |open files"
 
 
 def find_max_rate(
@@ -43,22 +54,18 @@ def find_max_rate(
 
     def probe(rate: float) -> str:
         level = _free_level(server, rate, needed(rate), run)
-        for _ in range(_TRIES):
+
+        def measure() -> tuple[Summary, pd.DataFrame]:
             if level.id in run.summaries():
                 run.set_aside(level.id)
             options = {"requests": level.requests, "repeat": level.repeat, "run": run, "workers": workers}
             result = load_test(server, rate=rate, **options)
-            if result.valid or server.problem():
-                break
-        if not result.valid:
-            StatusLine().done(
-                f"{level.id}: INVALID, so the search ends here: {result.summary.invalid_reason}; mend the cause and "
-                "search again: it begins with this level"
-            )
-            return "invalid"
-        found = attains(result.records, slo)
-        StatusLine().done(f"{level.id}: objective {found.state}: {found.reason}")
-        return found.bound
+            return result.summary, result.records
+
+        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
+            return attains(records, slo) if summary.valid else None
+
+        return _probe(level.id, measure, judged, lambda summary: server.problem())
 
     known = [
         (rate, found.bound)
@@ -66,6 +73,122 @@ def find_max_rate(
         if found.bound != "undecided" or found.requests >= needed(rate)
     ]
     return search(probe, start, known=known, max_probes=max_probes)[0]
+
+
+def _probe(
+    name: str,
+    measure: Callable[[], tuple[Summary, pd.DataFrame]],
+    judged: Callable[[Summary, pd.DataFrame], Attainment | None],
+    hopeless: Callable[[Summary], object],
+) -> str:
+    """Measures one rate, once more if that does not count (`judged` is None) and is not `hopeless`; says what came of it.
+
+    Returns what `search` wants of a probe.
+    """
+    for _ in range(_TRIES):
+        summary, records = measure()
+        found = judged(summary, records)
+        if found or hopeless(summary):
+            break
+    if not found:
+        StatusLine().done(
+            f"{name}: INVALID, so the search ends here: {summary.invalid_reason}; mend the cause and "
+            "search again: it begins with this level"
+        )
+        return "invalid"
+    StatusLine().done(f"{name}: objective {found.state}: {found.reason}")
+    return found.bound
+
+
+class Probed(NamedTuple):
+    """A rate that was measured at an endpoint, and what its level says of the objective (None: it does not count)."""
+
+    rate: float
+    summary: Summary
+    found: Attainment | None
+
+
+def find_endpoint_max_rate(
+    measure: Callable[[str, float, int, int], Measured],
+    slo: SLO,
+    folder: Path,
+    *,
+    start: float = 4.0,
+    seconds: float = 20.0,
+    requests: int | None = None,
+    max_probes: int = 8,
+) -> tuple[Bracket, list[Probed]]:
+    """The same search at any endpoint: (the bracket, all rates that `folder` then holds, ascending).
+
+    `measure(name, rate, requests, number)` measures one level, the `number`-th of the folder. A probe has `requests`, by
+    default as many as arrive in `seconds`, at least as many as its percentile needs. Each is stored in `folder` as
+    `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
+    `max_probes` too: an interrupted search goes on where it stopped. Unlike at a server of ours, requests that the endpoint
+    refuses are its answer to the load, and miss the objective, as long as any completes.
+    """
+
+    def needed(rate: float) -> int:
+        return requests or max(probe_requests(slo), math.ceil(seconds * rate))
+
+    def probe(rate: float) -> str:
+        rate = float(f"{rate:g}")
+        name = f"probe {len(list(folder.glob('*rps/'))) + 1} of at most {max_probes}, {rate_name(rate)}"
+
+        def level() -> tuple[Summary, pd.DataFrame]:
+            target = folder / _probe_name(rate)
+            number = len(list(folder.glob("*rps*")))
+            _set_aside(target)
+            result = measure(name, rate, needed(rate), number)
+            with writing(target):
+                target.mkdir(parents=True)
+            write_tables(target, records=result.records, tokens=result.tokens)
+            write_json(target / "summary.json", result.summary)
+            return result.summary, result.records
+
+        return _probe(
+            name, level, lambda summary, records: _counts(summary, records, slo), lambda summary: not summary.completed
+        )
+
+    def says_something(one: Probed) -> bool:
+        return bool(one.found and (one.found.bound != "undecided" or one.found.requests >= needed(one.rate)))
+
+    known = [(one.rate, one.found.bound) for one in held(folder, slo) if says_something(one)]
+    if (left := max_probes - len(known)) > 0:
+        search(probe, start, known=known, max_probes=left)
+    probed = held(folder, slo)
+    return bracket((one.rate, one.found.bound) for one in probed if one.found), probed
+
+
+def held(folder: Path, slo: SLO) -> list[Probed]:
+    """The probes that `folder` holds whole, ascending. Raises RunDamaged for one that cannot be read."""
+    probed = []
+    for path in folder.glob("*rps/summary.json"):
+        again = f"move {path.parent.name}/ away and run the same command again: it is measured anew"
+        summary = Summary.read(read_json(path, again, ("valid", "requests", "completed", "failed")))
+        records = read_parquet(path.with_name("records.parquet"), again, ("sent_s", "first_token_s", "error"))
+        probed.append(Probed(float(path.parent.name.removesuffix("rps")), summary, _counts(summary, records, slo)))
+    return sorted(probed, key=lambda one: one.rate)
+
+
+def _probe_name(rate: float) -> str:
+    return f"{rate:g}rps"
+
+
+def _counts(summary: Summary, records: pd.DataFrame, slo: SLO) -> Attainment | None:
+    """What a level says of `slo`, None when it does not count. One that is INVALID for what the endpoint refused does, as a
+    miss: whether the client was late then makes no difference."""
+    found = attains(records, slo)
+    refused = records["error"].notna() & ~records["error"].fillna("").str.contains(_CLIENTS_FAULT)
+    missed = summary.completed and found.state == "missed" and refused.sum() > (1 - slo.share) * len(records)
+    return found if summary.valid or missed else None
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves what is left of an earlier try out of the way."""
+    if folder.exists():
+        names = (folder.with_name(f"{folder.name}-set-aside-{n}") for n in itertools.count(1))
+        with writing(folder):
+            folder.rename(next(path for path in names if not path.exists()))
 
 
 def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:

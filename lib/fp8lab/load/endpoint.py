@@ -1,19 +1,47 @@
-"""Where a load goes and what is written there: the URL, the path, the bytes of a request."""
+"""Where a load goes and what is written there: the URL, the path, the headers, the bytes of a request."""
 
+import re
 import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from functools import cached_property
+from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
+from ..config.secrets import is_secret
 from ..errors import BadInput
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_SECRET_HEADER = re.compile(r"auth|cookie|session|signature|credential", re.IGNORECASE)
+# Written with every request, or about how it and its answer are encoded: a second one would garble them.
+_OWN_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "accept-encoding", "connection", "expect", "upgrade"}  # fmt: skip
+# What the kit says in a body, and who says it there. The rest may be replaced, and left out with null.
+_OWN_KEYS = {
+    "model": "--model names it",
+    "prompt": "the trace has the prompts",
+    "messages": "the trace has the prompts",
+    "stream": "only streams can be timed",
+    "ignore_eos": "--natural-stop leaves it out",
+    "max_tokens": "the trace has the lengths",
+    "max_completion_tokens": "the trace has the lengths; --max-tokens-field says how they are sent",
+    "n": "a request has one answer here",
+    "best_of": "a request has one answer here",
+}
+# A shorter piece of a header that names no secret is a word, which an error holds anyway.
+_MIN_SECRET, _MIN_WORD = 4, 8
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: an OpenAI-compatible completions (or chat) endpoint.
+    """Where requests go: an OpenAI-compatible completions (or chat) endpoint, and what it wants to be sent.
 
-    With `ignore_eos` (an extension of vLLM and its kin) answers have exactly the length asked for.
+    `base_url` without a path of its own stands for its `/v1`; one with a path (`/api/v3`) is kept, its query too, and the
+    name of the endpoint is put behind it; one that ends in `/completions` is the whole endpoint and says whether it is a
+    chat. `endpoint` is a path to be put behind the base URL instead. With `ignore_eos` (an extension of vLLM and its kin)
+    answers have exactly the length asked for, which is sent as `max_tokens_field`. `extra_body` is merged into each
+    request's body; null leaves out what the kit would send. `insecure` takes any certificate. Raises BadInput for what
+    cannot be sent; no error, repr or refusal holds a key, a header's value or a query.
     """
 
     base_url: str
@@ -21,25 +49,102 @@ class Endpoint:
     api_key: str | None = field(default=None, repr=False)
     chat: bool = False
     ignore_eos: bool = True
+    endpoint: str = ""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    extra_body: Mapping = field(default_factory=dict, repr=False)
+    max_tokens_field: str = "max_tokens"
+    insecure: bool = False
+    query: str = field(default="", init=False, repr=False)
 
     def __post_init__(self):
         try:
-            url = urlsplit(self.base_url)
-            good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+            url, asked = urlsplit(self.base_url), urlsplit(self.endpoint)
+            good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and _sendable(self.base_url)
         except ValueError:  # a port that is none, half an IPv6 address
             good = False
         if not good:
-            raise BadInput(f"base URL {self.base_url!r} is not http(s)://HOST[:PORT]")
+            shown = re.sub("//.*@", "//", self.base_url.partition("?")[0])
+            raise BadInput(
+                f"base URL {shown!r} is not http(s)://HOST[:PORT][/PATH], spaces and the like written as %20"
+            )
         if url.username or url.password:
             raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise BadInput("the API key holds a character that no key has (a line break at its end, perhaps)")
+        if asked.scheme or asked.netloc or not _sendable(self.endpoint):
+            raise BadInput(
+                f"--endpoint {self.endpoint.partition('?')[0]!r} is not a path, such as /v1/chat/completions"
+            )
+        # The query may hold a key: apart from the URL, no message shows it.
+        object.__setattr__(self, "base_url", f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}")
+        object.__setattr__(self, "query", "&".join(filter(None, (url.query, asked.query))))
+        object.__setattr__(self, "chat", self._is_chat())
+        self._check_headers()
+        self._check_body()
 
     @property
+    def origin(self) -> str:
+        """The base URL without its path."""
+        url = urlsplit(self.base_url)
+        return f"{url.scheme}://{url.netloc}"
+
+    @cached_property
+    def bare_path(self) -> str:
+        """What is asked for, without the query."""
+        base = urlsplit(self.base_url).path
+        if self.endpoint:
+            path = "/" + urlsplit(self.endpoint).path.lstrip("/")
+            return path if path.startswith(f"{base}/") else base + path
+        if base.endswith("/completions"):
+            return base
+        return (base or "/v1") + ("/chat/completions" if self.chat else "/completions")
+
+    @cached_property
     def path(self) -> str:
-        prefix = urlsplit(self.base_url).path.rstrip("/")
-        prefix = prefix if prefix.endswith("/v1") else f"{prefix}/v1"
-        return prefix + ("/chat/completions" if self.chat else "/completions")
+        """What is asked for, with the query."""
+        return f"{self.bare_path}?{self.query}" if self.query else self.bare_path
+
+    @property
+    def url(self) -> str:
+        """The whole endpoint as it may be shown: without its query."""
+        return self.origin + self.bare_path
+
+    def _is_chat(self) -> bool:
+        if self.endpoint and urlsplit(self.base_url).path.endswith("/completions"):
+            raise BadInput(f"base URL {self.base_url!r} is a whole endpoint already; leave it or --endpoint out")
+        if not self.bare_path.endswith("/completions"):
+            return self.chat
+        chat = self.bare_path.endswith("/chat/completions")
+        if self.chat and not chat:
+            raise BadInput(f"{self.url} is no chat; leave --chat out, or name its …/chat/completions")
+        return chat
+
+    def _check_headers(self) -> None:
+        names = [name.lower() for name, _ in self.headers] + ["authorization"] * bool(self.api_key)
+        for number, (name, value) in enumerate(self.headers, 1):
+            if not _HEADER_NAME.fullmatch(name):
+                raise BadInput(f"header {number} is not 'Name: value'; its name is in letters, digits and dashes")
+            if not (value.isascii() and value.isprintable()):
+                raise BadInput(f"header {name}: its value holds a character that no header has (a line break, perhaps)")
+            if name.lower() in _OWN_HEADERS:
+                raise BadInput(f"header {name}: it goes out with every request already; leave it out")
+            if names.count(name.lower()) > 1:
+                raise BadInput(f"header {name}: it is given twice (--api-key-env is the header Authorization)")
+
+    def _check_body(self) -> None:
+        if not isinstance(self.extra_body, Mapping):
+            raise BadInput('the extra body is not a JSON object, such as {"top_k": 1}')
+        if not re.fullmatch(r"\w+", self.max_tokens_field) or self.max_tokens_field in _OWN_KEYS.keys() - {"max_tokens", "max_completion_tokens"}:  # fmt: skip
+            raise BadInput(
+                f"--max-tokens-field {self.max_tokens_field!r} is no field for a length; max_tokens is usual"
+            )
+        for key in self.extra_body:
+            if why := _OWN_KEYS.get(key, "the trace has the lengths" if key == self.max_tokens_field else ""):
+                raise BadInput(f"the extra body holds {key!r}, which the kit sets: {why}")
+        try:
+            orjson.dumps(self.extra_body)
+        except orjson.JSONEncodeError as error:
+            raise BadInput(f"the extra body cannot be sent as JSON: {error}") from None
 
     def resolve(self) -> tuple[str, int]:
         """(address, port) of the host, looked up once for a level. Raises BadInput for an unknown host."""
@@ -51,16 +156,56 @@ class Endpoint:
             raise BadInput(f"no host {url.hostname!r} (from base URL {self.base_url!r}): {error.strerror}") from None
 
     def request_bytes(self, prompt: str, output_tokens: int) -> bytes:
-        """The whole HTTP request; sampling is greedy."""
+        """The whole HTTP request; sampling is greedy unless the extra body says otherwise."""
         content = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
-        body = orjson.dumps(
-            {"model": self.model, **content, "max_tokens": output_tokens, "temperature": 0.0}
+        ours = (
+            {"model": self.model, **content, self.max_tokens_field: output_tokens, "temperature": 0.0}
             | ({"ignore_eos": True} if self.ignore_eos else {})
             | {"stream": True, "stream_options": {"include_usage": True}}
         )
-        key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        merged = ours | self.extra_body
+        body = orjson.dumps({key: value for key, value in merged.items() if value is not None or key not in ours})
         head = (
-            f"POST {self.path} HTTP/1.1\r\nHost: {urlsplit(self.base_url).netloc}\r\n{key}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST {self.path} HTTP/1.1\r\nHost: {urlsplit(self.base_url).netloc}\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in self.all_headers())
+            + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
+
+    def all_headers(self) -> list[tuple[str, str]]:
+        """What is asked to be sent with each request, the key among it."""
+        return [("Authorization", f"Bearer {self.api_key}")] * bool(self.api_key) + list(self.headers)
+
+    def without_secrets(self, text: str) -> str:
+        """`text`, which a server said, without what it may repeat of the key, the headers, the query and the body."""
+        for secret, name in self._secrets:
+            text = text.replace(secret, f"[{name}]")
+        return text
+
+    @cached_property
+    def _secrets(self) -> list[tuple[str, str]]:
+        """(secret, what to say in its place), the longest first."""
+        found = {self.api_key: "key"} if self.api_key else {}
+        for name, value in self.headers:
+            shortest = _MIN_SECRET if is_secret(name) or _SECRET_HEADER.search(name) else _MIN_WORD
+            found |= {part: name for part in (value, *re.split(r"[\s;,=]+", value)) if len(part) >= shortest}
+        named = [*parse_qsl(self.query), *_leaves(self.extra_body)]
+        found |= {value: name for name, value in named if is_secret(name) and len(value) >= _MIN_SECRET}
+        return sorted(found.items(), key=lambda pair: -len(pair[0]))
+
+
+def _sendable(url: str) -> bool:
+    """Whether a URL, or its path, can stand in a request's first line as it is."""
+    return url.isascii() and url.isprintable() and " " not in url
+
+
+def _leaves(value, name: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in a JSON value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, key)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item, name)
+    elif isinstance(value, str):
+        yield name, value

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..config.trace import Trace
-from ..errors import Stopped
+from ..errors import LevelFailed, Stopped
 from ..ui.status import StatusLine
 from .endpoint import Endpoint
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
+from .refusal import remedy
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..metrics.slo import SLO
     from ..metrics.summary import Summary
 
 
 # A level of which more than this share failed did not carry the load that it stands for.
 _FAILED_SHARE = 0.01
+# A warm-up must not be the load that an endpoint refuses.
+_WARM_UP_IN_FLIGHT = 4
 PERIOD_S = 1.0  # between two looks at a server
 # NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
 _SLEW = 1e-3
@@ -52,13 +56,14 @@ def measure_level(
     time_dilation: float = 1.0,
     telemetry: Telemetry | None = None,
     server_problem: Callable[[], str | None] = lambda: None,
+    slo: "SLO | None" = None,
     **options,
 ) -> Measured:
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid. Raises what `send_load` raises, and Stopped for its KeyboardInterrupt.
+    level is valid; with an objective `slo`, also the goodput. Raises what `send_load` raises, and Stopped for its KeyboardInterrupt.
     """
     status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
@@ -81,10 +86,14 @@ def measure_level(
 
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
-    problems = [watch.problem()] if watch.problem() else _too_many(failures, sent)
+    problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, endpoint)
     problems += clock_problems(clocks, Clocks.now())
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
     fields = summarize(records, tokens) | _client(sent, len(tokens))
+    if slo:
+        from ..metrics.slo import goodput
+
+        fields |= goodput(records, slo, fields["duration_s"])
     sampled = None
     if telemetry:
         from ..metrics.performance import completed
@@ -104,6 +113,24 @@ def measure_level(
     return Measured(summary, records, tokens, sampled)
 
 
+def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = None, **options) -> None:
+    """Sends `trace` a few at a time, unmeasured; `options` are those of `send_load`. Raises LevelFailed, in the endpoint's
+    words, when any of it fails, and what `send_load` raises."""
+    status = StatusLine()
+    in_flight = min(max_concurrency or _WARM_UP_IN_FLIGHT, _WARM_UP_IN_FLIGHT)
+    sent = send_load(
+        endpoint, trace, [0.0] * len(trace), workers=1, max_concurrency=in_flight,
+        on_progress=lambda progress: status.update("warm-up", str(progress)), **options,
+    )  # fmt: skip
+    failed = [outcome.error for outcome in sent.outcomes if outcome.error]
+    if failed:
+        raise LevelFailed(
+            f"the warm-up of {endpoint.url} failed ({len(failed)} of {len(trace)} requests), so nothing was measured: "
+            f"{failed[0]}{remedy(failed[0], endpoint)}"
+        )
+    status.done(f"warm-up: {len(trace)} requests, not counted")
+
+
 def one_line(name: str, summary: "Summary") -> str:
     """A level in one line."""
     verdict = " - VALID" if summary.valid else f" - INVALID: {summary.invalid_reason}"
@@ -111,10 +138,13 @@ def one_line(name: str, summary: "Summary") -> str:
         return f"{name}: no request completed{verdict}"
     failed = f", {summary.failed} FAILED" if summary.failed else ""
     tpot = f", TPOT {summary.mean_tpot_ms:.1f} ms" if summary.mean_tpot_ms is not None else ""
+    goodput = ""
+    if summary.slo:
+        goodput = f", goodput {summary.request_goodput:.1f} req/s ({summary.slo_share:.1%} met the objective)"
     return (
         f"{name}: {summary.request_throughput:.1f} req/s completed{failed}, "
         f"{summary.output_token_throughput:,.0f} tok/s, peak {_peak(summary)} in flight, "
-        f"TTFT {summary.mean_ttft_ms:.0f} ms{tpot}{verdict}"
+        f"TTFT {summary.mean_ttft_ms:.0f} ms{tpot}{goodput}{verdict}"
     )
 
 
@@ -124,13 +154,15 @@ def _peak(summary: "Summary") -> str:
     return str(exact) if summary.closed_loop or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
 
 
-def _too_many(failures: Counter, sent: Sent) -> list[str]:
+def _too_many(failures: Counter, sent: Sent, endpoint: Endpoint) -> list[str]:
     failed, requests = failures.total(), len(sent.outcomes)
     if failed == requests:
-        return [f"no request completed; the first failed with: {sent.outcomes[0].error}"]
+        first = sent.outcomes[0].error
+        return [f"no request completed; the first failed with: {first}{remedy(first, endpoint)}"]
     if failed > _FAILED_SHARE * requests:
         most, _ = failures.most_common(1)[0]
-        return [f"{failed} of {requests} requests failed, above {_FAILED_SHARE:.0%}; most often with: {most}"]
+        told = f"{failed} of {requests} requests failed, above {_FAILED_SHARE:.0%}; most often with: {most}"
+        return [told + remedy(most, endpoint)]
     return []
 
 

@@ -18,10 +18,13 @@ import httptools
 import orjson
 
 from .endpoint import Endpoint
+from .refusal import words
 
 _ORDINARY = b'"finish_reason":null'
 _MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 2000
+# A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
+_MAX_REFUSAL_BYTES = 1 << 18
 _MAX_COUNT = 1 << 31
 # uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again.
 _MAX_IDLE_S = 4.0
@@ -153,8 +156,7 @@ class Connection(asyncio.Protocol):
         if outcome is None:
             return
         if self._status != 200:
-            text = self._tail.decode(errors="replace").strip()
-            outcome.error = f"HTTP {self._status}: {text[:_MAX_ERROR_BYTES]}"
+            outcome.error = f"HTTP {self._status}: {words(self._tail)[:_MAX_ERROR_BYTES]}"
         elif self._tail.strip():
             outcome.error = outcome.error or f"the stream ended inside an event: {self._tail[:80]!r}"
         self._fresh = False
@@ -167,7 +169,7 @@ class Connection(asyncio.Protocol):
     def _slow_body(self, body: bytes) -> None:
         self._tail += body
         if self._status != 200:
-            self._tail = self._tail[:_MAX_ERROR_BYTES]
+            self._tail = self._tail[:_MAX_REFUSAL_BYTES]
             return
         if b"\r" in self._tail:
             self._tail = self._tail.replace(b"\r\n", b"\n")
@@ -218,10 +220,18 @@ class ChatConnection(Connection):
     _first_needs_decoding = True
 
 
+def tls_context(insecure: bool) -> ssl.SSLContext:
+    """Checks the server's certificate against this machine's trust store (SSL_CERT_FILE adds to it), or takes any."""
+    context = ssl.create_default_context()
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 async def connect(endpoint: Endpoint, address: tuple[str, int], on_end) -> Connection:
     """A new connection to the endpoint at `address`. Raises OSError when it is refused."""
     url = urlsplit(endpoint.base_url)
-    tls = {"ssl": ssl.create_default_context(), "server_hostname": url.hostname} if url.scheme == "https" else {}
+    tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": url.hostname} if url.scheme == "https" else {}
     kind = ChatConnection if endpoint.chat else Connection
     loop = asyncio.get_running_loop()
     _, connection = await loop.create_connection(lambda: kind(on_end), *address, **tls)

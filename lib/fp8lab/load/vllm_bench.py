@@ -51,7 +51,7 @@ def run(
         except OSError as error:
             raise LevelFailed(f"vllm bench serve was not run: {unwritable(folder, error)}") from None
         command = [
-            sys.executable, "-c", _RUN, "--backend", "openai", "--base-url", endpoint.base_url,
+            sys.executable, "-c", _RUN, "--backend", "openai", "--base-url", endpoint.origin,
             "--endpoint", endpoint.path, "--model", endpoint.model, "--tokenizer", tokenizer,
             "--dataset-name", "sharegpt", "--dataset-path", str(dataset), "--disable-shuffle",
             "--num-prompts", str(len(trace)), "--request-rate", str(rate / time_dilation), "--seed", str(seed), "--burstiness", str(burstiness),

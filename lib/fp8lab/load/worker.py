@@ -202,8 +202,8 @@ class Worker:
 
     def record(self, outcome: Outcome) -> None:
         outcome.error = outcome.verdict(self.job.exact_tokens)
-        if outcome.error and (key := self.job.endpoint.api_key):
-            outcome.error = outcome.error.replace(key, "[key]")  # some servers quote it in their refusal
+        if outcome.error:
+            outcome.error = self.job.endpoint.without_secrets(outcome.error)  # some servers quote them in their refusal
         self.ended.append(outcome)
         self.counts["failed" if outcome.error else "done"] += 1
         self.counts["tokens"] += max(outcome.output_tokens, len(outcome.chunks))

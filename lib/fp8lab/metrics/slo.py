@@ -8,6 +8,7 @@ tests: for the 99th percentile n must be 459 with no violation, 662 with one, an
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,24 +24,43 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class SLO:
-    """A service-level objective: this share of all requests within both limits, in ms (inf: no limit)."""
+    """A service-level objective: this share of all requests within all limits, in ms (inf: no limit)."""
 
     name: str
     ttft_ms: float
     tpot_ms: float
     share: float = 0.99
+    e2el_ms: float = math.inf
 
     def __post_init__(self):
-        if not (self.ttft_ms > 0 and self.tpot_ms > 0 and 0 < self.share < 1):
+        if not (min(self.ttft_ms, self.tpot_ms, self.e2el_ms) > 0 and 0 < self.share < 1):
             raise BadInput(f"{self}: limits must be above 0 ms and the share between 0 and 1")
 
     def __str__(self) -> str:
         limits = [
             f"{name} ≤ {value:,g} ms"
-            for name, value in (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms))
+            for name, value in (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("E2EL", self.e2el_ms))
             if value < math.inf
         ]
-        return f"{' and '.join(limits)} for {self.share:.0%} of requests ({self.name})"
+        return f"{' and '.join(limits)} for {100 * self.share:.4g}% of requests ({self.name})"
+
+    @classmethod
+    def parse(cls, text: str) -> "SLO":
+        """The objective that `ttft=200,tpot=50,p95` writes: limits in ms of any of TTFT, TPOT and E2EL, and for how many
+        requests they hold (p99: for 99 %, the default). Raises BadInput for anything else."""
+        limits, share = dict.fromkeys(("ttft", "tpot", "e2el"), math.inf), None
+        for part in text.lower().replace(" ", "").split(","):
+            limit = re.fullmatch(r"(ttft|tpot|e2el)=(\d+(?:\.\d+)?)(?:ms)?", part)
+            percentile = re.fullmatch(r"p(\d+(?:\.\d+)?)", part)
+            if limit and limits[limit[1]] == math.inf:
+                limits[limit[1]] = float(limit[2])
+            elif percentile and share is None:
+                share = float(percentile[1]) / 100
+            else:
+                raise BadInput(f"SLO {text!r}: {part!r} is none of ttft=MS, tpot=MS, e2el=MS, once each, and p99")
+        if min(limits.values()) == math.inf:
+            raise BadInput(f"SLO {text!r} limits nothing; ttft=200,tpot=50 does")
+        return cls(text, *(limits[name] for name in ("ttft", "tpot")), 0.99 if share is None else share, limits["e2el"])
 
 
 DEFAULT = SLO("the published service line", 120, 50)
@@ -72,12 +92,29 @@ class Attainment(NamedTuple):
         return "missed" if self.at_limit else self.state
 
 
+def within(records: pd.DataFrame, slo: SLO) -> int:
+    """How many requests completed within the limits. One of a single token has no TPOT and keeps any."""
+    each = latencies(records)
+    good = (each["ttft_ms"] <= slo.ttft_ms) & ~(each["tpot_ms"] > slo.tpot_ms) & (each["e2el_ms"] <= slo.e2el_ms)
+    return int(good.sum())
+
+
+def goodput(records: pd.DataFrame, slo: SLO, duration_s: float | None) -> dict[str, str | float]:
+    """The fields of `summary.Summary` that follow from an objective: goodput as `vllm bench serve` has it (requests within
+    the limits / duration; vllm/benchmarks/serve.py, calculate_metrics)."""
+    good = within(records, slo)
+    return {
+        "slo": str(slo),
+        "slo_share": good / len(records),
+        "request_goodput": good / duration_s if duration_s else 0.0,
+    }
+
+
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
     """Whether a level meets `slo`. A failed request violates it, and so does a backlog that grows: such a level
     would miss any limit if it only lasted longer. A level too short for either is undecided."""
-    each = latencies(records)
-    good = (each["ttft_ms"] <= slo.ttft_ms) & ~(each["tpot_ms"] > slo.tpot_ms)
-    requests, violations = len(records), int(len(records) - good.sum())
+    requests = len(records)
+    violations = requests - within(records, slo)
     counted = f"{violations:,} of {requests:,} requests were outside its limits"
     if violations > allowed_violations(requests, slo.share):
         if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:

@@ -110,6 +110,11 @@ class Summary:
     p90_ttft_from_schedule_ms: float | None = None
     p99_ttft_from_schedule_ms: float | None = None
 
+    # Of an objective that was given: a share of all requests, and vLLM's goodput.
+    slo: str | None = None  # the objective, in words
+    slo_share: float | None = None  # 0 to 1; the requests within its limits
+    request_goodput: float | None = None  # requests/s, whole run: those within its limits / duration_s
+
     # The client, which must not be the limit.
     workers: int = 0  # processes
     closed_loop: bool = False  # whether a cap held requests back
@@ -157,7 +162,7 @@ class Summary:
             server = _fields(ServerInfo, kept["server"])
             kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
         for name, value in kept.items():
-            numeric = name not in ("level", "server", "started", "invalid_reason", "failures")
+            numeric = name not in ("level", "server", "started", "invalid_reason", "failures", "slo")
             if value is not None and numeric and not isinstance(value, (int, float)):
                 raise ValueError(f"{name} is {value!r}, no number")
         return cls(**kept)

@@ -1,0 +1,339 @@
+"""`fp8lab load-test`: its arguments and what it does; one level, or the search for the highest rate, at any endpoint."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BadInput, LevelFailed
+from .paths import writing
+
+if TYPE_CHECKING:
+    from .config.trace import Trace
+    from .load.endpoint import Endpoint
+    from .metrics.slo import SLO
+
+TEXT = """\
+Measure any OpenAI-compatible endpoint under an open-loop load: requests leave when they are due, however slow the answers
+are. Progress goes to standard error; the last line of standard output is one JSON document. Exit code 0: the level is
+valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or no rate that was tried bounds the limit;
+2: bad arguments. Stored are the records, with the server's words for failures: no key, header or query of the URL.
+"""
+_INVALID = 3
+# Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
+_WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments, in the order in which one thinks of them."""
+    where = parser.add_argument_group(
+        "where",
+        "What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands\n"
+        "for its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that\n"
+        "is pasted (…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.",
+    )
+    where.add_argument("--base-url", required=True, metavar="URL", help="http(s)://HOST[:PORT][/PATH][?QUERY]")
+    where.add_argument("--endpoint", default="", metavar="PATH", help="this path behind the base URL instead")
+    where.add_argument(
+        "--api-key-env", metavar="VAR", help="environment variable that holds the key (Authorization: Bearer)"
+    )
+    where.add_argument(
+        "--header", action="append", default=[], metavar="'NAME: VALUE'", help="sent with each request; repeatable"
+    )
+    where.add_argument(
+        "--header-env", action="append", default=[], metavar="NAME=VAR",
+        help="a header whose value is in an environment variable: a secret; repeatable (api-key=AZURE_KEY)",
+    )  # fmt: skip
+    where.add_argument("--insecure", action="store_true", help="take any certificate (one of the host's own making)")
+
+    what = parser.add_argument_group("what is sent")
+    what.add_argument("--model", required=True, metavar="NAME", help="the served model's name")
+    what.add_argument("--chat", action="store_true", help="as a chat: each prompt is a user's message")
+    what.add_argument(
+        "--natural-stop", action="store_true", help="let answers end by themselves (for endpoints without ignore_eos)"
+    )
+    what.add_argument(
+        "--trace", default="sharegpt-like", metavar="T",
+        help="sharegpt-like (default), random, a .csv of lengths, or a ShareGPT .json",
+    )  # fmt: skip
+    what.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count a ShareGPT file's tokens")
+    what.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (default 1024)")
+    what.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (default 128)")
+    what.add_argument(
+        "--requests", type=int, metavar="N", help="default 1000, or all of a file; in a search: of each probe"
+    )
+    what.add_argument(
+        "--max-tokens-field", default="max_tokens", metavar="NAME",
+        help="how an answer's length is asked for (default max_tokens; newer models: max_completion_tokens)",
+    )  # fmt: skip
+    what.add_argument(
+        "--extra-body", default="{}", metavar="JSON",
+        help="an object merged into each request; null leaves out what the kit sends (temperature 0, stream_options)",
+    )  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts, lengths and arrivals (default 0)")
+
+    fast = parser.add_argument_group("how fast")
+    fast.add_argument(
+        "--rate", type=float, metavar="R",
+        help="requests/s; inf (default) sends all at once; a .csv with times is replayed if no rate is given; in a search: "
+        "the first one tried (default 10)",
+    )  # fmt: skip
+    fast.add_argument(
+        "--burstiness", type=float, default=1.0, metavar="B",
+        help="1: Poisson arrivals (default), below: bursts, inf: constant gaps",
+    )  # fmt: skip
+    fast.add_argument(
+        "--normalised", action=argparse.BooleanOptionalAction, default=True,
+        help="rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
+    )  # fmt: skip
+    fast.add_argument(
+        "--max-concurrency", type=int, metavar="N",
+        help="cap on requests in flight; what is due beyond it waits for a slot: the level is closed-loop",
+    )  # fmt: skip
+    fast.add_argument(
+        "--find-max-rate", action="store_true",
+        help="search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; each is kept in "
+        "--out, and the same command goes on where it stopped",
+    )  # fmt: skip
+    fast.add_argument("--max-probes", type=int, default=8, metavar="N", help="levels of a search (default 8)")
+
+    counts = parser.add_argument_group("what counts")
+    counts.add_argument(
+        "--out", required=True, metavar="DIR", help="takes records.parquet, tokens.parquet, summary.json"
+    )
+    counts.add_argument(
+        "--slo", metavar="LIMITS",
+        help="an objective for each request, in ms: ttft=200,tpot=50 (also e2el=); adds the goodput, the requests/s within "
+        "all limits. For the search, the share of requests that must be: p95 (default p99: probes of 662 requests or more)",
+    )  # fmt: skip
+    counts.add_argument(
+        "--warmup", type=int, default=0, metavar="N", help="requests sent before, and not counted (default 0)"
+    )
+    counts.add_argument(
+        "--idle-timeout", type=float, default=60.0, metavar="S",
+        help="a request without a byte of its answer for so long has failed, also one that is queued (default 60)",
+    )  # fmt: skip
+    counts.add_argument(
+        "--drain-timeout", type=float, default=600.0, metavar="S",
+        help="what is still in flight so long after the last request was sent has failed; in a closed loop, while "
+        "requests wait for a slot, so long after anything came back (default 600)",
+    )  # fmt: skip
+    counts.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures a level or searches the limit; the exit code."""
+    from .metrics.slo import SLO
+
+    endpoint, out = _endpoint(args), Path(args.out)
+    slo = SLO.parse(args.slo) if args.slo else None
+    if args.warmup < 0:
+        raise BadInput(f"--warmup {args.warmup} is below 0")
+    if args.find_max_rate:
+        return _search(args, endpoint, slo, out)
+    if (out / "records.parquet").exists() or (out / "search.json").exists():
+        raise BadInput(f"{out} already holds a result; choose another --out folder")
+    return _level(args, endpoint, slo, out)
+
+
+def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
+    from .config.profile import rate_name
+    from .config.trace import arrival_times
+    from .load.level import measure_level
+    from .results.files import plain, write_json, write_tables
+
+    trace = _trace(args, args.requests, args.seed)
+    if trace.arrival_s and args.rate is None:
+        due, name = trace.arrival_s, "replay"
+    else:
+        rate = math.inf if args.rate is None else args.rate
+        due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
+        name = rate_name(rate)
+    if args.max_concurrency is not None:
+        name = f"{name}, closed loop at {args.max_concurrency}"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    _warm_up(args, endpoint)
+    summary, records, tokens, _ = measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
+    write_tables(out, records=records, tokens=tokens)
+    write_json(out / "summary.json", summary)
+    print(json.dumps(plain(summary)))
+    return 0 if summary.valid else _INVALID
+
+
+def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
+    from .config.trace import arrival_times
+    from .experiment.max_rate import find_endpoint_max_rate
+    from .load.level import Measured, measure_level
+    from .results.files import plain, write_json
+    from .system.locks import Lock
+    from .ui.status import StatusLine
+
+    if not slo:
+        raise BadInput("--find-max-rate: name the objective with --slo (ttft=200,tpot=50)")
+    if args.max_concurrency is not None:
+        raise BadInput("--find-max-rate: a closed loop (--max-concurrency) has no highest rate; leave one of them out")
+    if args.max_probes < 1 or not (args.rate is None or 0 < args.rate < math.inf):
+        raise BadInput(
+            f"--find-max-rate: --max-probes {args.max_probes} and --rate {args.rate} must be above 0, and finite"
+        )
+    if (out / "records.parquet").exists():
+        raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
+    _trace(args, 1, args.seed)  # refused before anything is sent
+
+    def measure(name: str, rate: float, requests: int, number: int) -> Measured:
+        trace = _drawn(args, requests, args.seed + _PROBE_SEEDS * (number + 1))
+        due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
+        return measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
+
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out / "search.lock", f"the search in {out}")
+    _check_same(out / "search.json", _asked(args, endpoint))
+    args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
+    _warm_up(args, endpoint)
+    limit, probes = find_endpoint_max_rate(
+        measure, slo, out, start=args.rate or 10.0, requests=args.requests, max_probes=args.max_probes
+    )
+    wrong = next((probe for probe in probes if not probe.found), None)
+    result = {
+        "slo": str(slo),
+        "max_rate": str(limit),
+        "highest_met": limit.low or None,
+        "lowest_missed": limit.high if limit.high < math.inf else None,
+        "valid": wrong is None,
+        "invalid_reason": wrong and f"{wrong.rate:g} req/s: {wrong.summary.invalid_reason}",
+        "probes": [
+            {"rate": probe.rate, "objective": probe.found.state if probe.found else "INVALID", "reason": probe.found and probe.found.reason}
+            | {name: getattr(probe.summary, name) for name in _SHOWN}
+            for probe in probes
+        ],
+        "asked": _asked(args, endpoint),
+    }  # fmt: skip
+    write_json(out / "search.json", result)
+    lock.release()
+    StatusLine().done(f"highest rate that meets {slo}: {limit} req/s")
+    print(json.dumps(plain(result)))
+    if wrong:
+        if not wrong.summary.completed and not limit.low:
+            raise LevelFailed(f"the search found no rate that {endpoint.url} serves: {wrong.summary.invalid_reason}")
+        return _INVALID
+    if not limit.low and limit.high == math.inf:
+        raise LevelFailed(
+            f"no probe was long enough to tell ({probes[0].found.reason}): more --requests, another --out folder"
+        )
+    if not limit.low:
+        raise LevelFailed(
+            f"{endpoint.url} missed the objective at every rate down to {limit.high:g} req/s ({probes[0].found.reason}): "
+            f"a looser --slo, or --max-probes {args.max_probes + 4} to go on below"
+        )
+    if limit.high == math.inf:
+        raise LevelFailed(
+            f"{endpoint.url} met the objective at every rate up to {limit.low:g} req/s: the limit is higher; a stricter "
+            f"--slo, or --max-probes {args.max_probes + 4} to go on above"
+        )
+    return 0
+
+
+_SHOWN = ("requests", "failed", "request_throughput", "request_goodput", "slo_share", "p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")  # fmt: skip
+
+
+def _endpoint(args: argparse.Namespace) -> "Endpoint":
+    import orjson
+
+    from .load.endpoint import Endpoint
+
+    key = _variable("--api-key-env", args.api_key_env) if args.api_key_env else None
+    headers = []
+    for number, header in enumerate(args.header, 1):
+        name, colon, value = header.partition(":")
+        if not colon:
+            raise BadInput(f"--header number {number} is not 'Name: value'")
+        headers.append((name.strip(), value.strip()))
+    for pair in args.header_env:
+        name, sign, variable = pair.partition("=")
+        if not sign:
+            raise BadInput(f"--header-env {pair!r} is not NAME=VAR")
+        headers.append((name.strip(), _variable("--header-env", variable).strip()))
+    try:
+        extra = orjson.loads(args.extra_body)
+    except ValueError as error:  # what it holds may be a secret
+        raise BadInput(f"--extra-body is not JSON: {error}") from None
+    return Endpoint(
+        args.base_url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop, endpoint=args.endpoint,
+        headers=tuple(headers), extra_body=extra, max_tokens_field=args.max_tokens_field, insecure=args.insecure,
+    )  # fmt: skip
+
+
+def _variable(option: str, name: str) -> str:
+    if name not in os.environ:
+        raise BadInput(f"{option} {name}: no such environment variable")
+    return os.environ[name]
+
+
+def _trace(args: argparse.Namespace, requests: int | None, seed: int) -> "Trace":
+    from .config.trace import named_trace
+
+    return named_trace(
+        args.trace, requests, seed=seed, tokenizer=args.tokenizer,
+        input_tokens=args.input_tokens, output_tokens=args.output_tokens,
+    )  # fmt: skip
+
+
+def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
+    """As many requests of the trace as asked for: a file that holds fewer is begun anew, with other prompts where those are
+    drawn. Arrival times that it holds are left out."""
+    from .config.trace import Trace, is_file
+
+    if not is_file(args.trace):
+        return _trace(args, requests, seed)
+    parts = [_trace(args, None, seed)]
+    parts += [_trace(args, None, seed + more) for more in range(1, math.ceil(requests / max(len(parts[0]), 1)))]
+    columns = ("prompts", "prompt_tokens", "output_tokens")
+    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns)).head(
+        requests
+    )
+
+
+def _options(args: argparse.Namespace) -> dict:
+    """What a level's load is sent with."""
+    return {
+        "workers": args.workers,
+        "max_concurrency": args.max_concurrency,
+        "exact_tokens": not args.natural_stop,
+        "idle_timeout_s": args.idle_timeout,
+        "drain_timeout_s": args.drain_timeout,
+    }
+
+
+def _warm_up(args: argparse.Namespace, endpoint: "Endpoint") -> None:
+    from .load.level import warm_up
+
+    if args.warmup:
+        warm_up(endpoint, _drawn(args, args.warmup, args.seed + _WARM_UP_SEED), **_options(args))
+
+
+def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
+    """What the probes of one search have in common, without a secret."""
+    kept = ("model", "natural_stop", "trace", "input_tokens", "output_tokens", "seed", "burstiness", "normalised")
+    # A few digits tell two bodies apart and give nothing away.
+    body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
+    return {"endpoint": endpoint.url, "extra_body": body} | {name: getattr(args, name) for name in kept}
+
+
+def _check_same(path: Path, asked: dict) -> None:
+    """Notes in a new folder what is searched; raises BadInput in one where something else was."""
+    from .results.files import plain, read_json, write_json
+
+    if not path.exists():
+        return write_json(path, {"asked": asked})
+    before = read_json(path, "choose another --out folder", ("asked",))["asked"]
+    for name, value in plain(asked).items():
+        if before.get(name) != value:
+            raise BadInput(
+                f"{path.parent} holds a search with {name} {before.get(name)!r}, not {value!r}; choose another --out folder"
+            )
+    return None
