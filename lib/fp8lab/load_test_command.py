@@ -215,7 +215,7 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
     }  # fmt: skip
     write_json(out / "search.json", result)
     lock.release()
-    StatusLine().done(f"highest rate that meets {slo}: {limit} req/s")
+    StatusLine().done(f"highest rate that meets {slo}: {limit}{' req/s' * (limit != (0, math.inf))}")
     print(json.dumps(plain(result)))
     if wrong:
         if not wrong.summary.completed and not limit.low:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..config.profile import Level, rate_name
+from ..errors import BadInput
 from ..load.level import Measured
-from ..metrics.slo import DEFAULT, SLO, Attainment, Bracket, attains, bracket, probe_requests, search
+from ..metrics.slo import DEFAULT, SLO, Attainment, Bracket, attains, bracket, probe_requests, required_requests, search
 from ..metrics.summary import Summary
 from ..paths import writing
 from ..results.evidence import evidence
@@ -113,7 +114,7 @@ def find_endpoint_max_rate(
     slo: SLO,
     folder: Path,
     *,
-    start: float = 4.0,
+    start: float = 10.0,
     seconds: float = 20.0,
     requests: int | None = None,
     max_probes: int = 8,
@@ -124,8 +125,14 @@ def find_endpoint_max_rate(
     default as many as arrive in `seconds`, at least as many as its percentile needs. Each is stored in `folder` as
     `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
     `max_probes` too: an interrupted search goes on where it stopped. Unlike at a server of ours, requests that the endpoint
-    refuses are its answer to the load, and miss the objective, as long as any completes.
+    refuses are its answer to the load, and miss the objective, as long as any completes. Raises BadInput for `requests` that
+    cannot show the objective met.
     """
+    fewest = required_requests(0, slo.share)
+    if requests is not None and requests < fewest:
+        raise BadInput(
+            f"{requests} requests cannot show that {100 * slo.share:.4g}% meet an objective: at least {fewest} can"
+        )
 
     def needed(rate: float) -> int:
         return requests or max(probe_requests(slo), math.ceil(seconds * rate))

@@ -119,7 +119,7 @@ def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = N
     status = StatusLine()
     in_flight = min(max_concurrency or _WARM_UP_IN_FLIGHT, _WARM_UP_IN_FLIGHT)
     sent = send_load(
-        endpoint, trace, [0.0] * len(trace), workers=1, max_concurrency=in_flight,
+        endpoint, trace, [0.0] * len(trace), max_concurrency=in_flight,
         on_progress=lambda progress: status.update("warm-up", str(progress)), **options,
     )  # fmt: skip
     failed = [outcome.error for outcome in sent.outcomes if outcome.error]
