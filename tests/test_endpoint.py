@@ -258,8 +258,10 @@ def test_no_secret_reaches_a_file_or_a_message(tmp_path):
     for secret in secrets:
         assert secret not in told and secret.encode() not in stored
     assert "[Authorization]" in told and "[key]" in told and "[api_key]" in told
-    endpoint = Endpoint("http://h?key=five-secret", "m", headers=(("x-api-key", "three-secret"),))
+    endpoint = Endpoint("http://h?key=five%2Fsecret", "m", headers=(("x-api-key", 'three"secret'),))
     assert "secret" not in repr(endpoint)
+    for said in ("five%2Fsecret", "five/secret", 'three"secret', 'three\\"secret', 'cut within three"sec'):
+        assert "sec" not in endpoint.without_secrets(said)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +340,7 @@ def test_a_refusal_is_shortened_to_its_sentence(body, said):
     [
         (401, {"error": {"message": "Unauthorized"}}, "HTTP 401: Unauthorized", "--api-key-env VAR"),
         (403, {"detail": "no access"}, "HTTP 403: no access", "--api-key-env VAR"),
-        (404, {"detail": "Not Found"}, "HTTP 404: Not Found", "{url}/v1/completions was asked: --base-url with its path, or --endpoint"),
+        (404, {"detail": "Not Found"}, "HTTP 404: Not Found", "{url}/v1/completions was asked: --base-url with its path and query, or --endpoint"),
         (404, {"error": {"message": "The model `m` does not exist."}}, "HTTP 404: The model `m` does not exist.", "--model names it (it serves: right-name, other)"),
         (404, {"error": {"message": "Invalid model name passed in model=m"}}, "Invalid model name", "it serves: right-name"),
         (405, {"detail": "Method Not Allowed"}, "HTTP 405", "--endpoint PATH"),
@@ -478,7 +480,8 @@ def test_the_search_finds_the_knee_is_kept_and_goes_on(tmp_path):
     assert [probe["rate"] for probe in said["probes"]][:2] == [12, 24] and len(said["probes"]) == 5
     assert went_on == 1 + 3 * 64 and "probe 3 of at most 5, 48 req/s" in done.stderr
     assert f"{said['highest_met']:g} to {said['lowest_missed']:g} req/s" in done.stderr
-    assert again.returncode == 0 and json.loads(again.stdout) == said  # nothing but the warm-up was sent
+    assert again.returncode == 0 and json.loads(again.stdout) == said
+    assert len(server.seen) == sent + went_on  # and nothing was sent for it
     for probe in said["probes"]:
         folder = tmp_path / f"{probe['rate']:g}rps"
         assert {path.name for path in folder.iterdir()} == {"records.parquet", "tokens.parquet", "summary.json"}

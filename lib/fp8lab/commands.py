@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .results.run_folder import Run
 
 
-# A level is INVALID: all else was measured and printed.
-_INVALID = 3
+# The exit code where a level is INVALID: all else was measured and printed.
+INVALID = 3
 
 
 def reproduce(args) -> int:
@@ -50,7 +50,7 @@ def reproduce(args) -> int:
     if not valid:
         print(f"\n{validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
-    return 0 if valid or run.read_only else _INVALID
+    return 0 if valid or run.read_only else INVALID
 
 
 def measure(args) -> int:
@@ -71,7 +71,7 @@ def measure(args) -> int:
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
-    return 0 if all(summary.valid for summary in run.summaries().values()) else _INVALID
+    return 0 if all(summary.valid for summary in run.summaries().values()) else INVALID
 
 
 def quality(args) -> None:

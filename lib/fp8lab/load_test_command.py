@@ -1,6 +1,7 @@
 """`fp8lab load-test`: its arguments and what it does; one level, or the search for the highest rate, at any endpoint."""
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .commands import INVALID
 from .errors import BadInput, LevelFailed
 from .paths import writing
 
@@ -22,7 +24,6 @@ are. Progress goes to standard error; the last line of standard output is one JS
 valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or no rate that was tried bounds the limit;
 2: bad arguments. Stored are the records, with the server's words for failures: no key, header or query of the URL.
 """
-_INVALID = 3
 # Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
 
@@ -161,7 +162,7 @@ def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", ou
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
     print(json.dumps(plain(summary)))
-    return 0 if summary.valid else _INVALID
+    return 0 if summary.valid else INVALID
 
 
 def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
@@ -184,7 +185,11 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
         raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
     _trace(args, 1, args.seed)  # refused before anything is sent
 
+    args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
+    warm_up_once = functools.cache(lambda: _warm_up(args, endpoint))
+
     def measure(name: str, rate: float, requests: int, number: int) -> Measured:
+        warm_up_once()
         trace = _drawn(args, requests, args.seed + _PROBE_SEEDS * (number + 1))
         due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
         return measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
@@ -193,8 +198,6 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
         out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out / "search.lock", f"the search in {out}")
     _check_same(out / "search.json", _asked(args, endpoint))
-    args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
-    _warm_up(args, endpoint)
     limit, probes = find_endpoint_max_rate(
         measure, slo, out, start=args.rate or 10.0, requests=args.requests, max_probes=args.max_probes
     )
@@ -220,7 +223,7 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
     if wrong:
         if not wrong.summary.completed and not limit.low:
             raise LevelFailed(f"the search found no rate that {endpoint.url} serves: {wrong.summary.invalid_reason}")
-        return _INVALID
+        return INVALID
     if not limit.low and limit.high == math.inf:
         raise LevelFailed(
             f"no probe was long enough to tell ({probes[0].found.reason}): more --requests, another --out folder"

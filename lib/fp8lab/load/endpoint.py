@@ -64,9 +64,7 @@ class Endpoint:
             good = False
         if not good:
             shown = re.sub("//.*@", "//", self.base_url.partition("?")[0])
-            raise BadInput(
-                f"base URL {shown!r} is not http(s)://HOST[:PORT][/PATH], spaces and the like written as %20"
-            )
+            raise BadInput(f"base URL {shown!r} is not http(s)://HOST[:PORT][/PATH] in ASCII and without spaces")
         if url.username or url.password:
             raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
@@ -180,6 +178,10 @@ class Endpoint:
         """`text`, which a server said, without what it may repeat of the key, the headers, the query and the body."""
         for secret, name in self._secrets:
             text = text.replace(secret, f"[{name}]")
+            # What was said may have been cut within it.
+            ends = (n for n in range(len(secret) - 1, _MIN_WORD - 1, -1) if text.endswith(secret[:n]))
+            if cut := next(ends, 0):
+                text = f"{text[:-cut]}[{name}]"
         return text
 
     @cached_property
@@ -189,8 +191,10 @@ class Endpoint:
         for name, value in self.headers:
             shortest = _MIN_SECRET if is_secret(name) or _SECRET_HEADER.search(name) else _MIN_WORD
             found |= {part: name for part in (value, *re.split(r"[\s;,=]+", value)) if len(part) >= shortest}
-        named = [*parse_qsl(self.query), *_leaves(self.extra_body)]
+        raw = (part.partition("=")[::2] for part in self.query.split("&"))
+        named = [*parse_qsl(self.query), *raw, *_leaves(self.extra_body)]
         found |= {value: name for name, value in named if is_secret(name) and len(value) >= _MIN_SECRET}
+        found |= {orjson.dumps(secret).decode()[1:-1]: name for secret, name in found.items()}
         return sorted(found.items(), key=lambda pair: -len(pair[0]))
 
 

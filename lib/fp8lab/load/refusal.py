@@ -28,6 +28,7 @@ _NO_MODEL = re.compile(
 _MODELS_BYTES, _MODELS_S, _MODELS_SHOWN = 1 << 20, 5.0, 8
 
 _KEY_ASKED = "the endpoint wants a key: --api-key-env VAR, or --header-env api-key=VAR where it goes by another name"
+_KEY_REFUSED = "check the key that --api-key-env, --header or --header-env gave, and what it may do"
 _BUSY = "lower --rate, or cap what is in flight with --max-concurrency"
 # By status; asked after what the words themselves point to.
 _BY_STATUS = {
@@ -98,12 +99,12 @@ def _remedy(error: str, lower: str, endpoint: Endpoint) -> str:
     match = re.match(r"HTTP (\d+)", error)
     status = int(match[1]) if match else 0
     if status in (401, 403):
-        return "the key, or what it may do, was refused" if endpoint.all_headers() else _KEY_ASKED
+        return _KEY_REFUSED if endpoint.all_headers() else _KEY_ASKED
     if status in (400, 404, 422) and _NO_MODEL.search(lower):
         names = served_models(endpoint)
         return f"--model names it{f' (it serves: {names})' if names else ''}; {endpoint.url} was asked"
     if status in (404, 405):
-        return f"{endpoint.url} was asked: --base-url with its path, or --endpoint PATH, where it is another"
+        return f"{endpoint.url} was asked: --base-url with its path and query, or --endpoint PATH, where it is another"
     if status in (400, 422):
         return next((told for word, told in _BY_WORD if word in lower), _SHAPE)
     return _BY_STATUS.get(status, "")
