@@ -83,6 +83,7 @@ EXAMPLES = {
         fp8lab load-test --base-url http://127.0.0.1:8000 --model NAME --rate 50 --out results/50
         fp8lab load-test --base-url https://HOST/v1 --model NAME --api-key-env MY_KEY --chat --rate 5 --out results/chat
         fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
+        fp8lab load-test --base-url URL --model NAME --trace azure-conv --rate 5 --max-context 8192 --out results/azure
         fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
         fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
         fp8lab load-test --base-url 'https://HOST/openai/deployments/NAME?api-version=2024-10-21' --header-env api-key=MY_KEY \\

@@ -58,13 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--trace", default="sharegpt-like", metavar="T",
-        help="sharegpt-like (default), random, a .csv of lengths, or a ShareGPT .json",
+        help="sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: lengths (CSV of "
+        "fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
     )  # fmt: skip
-    what.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count a ShareGPT file's tokens")
+    what.add_argument(
+        "--max-context", type=int, metavar="N", help="leave out requests of a file with more tokens in and out together"
+    )
+    what.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count the tokens of conversations")
     what.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (default 1024)")
     what.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (default 128)")
     what.add_argument(
-        "--requests", type=int, metavar="N", help="default 1000, or all of a file; in a search: of each probe"
+        "--requests",
+        type=int,
+        metavar="N",
+        help="default 1000, or all of a file, drawn by --seed; in a search: of each probe",
     )
     what.add_argument(
         "--max-tokens-field", default="max_tokens", metavar="NAME",
@@ -79,8 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fast = parser.add_argument_group("how fast")
     fast.add_argument(
         "--rate", type=float, metavar="R",
-        help="requests/s; inf (default) sends all at once; a .csv with times is replayed if no rate is given; in a search: "
+        help="requests/s; inf (default) sends all at once; a trace with times is replayed if no rate is given; in a search: "
         "the first one tried (default 10)",
+    )  # fmt: skip
+    fast.add_argument(
+        "--arrivals", choices=("drawn", "trace"), default="drawn",
+        help="with --rate: drawn (default), or the trace's own times rescaled to that rate",
     )  # fmt: skip
     fast.add_argument(
         "--burstiness", type=float, default=1.0, metavar="B",
@@ -142,13 +153,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
     from .config.profile import rate_name
-    from .config.trace import arrival_times
+    from .config.trace import arrival_times, rescaled
     from .load.level import measure_level
     from .results.files import plain, write_json, write_tables
+    from .ui.status import StatusLine
 
-    trace = _trace(args, args.requests, args.seed)
+    times = "kept" if args.rate is None or args.arrivals == "trace" else "dropped"
+    trace = _trace(args, args.requests, args.seed, times=times)
+    for note in trace.notes:
+        StatusLine().done(f"trace {trace.name}: {note}")
+    if args.arrivals == "trace" and trace.arrival_s is None:
+        raise BadInput(f"--arrivals trace: the trace {args.trace!r} holds no arrival times; leave the option out")
     if trace.arrival_s and args.rate is None:
         due, name = trace.arrival_s, "replay"
+    elif trace.arrival_s:
+        due, name = rescaled(trace.arrival_s, args.rate), f"{rate_name(args.rate)}, arrivals of the trace"
     else:
         rate = math.inf if args.rate is None else args.rate
         due = arrival_times(len(trace), rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
@@ -177,13 +196,15 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
         raise BadInput("--find-max-rate: name the objective with --slo (ttft=200,tpot=50)")
     if args.max_concurrency is not None:
         raise BadInput("--find-max-rate: a closed loop (--max-concurrency) has no highest rate; leave one of them out")
+    if args.arrivals == "trace":
+        raise BadInput("--find-max-rate: its levels draw their arrivals; leave --arrivals trace out")
     if args.max_probes < 1 or not (args.rate is None or 0 < args.rate < math.inf):
         raise BadInput(
             f"--find-max-rate: --max-probes {args.max_probes} and --rate {args.rate} must be above 0, and finite"
         )
     if (out / "records.parquet").exists():
         raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
-    _trace(args, 1, args.seed)  # refused before anything is sent
+    _drawn(args, 1, args.seed)  # refused before anything is sent
 
     args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
     warm_up_once = functools.cache(lambda: _warm_up(args, endpoint))
@@ -277,28 +298,25 @@ def _variable(option: str, name: str) -> str:
     return os.environ[name]
 
 
-def _trace(args: argparse.Namespace, requests: int | None, seed: int) -> "Trace":
+def _trace(args: argparse.Namespace, requests: int | None, seed: int, **options) -> "Trace":
     from .config.trace import named_trace
 
     return named_trace(
         args.trace, requests, seed=seed, tokenizer=args.tokenizer,
-        input_tokens=args.input_tokens, output_tokens=args.output_tokens,
+        input_tokens=args.input_tokens, output_tokens=args.output_tokens, max_context=args.max_context, **options,
     )  # fmt: skip
 
 
 def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
     """As many requests of the trace as asked for: a file that holds fewer is begun anew, with other prompts where those are
     drawn. Arrival times that it holds are left out."""
-    from .config.trace import Trace, is_file
+    from .config.trace import Trace
 
-    if not is_file(args.trace):
-        return _trace(args, requests, seed)
-    parts = [_trace(args, None, seed)]
-    parts += [_trace(args, None, seed + more) for more in range(1, math.ceil(requests / max(len(parts[0]), 1)))]
+    parts = [_trace(args, requests, seed, times="dropped", fewer=True)]
+    while lacking := requests - sum(map(len, parts)):
+        parts.append(_trace(args, lacking, seed + len(parts), times="dropped", fewer=True))
     columns = ("prompts", "prompt_tokens", "output_tokens")
-    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns)).head(
-        requests
-    )
+    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
 
 
 def _options(args: argparse.Namespace) -> dict:
@@ -321,7 +339,17 @@ def _warm_up(args: argparse.Namespace, endpoint: "Endpoint") -> None:
 
 def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
     """What the probes of one search have in common, without a secret."""
-    kept = ("model", "natural_stop", "trace", "input_tokens", "output_tokens", "seed", "burstiness", "normalised")
+    kept = (
+        "model",
+        "natural_stop",
+        "trace",
+        "input_tokens",
+        "output_tokens",
+        "seed",
+        "burstiness",
+        "normalised",
+        "max_context",
+    )
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
     return {"endpoint": endpoint.url, "extra_body": body} | {name: getattr(args, name) for name in kept}

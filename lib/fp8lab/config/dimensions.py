@@ -1,6 +1,7 @@
 """A Llama-like model's sizes, by arithmetic: what its weights and its KV cache take, what a token costs to compute."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from .flags import flag_of
 # Models whose layers are Llama's: grouped-query attention over the whole context and an MLP of three matrices. The
 # arithmetic below is no other's.
 _LLAMAS_KIN = {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3", "olmo2"}
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
+_UNITS = {"": 1, "k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class Dimensions:
     vocab_size: int
     head_dim: int | None = None
     tie_word_embeddings: bool = False
+    max_position_embeddings: int | None = None
     fp8_weights: bool = False
     fp8_kv: bool = False
 
@@ -41,7 +45,9 @@ def dimensions(config: Mapping) -> Dimensions | None:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if any(config.get(name) is None for name in names):
         return None
-    optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
+    optional = [
+        name for name in ("num_key_value_heads", "head_dim", "max_position_embeddings") if config.get(name) is not None
+    ]
     for name in (*names, *optional):
         if type(config[name]) is not int or config[name] < 1:
             raise ValueError(f"{name} is {config[name]!r}, expected a whole number of at least 1")
@@ -51,6 +57,7 @@ def dimensions(config: Mapping) -> Dimensions | None:
         num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        max_position_embeddings=config.get("max_position_embeddings"),
         fp8_weights=fp8,
         fp8_kv=_is_float8(kv) or str(kv).upper() == "FP8",
     )
@@ -83,6 +90,7 @@ class ModelShape:
         mlp = 3 * config.hidden_size * config.intermediate_size
         # Elements that a token brings into the layers' four matrix products: of attention (in and out) and of the MLP.
         self.product_inputs = self.layers * (2 * config.hidden_size + heads + config.intermediate_size)
+        self.context = getattr(config, "max_position_embeddings", None)
         self.layer_parameters = self.layers * (attention + mlp)
         self.vocabulary_parameters = config.vocab_size * config.hidden_size
         self.embeddings = 1 if config.tie_word_embeddings else 2
@@ -129,6 +137,14 @@ def most_running(command: Sequence[str]) -> int | None:
     """How many requests a vLLM command lets run at once; None when it leaves that to vLLM."""
     value = flag_of(command, "--max-num-seqs")
     return int(value) if value.isdecimal() else None
+
+
+def context(command: Sequence[str], shape: ModelShape | None = None) -> int | None:
+    """The most tokens, in and out together, that a vLLM command takes in a request (`--max-model-len`, also as 8k, 1000s, or
+    8K, 1024s), else its model's, of this `shape`; None where that is not known."""
+    if written := _LENGTH.fullmatch(flag_of(command, "--max-model-len")):
+        return int(float(written[1]) * _UNITS[written[2]])
+    return shape.context if shape else None
 
 
 def memory_share(command: Sequence[str]) -> float | None:

@@ -24,8 +24,8 @@ from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
 from ..paths import without_home
-from .dimensions import Dimensions, ModelShape, dimensions, model_shape
-from .flags import flag_of, parse
+from .dimensions import Dimensions, ModelShape, context, dimensions, model_shape
+from .flags import flag_of, joined, parse
 
 DEVICES = ("cuda", "emulated", "cpu")
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
@@ -206,9 +206,9 @@ class ServerOptions(ProfileTable):
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(ProfileTable):
-    """The trace ("sharegpt-like", "random", or a .csv or .json file), its seed, and how many requests warm a fresh
-    server up, unmeasured. The lengths are those of "random"; `tokenizer` counts a ShareGPT file's tokens (default: the
-    model's own)."""
+    """The trace ("sharegpt-like", "random", "azure-conv", "azure-code", or a file, see `trace.from_file`), its seed, and how
+    many requests warm a fresh server up, unmeasured. The lengths are those of "random"; `tokenizer` counts the tokens of a
+    file of conversations (default: the model's own)."""
 
     trace: str = "sharegpt-like"
     seed: CountOrNone = 0
@@ -292,6 +292,11 @@ class Profile(ProfileTable):
     def served(self, variant: str) -> str:
         """What tells the model that `variant` serves from that of another (see `Model.served`)."""
         return self.model.served(self._named(variant))
+
+    def context(self) -> int | None:
+        """The most tokens, in and out together, that every variant takes in a request; None where none is known."""
+        known = [context(joined(self.server.flags, v.flags), self.shape(name)) for name, v in self.variants.items()]
+        return min(filter(None, known), default=None)
 
     def _named(self, variant: str) -> str:
         return variant if self.model.checkpoints.get(variant) else self.base(variant)

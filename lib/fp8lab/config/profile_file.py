@@ -34,8 +34,7 @@ from .profile import (
     is_hub_name,
 )
 from .secrets import check_written
-
-_TRACE_FILES = (".csv", ".json")
+from .trace import is_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +169,7 @@ def with_paths(table: dict, folder: Path) -> dict:
         table["workload"] = workload | {
             key: located(value, folder)
             for key, value in workload.items()
-            if isinstance(value, str)
-            and value
-            and (key == "tokenizer" or (key == "trace" and value.endswith(_TRACE_FILES)))
+            if isinstance(value, str) and value and (key == "tokenizer" or (key == "trace" and is_file(value)))
         }
     model = table.get("model")
     if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):

@@ -4,21 +4,21 @@ A trace is a prefix of any longer trace of the same kind and seed, so levels wit
 requests send the same first requests.
 """
 
-import csv
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, NoReturn
 
 import numpy as np
 
 from ..errors import BadInput
+from ..paths import DATA
 from ..ui.text import visible
-
-T = TypeVar("T")
+from .conversations import check_conversations, read_conversations
+from .trace_file import Lengths, read_lengths
 
 # Common words that are one token each, with their leading space, in the tokenizers of Llama 3, GPT-2
 # and their kin: a prompt of n of them is n tokens long (plus the BOS token where a model adds one).
@@ -31,27 +31,30 @@ level office door health person art war history party result change morning reas
 force education
 """
 WORDS = tuple(_WORDS.split())
-# Beyond these a file is no trace: ShareGPT's own has 0.7 GB, a line of lengths 20 bytes.
-_MAX_FILE_BYTES = {".csv": 64 << 20, ".json": 2 << 30}
-_CSV_COLUMNS = {"prompt_tokens", "output_tokens", "arrival_s"}
-_MAX_REQUEST_TOKENS = 1 << 20
 _MAX_TRACE_TOKENS = 1 << 27
+# Recorded by others, in data/traces/.
+RECORDED = ("azure-conv", "azure-code")
+NAMES = ("sharegpt-like", "random", *RECORDED)
+Times = Literal["kept", "dropped", "refused"]
 
 
 @dataclass(frozen=True)
 class Trace:
     """Requests in order. `prompt_tokens` and `output_tokens` are per request; `arrival_s` holds given
-    arrival times in seconds for a trace that is to be replayed, else None."""
+    arrival times in seconds for a trace that is to be replayed, else None. `notes` say in sentences what of its file was
+    left out or changed."""
 
     name: str
     prompts: tuple[str, ...]
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
     arrival_s: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.prompts:
-            raise BadInput(f"the trace {self.name!r} is empty: a level needs at least one request")
+            told = "".join(f"; {note}" for note in self.notes)
+            raise BadInput(f"the trace {self.name!r} is empty: a level needs at least one request{told}")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,7 +67,8 @@ class Trace:
 
     def __repr__(self) -> str:
         mean_in, mean_out = (sum(tokens) / len(self) for tokens in (self.prompt_tokens, self.output_tokens))
-        return f"trace {visible(self.name)}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
+        told = f"trace {visible(self.name)}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
+        return visible("; ".join((told, *self.notes)))
 
     def head(self, requests: int) -> "Trace":
         """The first `requests` requests. Raises BadInput when the trace is shorter, or none are asked for."""
@@ -73,7 +77,7 @@ class Trace:
             raise BadInput(f"the trace {self.name!r} has {len(self)} requests, {requests} were asked for")
         arrival = self.arrival_s and self.arrival_s[:requests]
         parts = self.prompts, self.prompt_tokens, self.output_tokens
-        return Trace(self.name, *(part[:requests] for part in parts), arrival)
+        return Trace(self.name, *(part[:requests] for part in parts), arrival, self.notes)
 
     def to_sharegpt(self, begin_tokens: int = 0) -> list[dict]:
         """The trace in ShareGPT's form, for tools that read it (`vllm bench serve --dataset-name sharegpt`).
@@ -109,76 +113,181 @@ def fixed_length(requests: int = 1000, *, input_tokens: int = 1024, output_token
     return _of_words(name, np.full(requests, input_tokens), np.full(requests, output_tokens), _streams(seed)[2])
 
 
-def from_file(path: str | Path, *, requests: int | None = None, seed: int = 0, tokenizer: str | None = None) -> Trace:
-    """A trace from the user's own file.
+def from_file(
+    path: str | Path,
+    *,
+    requests: int | None = None,
+    seed: int = 0,
+    tokenizer: str | Callable[[], str] | None = None,
+    times: Times = "kept",
+    max_context: int | None = None,
+    fewer: bool = False,
+) -> Trace:
+    """A trace from a file of lengths (fp8lab's own, Azure's, BurstGPT's, Mooncake's) or of conversations (ShareGPT's form or
+    OpenAI's); which it is shows in its columns or keys.
 
-    `.csv` has the columns prompt_tokens, output_tokens and, to be replayed, arrival_s. `.json` is a
-    ShareGPT file; `tokenizer` (a folder or hub name) counts its tokens and vLLM's filter is applied:
-    prompt and output of at least 4 tokens, prompt <= 1,024, together <= 2,048.
+    `requests` of them are drawn by the seed, a shorter trace again a prefix of a longer one; all, or None, come in the file's
+    order. Arrival times that are kept make that a stretch of consecutive requests, begun where the seed says, from its first
+    arrival on; "refused" refuses those of fp8lab's own format and drops the others. Prompts of lengths are words.
+    Conversations need a `tokenizer` (a folder or hub name, or what gives it); vLLM's filter is applied: question and answer
+    of at least 4 tokens, the question <= 1,024, both <= 2,048. Requests of more than `max_context` tokens in and out are left
+    out, and `notes` say how many. Raises BadInput for a file that cannot be read, or holds fewer than `requests` unless
+    `fewer` will do.
     """
+    path = _trace_path(path)
+    return _of_file(path, path.name, requests, seed, tokenizer, times, max_context, fewer)
+
+
+def _trace_path(path: str | Path) -> Path:
     path = Path(path)
+    if not path.exists():
+        raise BadInput(
+            f"no trace file {str(path)!r}; expected a table of lengths (.csv) or conversations (.json, .jsonl)"
+        )
     if not path.is_file():
-        raise BadInput(f"no trace file {str(path)!r}; expected a .csv of lengths or a ShareGPT .json")
-    if path.suffix == ".csv":
-        trace = _read_from(path, lambda file: _from_csv(file, seed))
-    elif path.suffix == ".json":
-        trace = _read_from(path, lambda file: _from_sharegpt(file, tokenizer))
+        raise BadInput(f"{str(path)!r} is no file but a folder or device; name the trace file in it")
+    return path
+
+
+def _of_file(path, name, requests, seed, tokenizer, times, max_context, fewer) -> Trace:
+    if requests is not None:
+        _check_requests(requests)
+    if max_context is not None and max_context < 2:
+        raise BadInput(f"a context of {max_context} tokens takes no request: it needs one token in and one out")
+    lengths = read_lengths(path, times=times == "kept")
+    if lengths is None:
+        if tokenizer is None:
+            raise BadInput(
+                f"{name}: conversations need a tokenizer (a model's folder or hub name) that counts their tokens"
+            )
+        tokenizer = tokenizer if isinstance(tokenizer, str) else tokenizer()
+        kept, notes = _counted(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
+        prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
+        trace = Trace(name, prompts, inputs, outputs, notes=notes)
     else:
-        raise BadInput(f"trace file {path.name!r} is neither .csv nor .json")
-    return trace if requests is None else trace.head(requests)
+        if times == "refused" and lengths.format.strict and lengths.timed:
+            _refuse_times(name)
+        trace = _of_lengths(lengths, name, requests, seed, max_context)
+    if requests is not None and len(trace) < requests and not fewer:
+        told = "".join(f"; {note}" for note in trace.notes)
+        raise BadInput(f"the trace {name!r} has {len(trace)} requests, {requests} were asked for{told}")
+    return trace
 
 
-def _read_from(path: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file. Raises BadInput for one that is too large, cannot be read, or is no trace."""
-    if (size := path.stat().st_size) > (limit := _MAX_FILE_BYTES.get(path.suffix, size)):
-        raise BadInput(f"trace file {path.name!r} has {size >> 20:,} MiB; at most {limit >> 20:,} MiB are read")
+def _of_lengths(lengths: Lengths, name: str, requests: int | None, seed: int, max_context: int | None) -> Trace:
+    notes, rows = list(lengths.notes), np.arange(len(lengths.prompt))
+    if max_context is not None:
+        rows = np.flatnonzero(lengths.prompt + lengths.output <= max_context)
+        if left := len(lengths.prompt) - len(rows):
+            share = f"{left:,} of {len(lengths.prompt):,} requests were left out"
+            notes.append(f"{share}: more than the {max_context:,} tokens of the context, in and out together")
+    if requests is not None and requests < len(rows):
+        draw = np.random.default_rng([seed, 0, 3])
+        if lengths.arrival_s is None:
+            rows = draw.permutation(rows)[:requests]
+        else:
+            begin = draw.integers(len(rows) - requests + 1)
+            rows = rows[begin : begin + requests]
+    prompt, output = (part[rows].astype(int) for part in (lengths.prompt, lengths.output))
+    if (tokens := int(prompt.sum() + output.sum())) > _MAX_TRACE_TOKENS:
+        raise BadInput(
+            f"{name}: {len(rows):,} requests of together {tokens:,} tokens, at most {_MAX_TRACE_TOKENS:,} are sent; "
+            "ask for fewer requests"
+        )
+    arrival = None
+    if lengths.arrival_s is not None and len(rows):
+        arrival = tuple((lengths.arrival_s[rows] - lengths.arrival_s[rows[0]]).tolist())
+    return _of_words(name, prompt, output, _streams(seed)[2], arrival, tuple(notes))
+
+
+@functools.lru_cache(maxsize=4)  # every level reads the same file, and counting its tokens takes minutes
+def _counted(path: Path, _changed: int, tokenizer: str, requests: int | None, seed: int, max_context: int | None):
+    kept, notes = read_conversations(path, _encoder(tokenizer), requests=requests, seed=seed, max_context=max_context)
+    return kept, tuple(notes)
+
+
+def _encoder(tokenizer: str) -> Callable[..., list[int]]:
+    from transformers import AutoTokenizer
+
     try:
-        return read(path)
-    except OSError as error:
-        raise BadInput(f"{path.name}: it, or the tokenizer for it, cannot be read: {error}") from None
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path.name}: not a trace: {type(error).__name__}: {error}") from None
+        return AutoTokenizer.from_pretrained(tokenizer).encode
+    except Exception as error:  # of a hub, a network, a file, a missing package: what it raises is not one tree
+        why = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise BadInput(
+            f"the tokenizer {tokenizer!r} cannot be loaded: {why}. Name the folder of a model that is on this machine, or "
+            "fetch it first where the hub can be reached (hf download ORG/NAME)"
+        ) from None
 
 
 def is_file(trace: str) -> bool:
-    """Whether a trace's name is that of a file."""
-    return trace.endswith((".csv", ".json"))
+    """Whether a trace's name is that of a file: it has a folder or an ending."""
+    return trace not in NAMES and ("/" in trace or bool(Path(trace).suffix))
 
 
 def check_file(path: str | Path) -> None:
     """Raises BadInput unless `path` is a trace for levels that can be read, as far as that shows without a tokenizer."""
-    if Path(path).suffix == ".json" and Path(path).is_file():
-        _read_from(Path(path), _conversations)
-    else:
-        refuse_times(from_file(path))
+    path = _trace_path(path)
+    lengths = read_lengths(path, times=False)
+    if lengths is None:
+        check_conversations(path)
+    elif lengths.format.strict and lengths.timed:
+        _refuse_times(path.name)
 
 
 def refuse_times(trace: Trace) -> None:
     """Raises BadInput for a trace with arrival times of its own, which a level cannot keep."""
     if trace.arrival_s is not None:
-        raise BadInput(
-            f"the trace {trace.name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
-            "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
-        )
+        _refuse_times(trace.name)
+
+
+def _refuse_times(name: str) -> NoReturn:
+    raise BadInput(
+        f"the trace {name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
+        "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"
+    )
 
 
 def named_trace(
-    trace: str, requests: int | None, *, seed: int, input_tokens: int, output_tokens: int, tokenizer: str | None = None
+    trace: str,
+    requests: int | None,
+    *,
+    seed: int,
+    input_tokens: int,
+    output_tokens: int,
+    tokenizer: str | Callable[[], str] | None = None,
+    times: Times = "kept",
+    max_context: int | None = None,
+    fewer: bool = False,
 ) -> Trace:
-    """The trace that a profile or the command line names: "sharegpt-like", "random" (with lengths), or a file.
+    """The trace that a profile or the command line names: one of NAMES ("random" with its lengths), or a file.
 
-    `requests` is how many; None means 1000, or all of a file. Raises BadInput for a file that holds fewer.
+    `requests` is how many; None means 1000, or all of a file. For the rest, and what is raised, see `from_file`.
     """
-    if trace == "sharegpt-like":
-        return sharegpt_like(1000 if requests is None else requests, seed)
-    if trace == "random":
-        count = 1000 if requests is None else requests
-        return fixed_length(count, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
     if not is_file(trace):
-        raise BadInput(f"no trace {trace!r} (there are: sharegpt-like, random, a .csv of lengths, a ShareGPT .json)")
-    return from_file(trace, requests=requests, seed=seed, tokenizer=tokenizer)
+        requests = 1000 if requests is None else requests
+    if trace == "sharegpt-like":
+        return sharegpt_like(requests, seed)
+    if trace == "random":
+        return fixed_length(requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
+    if trace in RECORDED:
+        path = DATA / "traces" / f"{trace}.csv.gz"
+        return _of_file(_trace_path(path), f"{trace} seed {seed}", requests, seed, None, times, max_context, fewer)
+    if not is_file(trace):
+        raise BadInput(f"no trace {trace!r} (there are: {', '.join(NAMES)}, or a file of lengths or conversations)")
+    return from_file(
+        trace, requests=requests, seed=seed, tokenizer=tokenizer, times=times, max_context=max_context, fewer=fewer
+    )
+
+
+def rescaled(arrival_s: Sequence[float], rate: float) -> np.ndarray:
+    """Arrival times with their own pattern at another mean `rate`, requests/s: the last one falls at requests / rate, as in
+    `arrival_times`. Raises BadInput for times that are all the same."""
+    if not rate > 0:
+        raise BadInput(f"rate {rate!r} is not above 0 (requests/s; inf sends all at once)")
+    times = np.asarray(arrival_s, dtype=float)
+    if not times[-1] > 0 and not np.isinf(rate):
+        raise BadInput(f"all {len(times):,} requests of the trace arrive at once: that has no rate to be scaled")
+    return times * 0 if np.isinf(rate) else times * (len(times) / rate / times[-1])
 
 
 def arrival_times(
@@ -228,66 +337,6 @@ def _word_prompts(lengths: np.ndarray, rng: np.random.Generator) -> list[str]:
     return ["".join(f" {WORDS[i]}" for i in picks[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
 
 
-def _of_words(name, prompt, output, rng, arrival_s=None) -> Trace:
+def _of_words(name, prompt, output, rng, arrival_s=None, notes=()) -> Trace:
     prompts = tuple(_word_prompts(prompt, rng))
-    return Trace(name, prompts, tuple(prompt.tolist()), tuple(output.tolist()), arrival_s)
-
-
-def _from_csv(path: Path, seed: int) -> Trace:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        rows = list(reader)
-    if unknown := set(reader.fieldnames) - _CSV_COLUMNS:
-        raise BadInput(
-            f"{path.name}: unknown columns {', '.join(map(repr, sorted(unknown)))}; known: {', '.join(sorted(_CSV_COLUMNS))}"
-        )
-    prompt = np.array([int(row["prompt_tokens"]) for row in rows], dtype=int)
-    output = np.array([int(row["output_tokens"]) for row in rows], dtype=int)
-    if (prompt < 1).any() or (output < 1).any():
-        raise BadInput(f"{path.name}: every prompt_tokens and output_tokens must be at least 1")
-    most = max(prompt.max(initial=0), output.max(initial=0))
-    # Summed as floats: the sum of hostile lengths must not wrap around.
-    if most > _MAX_REQUEST_TOKENS or prompt.sum(dtype=float) + output.sum(dtype=float) > _MAX_TRACE_TOKENS:
-        raise BadInput(
-            f"{path.name}: a request has at most {_MAX_REQUEST_TOKENS:,} tokens each way, a trace {_MAX_TRACE_TOKENS:,}"
-        )
-    arrival = None
-    if rows and "arrival_s" in reader.fieldnames:
-        arrival = np.array([float(row["arrival_s"]) for row in rows])
-        if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any() or (arrival < 0).any():
-            raise BadInput(f"{path.name}: arrival_s must be ascending seconds from 0 up")
-        arrival = tuple(arrival.tolist())
-    return _of_words(path.name, prompt, output, _streams(seed)[2], arrival)
-
-
-def _from_sharegpt(path: Path, tokenizer: str | None) -> Trace:
-    if not tokenizer:
-        raise BadInput(f"{path.name}: a ShareGPT file needs a tokenizer (a model folder or hub name)")
-    return _counted(path, path.stat().st_mtime_ns, tokenizer)
-
-
-@functools.lru_cache(maxsize=2)  # every level reads the same file, and counting its tokens takes minutes
-def _counted(path: Path, _changed: int, tokenizer: str) -> Trace:
-    from transformers import AutoTokenizer
-
-    encode = AutoTokenizer.from_pretrained(tokenizer).encode
-    kept = []
-    for prompt, answer in _conversations(path):
-        n, m = len(encode(prompt)), len(encode(answer, add_special_tokens=False))
-        if min(n, m) >= 4 and n <= 1024 and n + m <= 2048:
-            kept.append((prompt, n, m))
-    prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
-    return Trace(path.name, prompts, inputs, outputs)
-
-
-def _conversations(path: Path) -> list[tuple[str, str]]:
-    """The first question and answer of every conversation of a ShareGPT file that has both."""
-    found = []
-    for entry in json.loads(path.read_text()):
-        turns = entry.get("conversations", [])
-        if len(turns) >= 2:
-            found.append((turns[0]["value"], turns[1]["value"]))
-    if not found:
-        raise BadInput(f"{path.name}: no conversation in it has two turns; expected a ShareGPT file")
-    return found
+    return Trace(name, prompts, tuple(prompt.tolist()), tuple(output.tolist()), arrival_s, notes)

@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..config.profile import Level, Profile
@@ -98,20 +99,17 @@ def serve(profile: Profile, variant: str, *, run: Run | None = None, **options) 
 
 def trace_for(profile: Profile, level: Level) -> Trace:
     """The trace of a level: every variant gets the same one, each repeat its own seed. Raises BadInput for a file that
-    cannot be read, is too short, or holds arrival times."""
-    trace = _trace(profile, level.variant, level.requests, _seed(profile, level))
-    refuse_times(trace)
-    return trace
+    cannot be read, is too short, or holds arrival times of its own. Those that a recorded trace has are not used."""
+    return _trace(profile, level.variant, level.requests, _seed(profile, level))
 
 
-def _trace(profile: Profile, variant: str, requests: int | None, seed: int) -> Trace:
-    workload = profile.workload
-    tokenizer = workload.tokenizer or None
-    if workload.trace.endswith(".json") and not tokenizer:
-        tokenizer = served_model(profile, variant)
+def _trace(profile: Profile, variant: str, requests: int, seed: int, *, fewer: bool = False) -> Trace:
+    workload, context = profile.workload, profile.context()
     return named_trace(
-        workload.trace, requests, seed=seed, tokenizer=tokenizer,
-        input_tokens=workload.input_tokens, output_tokens=workload.output_tokens,
+        workload.trace, requests, seed=seed, tokenizer=workload.tokenizer or partial(served_model, profile, variant),
+        input_tokens=workload.input_tokens, output_tokens=workload.output_tokens, times="refused", fewer=fewer,
+        # A tokenizer may begin every prompt with a token of its own.
+        max_context=context and context - 1,
     )  # fmt: skip
 
 
@@ -160,9 +158,7 @@ def warm_up(server: Server | RecordedServer) -> None:
     profile, requests = server.profile, server.profile.workload.warmup_requests
     if isinstance(server, RecordedServer) or not requests:
         return
-    drawn = not profile.workload.trace.endswith((".csv", ".json"))
-    trace = _trace(profile, server.variant, requests if drawn else None, profile.workload.seed + 10_000)
-    trace = trace.head(min(requests, len(trace)))
+    trace = _trace(profile, server.variant, requests, profile.workload.seed + 10_000, fewer=True)
     short = dataclasses.replace(trace, output_tokens=tuple(min(n, 16) for n in trace.output_tokens))
     send_load(_endpoint(server), short, [0.0] * len(short), workers=1, time_dilation=profile.time_dilation)
 
@@ -211,7 +207,9 @@ def measure(
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
         todo = [] if run.read_only else [one for one in asked if one not in anew and not run.has(one)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
-            trace_for(profile, longest)  # a file that cannot be read or is too short says so now
+            # A file that cannot be read or is too short says so now.
+            for note in trace_for(profile, longest).notes:
+                StatusLine().done(f"trace {profile.workload.trace}: {note}")
         # What is measured already needs its file no more; while that is there, it must be the one that was sent.
         gone = is_file(profile.workload.trace) and not Path(profile.workload.trace).is_file()
         for level in asked:
@@ -352,7 +350,9 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         server_problem=server.problem,
         workers=workers,
     )
-    asked = MeasuredLevel(**dataclasses.asdict(level), trace=trace.name, trace_digest=trace.digest)
+    asked = MeasuredLevel(
+        **dataclasses.asdict(level), trace=trace.name, trace_digest=trace.digest, trace_notes="; ".join(trace.notes)
+    )
     summary = dataclasses.replace(
         measured.summary, level=asked, server=server.info, started=started, emulated=profile.emulated
     )
@@ -388,6 +388,9 @@ def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = Non
     caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
     if not work:
         return Table(caption, ("plan",), [("nothing is left to measure",)])
+    longest = max((level for _, levels in work for level in levels), key=lambda level: level.requests)
+    if notes := trace_for(profile, longest).notes:
+        caption = f"{caption}. Of the trace {profile.workload.trace}, {'; '.join(notes)}"
     rows, total = [], 0.0
     for variant, levels in work:
         seconds = _START_S[profile.device] + sum(level_seconds(profile, level) for level in levels)

@@ -17,10 +17,12 @@ from ..config.profile import Level
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredLevel(Level):
-    """A level with the requests that it was measured with: the trace's name and digest ("": from before these were stored)."""
+    """A level with the requests that it was measured with: the trace's name and digest ("": from before these were stored),
+    and what of its file was left out or changed."""
 
     trace: str = ""
     trace_digest: str = ""
+    trace_notes: str = ""
 
     @property
     def asked(self) -> Level:
