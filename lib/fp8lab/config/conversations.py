@@ -3,12 +3,13 @@
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import BadInput
+from .tokenizer import token_counter
 from .trace_file import KNOWN, json_entries
 
 _LISTS = ("conversations", "conversation", "messages")
@@ -52,7 +53,7 @@ def _found(path: Path, keys: Counter) -> Iterator[tuple[str, str] | None]:
     for _, entry in json_entries(path):
         pair = question_and_answer(entry)
         if pair is None:
-            keys.update(entry if isinstance(entry, dict) else [f"(no object but {type(entry).__name__})"])
+            keys.update(list(entry) if isinstance(entry, dict) else [f"(no object but {type(entry).__name__})"])
         yield pair
 
 
@@ -67,7 +68,7 @@ def _none(path: Path, keys: Counter) -> BadInput:
 
 
 def read_conversations(
-    path: Path, encode: Callable[..., list], *, requests: int | None, seed: int, max_context: int | None
+    path: Path, tokenizer: str, *, requests: int | None, seed: int, max_context: int | None
 ) -> tuple[list[tuple[str, int, int]], list[str]]:
     """(prompt, its tokens, its answer's tokens) of conversations within vLLM's limits and `max_context`, and notes on those
     without.
@@ -79,10 +80,10 @@ def read_conversations(
     while True:
         drawn, entries, keys = _drawn(path, candidates, seed)
         whole = candidates is None or len(drawn) < candidates
-        kept, tested = [], 0
+        tokens_in, kept, tested = token_counter(tokenizer), [], 0
         for prompt, answer in drawn:
             tested += 1
-            n, m = len(encode(prompt)), len(encode(answer, add_special_tokens=False))
+            n, m = tokens_in(prompt), tokens_in(answer, special=False)
             if min(n, m) >= _LEAST and n <= _MOST_IN and n + m <= min(_MOST, max_context or _MOST):
                 kept.append((prompt, n, m))
             if len(kept) == requests:

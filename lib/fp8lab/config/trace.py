@@ -179,8 +179,8 @@ def _of_lengths(lengths: Lengths, name: str, requests: int | None, seed: int, ma
     if max_context is not None:
         rows = np.flatnonzero(lengths.prompt + lengths.output <= max_context)
         if left := len(lengths.prompt) - len(rows):
-            share = f"{left:,} of {len(lengths.prompt):,} requests were left out"
-            notes.append(f"{share}: more than the {max_context:,} tokens of the context, in and out together")
+            share = f"{left:,} of {len(lengths.prompt):,} requests left out"
+            notes.append(f"{share}: more than the {max_context:,} tokens in and out together that the context takes")
     if requests is not None and requests < len(rows):
         draw = np.random.default_rng([seed, 0, 3])
         if lengths.arrival_s is None:
@@ -202,21 +202,8 @@ def _of_lengths(lengths: Lengths, name: str, requests: int | None, seed: int, ma
 
 @functools.lru_cache(maxsize=4)  # every level reads the same file, and counting its tokens takes minutes
 def _counted(path: Path, _changed: int, tokenizer: str, requests: int | None, seed: int, max_context: int | None):
-    kept, notes = read_conversations(path, _encoder(tokenizer), requests=requests, seed=seed, max_context=max_context)
+    kept, notes = read_conversations(path, tokenizer, requests=requests, seed=seed, max_context=max_context)
     return kept, tuple(notes)
-
-
-def _encoder(tokenizer: str) -> Callable[..., list[int]]:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer).encode
-    except Exception as error:  # of a hub, a network, a file, a missing package: what it raises is not one tree
-        why = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise BadInput(
-            f"the tokenizer {tokenizer!r} cannot be loaded: {why}. Name the folder of a model that is on this machine, or "
-            "fetch it first where the hub can be reached (hf download ORG/NAME)"
-        ) from None
 
 
 def is_file(trace: str) -> bool:

@@ -162,11 +162,13 @@ def read_lengths(path: Path, *, times: bool) -> Lengths | None:
 @functools.lru_cache(maxsize=4)  # every level reads the same file
 def _read_lengths(path: Path, _changed: int, times: bool) -> Lengths | None:
     if is_json(path):
-        # One that is no object is no request of any format; the first that is says which the file is of.
+        # The first entry that is an object says what the file is.
         entry = next((entry for _, entry in json_entries(path) if isinstance(entry, dict)), {})
         names = [name.strip().lower() for name in entry]
-        found = next((one for one in FORMATS if one.of(names)), None)
-        return found and _checked(path, found, found.time in names, *_read_rows(path, _json_rows(path), found, times))
+        if not (found := next((one for one in FORMATS if one.of(names)), None)):
+            return None
+        timed = found.time in names
+        return _checked(path, found, timed, *_read_rows(path, _json_rows(path), found, times and timed))
     header, names, separator = _header(path)
     found = next((one for one in FORMATS if one.of(names)), None)
     if not found:
