@@ -122,8 +122,13 @@ def test_a_hostile_trace_file_is_one_clear_error(tmp_path, name, text):
 def test_a_gigabyte_in_one_line_is_refused_unread(tmp_path):
     with (tmp_path / "big.csv").open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(BadInput, match=r"'big.csv' has 1,024 MiB; at most 64 MiB are read"):
+    with pytest.raises(BadInput, match=r"'big.csv' is no text"):
         from_file(tmp_path / "big.csv")
+    for begin, said in ((b"", "line 1: no end within"), (b'[{"a": "', "line 1: not JSON, or cut off")):
+        with (tmp_path / "big.csv").open("r+b") as file:
+            file.write(begin + b"x" * (64 << 20))
+        with pytest.raises(BadInput, match=said):
+            from_file(tmp_path / "big.csv")
 
 
 @pytest.mark.parametrize("variant", ["../../etc", "a/b", "<b>", "", "x" * 65, "\x1b[31m"])

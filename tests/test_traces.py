@@ -2,17 +2,23 @@ import csv
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import fp8lab as lab
-from conftest import marked
-from fp8lab.config.trace import arrival_times, fixed_length, from_file, sharegpt_like
+from conftest import marked, streaming_server
+from fp8lab.config.tokenizer import token_counter
+from fp8lab.config.trace import NAMES, arrival_times, fixed_length, from_file, named_trace, rescaled, sharegpt_like
+from fp8lab.config.trace_file import read_lengths
 from fp8lab.errors import BadInput
 from fp8lab.experiment import speed
 from fp8lab.experiment.speed import plan_table
 from fp8lab.models.checkpoints import model_folder
+from fp8lab.paths import DATA
 from fp8lab.results.run_folder import open_run
 
 
@@ -30,12 +36,10 @@ def test_a_seed_repeats_and_a_shorter_trace_is_a_prefix():
 
 
 def test_prompts_have_exactly_their_length_in_tokens():
-    from transformers import AutoTokenizer
-
-    encode = AutoTokenizer.from_pretrained(model_folder("llama-3-8b")).encode
+    count = token_counter(str(model_folder("llama-3-8b")))
     trace = sharegpt_like(200)
     begin_of_text = 1
-    assert [len(encode(p)) - begin_of_text for p in trace.prompts] == list(trace.prompt_tokens)
+    assert [count(p) - begin_of_text for p in trace.prompts] == list(trace.prompt_tokens)
 
 
 def test_arrivals_are_poisson_and_end_where_vllm_ends_them():
@@ -187,3 +191,138 @@ def test_arrival_times_are_never_dropped_in_silence(tmp_path, text, said):
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(BadInput, match=said):
         lab.from_file(tmp_path / "mine.csv")
+
+
+def named(trace, requests=None, seed=0, **options):
+    return named_trace(trace, requests, seed=seed, input_tokens=300, output_tokens=9, **options)
+
+
+def test_the_requests_of_recorded_runs_are_drawn_as_they_were():
+    """Digests of levels in data/recorded, and of shorter traces from the same time."""
+    assert (
+        named("sharegpt-like").digest == "0f80d04cec83379b"
+        and named("sharegpt-like", 50, 3).digest == "f687268c727f86e9"
+    )
+    assert named("random", 20, 2).digest == "aebf7019434a8a48"
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "mean_in", "mean_out", "hour_s"),
+    [("azure-conv", 19_366, 1154.7, 211.1, 3501.7), ("azure-code", 8_819, 2047.8, 27.9, 3435.9)],
+)
+def test_recorded_hours_come_with_the_kit(name, requests, mean_in, mean_out, hour_s):
+    (told,) = named(name, 10, max_context=4096, times="dropped").notes
+    held = {"azure-conv": "1,612 of 19,366", "azure-code": "1,257 of 8,819"}
+    assert (
+        told == f"{held[name]} requests left out: more than the 4,096 tokens in and out together that the context takes"
+    )
+    with pytest.raises(BadInput, match=f"has {requests} requests, 20000 were asked for"):
+        named(name, 20_000)
+    file = read_lengths(DATA / "traces" / f"{name}.csv.gz", times=True)
+    assert len(file.prompt) == requests and file.notes == ()
+    assert (file.prompt.mean(), file.output.mean()) == pytest.approx((mean_in, mean_out), abs=0.1)
+    assert file.arrival_s[-1] == pytest.approx(hour_s, abs=0.1)
+    # Drawn, they are of the whole hour; with their times, one stretch of it.
+    drawn, other = (named(name, 300, seed, times="dropped") for seed in (0, 1))
+    assert drawn.name == f"{name} seed 0" and drawn.arrival_s is None and drawn.prompt_tokens != other.prompt_tokens
+    assert named(name, 100, times="dropped") == drawn.head(100)
+    stretch = named(name, 300)
+    rows = range(requests - 299)
+    assert any(
+        tuple(file.prompt[i : i + 300]) == stretch.prompt_tokens
+        for i in rows
+        if file.prompt[i] == stretch.prompt_tokens[0]
+    )
+    assert stretch.arrival_s[0] == 0 and stretch.arrival_s[-1] < hour_s / 5
+
+
+def test_a_trace_keeps_its_pattern_at_another_rate():
+    assert rescaled([0, 1, 4], 6) == pytest.approx([0, 0.125, 0.5]) and not rescaled([0, 1, 4], np.inf).any()
+    with pytest.raises(BadInput, match="all 2 requests of the trace arrive at once"):
+        rescaled([0, 0], 6)
+    with pytest.raises(BadInput, match="rate 0 is not above 0"):
+        rescaled([0, 1], 0)
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "azure", "mine", ""])
+def test_a_name_that_is_no_trace_lists_those_there_are(name):
+    with pytest.raises(BadInput, match=f"no trace {name!r} .there are: {', '.join(NAMES)}, or a file of lengths"):
+        named(name)
+
+
+def test_a_profiles_trace_leaves_out_what_its_model_does_not_take(tmp_path):
+    assert lab.load_profile("emulated-h100").context() == 8192  # the model's own
+    toml = 'extends = "emulated-h100"\n[workload]\ntrace = "{}"\n[server]\nflags = ["--max-model-len", "{}"]\n'
+    (tmp_path / "mine.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        + "2023-11-16 18:17:03.5,8,8\n" * 3000
+        + "2023-11-16 19:00:00,2040,8"
+    )
+    for workload, name, told in (
+        ("azure-conv", "azure-conv seed 0", "2,841 of 19,366"), ("mine.csv", "mine.csv", "1 of 3,001"),
+    ):  # fmt: skip
+        (tmp_path / "mine.toml").write_text(toml.format(workload, "2048"))
+        profile = lab.load_profile(tmp_path / "mine.toml")
+        said = f"{told} requests left out: more than the 2,047 tokens in and out together that the context takes"
+        assert f"Of the trace {name}, {said}" in repr(plan_table(profile, ["as published"]))
+        trace = speed.trace_for(profile, lab.Level(variant="bf16", rate=50, requests=1000))
+        assert (
+            trace.arrival_s is None and max(map(sum, zip(trace.prompt_tokens, trace.output_tokens, strict=True))) < 2048
+        )
+    (tmp_path / "mine.toml").write_text(toml.format("azure-conv", "2k"))
+    assert lab.load_profile(tmp_path / "mine.toml").context() == 2000
+
+
+def test_what_was_left_out_is_stored_with_the_level(fake_vllm, tmp_path):
+    (tmp_path / "mine.csv").write_text("Timestamp,Request tokens,Response tokens\n" + "1,5,7\n" * 20 + "2,5,0\n")
+    run = open_run(tmp_path / "run", profile := with_workload(fake_vllm(), trace=str(tmp_path / "mine.csv")))
+    for result in lab.measure(run, profile):
+        assert result.summary.level.trace_notes == "1 of 21 rows were skipped: they have no tokens in or out"
+        assert result.records["output_tokens_asked"].tolist() == [7] * 20
+
+
+def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_path):
+    (tmp_path / "mine.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
+        f"2024-05-10 00:00:{2 * i / 10:09.6f}+00:00,5,10\n2024-05-10 00:00:{2 * i / 10:09.6f}+00:00,{500 * i + 5},10\n"
+        for i in range(6)
+    ))  # fmt: skip
+    cases = {
+        "replay": [], "10 req/s, arrivals of the trace": ["--rate", "10", "--arrivals", "trace"], "10 req/s": ["--rate", "10"],
+        "all at once": ["--rate", "inf"],
+    }  # fmt: skip
+    due = {}
+    with streaming_server() as url:
+        common = [
+            sys.executable,
+            "-m",
+            "fp8lab.cli",
+            "load-test",
+            "--base-url",
+            url,
+            "--model",
+            "ok",
+            "--max-context",
+            "100",
+        ]
+        for name, options in cases.items():
+            out = tmp_path / name
+            done = subprocess.run(
+                [*common, "--trace", str(tmp_path / "mine.csv"), *options, "--out", str(out)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode in (0, 3), done.stderr  # 3: on a busy machine the client may be late
+            assert (
+                done.stderr.count("trace mine.csv: 5 of 12 requests left out: more than the 100 tokens") == 1
+                and name in done.stderr
+            )
+            due[name] = pd.read_parquet(out / "records.parquet")["scheduled_s"].to_numpy()
+        none = subprocess.run(
+            [*common, "--arrivals", "trace", "--out", str(tmp_path / "none")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert none.returncode == 2 and "the trace 'sharegpt-like' holds no arrival times" in none.stderr
+    replay, scaled, drawn, burst = due.values()
+    assert replay == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1.0]) and scaled == pytest.approx(replay * 0.7)
+    assert not burst.any() and drawn[-1] == pytest.approx(0.7) and (np.diff(drawn) > 0).all()

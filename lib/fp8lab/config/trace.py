@@ -73,8 +73,7 @@ class Trace:
     def head(self, requests: int) -> "Trace":
         """The first `requests` requests. Raises BadInput when the trace is shorter, or none are asked for."""
         _check_requests(requests)
-        if requests > len(self):
-            raise BadInput(f"the trace {self.name!r} has {len(self)} requests, {requests} were asked for")
+        _check_enough(self.name, len(self), requests, self.notes)
         arrival = self.arrival_s and self.arrival_s[:requests]
         parts = self.prompts, self.prompt_tokens, self.output_tokens
         return Trace(self.name, *(part[:requests] for part in parts), arrival, self.notes)
@@ -163,24 +162,29 @@ def _of_file(path, name, requests, seed, tokenizer, times, max_context, fewer) -
         tokenizer = tokenizer if isinstance(tokenizer, str) else tokenizer()
         kept, notes = _counted(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
         prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
-        trace = Trace(name, prompts, inputs, outputs, notes=notes)
-    else:
-        if times == "refused" and lengths.format.strict and lengths.timed:
-            _refuse_times(name)
-        trace = _of_lengths(lengths, name, requests, seed, max_context)
-    if requests is not None and len(trace) < requests and not fewer:
-        told = "".join(f"; {note}" for note in trace.notes)
-        raise BadInput(f"the trace {name!r} has {len(trace)} requests, {requests} were asked for{told}")
-    return trace
+        _check_enough(name, len(kept), None if fewer else requests, notes)
+        return Trace(name, prompts, inputs, outputs, notes=notes)
+    if times == "refused" and lengths.format.strict and lengths.timed:
+        _refuse_times(name)
+    return _of_lengths(lengths, name, requests, seed, max_context, fewer)
 
 
-def _of_lengths(lengths: Lengths, name: str, requests: int | None, seed: int, max_context: int | None) -> Trace:
+def _check_enough(name: str, held: int, requests: int | None, notes: Sequence[str]) -> None:
+    if requests is not None and held < requests:
+        told = "".join(f"; {note}" for note in notes)
+        raise BadInput(f"the trace {name!r} has {held} requests, {requests} were asked for{told}")
+
+
+def _of_lengths(
+    lengths: Lengths, name: str, requests: int | None, seed: int, max_context: int | None, fewer: bool
+) -> Trace:
     notes, rows = list(lengths.notes), np.arange(len(lengths.prompt))
     if max_context is not None:
         rows = np.flatnonzero(lengths.prompt + lengths.output <= max_context)
         if left := len(lengths.prompt) - len(rows):
             share = f"{left:,} of {len(lengths.prompt):,} requests left out"
             notes.append(f"{share}: more than the {max_context:,} tokens in and out together that the context takes")
+    _check_enough(name, len(rows), None if fewer else requests, notes)
     if requests is not None and requests < len(rows):
         draw = np.random.default_rng([seed, 0, 3])
         if lengths.arrival_s is None:

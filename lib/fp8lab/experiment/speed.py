@@ -208,8 +208,9 @@ def measure(
         todo = [] if run.read_only else [one for one in asked if one not in anew and not run.has(one)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
             # A file that cannot be read or is too short says so now.
-            for note in trace_for(profile, longest).notes:
-                StatusLine().done(f"trace {profile.workload.trace}: {note}")
+            trace = trace_for(profile, longest)
+            for note in trace.notes:
+                StatusLine().done(f"trace {trace.name}: {note}")
         # What is measured already needs its file no more; while that is there, it must be the one that was sent.
         gone = is_file(profile.workload.trace) and not Path(profile.workload.trace).is_file()
         for level in asked:
@@ -389,8 +390,9 @@ def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = Non
     if not work:
         return Table(caption, ("plan",), [("nothing is left to measure",)])
     longest = max((level for _, levels in work for level in levels), key=lambda level: level.requests)
-    if notes := trace_for(profile, longest).notes:
-        caption = f"{caption}. Of the trace {profile.workload.trace}, {'; '.join(notes)}"
+    trace = trace_for(profile, longest)
+    if trace.notes:
+        caption = f"{caption}. Of the trace {trace.name}, {'; '.join(trace.notes)}"
     rows, total = [], 0.0
     for variant, levels in work:
         seconds = _START_S[profile.device] + sum(level_seconds(profile, level) for level in levels)
