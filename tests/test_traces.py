@@ -250,6 +250,14 @@ def test_a_name_that_is_no_trace_lists_those_there_are(name):
         named(name)
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "traces/mine.jsonl.gz", "traces/mine", "./mine.tsv", "../mine.csv"])
+def test_a_profile_names_its_trace_relative_to_itself_whatever_its_ending(tmp_path, name):
+    (tmp_path / "a" / "traces").mkdir(parents=True)
+    (tmp_path / "a" / name).write_text('{"input_length": 5, "output_length": 7}\n' * 9)
+    (tmp_path / "a" / "mine.toml").write_text(f'extends = "emulated-h100"\n[workload]\ntrace = "{name}"')
+    assert lab.load_profile(tmp_path / "a" / "mine.toml").workload.trace == str((tmp_path / "a" / name).resolve())
+
+
 def test_a_profiles_trace_leaves_out_what_its_model_does_not_take(tmp_path):
     assert lab.load_profile("emulated-h100").context() == 8192  # the model's own
     toml = 'extends = "emulated-h100"\n[workload]\ntrace = "{}"\n[server]\nflags = ["--max-model-len", "{}"]\n'

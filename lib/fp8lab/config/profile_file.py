@@ -166,11 +166,11 @@ def with_paths(table: dict, folder: Path) -> dict:
     if str(table.get("extends")).endswith(".toml"):
         table["extends"] = located(table["extends"], folder)
     if isinstance(workload := table.get("workload"), dict):
-        table["workload"] = workload | {
-            key: located(value, folder)
-            for key, value in workload.items()
-            if isinstance(value, str) and value and (key == "tokenizer" or (key == "trace" and is_file(value)))
-        }
+        table["workload"] = workload = dict(workload)
+        if isinstance(tokenizer := workload.get("tokenizer"), str) and tokenizer:
+            workload["tokenizer"] = located(tokenizer, folder)
+        if isinstance(trace := workload.get("trace"), str) and is_file(trace):
+            workload["trace"] = _absolute(trace, folder)
     model = table.get("model")
     if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):
         absolute = {k: located(v, folder) if isinstance(v, str) and v else v for k, v in checkpoints.items()}
@@ -182,7 +182,11 @@ def located(name: str, folder: Path) -> str:
     """A path, relative to `folder`, made absolute; a hub name as it is. (A .toml, .csv or .json is never a hub's.)"""
     if is_hub_name(name) and not name.endswith((".toml", ".csv", ".json")) and not (folder / name).is_dir():
         return name
-    return os.path.abspath(folder / os.path.expanduser(name))
+    return _absolute(name, folder)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.abspath(folder / os.path.expanduser(path))
 
 
 def _with_variants(table: dict) -> dict:
