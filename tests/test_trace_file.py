@@ -77,10 +77,12 @@ def test_lengths_and_times_are_read_whoever_wrote_them(tmp_path, text):
         (OWN + "5,1e400,0\n", "line 2, column 'output_tokens': found '1e400'"),
         (OWN + "5,1048577,0\n", "line 2, column 'output_tokens': found '1048577', expected .* to 1,048,576"),
         (OWN + "5,7,nan\n", "line 2, column 'arrival_s': found 'nan', expected a number of seconds, or a date and time"),
-        (OWN + "5,7,0\n5,7\n", "line 3, column 'arrival_s': found nothing"),
+        (OWN + "5,7,0\n5,7\n", "line 3: 2 values for 3 columns"),
+        (OWN + "5,7,0\n5,7,\n", "line 3, column 'arrival_s': found nothing"),
+        (BURST + '5,"GPT-4,9,0,9,API log\n6,m,9,9,18,l\n', "line 2: 2 values for 6 columns"),
         (OWN + "5,7,0\n5,,1\n", "line 3, column 'output_tokens': found nothing"),
         (OWN + "5,7,0\n1,500,7,1\n", "line 3: 4 values for 3 columns"),
-        (OWN + "5,7,0\n5,7,1700000000\n", "from the first to the last 'arrival_s' are 19,676 days, expected at most 366"),
+        (OWN + "5,7,0\n5,7,1700000000\n", "from the first to the last 'arrival_s' are 19,675.9 days, expected at most 366"),
         (OWN, "'mine.csv' is empty: it has a header and no rows"),
         ("prompt_tokens,output_tokens,output_tokens\n5,7,7\n", "the column 'output_tokens' is there 2 times"),
         ("prompt_tokens,output_tokens,id\n5,7,7\n", "unknown columns 'id'; known: arrival_s, output_tokens, prompt_tokens"),
@@ -100,6 +102,7 @@ def test_lengths_and_times_are_read_whoever_wrote_them(tmp_path, text):
         ('{"input_length": 5, "output_length": 7}\n{"input_length": 5,', "line 2: not JSON, or cut off"),
         ('[{"input_length": 5, "output_length": 7},\n', "line 2: its list has no end: the file is cut off"),
         ('[{"input_length": 5, "output_length": 7}]\n[1]', "line 2: something follows the end of the list"),
+        ('{"output_length": 7, "input_length": 1' + "0" * 5000 + "}", "line 1: JSON nested too deeply, or with numbers too long"),
         ("x" * 100_000, "line 1: no end within 65,536 characters"),
     ],
 )  # fmt: skip
@@ -112,8 +115,9 @@ def test_what_is_wrong_is_told_with_its_line_and_column(tmp_path, text, said):
 def test_a_folder_and_a_file_that_is_not_there_are_told(tmp_path):
     with pytest.raises(BadInput, match="is no file but a folder"):
         lab.from_file(tmp_path)
-    with pytest.raises(BadInput, match="no trace file '.*gone.csv'"):
-        lab.from_file(tmp_path / "gone.csv")
+    for name in ("gone.csv", "x" * 300, "a\0b"):
+        with pytest.raises(BadInput, match="no trace file '"):
+            lab.from_file(tmp_path / name)
 
 
 def test_what_was_left_out_or_changed_is_counted(tmp_path):

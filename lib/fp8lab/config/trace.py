@@ -7,6 +7,7 @@ requests send the same first requests.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def from_file(
 
 def _trace_path(path: str | Path) -> Path:
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # False too for a name that no file can have
         raise BadInput(
             f"no trace file {str(path)!r}; expected a table of lengths (.csv) or conversations (.json, .jsonl)"
         )

@@ -138,8 +138,8 @@ def json_entries(path: Path) -> Iterator[tuple[int, object]]:
                     continue
                 wrong = line + buffer.count("\n", at, error.pos)
                 raise BadInput(f"{path.name}, line {wrong}: not JSON, or cut off: {error.msg}") from None
-            except RecursionError:
-                raise BadInput(f"{path.name}, line {line}: JSON nested too deeply for a trace") from None
+            except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+                raise BadInput(f"{path.name}, line {line}: JSON nested too deeply, or with numbers too long") from None
             listed, more = bool(listed), _CHUNK
             yield line, entry
             line, at = line + buffer.count("\n", at, end), end
@@ -265,10 +265,11 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
         decimal = "," if separator == ";" else "."
         reader = csv.reader(text, delimiter=separator)
         begin = header + 1
+        least = max(i for i, name in enumerate(names, 1) if name)
         try:
             for row in reader:
                 if any(cell.strip() for cell in row):
-                    if any(cell.strip() for cell in row[len(names) :]):
+                    if len(row) < least or any(cell.strip() for cell in row[len(names) :]):
                         raise BadInput(f"{path.name}, line {begin}: {len(row)} values for {len(names)} columns")
                     yield (
                         begin,
@@ -355,7 +356,7 @@ def _checked(path: Path, kind: Format, timed: bool, prompt, output, seconds, ski
         seconds = seconds - seconds[0]
         if seconds[-1] > _MAX_SPAN_S:
             raise BadInput(
-                f"{path.name}: from the first to the last {kind.time!r} are {seconds[-1] / 86400:,.0f} days, expected at most "
+                f"{path.name}: from the first to the last {kind.time!r} are {seconds[-1] / 86400:,.6g} days, expected at most "
                 f"{_MAX_SPAN_S / 86400:.0f}; is one of them in another unit, or its date wrong?"
             )
     return Lengths(kind, timed, prompt, output, seconds, tuple(notes))
