@@ -188,7 +188,7 @@ class Reader:
         elif b"\n" in data:  # not one event of several lines, as it should be, but one a line
             for line in data.split(b"\n"):
                 self._event(line, malformed)
-        elif self._kind in (b"", b"message"):
+        elif data and self._kind in (b"", b"message"):
             outcome.error = outcome.error or f"{malformed}: {_excerpt(data)}"
         return None
 
