@@ -2,7 +2,7 @@
 
     python tests/sse_server.py --ttft-ms 20 --itl-ms 10 [--truth FILE]
 
-It prints its port. The model's name chooses what happens: "ok", or one of the faults below. With --truth it
+It prints its port. The model's name chooses what happens: "ok", a shape of `stream_shapes`, or one of the faults below. With --truth it
 writes, for every request, when its headers and body were complete and when its first chunk was written
 (CLOCK_MONOTONIC), as JSON lines, when it ends.
 """
@@ -17,6 +17,8 @@ from time import monotonic
 import httptools
 import uvloop
 
+from stream_shapes import SHAPES
+
 FAULTS = (
     "http-500",
     "refused-auth",
@@ -25,7 +27,7 @@ FAULTS = (
     "silent",
     "malformed",
     "wrong-count",
-    "no-done",
+    "unended",
     "huge",
     "die",
     "nan",
@@ -93,7 +95,28 @@ class Session(asyncio.Protocol):
         self.fault = body["model"]
         self.streaming = body.get("stream", False)
         self.due = self.received + self.options.ttft_ms / 1e3
+        if self.fault in SHAPES:
+            self.shape, self.steps = SHAPES[self.fault], list(reversed(SHAPES[self.fault].steps(self.tokens)))
+            length = b"transfer-encoding: chunked\r\n" if self.shape.chunked else b""
+            self.transport.write(self.shape.head + length + b"\r\n")
+            self.play()
+            return
         asyncio.get_running_loop().call_at(self.due, self.step)
+
+    def play(self):
+        """Sends what is due of a shape's steps, and ends the body with the last."""
+        while self.steps and not self.transport.is_closing():
+            when, what = self.steps[-1]
+            at = self.due + when * self.options.itl_ms / 1e3
+            if when >= 0 and at > monotonic():
+                asyncio.get_running_loop().call_at(at, self.play)
+                return
+            self.steps.pop()
+            self.transport.write(http_chunk(what) if self.shape.chunked else what)
+        if not self.shape.chunked:
+            self.transport.close()
+        elif self.shape.ends:
+            self.transport.write(END)
 
     def step(self):
         if self.transport.is_closing():
@@ -110,9 +133,9 @@ class Session(asyncio.Protocol):
             asyncio.get_running_loop().call_at(self.due, self.step)
             return
         count = self.tokens + COUNTS.get(self.fault, 0)
-        done = b"" if self.fault == "no-done" else DONE_CHUNK
         ending = ODD_CHUNK if self.fault == "odd-finish" else LAST_CHUNK
-        self.transport.write(ending + http_chunk(usage(10, count)) + done + END)
+        ends = b"" if self.fault == "unended" else ending + http_chunk(usage(10, count)) + DONE_CHUNK
+        self.transport.write(ends + END)
 
     def begin(self) -> bool:
         if self.fault in ("http-500", "refused-auth"):

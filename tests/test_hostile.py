@@ -45,9 +45,7 @@ def test_a_table_shows_text_as_text():
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("nan", "malformed chunk (JSONDecodeError)"),
-        ("huge-count", "malformed chunk (ValueError)"),
-        ("html", "the stream ended inside an event: b'<html>"),
+        ("html", "the server answered with a web page: '<html>"),
         ("endless", "more than 10020 chunks; the stream does not end"),
         ("huge", "an event of more than 1 MiB"),
         ("escapes", "error in the stream: <b>\x1b[31mred"),
@@ -60,6 +58,13 @@ def test_a_hostile_reply_is_a_failed_record_that_can_be_stored_and_shown(sse_url
     assert not result.summary.valid and "\x1b" not in capsys.readouterr().err
     write_tables(tmp_path, records=result.records, tokens=result.tokens)
     write_json(tmp_path / "summary.json", result.summary)
+
+
+@pytest.mark.parametrize("fault", ["nan", "huge-count"])
+def test_a_count_that_is_none_is_told_and_costs_nothing(sse_url, fault):
+    trace = lab.fixed_length(4, input_tokens=5, output_tokens=10)
+    summary = measure_level(Endpoint(sse_url, fault), trace, [0.0] * 4, name=fault).summary
+    assert (summary.completed, summary.output_tokens) == (4, 40) and "no count of tokens" in summary.notes[0]
 
 
 def test_an_odd_finish_reason_is_kept_as_text(sse_url, tmp_path):

@@ -171,9 +171,9 @@ def test_chat_streams_are_read_too(sse_url):
         ("error-event", "error in the stream: engine died", 1),
         ("cut", "connection closed by the server after 1 chunks", 1),
         ("silent", "no bytes for 1 s", 1),
-        ("malformed", "malformed chunk (JSONDecodeError)", 1),
+        ("malformed", 'malformed chunk: \'{"choices":[{"text":\'', 1),
         ("wrong-count", "9 output tokens instead of the 10 asked for", 10),
-        ("no-done", "the stream ended without [DONE] after 10 chunks", 10),
+        ("unended", "the stream ended without a finish reason or [DONE] after 9 chunks", 9),
         ("huge", "an event of more than 1 MiB", 1),
     ],
 )

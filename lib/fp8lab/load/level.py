@@ -18,6 +18,7 @@ from .endpoint import Endpoint
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
 from .refusal import remedy
+from .stream import Outcome
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _FAILED_SHARE = 0.01
 # A warm-up must not be the load that an endpoint refuses.
 _WARM_UP_IN_FLIGHT = 4
+# A short answer may come in one piece where the server is faster than it is read; that many do not.
+_ONE_PIECE_SHARE = 0.1
 PERIOD_S = 1.0  # between two looks at a server
 # NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
 _SLEW = 1e-3
@@ -87,7 +90,7 @@ def measure_level(
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
     problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, endpoint)
-    problems += clock_problems(clocks, Clocks.now())
+    problems += _in_one_piece(sent) + clock_problems(clocks, Clocks.now())
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
     fields = summarize(records, tokens) | _client(sent, len(tokens))
     if slo:
@@ -107,6 +110,7 @@ def measure_level(
         problems += telemetry.problems(sampled, () if problems else (whole, steady))
     summary = Summary(
         **fields, failures=dict(failures.most_common(10)), valid=not problems, invalid_reason="; ".join(problems) or None,
+        notes=_notes(sent),
         time_dilation=time_dilation,
     )  # fmt: skip
     status.done(one_line(name, summary), chart.picture())
@@ -134,9 +138,11 @@ def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = N
 def one_line(name: str, summary: "Summary") -> str:
     """A level in one line."""
     verdict = " - VALID" if summary.valid else f" - INVALID: {summary.invalid_reason}"
+    verdict += "".join(f"; {note}" for note in summary.notes)
     if not summary.completed:
         return f"{name}: no request completed{verdict}"
     failed = f", {summary.failed} FAILED" if summary.failed else ""
+    answer = f", first answer token {summary.mean_ttfo_ms:.0f} ms" if summary.mean_ttfo_ms is not None else ""
     tpot = f", TPOT {summary.mean_tpot_ms:.1f} ms" if summary.mean_tpot_ms is not None else ""
     goodput = ""
     if summary.slo:
@@ -144,7 +150,7 @@ def one_line(name: str, summary: "Summary") -> str:
     return (
         f"{name}: {summary.request_throughput:.1f} req/s completed{failed}, "
         f"{summary.output_token_throughput:,.0f} tok/s, peak {_peak(summary)} in flight, "
-        f"TTFT {summary.mean_ttft_ms:.0f} ms{tpot}{goodput}{verdict}"
+        f"TTFT {summary.mean_ttft_ms:.0f} ms{answer}{tpot}{goodput}{verdict}"
     )
 
 
@@ -166,6 +172,38 @@ def _too_many(failures: Counter, sent: Sent, endpoint: Endpoint) -> list[str]:
     return []
 
 
+def _in_one_piece(sent: Sent) -> list[str]:
+    """Streams of several tokens all of which came at one instant: the instants are not the server's then."""
+    several = [
+        o for o in sent.outcomes if not o.error and (o.output_tokens if o.output_tokens > 0 else o.asked_tokens) > 1
+    ]
+    pieces = sum(o.chunks[0] == o.chunks[-1] for o in several)
+    if pieces <= _ONE_PIECE_SHARE * len(several):
+        return []
+    return [
+        f"{pieces} of {len(several)} answers of several tokens came in one piece: they are collected on the way, and TTFT and "
+        "TPOT are not the server's; switch response buffering off in the proxy (nginx: proxy_buffering off, or the header "
+        "X-Accel-Buffering: no), or ask the server itself"
+    ]
+
+
+def _notes(sent: Sent) -> list[str]:
+    """What is to be known of streams that completed, beside what was measured of them."""
+    done = [outcome for outcome in sent.outcomes if not outcome.error]
+
+    def told(holds: Callable[[Outcome], bool], what: str) -> list[str]:
+        count = sum(map(holds, done))
+        return [f"{'all' if count == len(done) else f'{count} of {len(done)}'} streams {what}"] if count else []
+
+    return [
+        *told(lambda o: o.output_tokens < 0, "gave no count of tokens (usage): chunks were counted as tokens"),
+        *told(lambda o: not o.done_seen, "ended without [DONE]"),
+        *told(lambda o: not o.first_answer, "held reasoning alone, no answer"),
+        *told(lambda o: o.finish_reason == "content_filter", "were cut by a content filter"),
+        *told(lambda o: o.choices > 1, "held several choices: TPOT and ITL are those of all together"),
+    ]
+
+
 def _client(sent: Sent, chunks: int) -> dict:
     client = sent.client
     return {
@@ -184,7 +222,8 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked,
     output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
     last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
-    the slot that it took had become free (nan: it always was).
+    the slot that it took had become free (nan: it always was); where some output was reasoning also first_answer_s, when
+    the first came that was not (nan: never).
     tokens: request, at_s.
     """
     import pandas as pd
@@ -192,6 +231,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     def model_time(moment: float) -> float:
         return (moment - sent.start) / time_dilation if moment else np.nan
 
+    reasoned = any(o.chunks and o.first_answer != o.chunks[0] for o in sent.outcomes if not o.error)
     rows = [
         {
             "request": o.index,
@@ -207,6 +247,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
             "error": o.error,
         }
         | ({"slot_s": model_time(o.slot)} if sent.client.closed_loop else {})
+        | ({"first_answer_s": model_time(o.first_answer)} if reasoned else {})
         for o in sent.outcomes
     ]
     records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})

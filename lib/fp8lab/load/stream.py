@@ -1,79 +1,63 @@
 """One streamed completion over one kept-alive HTTP connection, timestamped as its bytes arrive.
 
-The hot path is a chunk that carries nothing but tokens: it is recognised by two byte searches and costs
-one timestamp, no JSON. Everything else (finish, usage, errors, oddities) is decoded.
+What a stream says, event by event (`data:` lines up to a blank line, of any line ending; comments and other fields are
+skipped). `load.events` reads it so, and `tests/slow_stream.py` once more, slowly, for the tests.
 
-Definitions follow vllm/benchmarks/lib/endpoint_request_func.py: the first token is the first chunk with
-`choices`, the last token the last such chunk, the request starts just before it is written.
+| what arrives | what it is |
+|---|---|
+| a choice with a non-empty text, content, refusal, tool call, function call or audio | output, and an answer |
+| a choice with non-empty reasoning (`reasoning_content`, `reasoning`, `reasoning_details`, `thinking`) | output |
+| a choice whose text or content is "", without a role; a closing one without output | a token without text where the \
+server's count says that each chunk was one token, or where no chunk had text; else nothing |
+| a choice with a role alone, or with a `delta` that is null or empty; no `choices`, or none in them | no output |
+| `usage` | the server's count, each number by itself, the last one given; what is no number ≥ 0 counts as not given; \
+a missing `completion_tokens` is `total_tokens` - `prompt_tokens`; 0 beside output counts as not given |
+| `[DONE]` | the end: what comes after it is not read |
+| a `finish_reason` | the end of a choice; one that speaks of abort, cancelling, an error or a time-out: failed |
+| the end of the body, also where the connection's end ends it | the end; an event needs no blank line then |
+| the end of the connection before that of the body | failed, but after `[DONE]` |
+| an end with neither `[DONE]` nor a finish reason nor a count of the length asked for | failed |
+| `error`, `"object": "error"`, `event: error`; no `choices` and no `usage` but a `message`, `detail` or the like | failed, \
+in the server's words |
+| an event that is no JSON object (of another type than `message`: skipped) | failed |
+| a body without a single event: JSON, a page; a compressed one | failed, with what it is |
+
+A chunk is an event's choice with output. Its time is that at which the last byte of its event's blank line was read;
+chunks read at once have one time. TTFT is the time of the first chunk, whatever its kind, as in
+vllm/benchmarks/lib/endpoint_request_func.py; there chat's opening role counts too, and a chunk without text always.
 """
 
 import asyncio
 import ssl
-from array import array
-from dataclasses import dataclass, field
 from time import monotonic
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import httptools
-import orjson
 
 from .endpoint import Endpoint
+from .events import Outcome, Reader
 from .refusal import words
 
-_ORDINARY = b'"finish_reason":null'
-_MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 2000
+_MAX_NAME = 80
 # A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
 _MAX_REFUSAL_BYTES = 1 << 18
-_MAX_COUNT = 1 << 31
 # uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again.
 _MAX_IDLE_S = 4.0
 
 
-@dataclass(slots=True)
-class Outcome:
-    """One request as the client saw it. Times are CLOCK_MONOTONIC seconds; 0.0 is "never".
-
-    `slot` is when the slot that it took in a closed loop had become free (0.0: it always was). `chunks` holds the
-    arrival time of every chunk with tokens; `output_tokens` and `prompt_tokens` are the server's own count (-1 if it
-    gave none); `error` is None or one sentence.
-    """
-
-    index: int
-    asked_tokens: int
-    sent: float = 0.0
-    slot: float = 0.0
-    chunks: array = field(default_factory=lambda: array("d"))
-    prompt_tokens: int = -1
-    output_tokens: int = -1
-    finish_reason: str | None = None
-    error: str | None = None
-    done_seen: bool = False
-
-    def verdict(self, exact_tokens: bool) -> str | None:
-        """The reason why this stream does not count as completed, or None."""
-        if self.error:
-            return self.error
-        if not self.chunks:
-            return "the response ended without a token"
-        if not self.done_seen:
-            return f"the stream ended without [DONE] after {len(self.chunks)} chunks"
-        if self.finish_reason is None:
-            return "the stream ended without a finish reason"
-        if exact_tokens and self.output_tokens not in (-1, self.asked_tokens):
-            return f"{self.output_tokens} output tokens instead of the {self.asked_tokens} asked for"
-        return None
-
-
 class Connection(asyncio.Protocol):
-    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`."""
+    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`. `url` is what is asked for,
+    `clock` gives the time in s."""
 
-    def __init__(self, on_end):
-        self._on_end = on_end
+    def __init__(self, on_end, url: str, clock=monotonic):
+        self._on_end, self._url, self._clock = on_end, url, clock
         self._transport = None
         self._parser = None
         self._request = b""
         self._tail = b""
+        self._reader: Reader | None = None
+        self._framed, self._location, self._encoding = False, "", ""
         self._status = 0
         self._now = 0.0
         self._fresh = True
@@ -83,14 +67,14 @@ class Connection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether another request may go out on this connection now."""
-        idle = 0.0 if self._fresh else monotonic() - self.last_bytes
+        idle = 0.0 if self._fresh else self._clock() - self.last_bytes
         return self._transport is not None and not self._transport.is_closing() and idle < _MAX_IDLE_S
 
     def send(self, request: bytes, outcome: Outcome) -> None:
         """Writes `request`; `outcome` takes what comes back."""
         self.outcome, self._request = outcome, request
-        self._tail, self._status = b"", 0
-        self.last_bytes = outcome.sent = outcome.sent or monotonic()
+        self._tail, self._status, self._reader = b"", 0, None
+        self.last_bytes = outcome.sent = outcome.sent or self._clock()
         self._transport.write(request)
 
     def close(self) -> None:
@@ -102,8 +86,13 @@ class Connection(asyncio.Protocol):
         outcome, self.outcome = self.outcome, None
         self.close()
         if outcome:
-            outcome.error = outcome.error or reason
+            self._break_off(outcome, reason)
             self._on_end(self, outcome, None)
+
+    def _break_off(self, outcome: Outcome, reason: str) -> None:
+        """The body does not end; that is no failure where the stream in it has."""
+        ended = self._reader.end() if self._reader and outcome.done_seen else reason
+        outcome.error, self._reader = outcome.error or ended, None
 
     # asyncio.Protocol
 
@@ -112,7 +101,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
-        self._now = self.last_bytes = monotonic()
+        self._now = self.last_bytes = self._clock()
         if self.outcome is None:
             return self.close()  # bytes that nobody asked for
         try:
@@ -121,103 +110,76 @@ class Connection(asyncio.Protocol):
             self.fail(f"not HTTP: {error}")
 
     def connection_lost(self, error) -> None:
+        self._transport = None
+        if error is None and self._status and not self._framed:
+            self.on_message_complete()  # a body without a length ends where its connection does
         outcome, self.outcome = self.outcome, None
-        self._transport = self._parser = None
+        self._parser = None
         if outcome is None:
             return
         # A kept-alive connection may be closed by the server just as it is used again; that is no failure.
         unused = not self._fresh and self._status == 0 and not outcome.chunks
         if not unused:
             got = f"{len(outcome.chunks)} chunks" if outcome.chunks else "no token"
-            outcome.error = (
-                outcome.error or f"connection closed by the server after {got}{f' ({error})' if error else ''}"
-            )
+            self._break_off(outcome, f"connection closed by the server after {got}{f' ({error})' if error else ''}")
         self._on_end(self, outcome, self._request if unused else None)
 
     # httptools callbacks
 
+    def on_message_begin(self) -> None:
+        self._framed, self._location, self._encoding = False, "", ""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
+            self._framed = True
+        elif name == b"location":
+            self._location = value.decode(errors="replace")
+        elif name == b"content-encoding":
+            self._encoding = value.decode(errors="replace")[:_MAX_NAME]
+
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
+        compressed = self._encoding.lower() not in ("", "identity")
+        if self.outcome and self._status == 200 and not compressed:
+            self._reader = Reader(self.outcome)
 
     def on_body(self, body: bytes) -> None:
-        if (
-            _ORDINARY in body
-            and not self._tail
-            and body.startswith(b"data: {")
-            and body.find(b"}\n\n") == len(body) - 3
-            and (self.outcome.chunks or not self._first_needs_decoding)
-        ):
-            self.outcome.chunks.append(self._now)
-            return
-        self._slow_body(body)
+        if self._reader:
+            if problem := self._reader.feed(body, self._now):
+                self.fail(problem)
+        elif len(self._tail) < _MAX_REFUSAL_BYTES:
+            self._tail += body[:_MAX_REFUSAL_BYTES]
 
     def on_message_complete(self) -> None:
         outcome, self.outcome = self.outcome, None
         if outcome is None:
             return
-        if self._status != 200:
+        if self._reader:
+            outcome.error = self._reader.end()
+        elif self._status == 200:
+            outcome.error = (
+                f"the answer is compressed ({self._encoding}), though that was not asked for, and compressed streams are "
+                "not timed; switch compression off in the server or the proxy before it (nginx: gzip off)"
+            )
+        elif self._location and 300 <= self._status < 400:
+            where = target(self._url, self._location)
+            outcome.error = f"HTTP {self._status}: the server redirects to {where}; give that as --base-url"
+        else:
             outcome.error = f"HTTP {self._status}: {words(self._tail)[:_MAX_ERROR_BYTES]}"
-        elif self._tail.strip():
-            outcome.error = outcome.error or f"the stream ended inside an event: {self._tail[:80]!r}"
         self._fresh = False
-        if not self._parser.should_keep_alive():
+        if self._parser is None or not self._parser.should_keep_alive():
             self.close()
         self._on_end(self, outcome, None)
 
-    _first_needs_decoding = False
 
-    def _slow_body(self, body: bytes) -> None:
-        self._tail += body
-        if self._status != 200:
-            self._tail = self._tail[:_MAX_REFUSAL_BYTES]
-            return
-        if b"\r" in self._tail:
-            self._tail = self._tail.replace(b"\r\n", b"\n")
-        *events, self._tail = self._tail.split(b"\n\n")
-        for event in events:
-            for line in event.split(b"\n"):
-                if line.startswith(b"data:"):
-                    self._event(line[5:].strip())
-        if len(self._tail) > _MAX_EVENT_BYTES:
-            self.fail(f"an event of more than {_MAX_EVENT_BYTES >> 20} MiB")
-
-    def _event(self, data: bytes) -> None:
-        outcome = self.outcome
-        if outcome is None:
-            return
-        if data == b"[DONE]":
-            outcome.done_seen = True
-            return
-        try:
-            event = orjson.loads(data)
-            if error := event.get("error"):
-                message = error.get("message", error) if isinstance(error, dict) else error
-                outcome.error = outcome.error or f"error in the stream: {str(message)[:_MAX_ERROR_BYTES]}"
-                return
-            for choice in event.get("choices") or ():
-                if reason := choice.get("finish_reason"):
-                    outcome.finish_reason = str(reason)[:80]
-                if "delta" in choice and not (choice["delta"].get("content") or choice.get("finish_reason")):
-                    continue  # chat's opening chunk names a role and carries no token
-                outcome.chunks.append(self._now)
-            if usage := event.get("usage"):
-                outcome.output_tokens = _count(usage["completion_tokens"])
-                outcome.prompt_tokens = _count(usage["prompt_tokens"])
-        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as problem:
-            outcome.error = outcome.error or f"malformed chunk ({type(problem).__name__}): {data[:80]!r}"
-
-
-def _count(value) -> int:
-    """A count of tokens as a server gives it. Raises ValueError for what cannot be one."""
-    if type(value) is not int or not 0 <= value < _MAX_COUNT:
-        raise ValueError(value)
-    return value
-
-
-class ChatConnection(Connection):
-    """Chat streams open with a chunk that carries a role and no token: the first is looked into."""
-
-    _first_needs_decoding = True
+def target(url: str, location: str) -> str:
+    """Where `url` redirects to, without what may hold a secret: user, password, query and fragment."""
+    try:
+        parts = urlsplit(urljoin(url, location))
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))[:_MAX_ERROR_BYTES]
+    except ValueError:
+        return "what is no URL"
 
 
 def tls_context(insecure: bool) -> ssl.SSLContext:
@@ -232,7 +194,6 @@ async def connect(endpoint: Endpoint, address: tuple[str, int], on_end) -> Conne
     """A new connection to the endpoint at `address`. Raises OSError when it is refused."""
     url = urlsplit(endpoint.base_url)
     tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": url.hostname} if url.scheme == "https" else {}
-    kind = ChatConnection if endpoint.chat else Connection
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: kind(on_end), *address, **tls)
+    _, connection = await loop.create_connection(lambda: Connection(on_end, endpoint.base_url), *address, **tls)
     return connection

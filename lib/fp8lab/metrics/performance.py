@@ -3,6 +3,10 @@
 TTFT, TPOT, ITL, E2EL, throughput and the per-second peak concurrency are those of `vllm bench serve`
 (vllm/benchmarks/serve.py, calculate_metrics), so that numbers can be set beside the published ones.
 Failed requests are counted and add nothing to a numerator; they stay in every denominator.
+
+A chunk may hold several tokens. The server counts those of a request; each of its chunks is taken to hold the same share,
+output tokens / chunks, which is one where every chunk is a token. Throughputs, the peak by second, the steady window and
+TPOT go by tokens so spread; ITL is the gap between chunks, as vLLM's is.
 """
 
 import numpy as np
@@ -15,18 +19,19 @@ _STEADY = (0.2, 0.8)
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
     """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms.
 
-    TPOT = (E2EL - TTFT) / (output tokens - 1). The lag is how long after its scheduled instant the request was sent.
+    TPOT = (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has
+    it; nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent.
     """
     done = completed(records)
     ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
     e2el = (done["last_token_s"] - done["sent_s"]) * 1e3
     lag = (done["sent_s"] - done["scheduled_s"]) * 1e3
-    gaps = (done["output_tokens"] - 1).where(done["output_tokens"] > 1)
+    later = done["output_tokens"] - tokens_a_chunk(done).clip(lower=1)
     return pd.DataFrame(
         {
             "ttft_ms": ttft,
             "e2el_ms": e2el,
-            "tpot_ms": (e2el - ttft) / gaps,
+            "tpot_ms": (e2el - ttft) / later.where(later > 0),
             "ttft_from_schedule_ms": ttft + lag,
             "lag_ms": lag,
         }
@@ -39,6 +44,20 @@ def send_lag_ms(records: pd.DataFrame) -> pd.Series:
     done = completed(records)
     could = done.reindex(columns=["scheduled_s", "slot_s"]).max(axis=1)
     return (done["sent_s"] - could) * 1e3
+
+
+def first_answer_ms(records: pd.DataFrame) -> pd.Series:
+    """From sending to the first output that is not reasoning, of each completed request, in ms; nan where there was none.
+    Empty for a level none of whose output was reasoning: it is the TTFT then."""
+    done = completed(records)
+    if "first_answer_s" not in done:
+        return pd.Series(dtype=float)
+    return (done["first_answer_s"] - done["sent_s"]) * 1e3
+
+
+def tokens_a_chunk(records: pd.DataFrame) -> pd.Series:
+    """Each request's output tokens / chunks; nan for none."""
+    return records["output_tokens"] / records["chunks"].where(records["chunks"] > 0)
 
 
 def completed(records: pd.DataFrame) -> pd.DataFrame:
@@ -101,9 +120,13 @@ def steady_window(
     if done.empty or not done["output_tokens"].sum():
         return np.nan, np.nan
     if tokens is not None and len(tokens):
-        at = tokens["at_s"][tokens["request"].isin(done["request"])].to_numpy()
+        at, held = _arrivals(tokens, done)
         if at.size:
-            return tuple(float(np.quantile(at, share)) for share in _STEADY)
+            order = np.argsort(at, kind="stable")
+            at, held = at[order], held[order]
+            # As numpy's quantile, which this is where every chunk holds as much.
+            share = (np.cumsum(held) - held) / (held.sum() - held[-1]) if at.size > 1 else np.zeros(1)
+            return tuple(float(np.interp(part, share, at)) for part in _STEADY)
     if telemetry is not None and (counted := telemetry[["at_s", "generation_tokens"]].dropna()).shape[0] > 2:
         # Sampling may end before the last tokens are counted, so shares are of what the records hold.
         share = (counted["generation_tokens"] - counted["generation_tokens"].iloc[0]) / done["output_tokens"].sum()
@@ -157,6 +180,8 @@ def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | 
     }
     pooled = {name: each[f"{name}_ms"] for name in ("ttft", "tpot", "e2el", "ttft_from_schedule")}
     pooled["itl"] = inter_token_ms(tokens, records)
+    pooled["ttfo"] = first_answer = first_answer_ms(records)
+    summary["reasoning_only"] = int(first_answer.isna().sum())
     for name, values in pooled.items():
         summary |= _spread(name, np.asarray(values, dtype=float))
     lag = send_lag_ms(records).to_numpy()
@@ -181,11 +206,18 @@ def _duration(records: pd.DataFrame) -> float | None:
     return float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
 
 
+def _arrivals(tokens: pd.DataFrame, done: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """(when each chunk of the completed requests arrived, in s; how many tokens it is taken to hold)."""
+    kept = tokens[tokens["request"].isin(done["request"])]
+    held = kept["request"].map(tokens_a_chunk(done).set_axis(done["request"]))
+    return kept["at_s"].to_numpy(), held.to_numpy(float)
+
+
 def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
-    kept = tokens[tokens["request"].isin(completed(records)["request"])]["at_s"].to_numpy()
-    if not kept.size:
+    at, held = _arrivals(tokens, completed(records))
+    if not at.size:
         return None
-    return int(np.bincount(np.floor(kept - records["sent_s"].min()).astype(int)).max())
+    return round(np.bincount(np.floor(at - records["sent_s"].min()).astype(int), weights=held).max())
 
 
 def held_tokens(records: pd.DataFrame) -> float:

@@ -7,7 +7,7 @@ completed ones count. Sampled values come from telemetry (`load.telemetry`) and 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class Summary:
     completed: int
     failed: int
     failures: Mapping[str, int] = field(default_factory=dict)  # the ten commonest reasons, and how often each
+    notes: Sequence[str] = ()  # what else is to be known of its streams, a sentence each
 
     # Throughput and concurrency.
     duration_s: float | None = None  # s; whole run
@@ -82,19 +83,26 @@ class Summary:
     steady_output_token_throughput: float | None = None  # tokens/s in the steady window
     steady_begin_s: float | None = None  # s from the first request
     steady_end_s: float | None = None
-    peak_output_tokens_per_s: int | None = None  # chunks in the fullest whole second
+    peak_output_tokens_per_s: int | None = None  # tokens in the fullest whole second; a chunk holds its request's share
     peak_concurrent_requests: int = 0  # in flight at one instant: an exact sweep
     peak_concurrent_requests_vllm: int = 0  # vLLM's: each request counts in every whole second that it touches
     mean_concurrent_requests: float | None = None  # sum of all E2EL / duration_s (Little's law)
     tokens_per_chunk: float | None = None  # output_tokens / chunks
 
-    # Latency in ms over completed requests, as `vllm bench serve` defines it. TTFT: first token - sent. TPOT: (E2EL - TTFT) /
-    # (output tokens - 1). ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule: from the instant when
-    # the request was due.
+    # Latency in ms over completed requests, as `vllm bench serve` defines it. TTFT: first token of
+    # any kind - sent. TTFO: first answer token - sent (time to first output token, as AIPerf has it), over the requests that
+    # came to one; None where no output was reasoning: it is the TTFT. TPOT: (E2EL - TTFT) / (output tokens after the first
+    # chunk); None where each answer was one chunk. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule:
+    # from the instant when the request was due.
     mean_ttft_ms: float | None = None
     p50_ttft_ms: float | None = None
     p90_ttft_ms: float | None = None
     p99_ttft_ms: float | None = None
+    mean_ttfo_ms: float | None = None
+    p50_ttfo_ms: float | None = None
+    p90_ttfo_ms: float | None = None
+    p99_ttfo_ms: float | None = None
+    reasoning_only: int = 0  # completed requests all of whose output was reasoning
     mean_tpot_ms: float | None = None
     p50_tpot_ms: float | None = None
     p90_tpot_ms: float | None = None
@@ -164,7 +172,9 @@ class Summary:
             server = _fields(ServerInfo, kept["server"])
             kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
         for name, value in kept.items():
-            numeric = name not in ("level", "server", "started", "invalid_reason", "failures", "slo")
+            numeric = name not in ("level", "server", "started", "invalid_reason", "failures", "notes", "slo")
+            if name == "notes" and not (isinstance(value, Sequence) and all(isinstance(note, str) for note in value)):
+                raise ValueError(f"notes is {value!r}, no list of sentences")
             if value is not None and numeric and not isinstance(value, (int, float)):
                 raise ValueError(f"{name} is {value!r}, no number")
         return cls(**kept)

@@ -37,8 +37,14 @@ class LevelResult:
             ("output throughput, steady state", show("steady_output_token_throughput", unit=" tok/s")),
             ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
             ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', unit=' ms')}"),
+            *(
+                [("first answer token mean / p99", f"{show('mean_ttfo_ms')} / {show('p99_ttfo_ms', unit=' ms')}")]
+                if s.mean_ttfo_ms
+                else []
+            ),
             ("TPOT mean / p99", f"{show('mean_tpot_ms', ',.1f')} / {show('p99_tpot_ms', ',.1f', ' ms')}"),
             ("the measurement is", "VALID" if self.valid else f"INVALID: {s.invalid_reason}"),
+            *(("note", note) for note in s.notes),
         ]
         emulated = " (EMULATED GPU)" if s.emulated else ""
         return Table(f"{self.level.variant} at {rate_name(self.level.rate)}{emulated}", ("", "value"), rows)

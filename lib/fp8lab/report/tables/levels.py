@@ -30,7 +30,7 @@ def latency_table(run: Run) -> Table:
 
     columns = (
         LEVEL, Column("TTFT", four("ttft", ",.0f")), Column("TTFT from schedule", four("ttft_from_schedule", ",.0f")),
-        Column("TPOT", four("tpot", ",.1f")), Column("ITL", four("itl", ",.1f")), Column("E2EL", four("e2el", ",.0f")), COUNTS,
+        Column("TPOT", four("tpot", ",.1f")), Column("ITL between chunks", four("itl", ",.1f")), Column("E2EL", four("e2el", ",.0f")), COUNTS,
     )  # fmt: skip
     caption = f"{card_note(run)}Latencies of run {run.path.name} in ms: mean / P50 / P90 / P99 of completed requests"
     return view(caption, evidence(run).frame, columns)

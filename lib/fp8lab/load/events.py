@@ -1,0 +1,320 @@
+"""What the body of a stream says, read as it arrives: its events, their chunks, its usage, its errors.
+
+What counts as output, as an end and as an error is the table of `load.stream`. The hot path is a chunk that differs from
+one already decoded in its text alone: comparing what stands before and after the text tells so, without decoding, and
+proves that it means the same. Everything else is decoded.
+"""
+
+import json
+import re
+from array import array
+from dataclasses import dataclass, field
+
+import orjson
+
+ANSWER = ("text", "content", "refusal", "tool_calls", "function_call", "audio")
+REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+# Where servers put their words; OpenAI's and vLLM's `error.message`, FastAPI's `detail`, and others'.
+_WORDS = ("message", "msg", "detail", "error", "errors", "error_msg", "error_description")
+_BROKEN = re.compile("abort|cancel|error|fail|insufficient|interrupt|time.?out", re.IGNORECASE)
+_USUAL = (None, "stop", "length")
+_MAX_EVENT_BYTES = 1 << 20
+_MAX_WORDS = 2000
+_MAX_COUNT = 1 << 31
+_MAX_CHOICES = 1 << 10
+_EXCERPT = 80
+_BOM = b"\xef\xbb\xbf"
+_FIELDS = (b"data", b"event", b"id", b"retry")
+_BLANK_LINES = (b"\n\n", b"\r\n\r\n")
+_MATCHES_NOTHING = b"\x00"
+# How often in a row a chunk is taken for the pattern of those that follow, without any that fits.
+_PATTERNS = 4
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One request as the client saw it. Times are CLOCK_MONOTONIC seconds; 0.0 is "never".
+
+    `slot` is when the slot that it took in a closed loop had become free (0.0: it always was). `chunks` holds the
+    arrival time of every chunk with output, `first_answer` that of the first with more than reasoning; `output_tokens`
+    and `prompt_tokens` are the server's own count (-1 if it gave none), over all `choices`; `error` is None or one
+    sentence.
+    """
+
+    index: int
+    asked_tokens: int
+    sent: float = 0.0
+    slot: float = 0.0
+    chunks: array = field(default_factory=lambda: array("d"))
+    first_answer: float = 0.0
+    prompt_tokens: int = -1
+    output_tokens: int = -1
+    choices: int = 1
+    finish_reason: str | None = None
+    error: str | None = None
+    done_seen: bool = False
+
+    def verdict(self, exact_tokens: bool) -> str | None:
+        """The reason why this stream does not count as completed, or None."""
+        if self.error:
+            return self.error
+        if broken(self.finish_reason):
+            return f'the server gave up with finish reason "{self.finish_reason}" after {len(self.chunks)} chunks'
+        if not self.chunks:
+            return "the response ended without a token"
+        asked = self.asked_tokens * self.choices
+        if not (self.done_seen or self.finish_reason or self.output_tokens == asked):
+            return f"the stream ended without a finish reason or [DONE] after {len(self.chunks)} chunks"
+        if exact_tokens and self.output_tokens not in (-1, asked):
+            return f"{self.output_tokens} output tokens instead of the {asked} asked for"
+        return None
+
+
+def broken(finish_reason: str | None) -> bool:
+    """Whether a finish reason says that the server did not finish (abort, error, cancelled and the like)."""
+    return finish_reason not in _USUAL and bool(_BROKEN.search(finish_reason))
+
+
+class Reader:
+    """Reads the body of one stream into `outcome`."""
+
+    _reasoned = False
+    # What is not complete yet: a line, the kind of an event; and how much is held.
+    _tail, _kind, _held = b"", b"", 0
+    _first_line, _after_cr, _clean, _no_event = True, False, True, True
+    _now = 0.0
+    _before, _after = _MATCHES_NOTHING, b""
+    _patterns, _pattern_at = _PATTERNS, 0
+
+    def __init__(self, outcome: Outcome):
+        self._outcome = outcome
+        self._append = outcome.chunks.append
+        self._blanks: list[float] = []  # times of chunks that may be a token without text
+        self._data: list[bytes] = []  # of an event that is not complete yet
+        self._stray: list[bytes] = []  # lines where events should stand
+
+    def feed(self, body: bytes, now: float) -> str | None:
+        """Takes bytes that arrived at `now`; the reason why nothing more of this stream can be read, or None."""
+        if self._clean and body.startswith(self._before) and body.endswith(self._after):
+            # Printable text without quotes and backslashes is the inside of a JSON string, whatever its words.
+            text = body[len(self._before) : -len(self._after)].decode("utf-8", "replace")
+            if text and text.isprintable() and '"' not in text and "\\" not in text:
+                self._append(now)
+                return None
+        return self._decode(body, now)
+
+    def end(self) -> str | None:
+        """The body ended as it should; the reason why it is no complete stream, or None. An event counts without the
+        blank line behind it."""
+        outcome = self._outcome
+        if not self._clean:
+            self._line(self._tail)
+            self._event(b"\n".join(self._data), "the stream ended inside an event")
+        if stray := b"\n".join(self._stray).strip():
+            return outcome.error or _no_stream(stray)
+        self._settle_blanks()
+        if outcome.chunks and not self._reasoned:
+            outcome.first_answer = outcome.chunks[0]
+        if not outcome.output_tokens and outcome.chunks:
+            outcome.output_tokens = -1  # a count of nothing beside output is none
+        return outcome.error
+
+    def _settle_blanks(self) -> None:
+        """Chunks without text are tokens where the server's count says so: that each chunk was one, or that all were such."""
+        outcome, blanks = self._outcome, self._blanks
+        full, count = len(outcome.chunks), outcome.output_tokens
+        if blanks and count > 0 and (not full or count == full + len(blanks)):
+            outcome.chunks = array("d", sorted([*outcome.chunks, *blanks[: count - full]]))
+
+    def _decode(self, body: bytes, now: float) -> str | None:
+        self._now = now
+        if self._clean and body.startswith(b"data: "):
+            for blank in _BLANK_LINES:  # one whole event of one line, as most servers send them
+                if body.endswith(blank) and body.find(blank[:1]) == len(body) - len(blank):
+                    self._first_line, chunks = False, len(self._outcome.chunks)
+                    data = body[6 : -len(blank)]
+                    event = self._event(data)
+                    if len(self._outcome.chunks) == chunks + 1:
+                        self._learn(event, data, blank)
+                    return None
+        if self._after_cr:
+            body = body.removeprefix(b"\n")
+            self._after_cr = False
+        if b"\r" in body:
+            self._after_cr = body.endswith(b"\r")
+            body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self._tail = (self._tail + body).split(b"\n")
+        for line in lines:
+            if line:
+                self._line(line)
+                continue
+            self._event(b"\n".join(self._data))
+            self._data, self._kind = [], b""
+            self._held = self._held if self._stray else 0
+        self._clean = not (self._tail or self._data or self._kind or self._after_cr)
+        if len(self._tail) + self._held > _MAX_EVENT_BYTES:
+            return f"an event of more than {_MAX_EVENT_BYTES >> 20} MiB"
+        return None
+
+    def _line(self, line: bytes) -> None:
+        if self._first_line:
+            line, self._first_line = line.removeprefix(_BOM), False
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+            self._held += len(line)
+        elif name == b"event":
+            self._kind = value.strip()
+        elif name and name not in _FIELDS and self._no_event:
+            self._stray.append(line)
+            self._held += len(line)
+
+    def _event(self, data: bytes, malformed: str = "malformed chunk") -> dict | None:
+        """Reads one event and returns its JSON object, if it is one."""
+        outcome, data = self._outcome, data.strip()
+        if outcome.done_seen or not (data or self._kind):
+            return None
+        self._no_event, self._stray = False, []
+        if data == b"[DONE]":
+            outcome.done_seen = True
+            self._before = _MATCHES_NOTHING
+            return None
+        event = _json(data)
+        if self._kind == b"error":
+            self._fail(_said(event) or data.decode(errors="replace") or "without a word")
+        elif type(event) is dict:
+            self._read(event)
+            return event
+        elif b"\n" in data:  # not one event of several lines, as it should be, but one a line
+            for line in data.split(b"\n"):
+                self._event(line, malformed)
+        elif data and self._kind in (b"", b"message"):
+            outcome.error = outcome.error or f"{malformed}: {_excerpt(data)}"
+        return None
+
+    def _read(self, event: dict) -> None:
+        choices, usage = event.get("choices"), event.get("usage")
+        if type(choices) is list:
+            for choice in choices:
+                if type(choice) is dict:
+                    self._choice(choice)
+        elif type(usage) is not dict and _complaint(event) is not None:
+            self._fail(_said(event))
+        if event.get("error") or event.get("object") == "error":
+            self._fail(_said(event))
+        if type(usage) is dict:
+            self._count(usage)
+
+    def _count(self, usage: dict) -> None:
+        prompt, output = _whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens"))
+        if output < 0 <= prompt <= (total := _whole(usage.get("total_tokens"))):
+            output = total - prompt
+        if prompt >= 0:
+            self._outcome.prompt_tokens = prompt
+        if output >= 0:
+            self._outcome.output_tokens = output
+
+    def _choice(self, choice: dict) -> None:
+        outcome, said, reason = self._outcome, _output(choice), choice.get("finish_reason")
+        answer, reasoning = _first(said, ANSWER), _first(said, REASONING)
+        if answer or reasoning:
+            self._append(self._now)
+        elif reason or (not said.get("role") and "" in (said.get("text"), said.get("content"))):
+            self._blanks.append(self._now)
+        if reasoning:
+            self._reasoned = True
+        if answer and not outcome.first_answer:
+            outcome.first_answer = self._now
+        if reason and not broken(outcome.finish_reason):
+            outcome.finish_reason = str(reason)[:_EXCERPT]
+        index = choice.get("index")
+        if type(index) is int and outcome.choices <= index < _MAX_CHOICES:
+            outcome.choices = index + 1
+
+    def _fail(self, words: str) -> None:
+        self._outcome.error = self._outcome.error or f"error in the stream: {words[:_MAX_WORDS]}"
+
+    def _learn(self, event: dict | None, data: bytes, blank: bytes) -> None:
+        """Takes the chunk that `event` was, all of a body, for the pattern of those that follow, where that is certain:
+        with any plain text in place of its own it still says the same."""
+        chunks = len(self._outcome.chunks)
+        self._patterns = _PATTERNS if chunks > self._pattern_at + 1 else self._patterns - 1
+        self._pattern_at = chunks
+        if self._patterns < 0 or event is None or event.get("usage") or event.get("error") or len(event["choices"]) > 1:
+            return
+        choice = event["choices"][0]
+        said = _output(choice)
+        name = _first(said, ANSWER) or _first(said, REASONING)
+        if choice.get("finish_reason") or not isinstance(said[name], str):
+            return
+        quoted, at = b'"%s"' % said[name].encode(errors="replace"), -1
+        said[name] = "x"
+        while (at := data.find(quoted, at + 1)) >= 0:
+            before, after = data[: at + 1], data[at + len(quoted) - 1 :]
+            if _json(before + b"x" + after) == event:
+                self._before, self._after = b"data: " + before, after + blank
+                return
+
+
+def _first(said: dict, names: tuple[str, ...]) -> str:
+    """The first of `names` under which `said` holds something; "" for none."""
+    for name in names:
+        if said.get(name):
+            return name
+    return ""
+
+
+def _output(choice: dict) -> dict:
+    """Where a choice holds its output: chat's delta, or the choice itself."""
+    delta = choice.get("delta")
+    return delta if type(delta) is dict else choice
+
+
+def _json(data: bytes):
+    """What `data` holds as the standard library reads it, of invalid UTF-8 and lone surrogates too; None for no JSON."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        try:
+            return json.loads(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return None
+
+
+def _whole(value) -> int:
+    """A count of tokens as a server gives it; -1 for what cannot be one."""
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    return int(value) if whole and 0 <= value < _MAX_COUNT else -1
+
+
+def _complaint(event: dict):
+    return next((event[name] for name in _WORDS if event.get(name)), None)
+
+
+def _said(event, depth: int = 4) -> str:
+    """The words of an error, of whatever shape."""
+    if isinstance(event, dict) and depth and (inner := _complaint(event)) is not None:
+        return _said(inner, depth - 1)
+    if isinstance(event, list) and event and depth:
+        return _said(event[0], depth - 1)
+    return event if isinstance(event, str) else json.dumps(event) if event is not None else ""
+
+
+def _excerpt(data: bytes) -> str:
+    return repr(data[:_EXCERPT].decode(errors="replace"))
+
+
+def _no_stream(body: bytes) -> str:
+    """What a body without a single event is, and what to do about it."""
+    document = _json(body)
+    if isinstance(document, dict) and isinstance(document.get("choices"), list):
+        return (
+            f"the server sent the whole completion as one JSON document, not as a stream ({_excerpt(body)}): TTFT and TPOT "
+            'are not to be had; does "stream": true reach it, and does it, or a proxy before it, stream?'
+        )
+    if isinstance(document, dict) and _complaint(document) is not None:
+        return f"the server answered with an error instead of a stream: {_said(document)[:_MAX_WORDS]}"
+    kind = (
+        "a web page" if re.match(rb"<(!doctype|html|head|body)\b", body, re.IGNORECASE) else "what is no event stream"
+    )
+    return f"the server answered with {kind}: {_excerpt(body)}; is this the API's address?"
