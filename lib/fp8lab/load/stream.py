@@ -8,16 +8,15 @@ Definitions follow vllm/benchmarks/lib/endpoint_request_func.py: the first token
 """
 
 import asyncio
-import ssl
+import re
 from array import array
 from dataclasses import dataclass, field
 from time import monotonic
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import httptools
 import orjson
 
-from .endpoint import Endpoint
 from .refusal import words
 
 _ORDINARY = b'"finish_reason":null'
@@ -26,8 +25,11 @@ _MAX_ERROR_BYTES = 2000
 # A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
 _MAX_REFUSAL_BYTES = 1 << 18
 _MAX_COUNT = 1 << 31
-# uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again.
+# uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again. A server that says when
+# (the header Keep-Alive) is taken at its word, with the same margin.
 _MAX_IDLE_S = 4.0
+_IDLE_SHARE = 0.8
+_KEEP_ALIVE = re.compile(rb"timeout\s*=\s*(\d{1,6})", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -66,17 +68,19 @@ class Outcome:
 
 
 class Connection(asyncio.Protocol):
-    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`."""
+    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`. `url` is what is asked for."""
 
-    def __init__(self, on_end):
-        self._on_end = on_end
+    def __init__(self, on_end, url: str):
+        self._on_end, self._url = on_end, url
         self._transport = None
         self._parser = None
         self._request = b""
         self._tail = b""
         self._status = 0
         self._now = 0.0
-        self._fresh = True
+        self._fresh, self._stale = True, False
+        self._max_idle_s = _MAX_IDLE_S
+        self._framed, self._location = False, ""
         self.outcome: Outcome | None = None
         self.last_bytes = 0.0
 
@@ -84,11 +88,12 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether another request may go out on this connection now."""
         idle = 0.0 if self._fresh else monotonic() - self.last_bytes
-        return self._transport is not None and not self._transport.is_closing() and idle < _MAX_IDLE_S
+        return self._transport is not None and not self._transport.is_closing() and idle < self._max_idle_s
 
-    def send(self, request: bytes, outcome: Outcome) -> None:
-        """Writes `request`; `outcome` takes what comes back."""
-        self.outcome, self._request = outcome, request
+    def send(self, request: bytes, outcome: Outcome, stale: bool) -> None:
+        """Writes `request`; `outcome` takes what comes back. A connection that waited (`stale`) may be closed by the server
+        just as it is used: that is no failure, the request is handed back."""
+        self.outcome, self._request, self._stale = outcome, request, stale
         self._tail, self._status = b"", 0
         self.last_bytes = outcome.sent = outcome.sent or monotonic()
         self._transport.write(request)
@@ -121,12 +126,14 @@ class Connection(asyncio.Protocol):
             self.fail(f"not HTTP: {error}")
 
     def connection_lost(self, error) -> None:
+        self._transport = None
+        if error is None and self._status >= 200 and not self._framed:
+            self.on_message_complete()  # a body without a length ends where its connection does
         outcome, self.outcome = self.outcome, None
-        self._transport = self._parser = None
+        self._parser = None
         if outcome is None:
             return
-        # A kept-alive connection may be closed by the server just as it is used again; that is no failure.
-        unused = not self._fresh and self._status == 0 and not outcome.chunks
+        unused = self._stale and self._status == 0
         if not unused:
             got = f"{len(outcome.chunks)} chunks" if outcome.chunks else "no token"
             outcome.error = (
@@ -135,6 +142,18 @@ class Connection(asyncio.Protocol):
         self._on_end(self, outcome, self._request if unused else None)
 
     # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        self._framed, self._location = False, ""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
+            self._framed = True
+        elif name == b"location":
+            self._location = value.decode(errors="replace")
+        elif name == b"keep-alive" and (seconds := _KEEP_ALIVE.search(value)):
+            self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -152,10 +171,14 @@ class Connection(asyncio.Protocol):
         self._slow_body(body)
 
     def on_message_complete(self) -> None:
+        if 100 <= self._status < 200 and self._status != 101:
+            return  # an interim answer (100 Continue, 103 Early Hints): the answer follows
         outcome, self.outcome = self.outcome, None
         if outcome is None:
             return
-        if self._status != 200:
+        if self._location and 300 <= self._status < 400:
+            outcome.error = f"HTTP {self._status}: the server redirects to {target(self._url, self._location)}; give that as --base-url"
+        elif self._status != 200:
             outcome.error = f"HTTP {self._status}: {words(self._tail)[:_MAX_ERROR_BYTES]}"
         elif self._tail.strip():
             outcome.error = outcome.error or f"the stream ended inside an event: {self._tail[:80]!r}"
@@ -220,19 +243,10 @@ class ChatConnection(Connection):
     _first_needs_decoding = True
 
 
-def tls_context(insecure: bool) -> ssl.SSLContext:
-    """Checks the server's certificate against this machine's trust store (SSL_CERT_FILE adds to it), or takes any."""
-    context = ssl.create_default_context()
-    if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-async def connect(endpoint: Endpoint, address: tuple[str, int], on_end) -> Connection:
-    """A new connection to the endpoint at `address`. Raises OSError when it is refused."""
-    url = urlsplit(endpoint.base_url)
-    tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": url.hostname} if url.scheme == "https" else {}
-    kind = ChatConnection if endpoint.chat else Connection
-    loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: kind(on_end), *address, **tls)
-    return connection
+def target(url: str, location: str) -> str:
+    """Where `url` redirects to, without what may hold a secret: user, password, query and fragment."""
+    try:
+        parts = urlsplit(urljoin(url, location))
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))[:_MAX_ERROR_BYTES]
+    except ValueError:
+        return "what is no URL"
