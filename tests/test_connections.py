@@ -8,10 +8,12 @@ import os
 import resource
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,8 +134,11 @@ def https_url(certificate):
 
 
 @pytest.fixture
-def trusted(certificate, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+def trusted(certificate, tmp_path, monkeypatch):
+    """The certificate is in a trust store of the usual size, which takes the time to load that it takes."""
+    system, store = Path(ssl.get_default_verify_paths().openssl_cafile), tmp_path / "store.pem"
+    store.write_bytes((system.read_bytes() if system.exists() else b"") + certificate[1].read_bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(store))
 
 
 def test_over_tls_requests_leave_in_time(https_url, trusted):
@@ -152,7 +157,7 @@ def test_a_burst_over_tls_waits_for_no_handshake(https_url, trusted, slow_url):
 def test_one_tls_context_serves_all_connections_of_a_worker(https_url, trusted, monkeypatch):
     made = []
     monkeypatch.setattr(
-        connection, "tls_context", lambda insecure: made.append(insecure) or connection.ssl.create_default_context()
+        connection, "tls_context", lambda insecure: made.append(insecure) or ssl.create_default_context()
     )
     connector = connection.Connector(Endpoint(https_url, "ok"), find_address(Endpoint(https_url, "ok")), print)
 
