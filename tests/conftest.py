@@ -32,7 +32,7 @@ NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "measured", "search", "short_profile"}
-_TIMED = {"test_load", "test_telemetry", "test_clocks", "test_live"}
+_TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
 _now_running = []
 
 

@@ -1,10 +1,10 @@
 """A streaming completions server whose chunk times are known, and which commits faults on request.
 
-    python tests/sse_server.py --ttft-ms 20 --itl-ms 10 [--truth FILE]
+    python tests/sse_server.py --ttft-ms 20 --itl-ms 10 [--truth FILE] [--certificate FILE]
 
 It prints its port. The model's name chooses what happens: "ok", a shape of `stream_shapes`, or one of the faults below. With --truth it
 writes, for every request, when its headers and body were complete and when its first chunk was written
-(CLOCK_MONOTONIC), as JSON lines, when it ends.
+(CLOCK_MONOTONIC), as JSON lines, when it ends. With --certificate (certificate and key) it speaks TLS.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 from time import monotonic
 
 import httptools
@@ -192,7 +193,11 @@ class Session(asyncio.Protocol):
 async def serve(options) -> None:
     loop = asyncio.get_running_loop()
     truth = [] if options.truth else None
-    server = await loop.create_server(lambda: Session(options, truth), "127.0.0.1", 0, backlog=4096)
+    tls = None
+    if options.certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(options.certificate)
+    server = await loop.create_server(lambda: Session(options, truth), "127.0.0.1", 0, backlog=4096, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=20)
     parser.add_argument("--itl-ms", type=float, default=10)
     parser.add_argument("--truth", help="file for the server's own times")
+    parser.add_argument("--certificate", help="PEM file for TLS")
     uvloop.run(serve(parser.parse_args()))
 
 

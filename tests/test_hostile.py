@@ -93,7 +93,7 @@ def test_the_workers_memory_is_bounded(fault):
     child that a process ever had includes those of other tests."""
     measured = (
         "import resource, sys; import fp8lab as lab; from fp8lab.load.level import measure_level; "
-        "from fp8lab.load.stream import Endpoint; trace = lab.fixed_length(8, input_tokens=5, output_tokens=10); "
+        "from fp8lab.load.endpoint import Endpoint; trace = lab.fixed_length(8, input_tokens=5, output_tokens=10); "
         "measure_level(Endpoint(*sys.argv[1:]), trace, [0.0] * 8, name=sys.argv[2]); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )

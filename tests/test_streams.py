@@ -44,7 +44,7 @@ def received(wire: bytes, packets, times, *, asked=ASKED, closed=False) -> Outco
     ended, clock = [], iter([0.0, *times])
     connection = Connection(lambda _connection, outcome, _retry: ended.append(outcome), "http://h", lambda: next(clock))
     connection.connection_made(Transport())
-    connection.send(b"", Outcome(0, asked, sent=0.0))
+    connection.send(b"", Outcome(0, asked, sent=0.0), stale=False)
     for begin, end in packets:
         connection.data_received(wire[begin:end])
     if closed:

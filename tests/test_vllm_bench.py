@@ -65,7 +65,7 @@ def test_a_failure_quotes_no_key(monkeypatch):
 
 def test_the_client_of_a_killed_owner_ends():
     owner = (
-        "import fp8lab as lab; from fp8lab.load import vllm_bench as bench; from fp8lab.load.stream import Endpoint; "
+        "import fp8lab as lab; from fp8lab.load import vllm_bench as bench; from fp8lab.load.endpoint import Endpoint; "
         f"bench._RUN = {HANGS!r}; "
         "bench.run(Endpoint('http://127.0.0.1:9', 'm'), lab.fixed_length(20), 10.0, tokenizer='none')"
     )

@@ -106,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cap on requests in flight; what is due beyond it waits for a slot: the level is closed-loop",
     )  # fmt: skip
     fast.add_argument(
+        "--connections-ahead", type=int, metavar="N",
+        help="connections opened before the start (default: as many as requests arrive in the first second); 0 for a server "
+        "that allows few: each is then opened when it is needed, and TTFT counts that",
+    )  # fmt: skip
+    fast.add_argument(
         "--find-max-rate", action="store_true",
         help="search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; each is kept in "
         "--out, and the same command goes on where it stopped",
@@ -324,6 +329,7 @@ def _options(args: argparse.Namespace) -> dict:
     return {
         "workers": args.workers,
         "max_concurrency": args.max_concurrency,
+        "connections_ahead": args.connections_ahead,
         "exact_tokens": not args.natural_stop,
         "idle_timeout_s": args.idle_timeout,
         "drain_timeout_s": args.drain_timeout,

@@ -1,7 +1,6 @@
 """Where a load goes and what is written there: the URL, the path, the headers, the bytes of a request."""
 
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,14 +143,10 @@ class Endpoint:
         except orjson.JSONEncodeError as error:
             raise BadInput(f"the extra body cannot be sent as JSON: {error}") from None
 
-    def resolve(self) -> tuple[str, int]:
-        """(address, port) of the host, looked up once for a level. Raises BadInput for an unknown host."""
-        url = urlsplit(self.base_url)
-        port = url.port or (443 if url.scheme == "https" else 80)
-        try:
-            return socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)[0][4][:2]
-        except OSError as error:
-            raise BadInput(f"no host {url.hostname!r} (from base URL {self.base_url!r}): {error.strerror}") from None
+    @property
+    def host(self) -> str:
+        """For the header Host: without an IPv6 scope, which is this machine's own name for a link (RFC 6874)."""
+        return re.sub("%.*]", "]", urlsplit(self.base_url).netloc)
 
     def request_bytes(self, prompt: str, output_tokens: int) -> bytes:
         """The whole HTTP request; sampling is greedy unless the extra body says otherwise."""
@@ -164,7 +159,7 @@ class Endpoint:
         merged = ours | self.extra_body
         body = orjson.dumps({key: value for key, value in merged.items() if value is not None or key not in ours})
         head = (
-            f"POST {self.path} HTTP/1.1\r\nHost: {urlsplit(self.base_url).netloc}\r\n"
+            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}\r\n"
             + "".join(f"{name}: {value}\r\n" for name, value in self.all_headers())
             + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )

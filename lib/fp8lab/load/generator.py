@@ -81,6 +81,7 @@ def send_load(
     *,
     workers: int | None = None,
     max_concurrency: int | None = None,
+    connections_ahead: int | None = None,
     time_dilation: float = 1.0,
     exact_tokens: bool = True,
     idle_timeout_s: float = 60.0,
@@ -90,10 +91,11 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot. A
-    request fails after `idle_timeout_s` without a connection or a byte, and all that still run do `drain_timeout_s`
+    `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot.
+    `connections_ahead` are opened before the start (None: as many as may be needed in the first second); what is needed
+    beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or a byte, and all that still run do `drain_timeout_s`
     after the last one was sent; while some wait for a slot, after as long without anything coming back. Once `problem()`, which must not wait, says why it should, the level ends early. A
-    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work,
+    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work or an unknown host,
     LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending
     the workers.
     """
@@ -101,9 +103,14 @@ def send_load(
     due = np.asarray(due_s, dtype=float)
     if due.shape != (len(trace),):
         raise BadInput(f"{due.size} arrival times for {len(trace)} requests")
-    for name, value in (("workers", workers), ("max_concurrency", max_concurrency)):
-        if value is not None and value < 1:
-            raise BadInput(f"{name} {value} is below 1")
+    least = (
+        ("workers", workers, 1),
+        ("max_concurrency", max_concurrency, 1),
+        ("connections_ahead", connections_ahead, 0),
+    )
+    for name, value, lowest in least:
+        if value is not None and value < lowest:
+            raise BadInput(f"{name} {value} is below {lowest}")
     for name, seconds in (("idle_timeout_s", idle_timeout_s), ("drain_timeout_s", drain_timeout_s)):
         if not seconds > 0:
             raise BadInput(f"{name} {seconds} is not above 0 (seconds)")
@@ -117,7 +124,7 @@ def send_load(
     workers = min(workers, len(trace), max_concurrency or len(trace))
     with Scratch() as scratch:
         team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
-                     idle_timeout_s * time_dilation, drain_timeout_s * time_dilation)  # fmt: skip
+                     idle_timeout_s * time_dilation, drain_timeout_s * time_dilation, connections_ahead)  # fmt: skip
         with team:
             team.wait_until_ready()
             start = team.start()

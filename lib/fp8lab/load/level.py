@@ -143,6 +143,7 @@ def one_line(name: str, summary: "Summary") -> str:
         return f"{name}: no request completed{verdict}"
     failed = f", {summary.failed} FAILED" if summary.failed else ""
     answer = f", first answer token {summary.mean_ttfo_ms:.0f} ms" if summary.mean_ttfo_ms is not None else ""
+    address = f", all to {summary.address}" if summary.address else ""
     tpot = f", TPOT {summary.mean_tpot_ms:.1f} ms" if summary.mean_tpot_ms is not None else ""
     goodput = ""
     if summary.slo:
@@ -150,7 +151,7 @@ def one_line(name: str, summary: "Summary") -> str:
     return (
         f"{name}: {summary.request_throughput:.1f} req/s completed{failed}, "
         f"{summary.output_token_throughput:,.0f} tok/s, peak {_peak(summary)} in flight, "
-        f"TTFT {summary.mean_ttft_ms:.0f} ms{answer}{tpot}{goodput}{verdict}"
+        f"TTFT {summary.mean_ttft_ms:.0f} ms{answer}{tpot}{goodput}{address}{verdict}"
     )
 
 
@@ -208,6 +209,7 @@ def _client(sent: Sent, chunks: int) -> dict:
     client = sent.client
     return {
         "workers": client.workers,
+        "address": client.address,
         "closed_loop": client.closed_loop,
         "client_busiest_core": client.busiest_core,
         "client_cpu_us_per_chunk": 1e6 * client.cpu_s / chunks if chunks else None,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LevelFailed
+from .connection import find_address, opened_ahead
 from .stream import Outcome
 from .worker import Job, read_spool
 
-_SPARE_CONNECTIONS = 64
 # A worker that was asked to end does so in a moment.
 _END_S = 30.0
 
@@ -24,7 +24,7 @@ _END_S = 30.0
 @dataclass(frozen=True)
 class ClientReport:
     """How the client itself fared: `cpu_s` of all workers, `busiest_core` the share of a core in the busiest second of the
-    busiest one (None when the load took less than a second)."""
+    busiest one (None when the load took less than a second). `address` is where the load went, of a host with several."""
 
     workers: int
     closed_loop: bool
@@ -33,13 +33,14 @@ class ClientReport:
     stall_max_ms: float
     start_delay_s: float
     lost_workers: tuple[str, ...] = ()
+    address: str | None = None
 
 
 class Team:
     """The worker processes of one level."""
 
     def __init__(
-        self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, drain_timeout
+        self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, drain_timeout, ahead
     ):
         self.requests = len(trace)
         self.max_concurrency = max_concurrency
@@ -48,36 +49,37 @@ class Team:
         self.last: list[dict] = [{} for _ in range(workers)]
         self.ends: list[dict | None] = [None] * workers
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
-        self.indices: list[list[int]] = []
         self.troubles: dict[int, str] = {}
         self.drain = _Drain(len(trace), float(due_wall[-1]), drain_timeout)
-        address = endpoint.resolve()
-        burst = int((due_wall < due_wall[0] + 0.5).sum())
+        self.address = find_address(endpoint)
+        # In a closed loop each slot gets as many requests as any other: a worker with two gets twice as many.
+        slots = max_concurrency or workers
+        self.indices = [[i for i in range(len(trace)) if i % slots % workers == worker] for worker in range(workers)]
+        due = [due_wall[mine].tolist() for mine in self.indices]
+        shares = [_share(max_concurrency, worker, workers) for worker in range(workers)]
+        opened = [opened_ahead(due[w], due_wall[0], shares[w], _share(ahead, w, workers)) for w in range(workers)]
         # All processes start before the first job is written: a job is larger than a pipe holds, and
         # writing it waits for its reader.
         for _ in range(workers):
             command = [sys.executable, "-c", "from fp8lab.load.worker import main; main()"]
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for worker, process in enumerate(self.processes):
-            # In a closed loop each slot gets as many requests as any other: a worker with two gets twice as many.
-            mine = [i for i in range(len(trace)) if i % (max_concurrency or workers) % workers == worker]
+            mine = self.indices[worker]
             spool = Path(scratch) / f"worker-{worker}.spool"
-            share = None if max_concurrency is None else len(range(worker, max_concurrency, workers))
             job = Job(
                 endpoint=endpoint,
-                address=address,
+                address=self.address,
                 indices=mine,
                 requests=[endpoint.request_bytes(trace.prompts[i], trace.output_tokens[i]) for i in mine],
                 asked_tokens=[trace.output_tokens[i] for i in mine],
-                due_s=[float(due_wall[i]) for i in mine],
-                max_concurrency=share,
-                connections=min(len(mine), share or len(mine), burst // workers + _SPARE_CONNECTIONS),
+                due_s=due[worker],
+                max_concurrency=shares[worker],
+                connections_ahead=opened[worker],
                 exact_tokens=exact,
                 idle_timeout_s=idle_timeout,
                 spool=str(spool),
             )
             self.spools.append(spool)
-            self.indices.append(job.indices)
             with contextlib.suppress(BrokenPipeError):
                 pickle.dump(job, process.stdin, protocol=5)
                 process.stdin.flush()
@@ -181,7 +183,12 @@ class Team:
             stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
+            address=self.address.host if self.address.of > 1 else None,
         )
+
+
+def _share(whole: int | None, worker: int, workers: int) -> int | None:
+    return None if whole is None else len(range(worker, whole, workers))
 
 
 class _Drain:

@@ -94,6 +94,8 @@ def _remedy(error: str, lower: str, endpoint: Endpoint) -> str:
         return "it does not speak TLS: http:// in --base-url"
     if re.match(r"\d+ output tokens instead of", error):
         return "it does not keep to the lengths asked for: --natural-stop lets answers end by themselves"
+    if re.match(r"HTTP 3\d\d: the server redirects to|no connection: [^;]*;", error):
+        return ""  # it says what to do
     if error.startswith("no connection"):
         return f"is a server listening at {endpoint.origin}?"
     match = re.match(r"HTTP (\d+)", error)

@@ -28,13 +28,12 @@ vllm/benchmarks/lib/endpoint_request_func.py; there chat's opening role counts t
 """
 
 import asyncio
-import ssl
+import re
 from time import monotonic
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import httptools
 
-from .endpoint import Endpoint
 from .events import Outcome, Reader
 from .refusal import words
 
@@ -42,8 +41,11 @@ _MAX_ERROR_BYTES = 2000
 _MAX_NAME = 80
 # A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
 _MAX_REFUSAL_BYTES = 1 << 18
-# uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again.
+# uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again. A server that says when
+# (the header Keep-Alive) is taken at its word, with the same margin.
 _MAX_IDLE_S = 4.0
+_IDLE_SHARE = 0.8
+_KEEP_ALIVE = re.compile(rb"timeout\s*=\s*(\d{1,6})", re.IGNORECASE)
 
 
 class Connection(asyncio.Protocol):
@@ -60,7 +62,8 @@ class Connection(asyncio.Protocol):
         self._framed, self._location, self._encoding = False, "", ""
         self._status = 0
         self._now = 0.0
-        self._fresh = True
+        self._fresh, self._stale = True, False
+        self._max_idle_s = _MAX_IDLE_S
         self.outcome: Outcome | None = None
         self.last_bytes = 0.0
 
@@ -68,11 +71,12 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether another request may go out on this connection now."""
         idle = 0.0 if self._fresh else self._clock() - self.last_bytes
-        return self._transport is not None and not self._transport.is_closing() and idle < _MAX_IDLE_S
+        return self._transport is not None and not self._transport.is_closing() and idle < self._max_idle_s
 
-    def send(self, request: bytes, outcome: Outcome) -> None:
-        """Writes `request`; `outcome` takes what comes back."""
-        self.outcome, self._request = outcome, request
+    def send(self, request: bytes, outcome: Outcome, stale: bool) -> None:
+        """Writes `request`; `outcome` takes what comes back. A connection that waited (`stale`) may be closed by the server
+        just as it is used: that is no failure, the request is handed back."""
+        self.outcome, self._request, self._stale = outcome, request, stale
         self._tail, self._status, self._reader = b"", 0, None
         self.last_bytes = outcome.sent = outcome.sent or self._clock()
         self._transport.write(request)
@@ -111,14 +115,13 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error) -> None:
         self._transport = None
-        if error is None and self._status and not self._framed:
+        if error is None and self._status >= 200 and not self._framed:
             self.on_message_complete()  # a body without a length ends where its connection does
         outcome, self.outcome = self.outcome, None
         self._parser = None
         if outcome is None:
             return
-        # A kept-alive connection may be closed by the server just as it is used again; that is no failure.
-        unused = not self._fresh and self._status == 0 and not outcome.chunks
+        unused = self._stale and self._status == 0
         if not unused:
             got = f"{len(outcome.chunks)} chunks" if outcome.chunks else "no token"
             self._break_off(outcome, f"connection closed by the server after {got}{f' ({error})' if error else ''}")
@@ -137,6 +140,8 @@ class Connection(asyncio.Protocol):
             self._location = value.decode(errors="replace")
         elif name == b"content-encoding":
             self._encoding = value.decode(errors="replace")[:_MAX_NAME]
+        elif name == b"keep-alive" and (seconds := _KEEP_ALIVE.search(value)):
+            self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -152,6 +157,8 @@ class Connection(asyncio.Protocol):
             self._tail += body[:_MAX_REFUSAL_BYTES]
 
     def on_message_complete(self) -> None:
+        if 100 <= self._status < 200 and self._status != 101:
+            return  # an interim answer (100 Continue, 103 Early Hints): the answer follows
         outcome, self.outcome = self.outcome, None
         if outcome is None:
             return
@@ -180,20 +187,3 @@ def target(url: str, location: str) -> str:
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))[:_MAX_ERROR_BYTES]
     except ValueError:
         return "what is no URL"
-
-
-def tls_context(insecure: bool) -> ssl.SSLContext:
-    """Checks the server's certificate against this machine's trust store (SSL_CERT_FILE adds to it), or takes any."""
-    context = ssl.create_default_context()
-    if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-async def connect(endpoint: Endpoint, address: tuple[str, int], on_end) -> Connection:
-    """A new connection to the endpoint at `address`. Raises OSError when it is refused."""
-    url = urlsplit(endpoint.base_url)
-    tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": url.hostname} if url.scheme == "https" else {}
-    loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: Connection(on_end, endpoint.base_url), *address, **tls)
-    return connection

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -18,8 +19,9 @@ from ..system.locks import Scratch
 from .endpoint import Endpoint
 from .worker import unwritable
 
-# By module, not by command: the CPU build's distribution has another name, which breaks the command.
-_RUN = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
+# By module, not by command: the CPU build's distribution has another name, which breaks the command. Its limit on open
+# files is raised, as this kit's own client's is.
+_RUN = "from fp8lab.load.connection import raise_open_files; raise_open_files(); import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
 _TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 
 
@@ -41,7 +43,8 @@ def run(
     Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens,
     mean/p99 of ttft, tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a
     core over a second) with client_cpu_s. The client ends with this process, however that ends. Raises LevelFailed
-    when it fails or takes more than `timeout_s` wall seconds.
+    when it fails, completes nothing or takes more than `timeout_s` wall seconds. It goes to the endpoint directly, whatever
+    proxy the environment names.
     """
     with Scratch() as folder:
         dataset, result, log = (Path(folder, name) for name in ("trace.json", "result.json", "log"))
@@ -58,15 +61,36 @@ def run(
             "--ignore-eos", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el",
             "--save-result", "--result-dir", folder, "--result-filename", "result.json",
         ]  # fmt: skip
-        environment = os.environ | {"OPENAI_API_KEY": endpoint.api_key or ""}
+        environment = os.environ | {"OPENAI_API_KEY": endpoint.api_key or ""} | _unproxied(endpoint)
         deadline = time.monotonic() + timeout_s
-        marks = _run_guarded(command, environment, log, deadline)
-        try:
-            said = json.loads(result.read_text())
-        except (OSError, ValueError):
-            how = f"did not end within {timeout_s:.0f} s" if time.monotonic() > deadline else "failed"
-            raise LevelFailed(f"vllm bench serve {how}: {log.read_text(errors='replace')[-800:]}") from None
+
+        def result_of(*more: str) -> tuple[dict, list[tuple[float, float]]]:
+            marks = _run_guarded([*command, *more], environment, log, deadline)
+            try:
+                return json.loads(result.read_text()), marks
+            except (OSError, ValueError):
+                how = f"did not end within {timeout_s:.0f} s" if time.monotonic() > deadline else "failed"
+                raise LevelFailed(f"vllm bench serve {how}: {log.read_text(errors='replace')[-800:]}") from None
+
+        said, marks = result_of()
+        if not said["completed"]:
+            # Its reasons are in a detailed result alone, which takes it so long to write that its CPU time would not be true.
+            one, _ = result_of("--num-prompts", "1", "--save-detailed")
+            reason = next((error.strip() for error in one.get("errors", ()) if error), "no reason given").splitlines()[
+                -1
+            ]
+            raise LevelFailed(
+                f"vllm bench serve completed none of {len(trace)} requests: {endpoint.without_secrets(reason)[:300]}"
+            )
     return _in_our_names(said, marks, time_dilation)
+
+
+def _unproxied(endpoint: Endpoint) -> dict[str, str]:
+    """The variables by which aiohttp, and what else reads the environment, reaches the endpoint's host directly."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    # A star means all hosts only where it stands alone.
+    hosts = named if named == "*" else f"{named},{urlsplit(endpoint.base_url).hostname}".lstrip(",")
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def _run_guarded(

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import math
 import os
 import pickle
 import signal
@@ -22,8 +21,9 @@ from time import monotonic
 
 import uvloop
 
+from .connection import Address, Connector, raise_open_files, said
 from .endpoint import Endpoint
-from .stream import Connection, Outcome, connect
+from .stream import Connection, Outcome
 
 TICK_S = 0.25
 # libuv's timers count milliseconds: a request is sent when it is due within half of one.
@@ -39,13 +39,13 @@ class Job:
     """A worker's share. `due_s` are wall seconds from the shared start; `requests` the bytes to send."""
 
     endpoint: Endpoint
-    address: tuple[str, int]
+    address: Address
     indices: list[int]
     requests: list[bytes]
     asked_tokens: list[int]
     due_s: list[float]
     max_concurrency: int | None
-    connections: int
+    connections_ahead: int
     exact_tokens: bool
     idle_timeout_s: float
     spool: str
@@ -54,6 +54,7 @@ class Job:
 class Worker:
     def __init__(self, job: Job):
         self.job = job
+        self.connector = Connector(job.endpoint, job.address, self.on_end)
         self.idle: list[Connection] = []
         self.busy: set[Connection] = set()
         self.opening: set[asyncio.Task] = set()
@@ -106,19 +107,13 @@ class Worker:
 
     async def open_connections(self) -> None:
         """Opens what the level will need at once; a refusal here shows again at the first request."""
-        for begin in range(0, self.job.connections, 128):
-            batch = range(begin, min(begin + 128, self.job.connections))
-            opened = await asyncio.gather(
-                *(self.connect(min(_OPEN_AHEAD_S, self.job.idle_timeout_s)) for _ in batch), return_exceptions=True
-            )
+        ahead, within = self.job.connections_ahead, min(_OPEN_AHEAD_S, self.job.idle_timeout_s)
+        for begin in range(0, ahead, 128):
+            batch = range(begin, min(begin + 128, ahead))
+            opened = await asyncio.gather(*(self.connector.connect(within) for _ in batch), return_exceptions=True)
             self.idle += [connection for connection in opened if isinstance(connection, Connection)]
             if len(self.idle) < begin + len(batch):
                 return
-
-    async def connect(self, within_s: float) -> Connection:
-        """Raises OSError, also when the server does not accept in time: a full queue of it leaves one waiting."""
-        async with asyncio.timeout(within_s if math.isfinite(within_s) else None):
-            return await connect(self.job.endpoint, self.job.address, self.on_end)
 
     async def wait_for_start(self) -> float | None:
         """The shared start instant, or None when the generator went away."""
@@ -165,7 +160,7 @@ class Worker:
             connection = self.idle.pop()
             if connection.usable:
                 self.busy.add(connection)
-                connection.send(request, outcome)
+                connection.send(request, outcome, stale=True)
                 return
             connection.close()
         outcome.sent = monotonic()
@@ -177,17 +172,17 @@ class Worker:
     async def open_and_send(self, request: bytes, outcome: Outcome) -> None:
         within = self.job.idle_timeout_s
         try:
-            connection = await self.connect(within)
+            connection = await self.connector.connect(within)
         except OSError as error:
             late = f"not accepted within {within:g} s{RAISE_IDLE_TIMEOUT}"
-            outcome.error = f"no connection: {error.strerror or str(error) or late}"
+            outcome.error = f"no connection: {said(error) or late}"
             self.record(outcome)
         except asyncio.CancelledError:
             outcome.error = f"no connection: not accepted when the level ended{self.out_of_time}"
             self.record(outcome)
         else:
             self.busy.add(connection)
-            connection.send(request, outcome)
+            connection.send(request, outcome, stale=False)
         finally:
             self.opening.discard(asyncio.current_task())
 
@@ -292,6 +287,7 @@ def main() -> None:
     job = pickle.load(sys.stdin.buffer)
 
     async def run():
+        raise_open_files()
         try:
             worker = Worker(job)
         except OSError as error:

@@ -127,6 +127,7 @@ class Summary:
 
     # The client, which must not be the limit.
     workers: int = 0  # processes
+    address: str | None = None  # the IP address that the load went to; None: the endpoint's host has one alone
     closed_loop: bool = False  # whether a cap held requests back
     schedule_lag_p99_ms: float | None = None  # ms between the instant when a request could be sent and when it was
     client_busiest_core: float | None = (
@@ -172,7 +173,16 @@ class Summary:
             server = _fields(ServerInfo, kept["server"])
             kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
         for name, value in kept.items():
-            numeric = name not in ("level", "server", "started", "invalid_reason", "failures", "notes", "slo")
+            numeric = name not in (
+                "level",
+                "server",
+                "started",
+                "invalid_reason",
+                "failures",
+                "notes",
+                "slo",
+                "address",
+            )
             if name == "notes" and not (isinstance(value, Sequence) and all(isinstance(note, str) for note in value)):
                 raise ValueError(f"notes is {value!r}, no list of sentences")
             if value is not None and numeric and not isinstance(value, (int, float)):
