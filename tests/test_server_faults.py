@@ -217,11 +217,12 @@ def test_memory_that_stays_in_use_is_told(card, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch):
-    """A function that lists the folders there are; they lie in a place of this test's own."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    return lambda: list((tmp_path / "tmp").glob("fp8lab-*"))
+def scratch(monkeypatch):
+    """A function that lists the folders there are; they lie in a place of this test's own, whose path is short enough for
+    sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        yield lambda: list(Path(short).glob("fp8lab-*"))
 
 
 def test_a_start_that_is_refused_leaves_no_folder(card, scratch, tmp_path):

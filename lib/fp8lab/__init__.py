@@ -37,6 +37,7 @@ _HOMES = {
     ),
     "report.figures.headline": ("concurrency_figure", "rate_figure", "throughput_figure", "tpot_figure"),
     "report.figures.quality": ("divergence_figure", "formats_figure", "parting_figure"),
+    "report.notebooks": ("check_injected",),
     "report.tables.anatomy": ("host_table", "kernels_table", "steps_table"),
     "report.tables.comparison": ("ablation_table", "equal_load_table", "worth_table"),
     "report.tables.levels": (

@@ -25,7 +25,7 @@ from .config.profile import Level
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_workload
 from .errors import BadInput
-from .paths import PLAIN_NAME, RUNS, repository_relative
+from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
 from .report.batch_page import has_invalid, write_pages
 from .report.notebooks import check_parameters, find
 from .results.files import write_json
@@ -93,7 +93,7 @@ def load_matrix(path: Path) -> Matrix:
     lists = {key: tuple(table[key]) for key in ("variants", "protocols") if key in table}
     matrix = Matrix(name=path.stem, profiles=profiles, **table | lists)
     for notebook in find(matrix.notebook):
-        check_parameters(notebook, {"protocols": matrix.protocols})
+        check_parameters(notebook, {"protocols": list(matrix.protocols)})
     names = [name for name, _, _ in matrix.jobs()]
     if len(set(names)) < len(names):
         raise BadInput(f"{path}: two profiles have the same name: {', '.join(sorted(names))}")
@@ -111,7 +111,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
     the next call draws its pages anew.
     """
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
     queue = _Queue(folder, [name for name, _, _ in matrix.jobs()])
     for name, profile, workload in matrix.jobs():
         (folder / name).mkdir(exist_ok=True)

@@ -1,17 +1,22 @@
 """The command line. Results go to standard output, progress to standard error.
 
 Exit codes: 0 done; 1 the work failed; 2 the arguments cannot work; 3 a level that `measure`, `reproduce`, `load-test` or a
-batch's job left in its run is INVALID, while all else was measured and printed; 130 interrupted. 1 wins over 3. A recorded
-run that is redrawn (`--source`) measures nothing: it ends with 0 whatever its levels are.
+batch's job left in its run is INVALID, while all else was measured and printed; 130 interrupted; 141 what it
+wrote was read no more. 1 wins over 3. A recorded run that is redrawn (`--source`) measures nothing: it ends with 0 whatever its levels are.
 """
 
 import argparse
+import os
 import signal
 import sys
 import textwrap
 
 from . import commands, load_test_command
 from .errors import BadInput, Fp8labError
+from .paths import with_home, with_library
+from .ui import terminal
+
+_ADVICE = "put that right (room on the disk, permissions) and run the same command again"
 
 EXAMPLES = {
     "": """
@@ -113,12 +118,29 @@ EXAMPLES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    if arguments is None:
+        terminal.settle()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and terminal.reader_gone():
+            return 128 + signal.SIGPIPE
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"fp8lab: {what}{error.strerror or error}; nothing that was complete is lost: {_ADVICE}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str] | None) -> int:
     args = _parser().parse_args(arguments)
     # A closed terminal or a polite kill ends a command as Ctrl-C does: servers are stopped on the way out.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
             signal.signal(signum, signal.default_int_handler)
     try:
+        os.environ |= with_library(with_home(os.environ))
         return args.command(args) or 0
     except BadInput as error:
         print(f"fp8lab: {error}", file=sys.stderr)

@@ -23,6 +23,10 @@ class Fp8labError(Exception):
     def __init__(self, message: str = ""):
         super().__init__(visible(message))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: one message, as in a terminal."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class BadInput(Fp8labError, ValueError):
     """An argument, file or environment that cannot work as given."""

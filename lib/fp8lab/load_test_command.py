@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .commands import INVALID
 from .errors import BadInput, LevelFailed
-from .paths import writing
+from .paths import made
 
 if TYPE_CHECKING:
     from .config.trace import Trace
@@ -179,8 +179,7 @@ def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", ou
         name = rate_name(rate)
     if args.max_concurrency is not None:
         name = f"{name}, closed loop at {args.max_concurrency}"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    made(out, "choose another --out folder")
     _warm_up(args, endpoint)
     summary, records, tokens, _ = measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
     write_tables(out, records=records, tokens=tokens)
@@ -220,8 +219,7 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
         due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
         return measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
 
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    made(out, "choose another --out folder")
     lock = Lock(out / "search.lock", f"the search in {out}")
     _check_same(out / "search.json", _asked(args, endpoint))
     limit, probes = find_endpoint_max_rate(

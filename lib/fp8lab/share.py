@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import BadInput
-from .paths import DATA, PLAIN_NAME, repository_relative, writing
+from .paths import DATA, PLAIN_NAME, made, repository_relative, writing
 from .results.run_folder import Run
 
 
@@ -22,17 +22,19 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
 
     if not run.summaries() and not run.read_parts("quality"):
         raise BadInput(f"{run.path.name} holds no complete level and no answers yet: there is nothing to share")
-    target.mkdir(parents=True, exist_ok=True)
-    pages = []
-    with tempfile.TemporaryDirectory() as scratch:
+    made(target, "choose another --out folder")
+    pages, name = [], run.path.resolve().name
+    # Written beside and renamed: what was shared before stays until this is whole.
+    with writing(target), tempfile.TemporaryDirectory(prefix=".sharing-", dir=target) as scratch:
         for notebook in notebooks:
             page = execute(notebook, Path(scratch) / notebook.name, {"source": repository_relative(run.path)})
-            name = run.path.resolve().name if len(notebooks) == 1 else f"{run.path.resolve().name}-{notebook.stem}"
-            pages.append(Path(shutil.copyfile(page, target / f"{name}.html")))
-    archive = target / f"{run.path.resolve().name}.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in files(run, list(run.summaries()) if tokens else ()):
-            file.write(path, Path(run.path.resolve().name) / path.relative_to(run.path))
+            pages.append(target / f"{name if len(notebooks) == 1 else f'{name}-{notebook.stem}'}.html")
+            page.rename(pages[-1])
+        whole, archive = Path(scratch) / "whole.zip", target / f"{name}.zip"
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in files(run, list(run.summaries()) if tokens else ()):
+                file.write(path, Path(name) / path.relative_to(run.path))
+        whole.rename(archive)
     return pages, archive
 
 
@@ -48,17 +50,16 @@ def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
     if unknown := sorted(set(tokens) - set(run.summaries())):
         raise BadInput(f"run {run.path.name} holds no complete level {', '.join(unknown)}")
     copied = files(run, tokens)
-    with writing(target):
-        DATA.joinpath("recorded").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
-            whole = Path(scratch, "whole")
-            for file in copied:
-                copy = whole / file.relative_to(run.path)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-            if target.exists():
-                target.rename(Path(scratch, "earlier"))
-            whole.rename(target)
+    made(target.parent, "a run is recorded into the checkout itself; `fp8lab share` writes to any folder (--out)")
+    with writing(target), tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
+        whole = Path(scratch, "whole")
+        for file in copied:
+            copy = whole / file.relative_to(run.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        if target.exists():
+            target.rename(Path(scratch, "earlier"))
+        whole.rename(target)
     return target
 
 

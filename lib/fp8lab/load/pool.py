@@ -99,7 +99,8 @@ class Team:
 
     def wait_until_ready(self):
         for number, process in enumerate(self.processes):
-            line = process.stdout.readline()
+            # What else a host lets every Python process say (a sitecustomize) comes before.
+            line = next((line for line in process.stdout if line.startswith(b"{")), b"")
             if not line:
                 raise LevelFailed(f"load worker {number} ended with exit code {process.wait()} before it was ready")
             if trouble := json.loads(line).get("trouble"):

@@ -1,13 +1,17 @@
 """Runs notebooks headless through papermill, strictly, and turns them into single-file pages."""
 
+import ast
+import contextlib
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import BadInput, Fp8labError
-from ..paths import PROJECT
+from ..paths import PROJECT, RUNS_VARIABLE, made, nameless, with_home, with_library
+from ..system.locks import Scratch
 from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
 
 FRONT = PROJECT / "project_reproduce.ipynb"
@@ -72,39 +76,75 @@ def find(name: str) -> list[Path]:
 
 
 def check_parameters(notebook: Path, parameters: Mapping) -> None:
-    """Raises BadInput for a parameter that the notebook does not declare; papermill itself only warns."""
-    import papermill
+    """Raises BadInput for a parameter that the notebook does not declare, and for a value of another kind than its default;
+    papermill itself only warns of the one and takes the other."""
+    import nbformat
 
-    declared = papermill.inspect_notebook(str(notebook))
-    if unknown := sorted(set(parameters) - set(declared)):
-        raise BadInput(f"{notebook.name} has no parameter {', '.join(unknown)} (it declares: {', '.join(declared)})")
+    cells = nbformat.read(notebook, as_version=4).cells
+    declared = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), "")
+    _refuse(notebook.name, assigned(declared), parameters)
+
+
+def check_injected() -> None:
+    """For a notebook's first cell: raises BadInput when papermill, run by hand, has put in parameters (as a cell of their
+    own, right before) that the notebook does not declare, or of another kind than declared."""
+    from IPython import get_ipython
+
+    *_, declared, injected, _current = ["", "", "", *(get_ipython().user_ns["In"] if get_ipython() else ())]
+    if injected.startswith("# Parameters\n"):
+        _refuse("this notebook", assigned(declared), assigned(injected))
+
+
+def assigned(source: str) -> dict:
+    """What a cell of plain assignments sets: names and values."""
+    values = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with contextlib.suppress(ValueError):
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
+
+
+def _refuse(name: str, declared: Mapping, given: Mapping) -> None:
+    if unknown := sorted(set(given) - set(declared)):
+        raise BadInput(f"{name} has no parameter {', '.join(unknown)} (it declares: {', '.join(declared)})")
+    for key, value in given.items():
+        kind, number = type(declared[key]), isinstance(declared[key], (int, float))
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) if number else isinstance(value, kind)
+        if kind is bool or not fits:
+            expected = {str: "a text", list: "a list"}.get(kind, "a number")
+            raise BadInput(f"{name}: parameter {key} = {value!r}: expected {expected}, as {declared[key]!r}")
 
 
 def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
-    The source is never written to. Raises BadInput for undeclared or impossible parameters and NotebookFailed, with the
+    The source is never written to; what cells and libraries write to standard error goes to this process's own. Raises
+    BadInput for undeclared or impossible parameters and NotebookFailed, with the
     cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
     """
     import papermill
 
     check_parameters(notebook, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made(output.parent, f"name another folder for all runs in the variable {RUNS_VARIABLE}")
     failure = None
-    with _ForwardedProgress(output.with_suffix(".progress")):
+    with _ForwardedProgress(output.with_suffix(".progress")), Scratch() as own:
         try:
             papermill.execute_notebook(
                 str(notebook),
                 str(output),
                 parameters=dict(parameters),
                 kernel_name="python3",
+                kernel_manager_class=_own_kernel(Path(own)),
                 cwd=str(PROJECT),
                 progress_bar=False,
+                stderr_file=sys.stderr,
                 # The kernel's own log goes to this terminal; what cells print and raise goes into the notebook.
                 extra_arguments=["--log-level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
             failure = error
+    _forget_the_machine(output)
     page = to_html(output)
     if failure:
         if failure.ename in ("BadInput", "RunMismatch", "InUse"):
@@ -112,6 +152,40 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
         message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
     return page
+
+
+def _own_kernel(folder: Path) -> type:
+    """A manager of kernels that are this interpreter with this library, whatever kernels the machine has, and without the
+    user's start-up files; what it writes while it runs goes into `folder`."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    spec = KernelSpec(
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        env={**with_library(with_home(os.environ)), "IPYTHONDIR": str(folder)},
+        language="python",
+    )
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = spec
+
+        def __init__(self, **options):
+            super().__init__(**options, connection_file=str(folder / "kernel.json"))
+
+    return OwnKernel
+
+
+def _forget_the_machine(executed: Path) -> None:
+    """Takes out of an executed notebook what is of this machine alone: standard error, which has gone to the terminal, and
+    where files lie."""
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    notebook.metadata.pop("papermill", None)
+    nbformat.write(notebook, executed)
 
 
 def to_html(executed: Path) -> Path:
@@ -132,7 +206,7 @@ def to_html(executed: Path) -> Path:
     page = executed.with_suffix(".html")
     # The page travels alone: other notebooks are not where its links would look for them.
     body = re.sub(r'<a href="[^":]+\.ipynb">(.*?)</a>', r"\1", body)
-    page.write_text(re.sub(r"<figure>(<img [^>]*>)", _SCROLLING, body))
+    page.write_text(nameless(re.sub(r"<figure>(<img [^>]*>)", _SCROLLING, body)))
     return page
 
 

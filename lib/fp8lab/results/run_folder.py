@@ -31,7 +31,7 @@ from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.performance import steady_window
 from ..metrics.summary import Summary
-from ..paths import DATA, RUNS, repository_relative, writing
+from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .level import LevelResult
@@ -321,7 +321,9 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         return Run(path, _manifest(path), read_only=True)
     if str(run_dir) == "latest":
         run_dir = (RUNS / "latest").resolve() if (RUNS / "latest").exists() else ""
+    remedy = f"choose another --run folder, or name one for all runs in the variable {RUNS_VARIABLE}"
     if run_dir and (Path(run_dir) / "run.json").is_file():
+        made(Path(run_dir), f"read this run with --source, or {remedy}")
         run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
         if profile != "auto":
             run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
@@ -330,8 +332,7 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    made(path, remedy)
     manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
     write_json(path / "run.json", manifest)
     if path.resolve().parent == RUNS:

@@ -6,16 +6,26 @@ import json
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Mapping
 
 from ..config.flags import joined
 from ..config.profile import Profile
 from ..models.checkpoints import model_folder, packaged_model
+from ..paths import with_home, with_library
 from ..system import gpu
 
 HOST = "127.0.0.1"
 EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
 GUARD = "fp8lab.server.auth.KeyGuard"
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
+# vLLM's variables that say where things are and what the host is, or that this kit sets for every server.
+_OF_THE_HOST = {
+    "VLLM_ASSETS_CACHE", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CUDART_SO_PATH",
+    "VLLM_CUDA_COMPATIBILITY_PATH", "VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "VLLM_NCCL_SO_PATH", "VLLM_USE_MODELSCOPE",
+    "VLLM_API_KEY", "VLLM_DO_NOT_TRACK", "VLLM_NO_USAGE_STATS", "VLLM_RPC_BASE_PATH",
+}  # fmt: skip
+_STRICTER = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "FORCE_COLOR")
 
 
 def served_model(profile: Profile, variant: str) -> str:
@@ -54,6 +64,22 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     return environment
 
 
+def surroundings(given: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables as a server may see them that is `given` its own: with a home folder to write to and this
+    library, of which vLLM imports parts (the guard, the emulated GPU), in UTF-8, its log in plain text. What would make it another server than its variant says is left out, and told."""
+    environment = with_library(with_home(os.environ))
+    odd = [name for name in environment if name.startswith("VLLM_") and name not in _OF_THE_HOST]
+    for name in (*odd, *_STRICTER):
+        environment.pop(name, None)
+    if told := sorted(set(odd) - given.keys()):
+        warnings.warn(
+            f"the server does not get {', '.join(told)} from the environment: its profile says what it is; to set a variable, "
+            "write it into [server.env] of a profile, or into a variant's env",
+            stacklevel=2,
+        )
+    return environment | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
+
+
 def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
     """The command with its environment, to be pasted into a shell."""
     environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
@@ -62,7 +88,7 @@ def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
 
 def _guard(profile: Profile, variant: str) -> list[str]:
     """The flag that guards every path; none for the Rust API server, which loads no Python."""
-    environment = os.environ | build_environment(profile, variant)
+    environment = build_environment(profile, variant)
     return ["--middleware", GUARD] if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "0" else []
 
 

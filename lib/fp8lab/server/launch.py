@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import json
 import math
-import os
 import secrets
 import shlex
 import subprocess
@@ -26,11 +25,9 @@ from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
 from ..ui.table import Table
 from . import log, orphans, preflight, watchdog
-from .command import HOST, build_command, build_environment
+from .command import HOST, build_command, build_environment, surroundings
 from .request import PROBE_S, ask
 
-# The folder that holds the package fp8lab.
-_LIB = str(Path(__file__).resolve().parents[2])
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
@@ -196,11 +193,14 @@ class Server:
         mark = orphans.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
-        environment = {**os.environ, **extra, "VLLM_API_KEY": self.api_key, orphans.MARK: mark, "SPT_NOENV": "1"}
+        environment = {
+            **surroundings(extra),
+            **extra,
+            "VLLM_API_KEY": self.api_key,
+            orphans.MARK: mark,
+            "SPT_NOENV": "1",
+        }
         self._secrets = secrets_of(environment)
-        # vLLM imports parts of fp8lab (the guard, the emulated GPU), wherever this process has it from.
-        known = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([*known, _LIB])
         with writing(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
@@ -209,7 +209,7 @@ class Server:
             self._memory_before = gpu.memory_used_gib()
             self._idle_pids = {o.pid for o in gpu.occupants()}
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
-        self._scratch = Scratch()
+        self._scratch = Scratch(for_sockets=True)
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
         # Should this process die, the GPU stays locked until the server has ended.
         held = [lock.fd for lock in (self._scratch, self._gpu_lock) if lock]

@@ -165,7 +165,8 @@ def popen(
     tells. `options` are the watchdog's own; the file descriptors `held` stay open until all has ended."""
     from ..config.secrets import secrets_of
 
-    guard = [sys.executable, __file__, "--log", str(log), "--grace", str(grace_s), *options]
+    # Nothing of the host's Python set-up (PYTHONPATH, sitecustomize) is in it.
+    guard = [sys.executable, "-I", "-S", __file__, "--log", str(log), "--grace", str(grace_s), *options]
     guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
     return subprocess.Popen(
         [*guard, "--", *command],

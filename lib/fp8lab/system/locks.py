@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ from ..paths import cache_dir
 # Where every user may make a file and none may remove another's. The same for all, so not TMPDIR; not /dev/shm, from
 # which systemd removes a user's files when they log out.
 _SHARED = (Path("/run/lock"), Path("/tmp"))
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _STICKY_FOR_ALL = stat.S_ISVTX | stat.S_IWOTH
 
 
@@ -44,7 +46,15 @@ class Lock:
             raise NotWritten(f"{what} cannot be locked: {path}: {error.strerror}") from None
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS and not for_all:
+                # A network's file system without locks: one of this machine guards the file among its processes.
+                os.close(self.fd)
+                self.fd = machine_lock(hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16], what).fd
+                return
+            if not isinstance(error, BlockingIOError):
+                os.close(self.fd)
+                raise NotWritten(f"{what} cannot be locked: {path}: {error.strerror}") from None
             holder = os.pread(self.fd, 100, 0).decode(errors="replace").strip()
             os.close(self.fd)
             raise InUse(f"{what} is in use by {holder or 'another process'}; wait for it to end, or end it") from None
@@ -80,19 +90,25 @@ def _open_for_all(path: Path) -> int:
     return fd
 
 
-_PREFIX = "fp8lab-scratch-"
+_PREFIX, _SHORT = "fp8lab-scratch-", "/tmp"
 # A folder is locked a moment after it is made.
 _YOUNG_S = 60.0
+# A socket's path has at most 107 bytes (sun_path in unix(7)); vLLM names its sockets by 36 characters.
+_LONGEST_FOR_SOCKETS = 107 - len("/") - 36
 
 
 class Scratch:
     """A folder that is locked (flock) as long as any process has `fd` open: hand it to a watchdog (`pass_fds`). In a `with`
-    block its path. Making one removes those that were left over. Raises NotWritten when none can be made."""
+    block its path. Making one removes those that were left over. One `for_sockets` of vLLM has a short path: where TMPDIR is
+    a long one it lies in /tmp. Raises NotWritten when none can be made."""
 
-    def __init__(self):
+    def __init__(self, *, for_sockets: bool = False):
         try:
             sweep()
             self.path = tempfile.mkdtemp(prefix=_PREFIX)
+            if for_sockets and len(os.fsencode(self.path)) > _LONGEST_FOR_SOCKETS:
+                os.rmdir(self.path)
+                self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=_SHORT)
             self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -115,7 +131,7 @@ class Scratch:
 
 def sweep() -> None:
     """Removes this user's folders that no process holds: their owner was killed, and its watchdog too if it had one."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for path in (path for folder in {tempfile.gettempdir(), _SHORT} for path in Path(folder).glob(f"{_PREFIX}*")):
         with contextlib.suppress(OSError):  # another user's, a link, in use, or gone meanwhile
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

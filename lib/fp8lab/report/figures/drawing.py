@@ -66,14 +66,14 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
     def made(draw: Callable[..., str]) -> Callable[..., Figure]:
         @functools.wraps(draw)
         def drawn(*arguments, **options) -> Figure:
-            runs = [one for one in arguments if isinstance(one, Run)]
-            canvas, axes = _canvas(runs, title, height, rows, columns)
-            caption = draw(axes, *arguments, **options)
-            from matplotlib import rc_context
+            from matplotlib import rc_context, style
 
+            runs = [one for one in arguments if isinstance(one, Run)]
             vector = io.StringIO()
-            # The same data give the same file: no date, no random names.
-            with rc_context({"svg.hashsalt": name}):
+            # The same data give the same file: no date, no random names, nothing of the user's own style.
+            with style.context("default"), rc_context({"svg.hashsalt": name}):
+                canvas, axes = _canvas(runs, title, height, rows, columns)
+                caption = draw(axes, *arguments, **options)
                 canvas.savefig(vector, format="svg", metadata={"Date": None})
             source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
             return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
