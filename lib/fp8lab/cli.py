@@ -160,123 +160,76 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, function, text: str):
+    def number(default: int | None, text: str) -> dict:
+        return {"type": int, "default": default, "metavar": "N", "help": text}
+
+    def repeated(metavar: str, text: str) -> dict:
+        return {"action": "append", "metavar": metavar, "help": f"{text}; repeatable"}
+
+    # What several commands take.
+    run = {"metavar": "RUN", "help": "a run folder, or the name of one in data/recorded"}
+    shared = {
+        "RUN": run, "--workers": number(None, "client processes (default: by rate and cores)"),
+        "--profile": {"default": "auto", "metavar": "P", "help": "a name (see `fp8lab profiles`), a .toml file, or auto (default)"},
+        "--run": {"default": "", "metavar": "DIR", "help": "run folder, resumed if it exists (default: a new one in runs/)"},
+        "--source": {"default": "", "metavar": "DIR", "help": "read this run, measure nothing"},
+        "--model": {"metavar": "M", "help": "serve this checkpoint (path or hub name) for every variant"},
+        "--protocol": repeated("NAME", "a protocol of the profile (default: all)"),
+    }  # fmt: skip
+
+    def command(name: str, function, text: str, *options: str):
         made = _with_examples(subparsers.add_parser, name, name, help=text, description=text)
         made.set_defaults(command=function)
+        for option in options:
+            made.add_argument(option.lower(), **shared[option])
         return made
-
-    profile = {
-        "default": "auto",
-        "metavar": "P",
-        "help": "a name (see `fp8lab profiles`), a .toml file, or auto (default)",
-    }
 
     reproduce = command("reproduce", commands.reproduce, (
         "Run notebooks headless: measure, judge, render. Exit code 3: a level of the run is INVALID, all else is done (0 with "
         "--source, which measures nothing)."
-    ))  # fmt: skip
-    reproduce.add_argument("--profile", **profile)
-    reproduce.add_argument(
-        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
-    )
-    reproduce.add_argument("--source", default="", metavar="DIR", help="read this run instead of measuring")
-    reproduce.add_argument(
-        "--notebook", action="append", metavar="N", help="front (default), steps, a step's name, or a path; repeatable"
-    )
-    reproduce.add_argument(
-        "-p",
-        dest="parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a notebook parameter; repeatable",
-    )
-    reproduce.add_argument(
-        "--weights",
-        choices=("random", "checkpoint"),
-        help="random weights of the true shapes, or the profile's checkpoints",
-    )
-    reproduce.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
+    ), "--profile", "--run", "--source", "--model")  # fmt: skip
+    reproduce.add_argument("--notebook", **repeated("N", "front (default), steps, a step's name, or a path"))
+    value = {"dest": "parameter", "nargs": 2, "metavar": ("NAME", "VALUE"), "help": "a notebook parameter; repeatable"}
+    reproduce.add_argument("-p", action="append", default=[], **value)
+    said = "random weights of the true shapes, or the profile's checkpoints"
+    reproduce.add_argument("--weights", choices=("random", "checkpoint"), help=said)
 
-    protocol = {"action": "append", "metavar": "NAME", "help": "a protocol of the profile; repeatable (default: all)"}
     measure = command("measure", commands.measure, (
         "Measure a profile's levels without a notebook. Exit code 3: a level of the run is INVALID, all else is measured."
-    ))  # fmt: skip
-    measure.add_argument("--profile", **profile)
-    measure.add_argument(
-        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
-    )
-    measure.add_argument("--protocol", **protocol)
-    measure.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
-    measure.add_argument(
-        "--again", action="append", default=[], metavar="LEVEL",
-        help="set this level aside and measure it again, whichever of the run's it is; repeatable. Without --protocol nothing "
-        "else is measured",
-    )  # fmt: skip
+    ), "--profile", "--run", "--protocol", "--workers")  # fmt: skip
+    said = "set this level of the run aside and measure it again, without --protocol nothing else"
+    measure.add_argument("--again", default=[], **repeated("LEVEL", said))
 
     quality = command("quality", commands.quality, (
         "Measure what each variant answers: perplexity, KL divergence and agreement with the profile's first variant on "
-        "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor."
-    ))  # fmt: skip
-    quality.add_argument(
-        "--profile",
-        default="auto",
-        metavar="P",
-        help="a name or .toml file (default: smollm2-gpu, or -cpu without a GPU)",
-    )
-    quality.add_argument(
-        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
-    )
-    quality.add_argument("--source", default="", metavar="DIR", help="show this run instead of measuring")
-    quality.add_argument(
-        "--variant", action="append", metavar="V", help="repeatable (default: one for each choice of number formats)"
-    )
-    quality.add_argument(
-        "--weights", choices=("packaged", "checkpoint"), help="a package's, or the profile's checkpoints"
-    )
-    quality.add_argument("--model", metavar="M", help="serve this checkpoint (path or hub name) for every variant")
+        "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor. The profile is smollm2-gpu, "
+        "without a GPU smollm2-cpu, unless another is named."
+    ), "--profile", "--run", "--source", "--model")  # fmt: skip
+    quality.add_argument("--variant", **repeated("V", "default: one for each choice of number formats"))
+    said = "a package's, or the profile's checkpoints"
+    quality.add_argument("--weights", choices=("packaged", "checkpoint"), help=said)
     quality.add_argument("--text", default="", metavar="FILE", help="plain UTF-8 (default: Newton's Opticks, Book I)")
-    quality.add_argument("--document-tokens", type=int, default=1024, metavar="N", help="length of a document (1024)")
-    quality.add_argument(
-        "--documents", type=int, default=0, metavar="N", help="how many at most (default: the whole text)"
-    )
-    quality.add_argument("--top", type=int, default=20, metavar="K", help="likeliest tokens kept at each position (20)")
-    quality.add_argument("--prompts", type=int, default=64, metavar="N", help="passages to be explained (64)")
-    quality.add_argument("--answer-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    quality.add_argument("--document-tokens", **number(1024, "length of a document (1024)"))
+    quality.add_argument("--documents", **number(0, "how many at most (default: the whole text)"))
+    quality.add_argument("--top", **number(20, "likeliest tokens kept at each position (20)"))
+    quality.add_argument("--prompts", **number(64, "passages to be explained (64)"))
+    quality.add_argument("--answer-tokens", **number(256, "longest answer (256)"))
 
     anatomy = command("anatomy", commands.anatomy, (
         "Take decode steps apart: GPU time by kind of kernel beside the datasheet's floor, wall time, what the host adds, and "
         "what the EngineCore does. About 2 min a variant on an H100; without a GPU the host's half alone."
-    ))  # fmt: skip
-    anatomy.add_argument("--profile", **profile)
-    anatomy.add_argument(
-        "--run", default="", metavar="DIR", help="run folder; an existing one is resumed (default: a new one in runs/)"
-    )
-    anatomy.add_argument("--source", default="", metavar="DIR", help="show this run instead of measuring")
-    anatomy.add_argument("--variant", action="append", metavar="V", help="repeatable (default: bf16 and fp8)")
-    anatomy.add_argument(
-        "--batch",
-        type=int,
-        action="append",
-        metavar="N",
-        help="requests decoding at once; repeatable (64, 128, 256, 1024)",
-    )
+    ), "--profile", "--run", "--source")  # fmt: skip
+    anatomy.add_argument("--variant", **repeated("V", "default: bf16 and fp8"))
+    anatomy.add_argument("--batch", type=int, **repeated("N", "requests decoding at once (64, 128, 256, 1024)"))
 
-    plan = command("plan", commands.plan, "Show which levels a profile measures and about how long they take.")
-    plan.add_argument("--profile", **profile)
+    text = "Show which levels a profile measures and about how long they take."
+    plan = command("plan", commands.plan, text, "--profile", "--protocol")
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
-    plan.add_argument("--protocol", **protocol)
 
-    share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.")
-    share.add_argument("run", metavar="RUN", help="a run folder, or the name of one in data/recorded")
+    share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.", "RUN")
     share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")
-    share.add_argument(
-        "--notebook",
-        action="append",
-        metavar="N",
-        help="as in reproduce (default: front, or 07_quality for a run without levels); repeatable",
-    )
+    said = "as in reproduce (default: front, or 07_quality for a run without levels)"
+    share.add_argument("--notebook", **repeated("N", said))
     share.add_argument("--tokens", action="store_true", help="keep every token's timestamp in the archive")
 
     batch = command("batch", commands.batch, (
@@ -287,26 +240,21 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("matrix", metavar="MATRIX.toml", help="what to run (see below)")
     batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")
 
-    record = command("record", commands.record, "Keep a run in data/recorded, trimmed: no logs, few token timestamps.")
-    record.add_argument("run", metavar="RUN", help="a run folder")
+    text = "Keep a run in data/recorded, trimmed: no logs, few token timestamps."
+    record = command("record", commands.record, text, "RUN")
     record.add_argument("name", metavar="NAME", help="what it is to be called; an earlier one of that name is replaced")
-    record.add_argument(
-        "--tokens", action="append", metavar="LEVEL", help="keep this level's token timestamps; repeatable"
-    )
+    record.add_argument("--tokens", **repeated("LEVEL", "keep this level's token timestamps"))
 
-    serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.")
+    serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.", "--profile")
     serve.add_argument("variant", metavar="VARIANT", help="bf16, fp8, fp8-weights, fp8-kv, or another of the profile's")
-    serve.add_argument("--profile", **profile)
-    serve.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one)")
+    serve.add_argument("--port", **number(None, "port on 127.0.0.1 (default: a free one)"))
     serve.add_argument("--print-command", action="store_true", help="print the vLLM command and exit")
     serve.add_argument("--show-key", action="store_true", help="print the API key of this start")
 
     load_test_command.add_arguments(command("load-test", load_test_command.run, load_test_command.TEXT))
 
-    claims = command("claims", commands.claims, "Judge the published claims by a run.")
-    claims.add_argument(
-        "run", metavar="RUN", nargs="+", help="a run folder, or the name of one in data/recorded; several: side by side"
-    )
+    claims = command("claims", commands.claims, "Judge the published claims by a run, or by several side by side.")
+    claims.add_argument("run", nargs="+", **run)
     claims.add_argument("--brief", action="store_true", help="without reasons and levels")
     claims.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
