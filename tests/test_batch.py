@@ -13,11 +13,10 @@ import pytest
 
 from conftest import marked, nothing_left, wait_for
 from fp8lab import batch as batches
-from fp8lab.batch import _Queue, _run, load_matrix
+from fp8lab.batch import _Queue, _run, load_matrix, write_pages
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.paths import DATA
-from fp8lab.report.batch_page import write_pages
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 

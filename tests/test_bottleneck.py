@@ -15,8 +15,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
 from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, long_enough, what_limited
 from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
-from fp8lab.metrics.resources import POWER, clock
-from fp8lab.metrics.roofline import roofline
+from fp8lab.metrics.resources import POWER, clock, roofline
 from fp8lab.metrics.summary import Summary
 from fp8lab.paths import DATA
 from fp8lab.results.evidence import evidence

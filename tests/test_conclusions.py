@@ -8,7 +8,7 @@ import pytest
 import fp8lab as lab
 from fp8lab.errors import BadInput
 from fp8lab.metrics.summary import Summary
-from fp8lab.report.conclusions import _FIGURES
+from fp8lab.report.claims import _FIGURES
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.run_folder import open_run
 

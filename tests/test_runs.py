@@ -18,8 +18,7 @@ from fp8lab.experiment.speed import load_test, measure, missing_work, plan_table
 from fp8lab.metrics.performance import summarize
 from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.results import provenance, run_folder
-from fp8lab.results.level import LevelResult
-from fp8lab.results.run_folder import open_run
+from fp8lab.results.run_folder import LevelResult, open_run
 from fp8lab.share import record
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import html
 import json
 import os
 import signal
@@ -17,19 +18,24 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from .config.profile import Level
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_workload
-from .errors import BadInput
+from .errors import BadInput, Fp8labError
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
-from .report.batch_page import has_invalid, write_pages
+from .report.claims import claims_table
 from .report.notebooks import check_parameters, find
+from .report.tables.levels import validity_table
+from .report.verdict import card_mark, card_note
+from .results.evidence import evidence
 from .results.files import write_json
+from .results.run_folder import Run, open_run
 from .system.gpu import visible
+from .ui.table import COUNTS, LEVEL, Column, Table, view
 
 # Set for a job's process: its standard input is a pipe that ends with the batch.
 TIED = "FP8LAB_TIED_TO_STDIN"
@@ -37,6 +43,13 @@ _LOOK_S = 0.5
 # What a job ends with when all was measured and a level of it is INVALID, and a batch when that is the worst of it.
 _INVALID = 3
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
+
+_STATES = {"invalid": "done, with INVALID levels"}
+_COLUMNS = (
+    LEVEL, Column("req/s", "request_throughput", ",.1f"), Column("tok/s", "output_token_throughput", ",.0f"),
+    Column("TTFT p99 ms", "p99_ttft_ms", ",.0f"), Column("TPOT ms", "mean_tpot_ms", ",.1f"),
+    Column("J/token", "joules_per_output_token", ".3f"), COUNTS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +65,9 @@ class Matrix:
 
     def jobs(self) -> list[tuple[str, str, Mapping]]:
         """(job's name, profile, workload), in order."""
+        pairs = [(profile, name) for profile in self.profiles for name in self.workloads]
         return [
-            ("-".join(filter(None, (Path(profile).stem, name))), profile, workload)
-            for profile in self.profiles
-            for name, workload in self.workloads.items()
+            (f"{Path(one).stem}-{name}" if name else Path(one).stem, one, self.workloads[name]) for one, name in pairs
         ]
 
 
@@ -77,19 +89,16 @@ def load_matrix(path: Path) -> Matrix:
             raise BadInput(f"{path}: {key}: expected a list of names in quotes, not {names!r}")
     if not isinstance(table.get("notebook", ""), str):
         raise BadInput(f"{path}: notebook: expected a name in quotes, not {table['notebook']!r}")
-    # A profile's file is named relative to the matrix.
-    profiles = tuple(
-        str((path.parent / name).resolve()) if name.endswith(".toml") else name for name in table.pop("profiles")
-    )
+    # A profile's file is named relative to the matrix, and so is a workload's trace.
+    named = table.pop("profiles")
+    profiles = tuple(str((path.parent / one).resolve()) if one.endswith(".toml") else one for one in named)
     workloads = table.pop("workloads", {"": {}})
     if not isinstance(workloads, dict) or not all(isinstance(one, dict) for one in workloads.values()):
         raise BadInput(f"{path}: workloads: expected a table for each: [workloads.NAME]")
     if odd := [name for name in workloads if name and not PLAIN_NAME.fullmatch(name)]:
         raise BadInput(f"{path}: workload {odd[0]!r} is no name: letters, digits, '.', '_' and '-', at most 64")
-    # So is a workload's trace.
-    table["workloads"] = {
-        name: with_paths({"workload": one}, path.absolute().parent)["workload"] for name, one in workloads.items()
-    }
+    folder = path.absolute().parent
+    table["workloads"] = {k: with_paths({"workload": one}, folder)["workload"] for k, one in workloads.items()}
     lists = {key: tuple(table[key]) for key in ("variants", "protocols") if key in table}
     matrix = Matrix(name=path.stem, profiles=profiles, **table | lists)
     for notebook in find(matrix.notebook):
@@ -118,9 +127,8 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
         (folder / name / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
     # Without a GPU there is one machine to share; with several each takes the next job.
     places = visible() or [None]
-    workers = [
-        threading.Thread(target=_work, args=(queue, matrix, place, len(places) > 1), daemon=True) for place in places
-    ]
+    arguments = [(queue, matrix, place, len(places) > 1) for place in places]
+    workers = [threading.Thread(target=_work, args=each, daemon=True) for each in arguments]
     _draw(folder)
     try:
         for worker in workers:
@@ -150,13 +158,11 @@ class _Queue:
             held = json.loads((folder / "queue.json").read_text())["jobs"]
         # What was running when the last batch ended is run again: its run folder knows how far it came.
         # What has INVALID levels is not, unless they have been measured again since: its pages are then drawn anew.
-        states = {name: held.get(name, {}).get("state") for name in names}
-        kept = {
-            name
-            for name, state in states.items()
-            if state == "done" or (state == "invalid" and has_invalid(folder / name / "run"))
-        }
-        self.jobs = {name: held[name] if name in kept else {"state": "waiting"} for name in names}
+        self.jobs = {name: held.get(name, {}) for name in names}
+        for name, job in self.jobs.items():
+            state = job.get("state")
+            if state != "done" and not (state == "invalid" and has_invalid(folder / name / "run")):
+                self.jobs[name] = {"state": "waiting"}
         self._store()
 
     def take(self) -> tuple[str, int] | None:
@@ -228,9 +234,8 @@ def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None
         print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
         exit_code = _run(queue, command, environment, job / "log.txt", shown=not several)
         ended = queue.finish(name, exit_code)
-        how = {0: "done", _INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}.get(
-            exit_code, f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}"
-        )
+        how = {0: "done", _INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
+        how = how.get(exit_code, f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}")
         print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
 
 
@@ -274,19 +279,14 @@ def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
     read = read_profile(profile)
     for variant in matrix.variants:
         read.variant(variant)
-    return {
-        protocol: [level for level in read.levels(protocol) if not matrix.variants or level.variant in matrix.variants]
-        for protocol in matrix.protocols
-    }
+    chosen = matrix.variants or read.variants
+    return {name: [level for level in read.levels(name) if level.variant in chosen] for name in matrix.protocols}
 
 
 def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) -> str:
     """A profile that extends `profile` by the job's workload and levels, as TOML."""
-    lines = [
-        f"extends = {_toml(profile)}",
-        'replaces = ["protocols"]',
-        f"title = {_toml(f'{read_profile(profile).title} ({name})')}",
-    ]
+    title = f"{read_profile(profile).title} ({name})"
+    lines = [f"extends = {_toml(profile)}", 'replaces = ["protocols"]', f"title = {_toml(title)}"]
     if workload:
         lines += ["", "[workload]", *(f"{key} = {_toml(value)}" for key, value in workload.items())]
     for protocol, levels in _levels(matrix, profile).items():
@@ -301,3 +301,77 @@ def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) ->
 
 def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def has_invalid(run_dir: Path) -> bool:
+    """Whether a level of the run is INVALID; False also for a run that cannot be read."""
+    try:
+        return not all(summary.valid for summary in open_run(source=run_dir).summaries().values())
+    except Fp8labError:
+        return False
+
+
+def write_pages(folder: Path) -> None:
+    """index.html (every job, its state and its page; which levels are INVALID, and the remedy) and comparison.html (all
+    levels side by side)."""
+    jobs = json.loads((folder / "queue.json").read_text())["jobs"]
+    items, rows, verdicts, remedies = [], [], [], []
+    for name, job in jobs.items():
+        links = ", ".join(_links(folder, name, job["state"]))
+        state = _STATES.get(job["state"], job["state"])
+        items.append(f"<tr><th scope='row'>{html.escape(name)}</th><td>{state}</td><td>{links or '–'}</td></tr>")
+        if not (folder / name / "run" / "run.json").is_file():
+            continue
+        try:
+            run = open_run(source=folder / name / "run")
+            rows += _levels_of(run, name)
+            told = _named(claims_table(run), f"The published claims against {name}: {run.profile.title}", run)
+            if job["state"] == "invalid":
+                remedies.append(_named(validity_table(run), f"Does {name} count?", run))
+        except Fp8labError as error:  # one damaged run must not end the others
+            told = f"<p>Its run cannot be read: {html.escape(str(error))}</p>"
+        verdicts.append(f"<h2>{html.escape(name)}</h2>{told}")
+    head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
+    table = f"<table>{head}{''.join(items)}</table>"
+    scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
+    index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}{''.join(remedies)}"
+    _write_page(folder / "index.html", f"Batch {folder.name}", index)
+    columns = ("run", *(column.title for column in _COLUMNS))
+    every = Table("Every level of every run", columns, rows)
+    levels = every._repr_html_() if rows else "<p>Nothing is measured yet.</p>"
+    _write_page(folder / "comparison.html", f"Batch {folder.name}: comparison", levels + "".join(verdicts))
+
+
+def _links(folder: Path, name: str, state: str) -> list[str]:
+    """A job's pages; with them its log when it failed."""
+    pages = [(page.stem, page) for page in sorted((folder / name / "run").glob("rendered/*.html"))]
+    log = folder / name / "log.txt"
+    if state == "failed" and log.is_file():
+        pages.append(("log", log))
+    return [f'<a href="{html.escape(str(page.relative_to(folder)))}">{html.escape(text)}</a>' for text, page in pages]
+
+
+def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
+    mark = f" ({word})" if (word := card_mark(run)) else ""
+    return [(f"{name}{mark}", *row) for row in view("", evidence(run).frame, _COLUMNS).rows]
+
+
+def _named(table: Table, caption: str, run: Run) -> str:
+    """A table of a job's run as HTML; every run's folder has the same name, so the job's stands in its caption."""
+    return replace(table, caption=f"{card_note(run)}{caption}")._repr_html_()
+
+
+def _write_page(path: Path, title: str, body: str) -> None:
+    style = (
+        "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "h1{overflow-wrap:anywhere}"
+        "table{border-collapse:collapse;margin:1.5rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:left}"
+        "@media(max-width:40rem){td,th{vertical-align:top}th[style*=min-width]{min-width:22em!important}}"
+        "@page{size:A4 landscape;margin:14mm}"
+        "@media print{*{overflow:visible!important}tr{break-inside:avoid}table{font-size:7pt}th{min-width:0!important}}"
+    )
+    path.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
+    )

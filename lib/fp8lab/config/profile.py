@@ -186,9 +186,8 @@ def _dimensions_at(folder: Path) -> Dimensions | None:
         return None
     try:
         config, apart = json.loads(path.read_text()), folder / "hf_quant_config.json"
-        if apart.is_file() and not config.get(
-            "quantization_config"
-        ):  # ModelOpt writes it beside, and vLLM reads it there
+        # ModelOpt writes it beside, and vLLM reads it there.
+        if apart.is_file() and not config.get("quantization_config"):
             config["quantization_config"] = json.loads(apart.read_text()).get("quantization")
         return dimensions(config)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -232,6 +231,11 @@ class Variant(ProfileTable):
     def formats(self) -> tuple[str, ...]:
         """The number formats that it asks vLLM for."""
         return tuple(flag_of(self.flags, name) for name in FORMAT_FLAGS)
+
+
+# The tables of a profile's file; those of [variants.NAME] are all alike.
+TABLES = {"model": Model, "server": ServerOptions, "workload": Workload, "gpu": Card, "emulation": Emulation}
+TABLES["variants"] = Variant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Reading profiles: files that extend each other, or what a run folder holds; one clear error for what cannot be."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,7 +8,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -18,21 +19,7 @@ from ..errors import BadInput
 from ..paths import DATA, PLAIN_NAME
 from . import flags as vllm_flags
 from .dimensions import Dimensions
-from .profile import (
-    DEVICES,
-    RUST,
-    Card,
-    Count,
-    Emulation,
-    Level,
-    Model,
-    Profile,
-    ProfileTable,
-    ServerOptions,
-    Variant,
-    Workload,
-    is_hub_name,
-)
+from .profile import DEVICES, RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
 from .secrets import check_written
 from .trace import is_file
 
@@ -65,6 +52,14 @@ class _Source:
     def __init__(self, tables: Sequence[tuple[str, dict]]):
         self.tables = tables
 
+    @contextlib.contextmanager
+    def at(self, *at: str | int) -> Iterator[None]:
+        """Says of a BadInput that the block raises where it is."""
+        try:
+            yield
+        except BadInput as error:
+            self.refuse(at, str(error))
+
     def refuse(self, at: Sequence, said: str, *, seen_at: Sequence | None = None) -> NoReturn:
         """Raises BadInput that names the key path `at` and the last file that gives it, or gives `seen_at`."""
         place = at if seen_at is None else seen_at
@@ -74,11 +69,10 @@ class _Source:
 
 def _holds(table, at: Sequence) -> bool:
     for key in at:
-        if not (isinstance(table, dict) and key in table) and not (
-            isinstance(table, list) and isinstance(key, int) and key < len(table)
-        ):
+        try:
+            table = table[key]
+        except (KeyError, IndexError, TypeError):
             return False
-        table = table[key]
     return True
 
 
@@ -118,16 +112,14 @@ def from_dict(values: dict) -> Profile:
     protocols = {}
     for name, body in table.get("protocols", {}).items():
         # JSON has no infinity: the rate of all at once is a text there.
-        levels = [level | {"rate": float(level["rate"])} for level in body["levels"]]
-        protocols[name] = body | {"levels": levels}
+        protocols[name] = body | {"levels": [one | {"rate": float(one["rate"])} for one in body["levels"]]}
     return _parse(table | {"protocols": protocols}, values["name"], _Source([(f"profile {values['name']}", table)]))
 
 
 def flags_and_variables(profile: Profile) -> tuple[list[str], list[tuple[str, str]]]:
     """All vLLM flags of a profile, and all (name, value) of its variables: its own and its variants'."""
-    flags = [flag for one in (profile.server, *profile.variants.values()) for flag in one.flags]
-    environments = [one.env for one in (profile.server, *profile.variants.values())]
-    return flags, [(name, value) for environment in environments for name, value in environment.items()]
+    every = (profile.server, *profile.variants.values())
+    return [flag for one in every for flag in one.flags], [item for one in every for item in one.env.items()]
 
 
 def _resolved(tables: list[tuple[str, dict]], name: str) -> Profile:
@@ -204,10 +196,8 @@ def _with_older_variables(table: dict, source: "_Source") -> dict:
     for name in older:
         if name not in variants:
             source.refuse(["variant_env", name], f"no variant {name!r} (there are: {', '.join(variants)})")
-    variants = {
-        k: {"env": older[k]} | one if k in older and isinstance(one, dict) else one for k, one in variants.items()
-    }
-    return {key: value for key, value in table.items() if key != "variant_env"} | {"variants": variants}
+    changed = {k: {"env": older[k]} | one for k, one in variants.items() if k in older and isinstance(one, dict)}
+    return {key: value for key, value in table.items() if key != "variant_env"} | {"variants": variants | changed}
 
 
 def _derived(profile: Profile, source: "_Source") -> Profile:
@@ -218,16 +208,12 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
         if name in whole:
             return whole[name]
         one = profile.variants[name]
-        if one.base and one.base not in profile.variants:
-            known = ", ".join(profile.variants)
-            source.refuse(
-                ["variants", name, "base"], f"no variant {one.base!r} in profile {profile.name} (there are: {known})"
-            )
         if name in on:
-            source.refuse(
-                ["variants", name, "base"], f"variants derive from each other in a circle: {' -> '.join((*on, name))}"
-            )
+            circle = " -> ".join((*on, name))
+            source.refuse(["variants", name, "base"], f"variants derive from each other in a circle: {circle}")
         if one.base:
+            with source.at("variants", name, "base"):
+                profile.variant(one.base)
             if said := vllm_flags.problem(one.flags, {}):
                 source.refuse(["variants", name, "flags"], said)
             base = resolve(one.base, (*on, name))
@@ -236,11 +222,8 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
                 base=base.base or one.base, api_server=one.api_server or ("" if RUST in one.env else base.api_server),
             )  # fmt: skip
         rust = one.api_server == "rust" or (not one.api_server and one.env.get(RUST, "0") != "0")
-        env = (
-            {**one.env, RUST: "1"}
-            if one.api_server == "rust"
-            else {k: v for k, v in one.env.items() if k != RUST or rust}
-        )
+        env = {key: value for key, value in one.env.items() if key != RUST or rust}
+        env |= {RUST: "1"} if one.api_server == "rust" else {}
         whole[name] = dataclasses.replace(one, env=env, api_server="rust" if rust else "python")
         return whole[name]
 
@@ -294,14 +277,14 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
         file = _adapter().validate_python(table | {"name": name})
     except ValidationError as error:
         _refuse_first(error, source)
-    protocols = {protocol: body.resolved() for protocol, body in file.protocols.items()}
     for protocol, body in table.get("protocols", {}).items():
         beside = [n for n, level in enumerate(body["levels"]) if {"repeat", "start"} & level.keys()]
         if "starts" in body and beside:
             at = ["protocols", protocol, "levels", beside[0]]
             source.refuse(at, "repeat stands beside starts, which numbers the repeats itself; leave one of them out")
     built = {f.name: getattr(file, f.name) for f in dataclasses.fields(Profile)}
-    profile = Profile(**built | {"protocols": protocols})
+    built["protocols"] = {protocol: body.resolved() for protocol, body in file.protocols.items()}
+    profile = Profile(**built)
     if profile.device not in DEVICES:
         source.refuse(["device"], f"device {profile.device!r} is none of {', '.join(DEVICES)}")
     if profile.emulated and not (profile.emulation and profile.gpu):
@@ -310,16 +293,12 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
         source.refuse(["variants"], "expected at least one variant: NAME = [flags]")
     for variant in profile.variants:
         if not PLAIN_NAME.fullmatch(variant):
-            source.refuse(
-                ["variants", variant],
-                f"variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64",
-            )
-    known = f"(there are: {', '.join(profile.variants)})"
-    for protocol, levels in protocols.items():
-        for n, level in enumerate(levels):
-            if level.variant not in profile.variants:
-                at = ["protocols", protocol, "levels", n % len(file.protocols[protocol].levels), "variant"]
-                source.refuse(at, f"no variant {level.variant!r} in profile {name} {known}")
+            said = f"variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
+            source.refuse(["variants", variant], said)
+    for protocol, body in file.protocols.items():
+        for n, level in enumerate(body.levels):
+            with source.at("protocols", protocol, "levels", n, "variant"):
+                profile.variant(level.variant)
     return _derived(profile, source)
 
 
@@ -336,33 +315,23 @@ def _check_written(profile: Profile, source: _Source) -> None:
         set_by_kit["--load-format"] = 'weights = "random" makes them up'
     if profile.emulated:
         set_by_kit["--distributed-executor-backend"] = "the emulated GPU is an executor"
-    lists = {("server", "flags"): profile.server.flags}
-    lists |= {("variants", name, "flags"): one.flags for name, one in profile.variants.items()}
-    for at, flags in lists.items():
-        if said := vllm_flags.problem(flags, set_by_kit):
-            source.refuse(at, said)
-    environments = {("server", "env"): profile.server.env}
-    environments |= {("variants", name, "env"): one.env for name, one in profile.variants.items()}
-    for at, env in environments.items():
-        for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
-            if name in env:
-                said = "the server would take another GPU than is watched; set it in the environment of fp8lab itself"
-                source.refuse([*at, name], said)
+    for at, one in {("server",): profile.server, **{("variants", k): v for k, v in profile.variants.items()}}.items():
+        if said := vllm_flags.problem(one.flags, set_by_kit):
+            source.refuse([*at, "flags"], said)
+        for name in one.env.keys() & {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"}:
+            said = "the server would take another GPU than is watched; set it in the environment of fp8lab itself"
+            source.refuse([*at, "env", name], said)
     for key in profile.model.checkpoints.keys() - profile.variants.keys() - {"default"}:
         known = ", ".join(["default", *profile.variants])
-        source.refuse(
-            ["model", "checkpoints", key], f"no variant {key!r} in profile {profile.name} (there are: {known})"
-        )
+        said = f"no variant {key!r} in profile {profile.name} (there are: {known})"
+        source.refuse(["model", "checkpoints", key], said)
     asked: dict[str, tuple[str, Level]] = {}
-    for protocol, levels in profile.protocols.items():
-        for level in levels:
-            other, before = asked.setdefault(level.id, (protocol, level))
-            if before.requests != level.requests:
-                source.refuse(
-                    ["protocols", protocol],
-                    f"level {level.id} has {level.requests} requests, in protocol {other!r} {before.requests}, and a run holds "
-                    f'it once: give both the same, or leave the inherited protocols out with replaces = ["protocols"]',
-                )
+    for protocol, level in ((name, level) for name, levels in profile.protocols.items() for level in levels):
+        other, before = asked.setdefault(level.id, (protocol, level))
+        if before.requests != level.requests:
+            said = f"level {level.id} has {level.requests} requests, in protocol {other!r} {before.requests}, and a run holds "
+            said += 'it once: give both the same, or leave the inherited protocols out with replaces = ["protocols"]'
+            source.refuse(["protocols", protocol], said)
 
 
 def _refuse_first(error: ValidationError, source: _Source) -> NoReturn:
@@ -400,18 +369,14 @@ def _table_at(at: Sequence) -> type:
         return Profile
     if at[0] == "protocols":
         return Level if len(at) > 2 else _Protocol
-    tables = {"model": Model, "server": ServerOptions, "workload": Workload, "gpu": Card, "emulation": Emulation}
-    if at[0] == "variants":
-        return Variant
-    return Dimensions if len(at) > 1 else tables[at[0]]
+    return Dimensions if at[0] == "model" and len(at) > 1 else TABLES[at[0]]
 
 
 def _shown(value, at: Sequence) -> str:
     """A value as an error may show it: what stands among flags, variables and checkpoints may be a secret."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (int, float)) or (
-        isinstance(value, str) and at[0] in ("gpu", "emulation", "workload", "protocols")
-    ):
+    harmless = at[0] in ("gpu", "emulation", "workload", "protocols")
+    if isinstance(value, (int, float)) or (isinstance(value, str) and harmless):
         return repr(value)[:80]
     return {str: "a text", list: "a list", dict: "a table"}.get(type(value), type(value).__name__)

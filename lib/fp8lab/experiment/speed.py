@@ -19,8 +19,7 @@ from ..load.generator import send_load
 from ..load.level import measure_level
 from ..load.telemetry import Telemetry
 from ..metrics.summary import MeasuredLevel
-from ..results.level import LevelResult
-from ..results.run_folder import Run
+from ..results.run_folder import LevelResult, Run
 from ..server import launch
 from ..server.command import served_model
 from ..server.launch import Server

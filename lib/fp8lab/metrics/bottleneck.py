@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .performance import completed, concurrency_over_time
-from .resources import Clock, clock
-from .roofline import Roofline
+from .resources import Clock, Roofline, clock
 from .summary import Summary
 
 CAUSES = (

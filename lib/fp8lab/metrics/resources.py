@@ -1,16 +1,21 @@
-"""What a level cost: telemetry summed up, energy for each token and each request. Pure functions on tables."""
+"""What a level cost: telemetry summed up, energy for each token and each request, the card's clock, and how far it was from
+what the card can physically do. Pure functions on tables."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from ..config.dimensions import ModelShape
+from ..config.profile import Card
 from .performance import completed
 
+# (times, values) of a column where it was sampled; (begin, end) of a span.
+Samples = tuple[np.ndarray, np.ndarray]
+Window = tuple[float, float]
 
-def summarize_usage(
-    telemetry: pd.DataFrame, records: pd.DataFrame, window: tuple[float, float]
-) -> dict[str, float | None]:
+
+def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Window) -> dict[str, float | None]:
     """The fields of `summary.Summary` that follow from telemetry: means over the steady `window` (s), maxima and energy over
     the whole run; what was not sampled is None.
 
@@ -28,13 +33,10 @@ def summarize_usage(
     usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
     usage["preemptions"] = _increase(run["preemptions"])
     held = clock(telemetry, window)
-    usage |= {
-        "gpu_power_limit_w": held.limit_w,
-        "power_limited_steady": held.by_power,
-        "heat_limited_steady": held.by_heat,
-    }
-    integral = _integral(_known_samples(telemetry, "gpu_power_w"), *span)
-    counted = _counted(_known_samples(telemetry, "gpu_energy_j"), _known_samples(telemetry, "gpu_power_w"), *span)
+    usage |= {"gpu_power_limit_w": held.limit_w}
+    usage |= {"power_limited_steady": held.by_power, "heat_limited_steady": held.by_heat}
+    power, counter = (_known_samples(telemetry, column) for column in ("gpu_power_w", "gpu_energy_j"))
+    integral, counted = _integral(power, *span), _counted(counter, power, *span)
     energy = integral if counted is None else counted
     tokens = int(done["output_tokens"].sum())
     return usage | {
@@ -45,13 +47,12 @@ def summarize_usage(
     }
 
 
-def _known_samples(telemetry: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """(times, values) of a column where it was sampled."""
+def _known_samples(telemetry: pd.DataFrame, column: str) -> Samples:
     known = telemetry[["at_s", column]].dropna().to_numpy(float)
     return known[:, 0], known[:, 1]
 
 
-def _integral(power: tuple[np.ndarray, np.ndarray], begin: float, end: float) -> float | None:
+def _integral(power: Samples, begin: float, end: float) -> float | None:
     """The integral of power samples from `begin` to `end`; None when fewer than two lie between or nothing completed."""
     times, values = power
     inside = times[(times > begin) & (times < end)]
@@ -61,9 +62,7 @@ def _integral(power: tuple[np.ndarray, np.ndarray], begin: float, end: float) ->
     return float(np.trapezoid(np.interp(at, times, values), at))
 
 
-def _counted(
-    counter: tuple[np.ndarray, np.ndarray], power: tuple[np.ndarray, np.ndarray], begin: float, end: float
-) -> float | None:
+def _counted(counter: Samples, power: Samples, begin: float, end: float) -> float | None:
     """How much a counter, read once a second, rose from `begin` to `end`. What lies beyond its first or last reading, up
     to a second, is the power samples': taken as no rise it would lose a few percent of a short level."""
     times, values = counter
@@ -75,7 +74,7 @@ def _counted(
     return None if rise <= 0 or None in edges else rise + sum(edges)
 
 
-def _edge(power: tuple[np.ndarray, np.ndarray], begin: float, end: float) -> float | None:
+def _edge(power: Samples, begin: float, end: float) -> float | None:
     if end <= begin:
         return 0.0
     return (end - begin) * float(np.interp([begin, end], *power).mean()) if power[0].size else None
@@ -125,17 +124,14 @@ class Clock:
             return ""
         limit = f" of {self.limit_w:,.0f} W" if self.limit_w else ""
         reading = f"{self.power_w:,.0f} W{limit} at {self.mhz:,.0f} of {self.fastest_mhz:,.0f} MHz"
-        held = [
-            f"{what} held the clock back in {share:.0%} of the samples"
-            for what, share in (("the power limit", self.by_power), ("heat", self.by_heat))
-            if share
-        ]
+        shares = (("the power limit", self.by_power), ("heat", self.by_heat))
+        held = [f"{what} held the clock back in {share:.0%} of the samples" for what, share in shares if share]
         if self.by_power is None and (self.at_limit or 0.0) >= MOST:
             held.append(f"consistent with the power limit: within 3 % of it in {self.at_limit:.0%} of the samples")
         return f"{reading} ({'; '.join(held)})" if held else reading
 
 
-def clock(telemetry: pd.DataFrame, window: tuple[float, float], limit_w: float | None = None) -> Clock:
+def clock(telemetry: pd.DataFrame, window: Window, limit_w: float | None = None) -> Clock:
     """The clock over `window` (s). `limit_w` stands in where the limit was not sampled: the datasheet's."""
     inside = telemetry[telemetry["at_s"].between(*window)]
 
@@ -154,3 +150,65 @@ def clock(telemetry: pd.DataFrame, window: tuple[float, float], limit_w: float |
         by_power=share(POWER), by_heat=share(HEAT),
         at_limit=float((power >= _AT_LIMIT * limit_w).mean()) if limit_w and len(power) else None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Shares (0 to 1) of the card's memory bandwidth and of its matrix peak that a window's work needed.
+
+    `bytes_per_s` and `flops_per_s` are what was needed; `steps_per_s` how often a batch was computed.
+    """
+
+    memory: float
+    compute: float
+    bytes_per_s: float
+    flops_per_s: float
+    steps_per_s: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOP for each byte."""
+        return self.flops_per_s / self.bytes_per_s
+
+    @property
+    def nearest(self) -> str:
+        """Which of the two limits is the nearer one."""
+        return "compute" if self.compute > self.memory else "memory"
+
+
+def roofline(
+    telemetry: pd.DataFrame, window: Window, shape: ModelShape, card: Card, *,
+    fp8_weights: bool, fp8_kv: bool, kv_cache_tokens: int,
+) -> Roofline | None:  # fmt: skip
+    """What the work of `window` (s) needed of the card, an estimate from the server's own counters (Williams, Waterman and
+    Patterson, "Roofline", 2009); None when they were not sampled in it.
+
+    A running request gets one token a step, so there are as many steps as tokens for each of them, and each reads the
+    KV blocks in use. The output head is BF16 in every variant. Left out: activations, writing the KV cache, the
+    products inside attention (about 1 % of a token's), and whatever the kernels read twice.
+    """
+    known = telemetry[["at_s", "running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]].dropna()
+    inside = known[known["at_s"].between(*window)]
+    seconds = window[1] - window[0]
+    if len(inside) < 2 or not inside["running"].sum():
+        return None
+
+    def counted(column: str) -> float:
+        at = np.interp(window, known["at_s"], known[column])
+        return float(at[1] - at[0])
+
+    emitted = counted("generation_tokens")
+    tokens = emitted + counted("prompt_tokens")
+    steps = emitted / inside["running"].mean()
+    resident = inside["kv_cache_usage"].mean() * kv_cache_tokens
+    kv_bytes = resident * shape.kv_bytes_per_token(1 if fp8_kv else 2)
+    moved = steps * (shape.weight_bytes_read(fp8_weights) + kv_bytes)
+    layers, head = shape.flops(tokens, emitted)
+    peak = card.fp8_flops if fp8_weights else card.bf16_flops
+    return Roofline(
+        memory=moved / seconds / card.hbm_bytes_per_s,
+        compute=(layers / peak + head / card.bf16_flops) / seconds,
+        bytes_per_s=moved / seconds,
+        flops_per_s=(layers + head) / seconds,
+        steps_per_s=steps / seconds,
+    )

@@ -1,14 +1,22 @@
-"""The published claims against runs: every verdict, as a table, several runs side by side, and what a claim comes to."""
+"""The published claims against runs: every verdict, as a table, several runs side by side; and what a claim or a figure
+comes to in a sentence or two: computed from the run that it is about, never typed beside it."""
 
-from ..results.evidence import evidence
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from ..config.profile import rate_name
+from ..errors import BadInput
+from ..metrics.slo import DEFAULT
+from ..results.evidence import Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
 from ..ui.table import Table
-from ..ui.text import four_digits
-from .caption import card_mark, card_note
+from ..ui.text import four_digits, shown
 from .judges import JUDGES
-from .tables.comparison import once
-from .verdict import Verdict, published, show_interval, show_value
+from .tables.comparison import METRICS, causes, once
+from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
 def judge(run: Run) -> list[Verdict]:
@@ -85,3 +93,129 @@ def _said(one: Verdict) -> str:
     between = f" ({show_interval(one)})" if one.interval else ""
     cause = f"; stated cause: {one.cause}" if one.cause else ""
     return f"{show_value(one.measured, one.unit)}{between}: {one.verdict}{cause}"
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A sentence about a run, for a notebook's cell and a terminal: what it says first, and why."""
+
+    so: str
+    because: str
+
+    def _repr_html_(self) -> str:
+        return f"<p><strong>{html.escape(self.so)}</strong> {html.escape(self.because)}</p>"
+
+    def __repr__(self) -> str:
+        return f"{self.so} {self.because}".strip()
+
+
+def conclusion(run: Run, about: str) -> Conclusion:
+    """What `run` says about a claim ("C1", …) or about a figure, by its name ("saturation", "equal_load", "ablation",
+    "littles_law", "kv_capacity", "roofline", "clock", "objective"). Raises BadInput for anything else."""
+    if about in _FIGURES:
+        found = _FIGURES[about](evidence(run))
+    elif one := (claims := {one.id: one for one in judge(run)}).get(about):
+        measured = "" if one.measured is None else f"measured {show_value(one.measured, one.unit)}"
+        between = f" (95 % interval {show_interval(one)})" if one.interval else ""
+        said = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
+        values = "; ".join(filter(None, (said, measured + between)))
+        told = "; ".join(filter(None, (values, f"stated cause: {one.cause}" if one.cause else "", one.reason)))
+        found = f"{one.id}, {one.title}: {one.verdict}.", f"{told[:1].upper()}{told[1:]}."
+    else:
+        raise BadInput(f"nothing is concluded about {about!r} (there are: {', '.join([*claims, *_FIGURES])})")
+    so, because = found
+    return Conclusion(f"{card_note(run)}{so}", because)
+
+
+def _saturation(seen: Evidence) -> tuple[str, str]:
+    most = {}
+    for variant in seen.variants():
+        if each := seen.by_rate(variant, "steady_output_token_throughput"):
+            most[variant] = max(((rate, fmean(values)) for rate, values in each.items()), key=lambda item: item[1])
+    if not most:
+        return "Nothing is measured yet.", ""
+    best = max(most, key=lambda variant: most[variant][1])
+    rate, tokens = most[best]
+    others = [f"{variant} {shown(value)} ({rate_name(at)})" for variant, (at, value) in most.items() if variant != best]
+    limits = " or ".join(f"the {cause}" for cause, _ in causes(seen, best, rate).most_common())
+    so = f"The most in steady state is {tokens:,.0f} tokens/s: {best}, {rate_name(rate)}, limited by {limits}."
+    return so, f"The others at their best: {', '.join(others)}." if others else ""
+
+
+def _equal_load(seen: Evidence) -> tuple[str, str]:
+    return _ratios("FP8 against BF16 at equal load", seen.equal_load, lambda c: "")
+
+
+def _ablation(seen: Evidence) -> tuple[str, str]:
+    return _ratios("The halves of FP8", seen.ablation, lambda c: f"{c.effect}, ")
+
+
+def _ratios(what: str, compared: Callable, name: Callable) -> tuple[str, str]:
+    """Each metric's ratios: which of them are shown to be off 1."""
+    told = []
+    for metric, (title, _) in METRICS.items():
+        ratios = compared(metric)
+        off = [c for c in ratios if c.ratio.shown]
+        each = "; ".join(f"{name(c)}{rate_name(c.rate)}, {c.setup} {c.ratio}" for c in off)
+        if len(off) > 3:
+            low, high = (pick(off, key=lambda c: c.ratio.value) for pick in (min, max))
+            each = " to ".join(f"{c.ratio} ({name(c)}{rate_name(c.rate)}, {c.setup})" for c in (low, high))
+        if ratios:
+            told.append(
+                f"{title}: "
+                + (f"{len(off)} of {len(ratios)} comparisons differ, {each}." if off else "no difference shown.")
+            )
+    return (f"{what}, metric by metric.", " ".join(told)) if told else (f"{what}: not measured in this run.", "")
+
+
+def _littles_law(seen: Evidence) -> tuple[str, str]:
+    shares = {level_id: counted / expected for level_id, (expected, counted) in seen.in_flight().items()}
+    if not shares:
+        return "The EngineCore was not sampled.", ""
+    so = f"The EngineCore held {_range(shares, '.0%')} of the requests that Little's law puts in flight."
+    return so, "What is missing was in the API server, before the EngineCore or behind it."
+
+
+def _range(values: Mapping[str, float], pattern: str) -> str:
+    """The lowest and the highest, with their levels."""
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return f"{values[low]:{pattern}} ({low}) to {values[high]:{pattern}} ({high})"
+
+
+def _kv_capacity(seen: Evidence) -> tuple[str, str]:
+    rows = seen.kv_room()
+    if not rows:
+        return "The KV cache was not sampled.", ""
+    full = [level_id for level_id in seen.summaries if seen.limit(level_id).cause == "KV capacity"]
+    so = f"The KV cache was the limit of {', '.join(full)}." if full else "The KV cache was the limit of no level."
+    each = (f"{v}: room for {holds:,.0f} requests, {most:,.0f} ran at most, {shown(share, '.0%')} full at most"
+            for v, _, holds, most, share in rows)  # fmt: skip
+    return so, f"{'; '.join(each)}."
+
+
+def _roofline(seen: Evidence) -> tuple[str, str]:
+    held = {level_id: one for level_id in seen.summaries if (one := seen.roofline(level_id))}
+    if not held:
+        return "How far the card's limits were is not known here.", ""
+    compute = {level_id: one.compute for level_id, one in held.items()}
+    memory = {level_id: one.memory for level_id, one in held.items()}
+    so = f"The tokens needed at most {max(compute.values()):.0%} of the matrix peak and {max(memory.values()):.0%} of the bandwidth."
+    return so, f"Of the matrix peak {_range(compute, '.0%')}; of the bandwidth {_range(memory, '.0%')}."
+
+
+def _clock(seen: Evidence) -> tuple[str, str]:
+    clocks = {level_id: seen.clock(level_id) for level_id in seen.fullest_pair()}
+    told = [f"{level_id}: {ran}." for level_id, ran in clocks.items() if ran and ran.mhz is not None]
+    return ("What the clock did in the steady window.", " ".join(told)) if told else ("No GPU was sampled.", "")
+
+
+def _objective(seen: Evidence) -> tuple[str, str]:
+    limits = {variant: seen.slo_limit(variant, DEFAULT) for variant in seen.variants()}
+    each = "; ".join(f"{variant} {limit} req/s" for variant, limit in limits.items())
+    return f"{DEFAULT}: the highest rate that meets it.", f"{each}."
+
+
+_FIGURES = {
+    "saturation": _saturation, "equal_load": _equal_load, "ablation": _ablation, "littles_law": _littles_law,
+    "kv_capacity": _kv_capacity, "roofline": _roofline, "clock": _clock, "objective": _objective,
+}  # fmt: skip

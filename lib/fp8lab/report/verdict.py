@@ -1,4 +1,4 @@
-"""What a verdict is, and the rules by which every judge comes to one.
+"""What a verdict is, the rules by which every judge comes to one, and what a run says first that can have none.
 
 `reproduced`                the measured value is what was claimed, with its whole interval within the tolerance
 `reproduced, other cause`   it is, but the stated cause does not hold
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from ..paths import DATA
 from ..results.evidence import Evidence
-from ..results.run_folder import unmeasured
+from ..results.run_folder import Run, other_card, unmeasured
 from ..ui.text import four_digits
 
 
@@ -135,3 +135,16 @@ def show_value(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}×" if unit == "x" else f"{four_digits(value)} {unit}".rstrip()
+
+
+def card_note(*runs: Run) -> str:
+    """How the captions of runs begin that were not measured on the GPU that their profile names; empty for others."""
+    notes = (
+        "EMULATED GPU, nothing measured. " if run.emulated else f"{unmeasured(run)}. " for run in runs if card_mark(run)
+    )
+    return "".join(dict.fromkeys(notes))
+
+
+def card_mark(run: Run) -> str:
+    """The same in two words at most, for a run's name and across a figure."""
+    return "EMULATED" if run.emulated else "OTHER CARD" if other_card(run) else ""

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config.dimensions import fp8_kv, fp8_weights
 from ..metrics.bottleneck import Limit, keeps_up, what_limited
-from ..metrics.resources import Clock, clock
-from ..metrics.roofline import Roofline, roofline
+from ..metrics.resources import Clock, Roofline, clock, roofline
 from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
 from ..metrics.statistics import ABLATION, Cells, Noise, Ratio, Seeds, contrast, pooled_noise
 from ..metrics.summary import MeasuredLevel, Summary
-from .level import LevelResult
-from .run_folder import Run, other_card
+from .run_folder import LevelResult, Run, other_card
 
 if TYPE_CHECKING:
     import pandas as pd

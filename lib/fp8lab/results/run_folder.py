@@ -20,11 +20,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..config.profile import Level, Profile
+from ..config.profile import Level, Profile, rate_name
 from ..config.profile_file import from_dict
 from ..config.this_machine import load_profile
 from ..config.trace import Trace
@@ -33,8 +34,9 @@ from ..metrics.performance import steady_window
 from ..metrics.summary import Summary
 from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
+from ..ui.table import Table
+from ..ui.text import shown
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
-from .level import LevelResult
 from .provenance import collect, digest
 
 SCHEMA = 1
@@ -45,6 +47,49 @@ _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
 _TOKENS = ("request", "at_s")
 # A day of telemetry, five times a second.
 _MOST_SAMPLES = 24 * 3600 * 5
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """A measured level: its summary and records. Shown as a table in a notebook."""
+
+    level: Level
+    summary: Summary
+    records: pd.DataFrame
+    tokens: pd.DataFrame | None
+    telemetry: pd.DataFrame | None = None
+
+    @property
+    def valid(self) -> bool:
+        return self.summary.valid
+
+    def _table(self) -> Table:
+        s = self.summary
+
+        def show(key, pattern=",.0f", unit=""):
+            return shown(getattr(s, key), pattern, unit)
+
+        first = f"{show('mean_ttfo_ms')} / {show('p99_ttfo_ms', unit=' ms')}"
+        rows = [
+            ("completed", f"{s.completed:,} of {s.requests:,}"),
+            ("request throughput", show("request_throughput", ",.2f", " req/s")),
+            ("output throughput, whole run", show("output_token_throughput", unit=" tok/s")),
+            ("output throughput, steady state", show("steady_output_token_throughput", unit=" tok/s")),
+            ("peak concurrent requests", show("peak_concurrent_requests_vllm")),
+            ("TTFT mean / p99", f"{show('mean_ttft_ms')} / {show('p99_ttft_ms', unit=' ms')}"),
+            *([("first answer token mean / p99", first)] if s.mean_ttfo_ms else []),
+            ("TPOT mean / p99", f"{show('mean_tpot_ms', ',.1f')} / {show('p99_tpot_ms', ',.1f', ' ms')}"),
+            ("the measurement is", "VALID" if self.valid else f"INVALID: {s.invalid_reason}"),
+            *(("note", note) for note in s.notes),
+        ]
+        emulated = " (EMULATED GPU)" if s.emulated else ""
+        return Table(f"{self.level.variant} at {rate_name(self.level.rate)}{emulated}", ("", "value"), rows)
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
 
 
 class Run:

@@ -7,7 +7,7 @@ What is modelled: the forward pass, as a wait. One step takes
 
     max(weight bytes read / HBM, FLOPs / peak) + KV bytes read / HBM + a constant,
 
-with the bytes and FLOPs that `fp8lab.metrics.roofline` counts,
+with the bytes and FLOPs that `fp8lab.metrics.resources` counts,
 and never less than the tokens that it emits x the API server's serial cost a token. Overlap of scheduling
 and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
 last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU

@@ -150,10 +150,8 @@ def roofline_figure(axes, run: Run) -> str:
             axes.plot(*at, label=None if variant in drawn else variant, **style)
             drawn.add(variant)
             points.append((rate_name(s.level.rate).removesuffix(" req/s"), *at))
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOP for each byte that must be read", ylabel="TFLOP/s needed, estimated"
-    )
-    axes.set_xlim(*_XS)
+    axes.set(xlabel="FLOP for each byte that must be read", ylabel="TFLOP/s needed, estimated")
+    axes.set(xscale="log", yscale="log", xlim=_XS)
     axes.xaxis.set_major_formatter(plainly)
     axes.yaxis.set_major_formatter(plainly)
     legend(axes, "upper left")
@@ -166,7 +164,7 @@ def roofline_figure(axes, run: Run) -> str:
 
 def _steps(shape: ModelShape, context: float) -> dict[str, float]:
     """FLOP for each byte read, in BF16, of a step that decodes for 32 or 256 requests with `context` tokens in the KV
-    cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.metrics.roofline` does."""
+    cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.metrics.resources` does."""
     weights, kv = shape.weight_bytes_read(False), context * shape.kv_bytes_per_token(2)
     decode = {n: sum(shape.flops(n, n)) / (weights + n * kv) for n in (32, 256)}
     prefill = sum(shape.flops(2048, 1)) / weights
@@ -178,11 +176,10 @@ def _bounds_told(steps: Mapping[str, float], card: Card | None) -> str:
     if not steps or card is None:
         return ""
     bend = card.bf16_flops / card.hbm_bytes_per_s
-    sides = [
-        (limit, [f"{name} ({one:,.0f})" for name, one in steps.items() if (one < bend) == (limit == "memory")])
-        for limit in ("memory", "compute")
-    ]
-    bound = "; ".join(f"{limit} is the limit of {', '.join(names)}" for limit, names in sides if names)
+    sides = {"memory": [], "compute": []}
+    for name, one in steps.items():
+        sides["memory" if one < bend else "compute"].append(f"{name} ({one:,.0f})")
+    bound = "; ".join(f"{limit} is the limit of {', '.join(names)}" for limit, names in sides.items() if names)
     return (
         " Ticks: by arithmetic, single BF16 steps that decode for so many requests or prefill so many tokens, FLOP for each "
         f"byte in brackets. The roof bends at {bend:,.0f}: {bound}."

@@ -16,18 +16,14 @@ from ...config.profile import Profile
 from ...metrics.statistics import Ratio
 from ...paths import writing
 from ...results.run_folder import Run
-from ..caption import card_mark, card_note
+from ..verdict import card_mark, card_note
 
 # Okabe-Ito colours, told apart also in grey and by marker; a base keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
 INK, GREY = "#222222", "#767676"
 # In another setup (API server, further flags) a variant keeps its base's colour and marker, drawn otherwise filled.
-_FILLINGS = (
-    ("full", "-", "full"),
-    ("left", ":", "left half full"),
-    ("none", "--", "hollow"),
-    ("bottom", "-.", "lower half full"),
-)
+_FILLINGS = (("full", "-", "full"), ("left", ":", "left half full"), ("none", "--", "hollow"))
+_FILLINGS += (("bottom", "-.", "lower half full"),)
 # Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
 _TALL_INCHES, _OWN_PAGE = 4.5, ";max-height:225mm"
 _LEFT, _RIGHT = 0.4, 2.5
@@ -79,10 +75,8 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
             return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
 
         # What a caller gives and gets.
-        signature = inspect.signature(draw)
-        drawn.__signature__ = signature.replace(
-            parameters=list(signature.parameters.values())[1:], return_annotation=Figure
-        )
+        given = list(inspect.signature(draw).parameters.values())[1:]
+        drawn.__signature__ = inspect.Signature(given, return_annotation=Figure)
         return drawn
 
     return made
@@ -102,10 +96,8 @@ def _canvas(runs: Sequence[Run], title: str, height: float, rows: int, columns: 
         axes.grid(axis="y", color="#e6e6e6", lw=0.8)
         axes.set_axisbelow(True)
         if mark:
-            axes.text(
-                0.5, 0.5, mark, transform=axes.transAxes, ha="center", va="center", rotation=20, fontsize=44, color="#bbbbbb",
-                alpha=0.45,
-            )  # fmt: skip
+            style = {"ha": "center", "va": "center", "rotation": 20, "fontsize": 44, "color": "#bbbbbb", "alpha": 0.45}
+            axes.text(0.5, 0.5, mark, transform=axes.transAxes, **style)
     return canvas, every if len(every) > 1 else every[0]
 
 
@@ -115,9 +107,8 @@ def _alt(canvas, title: str) -> str:
     for axes in canvas.axes:
         x, y = (" ".join(label.split()) for label in (axes.get_xlabel(), axes.get_ylabel()))
         told.append(" over ".join(filter(None, (y, x))))
-        names = axes.get_legend_handles_labels()[1] or [
-            " ".join(tick.get_text().split()) for tick in (axes.get_yticklabels() if not y else axes.get_xticklabels())
-        ]
+        ticks = axes.get_xticklabels() if y else axes.get_yticklabels()
+        names = axes.get_legend_handles_labels()[1] or [" ".join(tick.get_text().split()) for tick in ticks]
         if names := [name for name in dict.fromkeys(names) if any(c.isalpha() for c in name)]:
             many = len(names) > 12
             told[-1] += f": {f'{len(names)} rows from {names[0]} to {names[-1]}' if many else ', '.join(names)}"
@@ -137,7 +128,7 @@ def _filling(profile: Profile, variant: str) -> tuple[str, str, str]:
     return _FILLINGS[setups.index(setup) % len(_FILLINGS) if setup in setups else 0]
 
 
-def fillings_told(profile: Profile, variants: Collection[str]) -> str:
+def fillings(profile: Profile, variants: Collection[str]) -> str:
     """Which setup the markers of `variants` stand for, as a sentence to go on with; empty where all have the first."""
     told = dict.fromkeys(f"{_filling(profile, v)[2]} for {profile.setup(v)}" for v in profile.variants if v in variants)
     return f" Markers by API server: {'; '.join(told)}." if len(told) > 1 else ""
@@ -190,9 +181,7 @@ def plainly(value: float, _position: int) -> str:
     return f"{value:,.0f}"
 
 
-def forest(
-    axes, title: str, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple[str, float] | None = None
-) -> None:
+def forest(axes, title: str, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | None = None) -> None:
     """Ratios with their 95 % intervals, one a line: `rows` are (text, ratio), drawn from the top; filled where the interval
     leaves out 1. `said` is a (text, ratio) without an interval, somebody else's, drawn first as a star."""
     lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)

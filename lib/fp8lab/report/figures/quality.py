@@ -21,10 +21,9 @@ def divergence_figure(axes, run: Run) -> str:
         kl = np.sort(tables(run, name)[0]["kl"].to_numpy(float))
         points = _visible(len(kl), int((kl <= 0).sum()))
         (color, marker), label = _style(name), _label(name)
-        axes.plot(
-            kl[points], 1 - points / len(kl), color=color, marker=marker, markevery=0.12, ms=5, lw=1.6,
-            label=label if len(points) else f"{label}: no difference at all",
-        )  # fmt: skip
+        label = label if len(points) else f"{label}: no difference at all"
+        style = {"color": color, "marker": marker, "markevery": 0.12, "ms": 5, "lw": 1.6}
+        axes.plot(kl[points], 1 - points / len(kl), label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="KL divergence from the reference, nats (at least)",
              ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
     axes.legend(frameon=False, loc="lower left")
@@ -39,17 +38,14 @@ def parting_figure(axes, run: Run) -> str:
     for name in _others(run):
         answers = list(tables(run, name)[1]["tokens"])
         # An answer that never parts counts as the same to the right edge.
-        parts = np.array([
-            longest + 1 if len(a) == len(b) == identical_prefix(a, b) else identical_prefix(a, b)
-            for a, b in zip(reference, answers, strict=True)
-        ])  # fmt: skip
+        shared = [(identical_prefix(a, b), a, b) for a, b in zip(reference, answers, strict=True)]
+        parts = np.array([longest + 1 if same == len(a) == len(b) else same for same, a, b in shared])
         steps = np.arange(longest + 1)
         share = (parts[None, :] >= steps[:, None]).mean(axis=1)
         color, marker = _style(name)
         axes.step(steps, share, where="post", color=color, marker=marker, markevery=0.1, ms=5, label=_label(name))
-    axes.set(
-        xlabel="tokens into the answer", ylabel="share of answers still the same", xlim=(0, longest), ylim=(0, 1.05)
-    )
+    axes.set(xlabel="tokens into the answer", ylabel="share of answers still the same")
+    axes.set(xlim=(0, longest), ylim=(0, 1.05))
     axes.legend(frameon=False, loc="best")
     return (f"{len(reference)} greedy answers, each against {reference_variant(run.profile)}'s to the same prompt. Parting "
                "is no error: one close call decided the other way changes all that follows.")  # fmt: skip
@@ -69,22 +65,16 @@ def formats_figure(axes, folder: Path) -> str:
     colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": _FLOOR}
     for name in number_formats.FORMATS:
         left.plot(magnitudes, number_formats.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="magnitude after scaling",
-        ylabel="worst relative rounding error",
-        ylim=(5e-3, 2),
-    )
+    left.set(xlabel="magnitude after scaling", ylabel="worst relative rounding error")
+    left.set(xscale="log", yscale="log", ylim=(5e-3, 2))
     left.legend(frameon=False, loc="lower left")
     weight = next(tensor for kind, _, tensor in matrices(folder) if kind == "q_proj")
     sizes = np.geomspace(10, 1e6, 11)
     for name, (color, marker) in colors.items():
         errors = [number_formats.outlier_error(weight, name, size) for size in sizes]
         right.plot(sizes, errors, color=color, marker=marker, ms=5, lw=1.6, label=name)
-    right.set(
-        xscale="log", yscale="log", xlabel="one outlier, times the matrix's RMS", ylabel="relative error of all others"
-    )
+    right.set(xlabel="one outlier, times the matrix's RMS", ylabel="relative error of all others")
+    right.set(xscale="log", yscale="log")
     right.legend(frameon=False, loc="center")
     right.set_title("What one outlier costs the rest", loc="left", fontsize=11, color=INK)
     return (f"Per-tensor scales: the largest magnitude becomes the format's largest value. Computed from this model's weights, of "

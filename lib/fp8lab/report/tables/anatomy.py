@@ -7,7 +7,7 @@ from ...metrics.anatomy import KINDS, OTHER, STAGES, floors_ms
 from ...results.run_folder import Run
 from ...ui.table import Table
 from ...ui.text import shown
-from ..caption import card_note
+from ..verdict import card_note
 
 _NOT_RUN = "not run: kernels are profiled on a GPU"
 

@@ -10,7 +10,7 @@ from ...metrics.statistics import ABLATION, Ratio
 from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
 from ...ui.table import Table
-from ..caption import card_note
+from ..verdict import card_note
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
 METRICS = {

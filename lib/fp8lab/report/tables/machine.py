@@ -11,8 +11,7 @@ from ...results.evidence import evidence
 from ...results.run_folder import Run
 from ...ui.table import LEVEL, Column, Table, view
 from ...ui.text import shown
-from ..caption import card_note
-from ..verdict import claim_of
+from ..verdict import card_note, claim_of
 
 
 def bottlenecks_table(run: Run, variants=()) -> Table:

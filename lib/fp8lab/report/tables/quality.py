@@ -7,9 +7,8 @@ from ...experiment.quality import AGAIN, comparisons, reference_variant, summari
 from ...metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
 from ...results.run_folder import Run
 from ...ui.table import Table
-from ..caption import card_note
 from ..judges import kept_of
-from ..verdict import claim_of
+from ..verdict import card_note, claim_of
 
 # The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
 PUBLISHED = "Meta-Llama-3-8B-Instruct-FP8, Open LLM benchmark average: 68.71 in BF16, 68.22 in FP8 (99.28 % recovery)"
