@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config.flags import flag_of, joined
-from ..config.profile import FORMAT_FLAGS, Profile
+from ..config.flags import joined
+from ..config.profile import Profile
 from ..errors import BadInput, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
 from ..load.endpoint import Endpoint
@@ -54,10 +54,8 @@ class Text:
 
 
 def read_text(path: str | Path = "") -> Text:
-    """The text at `path`, plain UTF-8; empty means Newton's Opticks, Book I (data/texts/README.md).
-
-    Raises BadInput for a file that is missing, empty or no text.
-    """
+    """The text at `path`, plain UTF-8; empty means Newton's Opticks, Book I (data/texts/README.md). Raises BadInput for a file
+    that is missing, empty or no text."""
     source = Path(path).expanduser() if path else SHIPPED
     if not source.is_file():
         raise BadInput(f"no text file at {str(source)!r}; give a plain UTF-8 text, or none for the shipped one")
@@ -83,12 +81,9 @@ _IN_FLIGHT = {"": (64, 64), AGAIN: (1, 16)}
 
 @dataclass(frozen=True, kw_only=True)
 class QualityTask:
-    """What every variant is asked.
-
-    The text is read in documents of `document_tokens` tokens, `documents` of them at most (0: all), and the `top`
-    likeliest tokens are kept at every position. `prompts` passages of it are to be explained in up to
-    `answer_tokens` tokens, greedily.
-    """
+    """What every variant is asked: to read the text in documents of `document_tokens` tokens, `documents` of them at most (0:
+    all), with the `top` likeliest tokens at every position, and to explain `prompts` passages of it in up to
+    `answer_tokens` tokens, greedily."""
 
     text: str = ""
     document_tokens: int = 1024
@@ -98,13 +93,8 @@ class QualityTask:
     answer_tokens: int = 256
 
     def __post_init__(self):
-        for name, least in (
-            ("document_tokens", 16),
-            ("documents", 0),
-            ("top", 1),
-            ("prompts", 2),
-            ("answer_tokens", 1),
-        ):
+        lowest = {"document_tokens": 16, "documents": 0, "top": 1, "prompts": 2, "answer_tokens": 1}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name} {getattr(self, name)} is too small; it must be at least {least}")
 
@@ -129,12 +119,9 @@ class QualityTask:
 def measure_quality(
     run: Run, profile: Profile, variants: Sequence[str] = (), *, task: QualityTask | None = None
 ) -> dict[str, Comparison]:
-    """Measures every one of `variants` that `run` does not hold, and returns all comparisons, by measurement.
-
-    `variants` defaults to those that differ in their numbers (`default_variants`); the reference is always among
-    them. One server a variant; what is finished is stored at once. On a recorded run this only reads. Raises
-    BadInput for a model with random weights, RunMismatch when the run was asked something else.
-    """
+    """Measures every one of `variants` that `run` does not hold, and returns all comparisons, by measurement. By default they
+    are those that differ in their numbers; the reference is always among them. What is finished is stored at once; a recorded
+    run is only read. Raises BadInput for a model with random weights, RunMismatch when the run was asked something else."""
     if run.read_only:
         return comparisons(run)
     task = task or QualityTask()
@@ -154,15 +141,13 @@ def measure_quality(
 
 
 def comparisons(run: Run) -> dict[str, Comparison]:
-    """Every measurement of the run against the reference, the reference (against itself) first, then itself again.
+    """Every measurement of the run against the reference, the reference (against itself) first, then itself again. Raises
+    BadInput for a run without any."""
 
-    Raises BadInput for a run without any.
-    """
-    held = {name: summary["comparison"] for name, summary in summaries(run).items()}
-    return {
-        name: Comparison(**{key: Estimate(**value) if isinstance(value, dict) else value for key, value in one.items()})
-        for name, one in held.items()
-    }
+    def read(fields: dict) -> Comparison:
+        return Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields.items()})
+
+    return {name: read(summary["comparison"]) for name, summary in summaries(run).items()}
 
 
 def summaries(run: Run) -> dict[str, dict]:
@@ -188,9 +173,8 @@ def default_variants(profile: Profile) -> list[str]:
     """One variant for each checkpoint and choice of number formats; others with the same numbers answer the same."""
     kept: dict[tuple, str] = {}
     for variant, one in profile.variants.items():
-        command = joined(profile.server.flags, one.flags)
-        formats = [flag_of(command, name) for name in FORMAT_FLAGS]
-        kept.setdefault((profile.served(variant), *formats), variant)
+        whole = dataclasses.replace(one, flags=tuple(joined(profile.server.flags, one.flags)))
+        kept.setdefault((profile.served(variant), *whole.formats), variant)
     return list(kept.values())
 
 
@@ -215,10 +199,8 @@ def check_weights(profile: Profile) -> None:
 
 
 def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]:
-    """Documents of `length` tokens, `limit` at most (0: all); a rest shorter than that is left out.
-
-    Raises BadInput when that gives fewer than MINIMUM_DOCUMENTS: intervals come from resampling documents.
-    """
+    """Documents of `length` tokens, `limit` at most (0: all); a rest shorter than that is left out. Raises BadInput when that
+    gives fewer than MINIMUM_DOCUMENTS: intervals come from resampling documents."""
     documents = [list(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length)]
     documents = documents[:limit] if limit else documents
     if len(documents) < MINIMUM_DOCUMENTS:
@@ -241,13 +223,11 @@ def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text,
     tokens, before = tokenize(endpoint, text.content)
     documents = split(tokens, task.document_tokens, task.documents)
     prompts = task.questions(text)
-    reading = read_documents(
-        endpoint, documents, before=before, top=task.top, in_flight=readers, progress=shown("documents read")
-    )
+    how = {"in_flight": readers, "progress": shown("documents read")}
+    reading = read_documents(endpoint, documents, before=before, top=task.top, **how)
     read_s = time.monotonic() - begun
-    answered = answer(
-        endpoint, prompts, max_tokens=task.answer_tokens, in_flight=answerers, progress=shown("prompts answered")
-    )
+    how = {"in_flight": answerers, "progress": shown("prompts answered")}
+    answered = answer(endpoint, prompts, max_tokens=task.answer_tokens, **how)
     seconds = time.monotonic() - begun
     before_all = None if name == reference else Reading.from_table(run.read_table(_FOLDER, f"{reference}-top"))
     positions = position_table(reading, before_all or reading)
@@ -267,11 +247,9 @@ def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text,
 def _model(server: Server) -> str:
     """What was served, without this machine's folders."""
     model = server.profile.model
-    return (
-        portable(server.profile.checkpoint(server.variant))
-        if model.weights == "checkpoint"
-        else f"{model.shapes} ({model.weights})"
-    )
+    if model.weights == "checkpoint":
+        return portable(server.profile.checkpoint(server.variant))
+    return f"{model.shapes} ({model.weights})"
 
 
 def _has(run: Run, name: str, asked: dict) -> bool:
@@ -290,10 +268,8 @@ def _has(run: Run, name: str, asked: dict) -> bool:
 
 
 def checkpoint_folder(profile: Profile) -> Path:
-    """The folder with the weights of the profile's first variant; a hub's model must have been served here before.
-
-    Raises BadInput for random weights or a model that is not on this machine.
-    """
+    """The folder with the weights of the profile's first variant; a hub's model must have been served here before. Raises
+    BadInput for random weights or a model that is not on this machine."""
     from ..server.command import served_model
 
     check_weights(profile)

@@ -9,7 +9,7 @@ from statistics import fmean
 from ..config.profile import rate_name
 from ..errors import BadInput
 from ..metrics.slo import DEFAULT
-from ..results.evidence import Evidence, evidence
+from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
 from ..ui.table import Table
@@ -60,15 +60,11 @@ def claims_across(*runs: Run) -> Table:
     runs = once(runs)
     judged = [judge(run) for run in runs]
     rows = [
-        (first.id, first.title, show_value(first.published, first.unit), *(_said(one) for one in (first, *others)))
-        for first, *others in zip(*judged, strict=True)
+        (v[0].id, v[0].title, show_value(v[0].published, v[0].unit), *map(_said, v)) for v in zip(*judged, strict=True)
     ]
     names = [f"{run.path.name}{f' ({word})' if (word := card_mark(run)) else ''}" for run in runs]
-    return Table(
-        "The published claims, run by run: measured, 95 % interval, verdict, and whether the stated cause holds",
-        ("", "claim", "published", *names),
-        rows,
-    )
+    caption = "The published claims, run by run: measured, 95 % interval, verdict, and whether the stated cause holds"
+    return Table(caption, ("", "claim", "published", *names), rows)
 
 
 def _rests_on(v: Verdict) -> str:
@@ -143,28 +139,30 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 
 def _equal_load(seen: Evidence) -> tuple[str, str]:
-    return _ratios("FP8 against BF16 at equal load", seen.equal_load, lambda c: "")
+    return _ratios("FP8 against BF16 at equal load", seen.equal_load)
 
 
 def _ablation(seen: Evidence) -> tuple[str, str]:
-    return _ratios("The halves of FP8", seen.ablation, lambda c: f"{c.effect}, ")
+    return _ratios("The halves of FP8", seen.ablation)
 
 
-def _ratios(what: str, compared: Callable, name: Callable) -> tuple[str, str]:
+def _ratios(what: str, compared: Callable) -> tuple[str, str]:
     """Each metric's ratios: which of them are shown to be off 1."""
+
+    def where(c: Compared) -> str:
+        return f"{c.effect}{', ' if c.effect else ''}{rate_name(c.rate)}, {c.setup}"
+
     told = []
     for metric, (title, _) in METRICS.items():
         ratios = compared(metric)
         off = [c for c in ratios if c.ratio.shown]
-        each = "; ".join(f"{name(c)}{rate_name(c.rate)}, {c.setup} {c.ratio}" for c in off)
+        each = "; ".join(f"{where(c)} {c.ratio}" for c in off)
         if len(off) > 3:
             low, high = (pick(off, key=lambda c: c.ratio.value) for pick in (min, max))
-            each = " to ".join(f"{c.ratio} ({name(c)}{rate_name(c.rate)}, {c.setup})" for c in (low, high))
+            each = " to ".join(f"{c.ratio} ({where(c)})" for c in (low, high))
         if ratios:
-            told.append(
-                f"{title}: "
-                + (f"{len(off)} of {len(ratios)} comparisons differ, {each}." if off else "no difference shown.")
-            )
+            said = f"{len(off)} of {len(ratios)} comparisons differ, {each}." if off else "no difference shown."
+            told.append(f"{title}: {said}")
     return (f"{what}, metric by metric.", " ".join(told)) if told else (f"{what}: not measured in this run.", "")
 
 

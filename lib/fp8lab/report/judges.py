@@ -46,9 +46,7 @@ def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
     )  # fmt: skip
 
 
-def _verdict(
-    claim: dict, ids: list[str], value: float, mean: Ratio | None, cause: str, seeds, seen: Evidence
-) -> tuple[str, str]:
+def _verdict(claim: dict, ids, value: float, mean: Ratio | None, cause: str, seeds, seen: Evidence) -> tuple[str, str]:
     if unjudged := not_judged(seen, ids):
         return unjudged
     if mean is None:
@@ -95,7 +93,7 @@ def _causes(claim: dict, seen: Evidence) -> str:
     parts = []
     if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
         parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
-    rates = sorted({claim[side]["rate"] for side in ("bf16", "fp8") if side in claim})
+    rates = sorted({rate for _, rate in _levels_of(claim)})
     found = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
     each = [f"{one} at {rate} req/s" for rate, one in found.items() if one]
     parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
@@ -118,19 +116,15 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     held = seen.level(ids[0])
     shown = attains(held.records, SLO("the service line", limit_ms, float("inf")))
     mean, p99 = held.summary.mean_ttft_ms, held.summary.p99_ttft_ms
-    reason = (
-        f"{shown.reason} (TTFT ≤ {limit_ms} ms); TTFT mean {four_digits(mean)} ms, p99 {four_digits(p99)} ms; "
-        f"limited by the {seen.limit(ids[0]).cause}"
-    )
+    reason = f"{shown.reason} (TTFT ≤ {limit_ms} ms); TTFT mean {four_digits(mean)} ms, p99 {four_digits(p99)} ms; "
+    reason += f"limited by the {seen.limit(ids[0]).cause}"
     word = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}[shown.state]
     others = {v: seen.seeds(v, rate, "p99_ttft_ms") for v in seen.variants() if v != "fp8"}
     told = [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]
     if told:
         reason += f"; p99 of the slowest seed at the same rate: {', '.join(told)}"
-    return {
-        "protocol": f"FP8 at {rate} req/s", "measured": p99, "measured_parts": {"fp8": p99},
-        "verdict": word, "reason": reason,
-    }  # fmt: skip
+    found = {"protocol": f"FP8 at {rate} req/s", "measured": p99, "measured_parts": {"fp8": p99}}
+    return found | {"verdict": word, "reason": reason}
 
 
 def _setup(claim: dict, seen: Evidence) -> dict[str, str]:
@@ -143,16 +137,14 @@ def _setup(claim: dict, seen: Evidence) -> dict[str, str]:
 
 def _four_variants(claim: dict, seen: Evidence) -> list[str]:
     rate, metric, variants = claim["fp8"]["rate"], claim["metric"], _setup(claim, seen)
-    return [
-        level_id(variants[base], rate, seed)
-        for base in ("fp8", *_ALTERNATIVES)
-        for seed in sorted(seen.seeds(variants[base], rate, metric)) or [1]
-    ]
+    names = [variants[base] for base in ("fp8", *_ALTERNATIVES)]
+    return [level_id(v, rate, seed) for v in names for seed in sorted(seen.seeds(v, rate, metric)) or [1]]
 
 
 def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     """R2: are both halves together at least as fast as either alone and as BF16, with all requests at once?"""
     rate, metric, variants = claim["fp8"]["rate"], claim["metric"], _setup(claim, seen)
+    said = claim["fp8"]["value"]
     against = {base: seen.compare(variants["fp8"], variants[base], rate, metric) for base in _ALTERNATIVES}
     lowest = min(against.values(), key=lambda one: one.value)
     reason = "throughput of FP8 over " + ", ".join(f"{variant} {one}" for variant, one in against.items())
@@ -164,33 +156,27 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     if "," in (parts := seen.parts(variants.values(), rate)):
         reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
-    words = {_word(claim, one) for one in against.values()}
+    # A single pair shows no difference.
+    words = {
+        "undecided" if math.isnan(one.low) else by_interval(claim, said, one.value, one.low, one.high)[0]
+        for one in against.values()
+    }
     word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
     if word == "undecided":
         reason = f"no difference to each of the others is shown: {reason}"
-    interval = None if math.isnan(lowest.low) else (lowest.low, lowest.high)
     return {
-        "protocol": f"all at once, API server: {seen.run.profile.setup(variants['fp8'])}", "measured": lowest.value, "interval": interval,
+        "protocol": f"all at once, API server: {seen.run.profile.setup(variants['fp8'])}", "measured": lowest.value,
+        "interval": None if math.isnan(lowest.low) else (lowest.low, lowest.high),
         "measured_parts": {v: one.value for v, one in against.items()}, "verdict": word, "reason": reason,
     }  # fmt: skip
-
-
-def _word(claim: dict, one: Ratio) -> str:
-    """The verdict on one comparison. A single pair shows no difference."""
-    return (
-        "undecided"
-        if math.isnan(one.low)
-        else by_interval(claim, claim["fp8"]["value"], one.value, one.low, one.high)[0]
-    )
 
 
 def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     """R3: how much of the allocated KV memory holds no token, for this trace; against reserving the most."""
     records = seen.level(ids[0]).records
-    measured = 100 * paging_waste(records)
-    reserved = reserving_waste(records, 2048)
-    reason = (
-        f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
+    measured, reserved = 100 * paging_waste(records), reserving_waste(records, 2048)
+    reason = f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
+    reason += (
         f"2,048 tokens a request would {'be too little for some' if reserved is None else f'leave {reserved:.0%}'}"
     )
     word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
@@ -202,24 +188,24 @@ def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evide
 
     def judged(claim: dict, protocol: str, seen: Evidence) -> Verdict:
         ids = levels(claim, seen)
-        found = {"protocol": protocol}
         if unjudged := not_judged(seen, ids, records=True):
-            found |= dict(zip(("verdict", "reason"), unjudged, strict=True))
-        else:
-            found |= judge(claim, seen, ids)
-            if why := without_gpu(seen):
-                found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
+            return verdict(claim, seen, ids, protocol=protocol, verdict=unjudged[0], reason=unjudged[1])
+        found = {"protocol": protocol} | judge(claim, seen, ids)
+        if why := without_gpu(seen):
+            found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
         return verdict(claim, seen, ids, **found)
 
     return judged
 
 
-def _judge_quality(claim: dict, run: Run) -> dict:
-    """What claim Q1 comes to in a run: measured and interval (%), verdict, reason.
+def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """Q1: how much of the model's quality is left."""
+    return verdict(claim, seen, [], protocol="the same text and prompts", **_judge_quality(claim, seen.run))
 
-    What is compared is how much is kept: of the benchmark average as published, of the perplexity here (BF16's over
-    FP8's). A verdict is given for the published model only, by the interval over documents.
-    """
+
+def _judge_quality(claim: dict, run: Run) -> dict:
+    """How much is kept, in %, of the benchmark average as published, of the perplexity here (BF16's over FP8's). A verdict is
+    given for the published model only, by the interval over documents."""
     parts = run.read_parts("quality")
     if "fp8" not in parts or reference_variant(run.profile) != "bf16":
         return {"verdict": "not run", "reason": "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"}
@@ -242,11 +228,6 @@ def kept_of(one: Comparison) -> Estimate:
     return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
 
 
-def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
-    """Q1: how much of the model's quality is left."""
-    return verdict(claim, seen, [], protocol="the same text and prompts", **_judge_quality(claim, seen.run))
-
-
 def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """M1: did BF16 run out of memory at the published loads, and FP8 not? The rule stands in data/published.toml."""
     rates = claim["rates"]
@@ -257,9 +238,7 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     if unjudged := not_judged(seen, ids):
         word, reason = unjudged
     else:
-        both = {
-            v: [s for (variant, _), one in held.items() if variant == v for s in one.values()] for v in ("bf16", "fp8")
-        }
+        both = {v: [s for rate in rates for s in held[v, rate].values()] for v in ("bf16", "fp8")}
         ran_out = {variant: _ran_out(levels, claim["full"]) for variant, levels in both.items()}
         if ran_out["bf16"] is False:
             word, so = "not reproduced", "BF16 did not run out of memory: there was no risk to remove"
@@ -280,15 +259,12 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
 
 def _out_elsewhere(claim: dict, seen: Evidence) -> str:
     """The levels at other loads, or behind another API server, at which BF16 or FP8 did run out of memory, as text."""
-    told = []
-    bases = ("bf16", "fp8")
-    for variant in sorted(seen.variants(), key=seen.run.profile.base):
-        if seen.run.profile.base(variant) not in bases:
-            continue
-        for rate in seen.rates(variant):
-            levels = seen.levels((variant,), rate)
-            if (variant not in bases or rate not in claim["rates"]) and _ran_out(levels.values(), claim["full"]):
-                told.append(f"{', '.join(levels)} ({_memory(levels.values())})")
+    bases, base_of, told = ("bf16", "fp8"), seen.run.profile.base, []
+    variants = [name for name in sorted(seen.variants(), key=base_of) if base_of(name) in bases]
+    for variant, rate in [(name, rate) for name in variants for rate in seen.rates(name)]:
+        levels = seen.levels((variant,), rate)
+        if (variant not in bases or rate not in claim["rates"]) and _ran_out(levels.values(), claim["full"]):
+            told.append(f"{', '.join(levels)} ({_memory(levels.values())})")
     return f"under other loads memory did run out: {'; '.join(told)}" if told else ""
 
 
@@ -318,18 +294,12 @@ def _fullest(levels: Collection[Summary]) -> float | None:
 
 def _not_measured(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """What this kit has no measurement of."""
-    return verdict(
-        claim, seen, [], protocol="none", verdict="not run", reason=f"not measured here: it needs {claim['needs']}"
-    )
+    reason = f"not measured here: it needs {claim['needs']}"
+    return verdict(claim, seen, [], protocol="none", verdict="not run", reason=reason)
 
 
 JUDGES = {
-    "ratio": judge_values,
-    "fp8": judge_values,
-    "memory risk": _memory_risk,
-    "not measured": _not_measured,
-    "service line": _judge_with(_one_level, _service_line),
-    "default flags": _judge_with(_four_variants, _default_flags),
-    "paging waste": _judge_with(_one_level, _paging_waste),
-    "quality": _quality,
-}
+    "ratio": judge_values, "fp8": judge_values, "memory risk": _memory_risk, "not measured": _not_measured,
+    "service line": _judge_with(_one_level, _service_line), "paging waste": _judge_with(_one_level, _paging_waste),
+    "default flags": _judge_with(_four_variants, _default_flags), "quality": _quality,
+}  # fmt: skip

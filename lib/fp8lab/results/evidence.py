@@ -40,10 +40,9 @@ class Evidence:
         level = self.level(level_id)
         if level is None:
             return Limit("unknown", "the run holds no records of it")
+        read = (level.summary, level.records, level.telemetry)
+        found = what_limited(*read, self.roofline(level_id), self._power_limit_w)
         # On an emulated card neither the GPU nor the API server is what it seems; only the client is real.
-        found = what_limited(
-            level.summary, level.records, level.telemetry, self.roofline(level_id), self._power_limit_w
-        )
         if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
             return Limit("emulated card", f"EMULATED: the model of the card and of its API server; {found.evidence}")
         return found
@@ -88,11 +87,9 @@ class Evidence:
     def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, Summary]:
         """The summaries of these variants' levels at `rate` (None: at any), by level id; with `valid` only of those
         that count."""
-        return {
-            level_id: s
-            for level_id, s in self.summaries.items()
-            if s.level.variant in variants and (rate is None or s.level.rate == rate) and (s.valid or not valid)
-        }
+        held = {level_id: s for level_id, s in self.summaries.items() if s.level.variant in variants}
+        held = {level_id: s for level_id, s in held.items() if rate is None or s.level.rate == rate}
+        return {level_id: s for level_id, s in held.items() if s.valid or not valid}
 
     def seeds(self, variant: str, rate: float, metric: str) -> Seeds:
         """A metric of every valid repeat of a level, by repeat."""
@@ -162,11 +159,9 @@ class Evidence:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def noise(self, metric: str, *, saturated: bool, burst: bool) -> Noise | None:
-        """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats.
-
-        Below saturation it is small, beyond it larger, and a pile that grows scatters more than one that was sent at
-        once: each has its own. Where a kind has no repeats, those of the same saturation stand in.
-        """
+        """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats: it is small below
+        saturation, and larger where a pile grows than where it was sent at once. Where a kind has no repeats, those of the
+        same saturation stand in."""
         groups = {
             (rate, bf16): self.cells((bf16, fp8), rate, metric)
             for bf16, fp8, _ in self.pairs()
@@ -182,9 +177,7 @@ class Evidence:
 
     def contrast(self, weights: Mapping[str, float], rate: float, metric: str) -> Ratio | None:
         """exp(sum of weight x log value) of variants at one rate, over the seeds that they share; None when they share none.
-
-        Two meters measure a level's joules: the interval is no tighter than they are apart.
-        """
+        Of joules, which two meters measure, the interval is no tighter than these are apart."""
         noise = self.noise(metric, saturated=self.saturated(*weights, rate=rate), burst=math.isinf(rate))
         found = contrast({variant: self.seeds(variant, rate, metric) for variant in weights}, weights, noise)
         if found is None:
@@ -202,12 +195,9 @@ class Evidence:
 
     def attainment(self, variant: str, slo: SLO) -> list[tuple[float, Attainment]]:
         """What every valid level of a variant that was offered a rate says of an objective, with its rate, ascending."""
-        held = self.levels((variant,)).items()
-        return sorted(
-            (s.level.rate, attains(level.records, slo))
-            for level_id, s in held
-            if math.isfinite(s.level.rate) and (level := self.level(level_id))
-        )
+        held = {level_id: s.level.rate for level_id, s in self.levels((variant,)).items()}
+        read = [(rate, self.level(level_id)) for level_id, rate in held.items() if math.isfinite(rate)]
+        return sorted((rate, attains(level.records, slo)) for rate, level in read if level)
 
     def slo_limit(self, variant: str, slo: SLO) -> Bracket:
         """The rates between which a variant's SLO limit lies, by all its levels."""
@@ -245,9 +235,9 @@ class Evidence:
 
     def fullest_pair(self) -> list[str]:
         """The ids of one level each of BF16 and FP8, in the setup least in the way, at each one's highest rate."""
-        pairs = [pair for pair in self.pairs() if self.rates(*pair[:2])]
-        held = [(variant, self.rates(variant)[-1]) for variant in (pairs[-1][:2] if pairs else ())]
-        return [next(iter(self.levels((variant,), rate))) for variant, rate in held]
+        pairs = [pair[:2] for pair in self.pairs() if self.rates(*pair[:2])]
+        last = pairs[-1] if pairs else ()
+        return [next(iter(self.levels((variant,), self.rates(variant)[-1]))) for variant in last]
 
     def kv_room(self) -> list[tuple[str, int, float, float, float | None]]:
         """(variant, KV tokens, requests they can hold, most running, fullest share) of every variant that was sampled."""
@@ -271,9 +261,8 @@ class Evidence:
             server = dataclasses.asdict(s.server) if s.server else {}
             base, setup = profile.base(s.level.variant), profile.setup(s.level.variant)
             derived = {"base": base, "setup": setup, "frontend_us_per_token": s.frontend_us_per_token}
-            rows[level_id] = (
-                {"level_id": level_id} | server | dataclasses.asdict(s) | dataclasses.asdict(s.level) | derived
-            )
+            fields = dataclasses.asdict(s) | dataclasses.asdict(s.level)
+            rows[level_id] = {"level_id": level_id} | server | fields | derived
         columns = [f.name for kind in (MeasuredLevel, Summary) for f in dataclasses.fields(kind)]
         frame = pd.DataFrame.from_dict(rows, orient="index") if rows else pd.DataFrame(columns=["level_id", *columns])
         return frame.drop(columns=["level", "server"], errors="ignore")

@@ -168,12 +168,11 @@ class Run:
     def stored(self, level_id: str) -> Path | None:
         """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
         when the run never held it."""
-        held = {path.name: path for path in self.path.glob("levels/*") if path.is_dir()}
-        copies = {path.name.rpartition("-"): path for path in self.path.glob("set-aside/*-*")}
-        numbered = {
-            int(number): path for (name, _, number), path in copies.items() if name == level_id and number.isdecimal()
-        }
-        return held.get(level_id) or (numbered[max(numbered)] if numbered else None)
+        if level_id in {path.name for path in self.path.glob("levels/*") if path.is_dir()}:
+            return self._folder(level_id)
+        named = [(path, *path.name.rpartition("-")) for path in self.path.glob("set-aside/*-*")]
+        copies = {int(number): path for path, name, _, number in named if name == level_id and number.isdecimal()}
+        return copies[max(copies)] if copies else None
 
     def level(self, level_id: str, planned: Iterable[Level] = ()) -> Level:
         """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; when that is damaged, told
@@ -192,7 +191,7 @@ class Run:
             return Level(variant=variant, rate=float(rate), requests=requests, repeat=int(repeat))
         raise RunDamaged(
             f"{folder}: its summary cannot be read, nor can its records, and no protocol of the profile names it: how many "
-            f"requests it had is not known; to measure it again, move it away and call load_test"
+            "requests it had is not known; to measure it again, move it away and call load_test"
         )
 
     def read(self, level: Level) -> LevelResult:
@@ -201,18 +200,16 @@ class Run:
             held = ", ".join(self.summaries()) or "none"
             raise BadInput(f"run {self.path.name} holds no complete level {level.id} (it holds: {held})")
         folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
-        records = read_parquet(folder / "records.parquet", remedy, _RECORDS, most_rows=level.requests)
+        kept, token, sample = (folder / f"{name}.parquet" for name in ("records", "tokens", "telemetry"))
+        records = read_parquet(kept, remedy, _RECORDS, most_rows=level.requests)
         if len(records) != summary.requests:
-            raise RunDamaged(
-                f"{folder / 'records.parquet'} holds {len(records)} requests, its summary {summary.requests}; {remedy}"
-            )
+            raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
         try:
             chunks = int(records["chunks"].sum())
         except (TypeError, ValueError):
-            raise RunDamaged(f"{folder / 'records.parquet'} holds chunks that are no numbers; {remedy}") from None
-        at = {name: folder / f"{name}.parquet" for name in ("tokens", "telemetry")}
-        tokens = read_parquet(at["tokens"], remedy, _TOKENS, most_rows=chunks) if at["tokens"].exists() else None
-        telemetry = read_parquet(at["telemetry"], remedy, most_rows=_MOST_SAMPLES) if at["telemetry"].exists() else None
+            raise RunDamaged(f"{kept} holds chunks that are no numbers; {remedy}") from None
+        tokens = read_parquet(token, remedy, _TOKENS, most_rows=chunks) if token.exists() else None
+        telemetry = read_parquet(sample, remedy, most_rows=_MOST_SAMPLES) if sample.exists() else None
         if summary.steady_begin_s is None:  # nothing completed, or a run from before it was stored
             begin, end = steady_window(records, tokens, telemetry)
             if end > begin:
@@ -351,13 +348,10 @@ class Run:
 
 
 def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "") -> Run:
-    """Opens a run folder to write to, or a recorded one to read from.
-
-    `run_dir` is resumed if it exists and made if not; empty makes `runs/<profile>-<date>-<time>`, "latest"
-    goes on with the last one. `profile` is a profile or the name of one; "auto" is the run's own, for a new
-    run the machine's. `source` opens that folder (or the name of one in `data/recorded/`) read-only instead.
-    Raises RunMismatch for a folder of another profile, BadInput for one that is no run folder.
-    """
+    """Opens the run folder `run_dir`, which is made if it is new: empty makes `runs/<profile>-<date>-<time>`, "latest" goes on
+    with the last one. `profile` is one or its name; "auto" is the run's own, for a new run the machine's. `source` (a
+    folder, an archive, or a name in `data/recorded/`) is opened read-only instead. Raises RunMismatch for a folder of another
+    profile, BadInput for one that is no run folder."""
     if source:
         path = Path(source)
         if path.suffix == ".zip" and path.is_file():

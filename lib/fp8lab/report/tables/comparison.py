@@ -67,15 +67,8 @@ def worth_table(*runs: Run) -> Table:
             rows.append((
                 run.path.name, rate_name(c.rate), c.setup, str(c.ratio), str(energy or "–"), _clocks(seen, c), *limits, parts
             ))  # fmt: skip
-    columns = (
-        "run",
-        "offered",
-        "API server",
-        "tokens/s, FP8 / BF16",
-        "J/token, FP8 / BF16",
-        "steady clock, FP8 / BF16",
-    )
-    columns += ("BF16 limited by", "FP8 limited by", "part of the run")
+    columns = ("run", "offered", "API server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
+    columns += ("steady clock, FP8 / BF16", "BF16 limited by", "FP8 limited by", "part of the run")
     return _with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 
 
@@ -104,10 +97,8 @@ def _with_parts(caption: str, columns: Sequence[str], rows: Sequence[Sequence[st
     """A table whose last column says in which parts of a run a comparison was measured; without it for a run in one."""
     if not any(row[-1] for row in rows):
         return Table(caption, columns[:-1], [row[:-1] for row in rows])
-    caption += (
-        ". It was measured in several parts, each on a machine of its own or from another commit (run.json): "
-        "a comparison across parts also compares those"
-    )
+    caption += ". It was measured in several parts, each on a machine of its own or from another commit (run.json): "
+    caption += "a comparison across parts also compares those"
     return Table(caption, columns, rows)
 
 

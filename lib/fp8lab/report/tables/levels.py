@@ -130,9 +130,10 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
     Raises BadInput for a rate or a headroom that cannot be.
     """
     if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
-        raise BadInput(
+        said = (
             f"target_rate {target_rate} must be a number of requests/s above 0, headroom {headroom} from 0 to below 1"
         )
+        raise BadInput(said)
     seen, rows = evidence(run), []
     for variant in seen.variants():
         low = seen.slo_limit(variant, slo).low
@@ -147,7 +148,5 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
             f"{tokens * usable * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
         ))  # fmt: skip
     columns = ("variant", "shown to meet it, req/s", "planned, req/s a card", "cards", "million tokens a card-hour")
-    caption = (
-        f"{card_note(run)}Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
-    )
-    return Table(caption, (*columns, "tokens a joule at that rate"), rows)
+    caption = f"Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"
+    return Table(f"{card_note(run)}{caption}", (*columns, "tokens a joule at that rate"), rows)

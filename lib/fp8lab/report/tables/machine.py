@@ -17,11 +17,11 @@ from ..verdict import card_note, claim_of
 def bottlenecks_table(run: Run, variants=()) -> Table:
     """What limited each level (of `variants`, or of all), the evidence, and whether the level counts."""
     seen = evidence(run)
-    held = {name: s for name, s in seen.summaries.items() if not variants or s.level.variant in variants}
-    limits = {name: seen.limit(name) for name in held}
-    rows = [
-        (name, limits[name].cause, limits[name].evidence, "VALID" if s.valid else "INVALID") for name, s in held.items()
-    ]
+    rows = []
+    for name, s in seen.summaries.items():
+        if not variants or s.level.variant in variants:
+            found = seen.limit(name)
+            rows.append((name, found.cause, found.evidence, "VALID" if s.valid else "INVALID"))
     columns = ("level", "limited by", "evidence", "measurement")
     return Table(f"{card_note(run)}What limited each level of run {run.path.name}", columns, rows)
 
@@ -72,10 +72,8 @@ def roofline_table(run: Run) -> Table:
             ))  # fmt: skip
     columns = ("level", "of bandwidth", "of matrix peak", "nearer limit", "FLOP/byte", "TB/s", "TFLOP/s", "steps/s")
     card = run.profile.gpu.name if run.profile.gpu else "no card"
-    what = (
-        f"How far from the physical limit ({card}, datasheet): what the tokens of the steady window needed, estimated"
-    )
-    return Table(f"{card_note(run)}{what}", columns, rows)
+    what = f"How far from the physical limit ({card}, datasheet)"
+    return Table(f"{card_note(run)}{what}: what the tokens of the steady window needed, estimated", columns, rows)
 
 
 def kv_table(run: Run) -> Table:
@@ -105,9 +103,8 @@ def paging_table(run: Run) -> Table:
     rows.append(("the same, as published", f"{claim['direction']} {claim['fp8']['value']:g}{claim['unit']}"))
     for length in (2048, 8192):
         waste = reserving_waste(level.records, length)
-        rows.append(
-            (f"reserving {length:,} tokens a request", shown(waste, ".0%") if waste else "too little: some hold more")
-        )
+        told = shown(waste, ".0%") if waste else "too little: some hold more"
+        rows.append((f"reserving {length:,} tokens a request", told))
     caption = f"{card_note(run)}KV memory allocated and empty, over all decoding steps of {level.level.id}"
     return Table(caption, ("scheme", "empty"), rows)
 
@@ -121,9 +118,8 @@ def memory_table(run: Run) -> Table:
             shape = run.profile.shape(variant)
             token = shape and shape.kv_bytes_per_token(1 if fp8_kv(server.command, shape) else 2)
             kib, gib = (token / 1024, server.kv_cache_tokens * token / 2**30) if token else (None, None)
-            rows.append((
-                variant, shown(server.model_memory_gib, ".2f"), f"{server.kv_cache_tokens:,}", shown(kib, ".0f"), shown(gib, ".1f")
-            ))  # fmt: skip
+            held = (shown(server.model_memory_gib, ".2f"), f"{server.kv_cache_tokens:,}")
+            rows.append((variant, *held, shown(kib, ".0f"), shown(gib, ".1f")))
     columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
     caption = f"{card_note(run)}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
     return Table(caption, columns, rows)
@@ -152,9 +148,7 @@ def environment_table(run: Run) -> Table:
 
 def flags_table(profile: Profile) -> Table:
     """The variants: what each derives from, its API server, and the variables and vLLM flags that make it."""
-    rows = [
-        (name, one.base or "–", one.api_server, " ".join([*(f"{k}={v}" for k, v in one.env.items()), *one.flags]))
-        for name, one in profile.variants.items()
-    ]
+    written = {k: [*(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in profile.variants.items()}
+    rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in profile.variants.items()]
     caption = f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}"
     return Table(caption, ("variant", "base", "API server", "variables and flags"), rows)

@@ -116,9 +116,8 @@ def weights_table(folder: Path) -> Table:
         peaks, *errors = zip(*each, strict=True)
         rows.append((kind, f"{len(each)}", f"{max(peaks):.0f}", *(f"{statistics.mean(e):.2%}" for e in errors)))
     columns = ("weights", "matrices", "largest / RMS", "E4M3 error", "E5M2 error", "INT8 error")
-    return Table(
-        "Relative error of rounding the weights, a scale for each tensor, mean over the matrices", columns, rows
-    )
+    caption = "Relative error of rounding the weights, a scale for each tensor, mean over the matrices"
+    return Table(caption, columns, rows)
 
 
 def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
