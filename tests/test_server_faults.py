@@ -32,8 +32,7 @@ from fp8lab.load.level import Watch
 from fp8lab.metrics.performance import completed
 from fp8lab.results.run_folder import open_run
 from fp8lab.server import command, launch, preflight
-from fp8lab.server.launch import Server
-from fp8lab.server.request import ask
+from fp8lab.server.launch import Server, ask
 from fp8lab.system import gpu
 from fp8lab.system.locks import Lock, Scratch, machine_lock, sweep
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from itertools import pairwise
 
 import pytest
-from fp8lab.results.level import LevelResult
+from fp8lab.results.run_folder import LevelResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

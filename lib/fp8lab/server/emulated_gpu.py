@@ -48,18 +48,14 @@ class EmulatedGpuExecutor(UniProcExecutor):
         self.weight_bytes_read = self.shape.weight_bytes_read(fp8_weights)
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize)
         self.hbm = self.card["hbm_bytes_per_s"] * self.card["hbm_fraction"]
-        self.layer_flops, self.head_flops = (
-            self.card[peak] * self.card["flops_fraction"]
-            for peak in ("fp8_flops" if fp8_weights else "bf16_flops", "bf16_flops")
-        )
+        self.head_flops = self.card["bf16_flops"] * self.card["flops_fraction"]
+        self.layer_flops = self.card["fp8_flops" if fp8_weights else "bf16_flops"] * self.card["flops_fraction"]
         self.dilation = self.card["time_dilation"]
         self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0
         logger.info("EMULATED GPU %s: Model loading took %.2f GiB", self.card["name"], self.weight_bytes / GIB)
 
-    def collective_rpc(
-        self, method, timeout=None, args=(), kwargs=None, non_block=False, single_value=False, **_ignored
-    ):
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None, non_block=False, single_value=False, **_):
         answer = getattr(self, f"_{method}")(*args, **(kwargs or {}))
         result = answer if single_value else [answer]
         if not non_block:
@@ -80,12 +76,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
         return ("generate",)
 
     def _get_kv_cache_spec(self):
-        spec = FullAttentionSpec(
-            block_size=self.cache_config.block_size,
-            num_kv_heads=self.shape.kv_heads,
-            head_size=self.shape.head_size,
-            dtype=self.kv_dtype,
-        )
+        sizes = {"num_kv_heads": self.shape.kv_heads, "head_size": self.shape.head_size, "dtype": self.kv_dtype}
+        spec = FullAttentionSpec(block_size=self.cache_config.block_size, **sizes)
         return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
 
     def _get_supported_kv_cache_layouts(self):
@@ -132,11 +124,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
         if scheduled.num_scheduled_tokens:
             emitted = sum(map(len, tokens_of.values()))
             self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, emitted))
-        return ModelRunnerOutput(
-            req_ids=list(tokens_of),
-            req_id_to_index={request: i for i, request in enumerate(tokens_of)},
-            sampled_token_ids=list(tokens_of.values()),
-        )
+        places = {request: i for i, request in enumerate(tokens_of)}
+        return ModelRunnerOutput(list(tokens_of), places, sampled_token_ids=list(tokens_of.values()))
 
     def _sample_tokens(self, _grammar):
         return None

@@ -2,11 +2,14 @@
 
 import atexit
 import contextlib
+import http.client
 import json
 import math
 import secrets
 import shlex
+import socket
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,13 +29,13 @@ from ..ui.status import StatusLine
 from ..ui.table import Table
 from . import log, orphans, preflight, watchdog
 from .command import HOST, build_command, build_environment, surroundings
-from .request import PROBE_S, ask
 
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
-# A busy API server answers late; one that is silent for so long hangs.
-_HANG_S = 60.0
+# A busy API server answers a probe late; one that is silent for so long hangs.
+_PROBE_S, _HANG_S = 4.0, 60.0
+_MAX_REPLY_BYTES = 4 << 20
 
 
 class Server:
@@ -65,8 +68,8 @@ class Server:
             raise OSError(f"no metrics from {self.base_url}: HTTP {status}")
         return text
 
-    def ask(self, method: str, path: str, *, within: float = PROBE_S, **options) -> tuple[int, str]:
-        """(status, text) of a request with this start's key; for `options` and errors see `server.ask`."""
+    def ask(self, method: str, path: str, *, within: float = _PROBE_S, **options) -> tuple[int, str]:
+        """(status, text) of a request with this start's key; for `options` and errors see `ask`."""
         return ask(self.port, method, path, key=self.api_key, within=within, **options)
 
     @property
@@ -96,9 +99,8 @@ class Server:
             silent = time.monotonic() - self._heard_at
             return f"the server did not answer for {silent:.0f} s ({error})" if silent > _HANG_S else None
         self._heard_at = time.monotonic()
-        return (
-            None if status == 200 else f"the server's EngineCore failed: /health answers {status} {text[:200]}".strip()
-        )
+        said = f"the server's EngineCore failed: /health answers {status} {text[:200]}"
+        return None if status == 200 else said.strip()
 
     def exit_code(self) -> str:
         """The exit code of a server that has died, as its watchdog tells it, or "unknown". It tells once."""
@@ -228,22 +230,16 @@ class Server:
         self._heard_at = time.monotonic()
         said = log.reported(self.log())
         self.info = ServerInfo(
-            variant=self.variant,
-            command=tuple(portable(argument) for argument in command),
-            environment=extra,
-            startup_s=seconds,
-            kv_cache_tokens=said.kv_cache_tokens,
-            model_memory_gib=said.model_memory_gib,
-            emulated=self.profile.emulated,
-            gpu_doubt=doubt,
-        )
+            variant=self.variant, command=tuple(map(portable, command)), environment=extra, startup_s=seconds,
+            kv_cache_tokens=said.kv_cache_tokens, model_memory_gib=said.model_memory_gib,
+            emulated=self.profile.emulated, gpu_doubt=doubt,
+        )  # fmt: skip
 
     def _take_stock_of_gpu(self) -> str:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
         mine = {process.pid for process in orphans.with_descendants(self.pids())}
-        others, self._gpu_pids, doubt = preflight.others_on_gpu(
-            mine, self._idle_pids, self._memory_before, preflight.cuda_processes(mine)
-        )
+        before = (self._idle_pids, self._memory_before)
+        others, self._gpu_pids, doubt = preflight.others_on_gpu(mine, *before, preflight.cuda_processes(mine))
         if others:
             self._memory_before = None  # what stays in use is theirs
             raise InUse(
@@ -271,10 +267,9 @@ def start_server(
 ) -> Server:
     """Starts a server of `variant` and returns when it has completed its first request.
 
-    `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder).
-    The server ends with `stop()`, with its `with` block, and with this process, however that ends.
-    Raises BadInput for an unknown variant or a secret among its flags, InUse for a taken port or GPU, ServerFailed when
-    the start fails, Stopped when it is interrupted.
+    `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder). The server ends with
+    `stop()`, with its `with` block, and with this process, however that ends. Raises BadInput for an unknown variant or a
+    secret among its flags, InUse for a taken port or GPU, ServerFailed when the start fails, Stopped when it is interrupted.
     """
     profile.variant(variant)
     check_device(profile)
@@ -320,9 +315,9 @@ def _answers(server: "Server", deadline: float) -> bool:
         return min(at_most, max(1.0, deadline - time.monotonic()))
 
     try:
-        if server.ask("GET", "/health", within=patience(PROBE_S))[0] != 200:
+        if server.ask("GET", "/health", within=patience(_PROBE_S))[0] != 200:
             return False
-        status, text = server.ask("GET", "/v1/models", within=patience(PROBE_S))
+        status, text = server.ask("GET", "/v1/models", within=patience(_PROBE_S))
         served = _served_names(text) if status == 200 else None
         if served != [server.model]:
             said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
@@ -353,3 +348,34 @@ def _failure(server: "Server", command: Sequence[str], how: str, seconds: float)
     lines = [f"the {server.variant} server {how}, {seconds:.0f} s after its start", *(f"    {t}" for t in telling)]
     lines += [f"what to do: {remedy}"] if remedy else []
     return "\n".join([*lines, f"log: {server.log_path}", f"command: {shlex.join(command)}"])
+
+
+def ask(port: int, method: str, path: str, *, key: str, within: float, body: dict | None = None) -> tuple[int, str]:
+    """(status, text) of a server's reply on this machine; a text beyond 4 MiB is cut there.
+
+    Raises ConnectionRefusedError where nobody listens, another OSError for what is no HTTP reply within `within` seconds.
+    """
+    connection, begun = http.client.HTTPConnection(HOST, port, timeout=within), time.monotonic()
+    connection.connect()
+    # The timeout is that of each read: a reply that drips would go on as long as it likes.
+    late = threading.Timer(within, _shut, [connection.sock])
+    late.start()
+    try:
+        content = None if body is None else json.dumps(body)
+        headers = {"Authorization": f"Bearer {key}", "Connection": "close", "Content-Type": "application/json"}
+        connection.request(method, path, content, headers)
+        reply = connection.getresponse()
+        text = reply.read(_MAX_REPLY_BYTES)
+    except http.client.HTTPException as error:
+        raise OSError(f"no HTTP reply: {error!r}") from None
+    finally:
+        late.cancel()
+        connection.close()
+        if time.monotonic() - begun >= within:
+            raise TimeoutError("timed out")
+    return reply.status, text.decode(errors="replace")
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        connection.shutdown(socket.SHUT_RDWR)

@@ -3,8 +3,8 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _MAX_BYTES = 1 << 20
 _MAX_LINE = 500
@@ -44,8 +44,7 @@ _ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|^.*\berror: .*
 _SYMPTOM = re.compile(r"Engine core initialization failed|Engine core proc .* died|See root cause")
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(NamedTuple):
     """What vLLM reports of a start: KV-cache tokens, model memory in GiB; None where it said nothing."""
 
     kv_cache_tokens: int | None
@@ -78,10 +77,8 @@ def phase(text: str) -> str:
 def reported(text: str) -> Reported:
     tokens = re.search(r"KV cache size: ([\d,]+) tokens", text)
     memory = re.search(r"Model loading took ([\d.]+) GiB", text)
-    return Reported(
-        int(tokens[1].replace(",", "")) if tokens else None,
-        float(memory[1]) if memory else None,
-    )
+    counted = int(tokens[1].replace(",", "")) if tokens else None
+    return Reported(counted, float(memory[1]) if memory else None)
 
 
 def root_cause(text: str) -> tuple[list[str], str | None]:

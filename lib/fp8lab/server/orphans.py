@@ -38,11 +38,8 @@ class Leftover:
 
 def mark(*, id: str, variant: str, profile: str, port: int) -> str:
     """The variable's value for a server that this process starts."""
-    owner = os.getpid()
-    return json.dumps(
-        {"id": id, "variant": variant, "profile": profile, "port": port}
-        | {"owner_pid": owner, "owner_started": _started(owner)}
-    )
+    owner = {"owner_pid": os.getpid(), "owner_started": _started(os.getpid())}
+    return json.dumps({"id": id, "variant": variant, "profile": profile, "port": port} | owner)
 
 
 def servers() -> list[Leftover]:

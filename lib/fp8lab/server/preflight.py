@@ -36,10 +36,8 @@ def check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError:
-            raise InUse(
-                f"port {port} is taken on {HOST} by {listener(port)}; choose another, or leave it out to have a free "
-                "one chosen"
-            ) from None
+            taken = f"port {port} is taken on {HOST} by {listener(port)}"
+            raise InUse(f"{taken}; choose another, or leave it out to have a free one chosen") from None
 
 
 def listener(port: int) -> str:
@@ -100,9 +98,7 @@ def check_gpu() -> None:
         )
 
 
-def others_on_gpu(
-    mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0
-) -> tuple[list[str], set[int], str]:
+def others_on_gpu(mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0) -> tuple:
     """(who beside a server computes on the GPU, in words; the pids there that are the server's; why that is not
     certain, or "").
 
@@ -143,13 +139,10 @@ def warn_of_leftovers() -> None:
     """Warns of every server whose owner or watchdog is gone."""
     for other in orphans.servers():
         if not (other.owned and other.watched):
-            gone = "its watchdog was killed" if other.owned else "its owner is gone"
-            option = " --all" if other.owned else ""
-            warnings.warn(
-                f"a server of an earlier start is still there, {gone} ({other.variant}, pids "
-                f"{', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB); end it with `fp8lab stop{option}`",
-                stacklevel=3,
-            )
+            gone, option = ("its watchdog was killed", " --all") if other.owned else ("its owner is gone", "")
+            what = f"{other.variant}, pids {', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB"
+            said = f"a server of an earlier start is still there, {gone} ({what}); end it with `fp8lab stop{option}`"
+            warnings.warn(said, stacklevel=3)
 
 
 def _user(uid: int) -> str:

@@ -45,15 +45,10 @@ def main() -> int:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     with open(args.log, "ab", buffering=0) as log:
-        server = subprocess.Popen(
-            args.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            # Ignored signals are inherited; the server must see them again.
-            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],  # noqa: PLW1509 - no threads here
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        # There are no threads here that a function before the exec could deadlock with.
+        pipes["preexec_fn"] = see_signals_again
+        server = subprocess.Popen(args.command, start_new_session=True, **pipes)
     tell(f"started {server.pid}")
 
     owner = select.poll()
@@ -67,6 +62,12 @@ def main() -> int:
         shutil.rmtree(args.scratch, ignore_errors=True)
     tell(f"exited {server.returncode}")
     return 0
+
+
+def see_signals_again() -> None:
+    """Ignored signals are inherited by a child."""
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def end_descendants(server: subprocess.Popen, grace: float) -> None:
@@ -153,14 +154,9 @@ if __name__ == "__main__":
 
 
 def popen(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    log: Path,
-    *,
-    grace_s: float,
-    options: Sequence[str] = (),
+    command: Sequence[str], environment: Mapping[str, str], log: Path, *, grace_s: float, options: Sequence[str] = (),
     held: Sequence[int] = (),
-) -> subprocess.Popen:
+) -> subprocess.Popen:  # fmt: skip
     """The watchdog of `command`, which writes to `log`. Closing its standard input ends both; what it says, `watchdog`
     tells. `options` are the watchdog's own; the file descriptors `held` stay open until all has ended."""
     from ..config.secrets import secrets_of
@@ -168,11 +164,5 @@ def popen(
     # Nothing of the host's Python set-up (PYTHONPATH, sitecustomize) is in it.
     guard = [sys.executable, "-I", "-S", __file__, "--log", str(log), "--grace", str(grace_s), *options]
     guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
-    return subprocess.Popen(
-        [*guard, "--", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=dict(environment),
-        start_new_session=True,
-        pass_fds=held,
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": held}
+    return subprocess.Popen([*guard, "--", *command], env=dict(environment), start_new_session=True, **pipes)

@@ -86,9 +86,8 @@ def hidden() -> str:
         count = len(_all(nvml)) if nvml else 0
     if text is None or not count:
         return ""
-    return (
-        f" (CUDA_VISIBLE_DEVICES={text!r} names none of this machine's {count}, 0 to {count - 1}, or one of them twice)"
-    )
+    numbered = f"{count}, 0 to {count - 1}"
+    return f" (CUDA_VISIBLE_DEVICES={text!r} names none of this machine's {numbered}, or one of them twice)"
 
 
 def driver_version() -> str | None:
@@ -195,10 +194,8 @@ def _handles(nvml) -> dict:
 
 def _all(nvml) -> list[tuple]:
     """(index, handle) of every GPU that is there."""
-    found = (
-        (i, _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, i))
-        for i in range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)
-    )
+    indices = range(_answer(nvml, nvml.nvmlDeviceGetCount) or 0)
+    found = ((index, _answer(nvml, nvml.nvmlDeviceGetHandleByIndex, index)) for index in indices)
     return [(index, handle) for index, handle in found if handle is not None]
 
 
