@@ -60,9 +60,7 @@ def measure(args) -> int:
     from .results.run_folder import open_run
 
     if args.again and not args.run:
-        raise BadInput(
-            f"--again {args.again[0]}: name the run that holds it with --run DIR (the last one: --run latest)"
-        )
+        raise BadInput(f"--again {args.again[0]}: name the run that holds it with --run DIR (or --run latest)")
     run = open_run(args.run, args.profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
@@ -107,10 +105,8 @@ def anatomy(args) -> None:
     run = open_run(args.run, args.profile, source=args.source)
     with _resumable(run):
         measure_anatomy(run, run.profile, args.variant or ("bf16", "fp8"), batches=args.batch or BATCHES)
-    kernels = (
-        kernels_table(run, variant) for variant, batches in anatomies(run).items() if any(b.steps for b in batches)
-    )
-    for table in (steps_table(run), *kernels, host_table(run)):
+    profiled = [variant for variant, batches in anatomies(run).items() if any(batch.steps for batch in batches)]
+    for table in (steps_table(run), *(kernels_table(run, variant) for variant in profiled), host_table(run)):
         print(f"{table}\n")
     print(repository_relative(run.path))
 
@@ -222,15 +218,13 @@ def status(_args) -> None:
     if not found:
         print("no server of fp8lab is running")
     for server in found:
-        owner = (
-            f"in use by pid {server.owner_pid}" if server.owned else f"LEFT OVER: its owner {server.owner_pid} is gone"
-        )
-        owner += "" if server.watched else ", its watchdog too" if not server.owned else ", its watchdog is gone"
-        minutes = (time.time() - server.started) / 60
-        print(
-            f"{server.variant} ({server.profile}), port {server.port}, {minutes:.0f} min, {server.memory_gib:.1f} GiB, "
-            f"{owner}; pids {', '.join(map(str, server.pids))}"
-        )
+        owner, watchdog = f"in use by pid {server.owner_pid}", ", its watchdog is gone"
+        if not server.owned:
+            owner, watchdog = f"LEFT OVER: its owner {server.owner_pid} is gone", ", its watchdog too"
+        owner += "" if server.watched else watchdog
+        held = f"{(time.time() - server.started) / 60:.0f} min, {server.memory_gib:.1f} GiB"
+        pids = ", ".join(map(str, server.pids))
+        print(f"{server.variant} ({server.profile}), port {server.port}, {held}, {owner}; pids {pids}")
     used = gpu.memory_used_gib()
     if used is not None:
         print(f"GPU memory in use: {used:.1f} GiB")

@@ -11,32 +11,16 @@ from dataclasses import dataclass
 
 # Other names of a flag, and the whole one.
 ALIASES = {
-    "--device-memory-utilization": "--gpu-memory-utilization",
-    "-O": "--optimization-level",
-    "-ac": "--attention-config",
-    "-asc": "--api-server-count",
-    "-cc": "--compilation-config",
-    "-dc": "--diffusion-config",
-    "-dcp": "--decode-context-parallel-size",
-    "-dp": "--data-parallel-size",
-    "-dpa": "--data-parallel-address",
-    "-dpb": "--data-parallel-backend",
-    "-dpe": "--data-parallel-external-lb",
-    "-dph": "--data-parallel-hybrid-lb",
-    "-dpl": "--data-parallel-size-local",
-    "-dpm": "--data-parallel-multi-port-external-lb",
-    "-dpn": "--data-parallel-rank",
-    "-dpp": "--data-parallel-rpc-port",
-    "-dpr": "--data-parallel-start-rank",
-    "-ep": "--enable-expert-parallel",
-    "-n": "--nnodes",
-    "-pcp": "--prefill-context-parallel-size",
-    "-pp": "--pipeline-parallel-size",
-    "-q": "--quantization",
-    "-r": "--node-rank",
-    "-sc": "--speculative-config",
-    "-tp": "--tensor-parallel-size",
-}
+    "--device-memory-utilization": "--gpu-memory-utilization", "-O": "--optimization-level",
+    "-ac": "--attention-config", "-asc": "--api-server-count", "-cc": "--compilation-config",
+    "-dc": "--diffusion-config", "-dcp": "--decode-context-parallel-size", "-dp": "--data-parallel-size",
+    "-dpa": "--data-parallel-address", "-dpb": "--data-parallel-backend", "-dpe": "--data-parallel-external-lb",
+    "-dph": "--data-parallel-hybrid-lb", "-dpl": "--data-parallel-size-local",
+    "-dpm": "--data-parallel-multi-port-external-lb", "-dpn": "--data-parallel-rank",
+    "-dpp": "--data-parallel-rpc-port", "-dpr": "--data-parallel-start-rank", "-ep": "--enable-expert-parallel",
+    "-n": "--nnodes", "-pcp": "--prefill-context-parallel-size", "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization", "-r": "--node-rank", "-sc": "--speculative-config", "-tp": "--tensor-parallel-size",
+}  # fmt: skip
 # What this kit reads or sets itself. vLLM takes each cut short, too, as far as no other flag begins so.
 _KNOWN = (
     "--api-key", "--config", "--distributed-executor-backend", "--dtype", "--gpu-memory-utilization", "--hf-token", "--host", "--kv-cache-dtype",

@@ -27,20 +27,8 @@ def has_password(text: str) -> bool:
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environment` that hold secrets."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if (is_secret(key) and len(value) >= _MIN_LENGTH) or has_password(value)
-    }
-
-
-def secret_in(text: str, environment: Mapping[str, str]) -> str | None:
-    """The name of the variable whose secret, or whose URL's password, occurs in `text`; None when there is none."""
-    for name, value in secrets_of(environment).items():
-        values = [value, *(found["password"] for found in _URL.finditer(value))]
-        if any(len(secret) >= _MIN_LENGTH and secret in text for secret in values):
-            return name
-    return None
+    long = {key for key, value in environment.items() if len(value) >= _MIN_LENGTH}
+    return {k: value for k, value in environment.items() if (k in long and is_secret(k)) or has_password(value)}
 
 
 def check_written(profile: str, flags: Sequence[str], variables: Sequence[tuple[str, str]]) -> None:
@@ -57,10 +45,12 @@ def check_written(profile: str, flags: Sequence[str], variables: Sequence[tuple[
 
 
 def check_repeated(profile: str, texts: Iterable[str]) -> None:
-    """Raises BadInput when a text of the profile of this name holds a secret of this process's environment, under
-    whatever name."""
-    for text in texts:
-        if name := secret_in(text, os.environ):
+    """Raises BadInput when a text of the profile of this name holds a secret of this process's environment (a variable's, or
+    the password in a variable's URL), under whatever name."""
+    texts = list(texts)
+    for name, value in secrets_of(os.environ).items():
+        values = [value, *(found["password"] for found in _URL.finditer(value))]
+        if any(len(secret) >= _MIN_LENGTH and secret in text for secret in values for text in texts):
             raise BadInput(
                 f"profile {profile}: a flag, variable or checkpoint holds the value of {name}, which would be stored "
                 f"with the run; leave it out: the server has {name} from the environment"

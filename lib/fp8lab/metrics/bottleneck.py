@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .performance import completed, concurrency_over_time
-from .resources import Clock, Roofline, clock
+from .resources import Clock, Roofline, Window, clock
 from .summary import Summary
 
 CAUSES = (
@@ -82,9 +82,7 @@ def keeps_up(records: pd.DataFrame) -> bool:
     return backlog_growth(records) <= _GROWTH
 
 
-def held_by_api_server(
-    records: pd.DataFrame, telemetry: pd.DataFrame | None, window: tuple[float, float]
-) -> float | None:
+def held_by_api_server(records: pd.DataFrame, telemetry: pd.DataFrame | None, window: Window) -> float | None:
     """The share (0 to 1) of the requests in flight that the EngineCore neither runs nor queues, over the steady window (s):
     they wait for the API server, on their way in or with their last tokens on the way out. None when it was not sampled."""
     if telemetry is None:
@@ -101,12 +99,9 @@ def held_by_api_server(
 
 
 def what_limited(
-    summary: Summary,
-    records: pd.DataFrame,
-    telemetry: pd.DataFrame | None = None,
-    roofline: Roofline | None = None,
+    summary: Summary, records: pd.DataFrame, telemetry: pd.DataFrame | None = None, roofline: Roofline | None = None,
     power_limit_w: float | None = None,
-) -> Limit:
+) -> Limit:  # fmt: skip
     """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry.
 
     `power_limit_w` is the datasheet's, for a level whose enforced limit was not sampled."""
@@ -123,13 +118,8 @@ def what_limited(
         return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
     if kv := _kv_full(summary, telemetry):
         return Limit("KV capacity", kv)
-    trend = (
-        "all were sent at once"
-        if math.isnan(growth)
-        else "it just kept up"
-        if growth <= _GROWTH
-        else f"in flight grew by {growth:.0%} of the offered rate"
-    )
+    trend = "it just kept up" if growth <= _GROWTH else f"in flight grew by {growth:.0%} of the offered rate"
+    trend = "all were sent at once" if math.isnan(growth) else trend
     evidence = f"{trend}; {used}{_distance(roofline)}"
     gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
     if used.full("frontend") and not gpu_is_fed:

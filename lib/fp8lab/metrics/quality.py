@@ -111,20 +111,9 @@ def position_table(reading: Reading, reference: Reading) -> pd.DataFrame:
     if not np.array_equal(reading.token, reference.token):
         raise ValueError("the two readings are of different texts")
     kl, unlisted = kl_lower_bound(reference, reading)
-    return pd.DataFrame(
-        {
-            "document": reading.document,
-            "logprob": reading.logprob,
-            "same_top": reading.top_ids[:, 0] == reference.top_ids[:, 0],
-            "kl": kl.astype(np.float16),
-            "unlisted": unlisted.astype(np.float16),
-        }
-    )
-
-
-def perplexity(logprobs: np.ndarray) -> float:
-    """exp of the mean negative log-probability; `logprobs` (n,) in nats. NaN without any."""
-    return math.exp(-float(np.mean(logprobs))) if len(logprobs) else math.nan
+    table = pd.DataFrame({"document": reading.document, "logprob": reading.logprob})
+    table["same_top"] = reading.top_ids[:, 0] == reference.top_ids[:, 0]
+    return table.assign(kl=kl.astype(np.float16), unlisted=unlisted.astype(np.float16))
 
 
 def kl_lower_bound(reference: Reading, variant: Reading) -> tuple[np.ndarray, np.ndarray]:
@@ -161,9 +150,7 @@ def identical_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return int(differing[0]) if differing.size else length
 
 
-def mean_interval(
-    values: np.ndarray, group: np.ndarray, weights: np.ndarray | None = None, *, seed: int = 0
-) -> Estimate:
+def mean_interval(values: np.ndarray, group: np.ndarray, weights: np.ndarray | None = None, seed: int = 0) -> Estimate:
     """sum(values) / sum(weights) (weights 1: the mean), resampling whole groups; `values` and `group` are (n,)."""
     weights = np.ones_like(values, float) if weights is None else weights
     _, index = np.unique(group, return_inverse=True)
@@ -184,9 +171,8 @@ def distinguishable(metric: str, variant: Comparison, floor: Comparison) -> bool
     """Whether a variant differs from the reference by more than the reference does from itself in another batch
     composition: further from no difference than the floor, and further from the floor than the two intervals, taken
     as independent (their facing half-widths added in quadrature), allow."""
-    (value, low, high), (own, own_low, own_high) = (
-        _differences(metric, getattr(one, metric)) for one in (variant, floor)
-    )
+    value, low, high = _differences(metric, getattr(variant, metric))
+    own, own_low, own_high = _differences(metric, getattr(floor, metric))
     facing = (value - low, own_high - own) if value > own else (high - value, own - own_low)
     further = abs(value) > abs(own) if metric in _RATIOS else value > own
     return further and abs(value - own) > math.hypot(*facing)

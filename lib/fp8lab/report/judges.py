@@ -10,7 +10,7 @@ from ..experiment.quality import comparisons, reference_variant
 from ..metrics.performance import paging_waste, reserving_waste
 from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
-from ..metrics.statistics import Ratio, contrast
+from ..metrics.statistics import Ratio, contrast, ratio
 from ..metrics.summary import Summary
 from ..results.evidence import Evidence
 from ..results.run_folder import Run, other_card, unmeasured
@@ -102,8 +102,7 @@ def _causes(claim: dict, seen: Evidence) -> str:
 
 def _load_alone(claim: dict, seen: Evidence) -> Ratio | None:
     """What the same step in offered load does without FP8: BF16 at FP8's rate over BF16 at its own."""
-    cells = {side: seen.seeds("bf16", claim[side]["rate"], claim["metric"]) for side in ("fp8", "bf16")}
-    return contrast(cells, {"fp8": 1.0, "bf16": -1.0})
+    return ratio(*(seen.seeds("bf16", claim[side]["rate"], claim["metric"]) for side in ("fp8", "bf16")))
 
 
 def _one_level(claim: dict, _seen: Evidence) -> list[str]:

@@ -113,10 +113,8 @@ _LARGEST_BYTES = 2 * 2**30
 
 
 def unpacked(archive: Path) -> Path:
-    """The run folder inside an archive that `share.share` wrote, unpacked once into the cache folder.
-
-    Raises BadInput for anything else: it may come from a stranger.
-    """
+    """The run folder inside an archive that `share.share` wrote, unpacked once into the cache folder. Raises BadInput for
+    anything else: it may come from a stranger."""
     with open(archive, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_dir() / "shared" / digest
