@@ -6,7 +6,6 @@ from bisect import bisect_right
 from itertools import pairwise
 
 import pytest
-from fp8lab.results.run_folder import LevelResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from fp8lab.load.level import Measured, measure_level
 from fp8lab.load.stream import Connection, Outcome
 from fp8lab.metrics.summary import Summary
 from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import LevelResult
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 ASKED = 4

@@ -25,7 +25,7 @@ from typing import TextIO
 from .config.profile import Level
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_workload
-from .errors import BadInput, Fp8labError
+from .errors import INVALID, BadInput, Fp8labError
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
 from .report.claims import claims_table
 from .report.notebooks import check_parameters, find
@@ -40,8 +40,6 @@ from .ui.table import COUNTS, LEVEL, Column, Table, view
 # Set for a job's process: its standard input is a pipe that ends with the batch.
 TIED = "FP8LAB_TIED_TO_STDIN"
 _LOOK_S = 0.5
-# What a job ends with when all was measured and a level of it is INVALID, and a batch when that is the worst of it.
-_INVALID = 3
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
 _STATES = {"invalid": "done, with INVALID levels"}
@@ -178,14 +176,14 @@ class _Queue:
         """Notes how a job ended, in the pages too; returns how many have."""
         # Within the lock: jobs that end together write the same pages.
         with self._lock:
-            self._set(name, state={0: "done", _INVALID: "invalid"}.get(exit_code, "failed"), exit_code=exit_code)
+            self._set(name, state={0: "done", INVALID: "invalid"}.get(exit_code, "failed"), exit_code=exit_code)
             _draw(self.folder)
             return sum(job["state"] in ("done", "invalid", "failed") for job in self.jobs.values())
 
     def exit_code(self) -> int:
         """What the batch ends with: 0 when all jobs are done, 1 when one is not, 3 when the worst is an INVALID level."""
         states = {job["state"] for job in self.jobs.values()}
-        return 1 if states - {"done", "invalid"} else _INVALID if "invalid" in states else 0
+        return 1 if states - {"done", "invalid"} else INVALID if "invalid" in states else 0
 
     def close(self) -> None:
         """No job is taken any more; those that run are asked to end."""
@@ -234,7 +232,7 @@ def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None
         print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
         exit_code = _run(queue, command, environment, job / "log.txt", shown=not several)
         ended = queue.finish(name, exit_code)
-        how = {0: "done", _INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
+        how = {0: "done", INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
         how = how.get(exit_code, f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}")
         print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
 

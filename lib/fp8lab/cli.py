@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 
-from . import commands, load_test_command
+from . import load_test_command
 from .errors import BadInput, Fp8labError
 from .paths import with_home, with_library
 from .ui import terminal
@@ -141,7 +141,9 @@ def _run(arguments: list[str] | None) -> int:
             signal.signal(signum, signal.default_int_handler)
     try:
         os.environ |= with_library(with_home(os.environ))
-        return args.command(args) or 0
+        from . import commands  # only now: help and arguments that cannot be read are answered at once
+
+        return getattr(commands, args.command)(args) or 0
     except BadInput as error:
         print(f"fp8lab: {error}", file=sys.stderr)
         return 2
@@ -177,14 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         "--protocol": repeated("NAME", "a protocol of the profile (default: all)"),
     }  # fmt: skip
 
-    def command(name: str, function, text: str, *options: str):
+    def command(name: str, text: str, *options: str):
         made = _with_examples(subparsers.add_parser, name, name, help=text, description=text)
-        made.set_defaults(command=function)
+        made.set_defaults(command=name.replace("-", "_"))
         for option in options:
             made.add_argument(option.lower(), **shared[option])
         return made
 
-    reproduce = command("reproduce", commands.reproduce, (
+    reproduce = command("reproduce", (
         "Run notebooks headless: measure, judge, render. Exit code 3: a level of the run is INVALID, all else is done (0 with "
         "--source, which measures nothing)."
     ), "--profile", "--run", "--source", "--model")  # fmt: skip
@@ -194,13 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     said = "random weights of the true shapes, or the profile's checkpoints"
     reproduce.add_argument("--weights", choices=("random", "checkpoint"), help=said)
 
-    measure = command("measure", commands.measure, (
+    measure = command("measure", (
         "Measure a profile's levels without a notebook. Exit code 3: a level of the run is INVALID, all else is measured."
     ), "--profile", "--run", "--protocol", "--workers")  # fmt: skip
     said = "set this level of the run aside and measure it again, without --protocol nothing else"
     measure.add_argument("--again", default=[], **repeated("LEVEL", said))
 
-    quality = command("quality", commands.quality, (
+    quality = command("quality", (
         "Measure what each variant answers: perplexity, KL divergence and agreement with the profile's first variant on "
         "a text, greedy answers beside its own. That one is asked twice, which gives the noise floor. The profile is smollm2-gpu, "
         "without a GPU smollm2-cpu, unless another is named."
@@ -215,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--prompts", **number(64, "passages to be explained (64)"))
     quality.add_argument("--answer-tokens", **number(256, "longest answer (256)"))
 
-    anatomy = command("anatomy", commands.anatomy, (
+    anatomy = command("anatomy", (
         "Take decode steps apart: GPU time by kind of kernel beside the datasheet's floor, wall time, what the host adds, and "
         "what the EngineCore does. About 2 min a variant on an H100; without a GPU the host's half alone."
     ), "--profile", "--run", "--source")  # fmt: skip
@@ -223,16 +225,16 @@ def _parser() -> argparse.ArgumentParser:
     anatomy.add_argument("--batch", type=int, **repeated("N", "requests decoding at once (64, 128, 256, 1024)"))
 
     text = "Show which levels a profile measures and about how long they take."
-    plan = command("plan", commands.plan, text, "--profile", "--protocol")
+    plan = command("plan", text, "--profile", "--protocol")
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
 
-    share = command("share", commands.share, "Make one page and one archive of a run, to be sent to someone.", "RUN")
+    share = command("share", "Make one page and one archive of a run, to be sent to someone.", "RUN")
     share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")
     said = "as in reproduce (default: front, or 07_quality for a run without levels)"
     share.add_argument("--notebook", **repeated("N", said))
     share.add_argument("--tokens", action="store_true", help="keep every token's timestamp in the archive")
 
-    batch = command("batch", commands.batch, (
+    batch = command("batch", (
         "Run a matrix of profiles and workloads through papermill, one after the other on each GPU. The queue survives "
         "a crash: run it again. index.html and comparison.html show all runs. Exit code 1: a run failed, 3: none failed but a "
         "level is INVALID."
@@ -241,28 +243,28 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")
 
     text = "Keep a run in data/recorded, trimmed: no logs, few token timestamps."
-    record = command("record", commands.record, text, "RUN")
+    record = command("record", text, "RUN")
     record.add_argument("name", metavar="NAME", help="what it is to be called; an earlier one of that name is replaced")
     record.add_argument("--tokens", **repeated("LEVEL", "keep this level's token timestamps"))
 
-    serve = command("serve", commands.serve, "Hold one server in this terminal until Ctrl-C.", "--profile")
+    serve = command("serve", "Hold one server in this terminal until Ctrl-C.", "--profile")
     serve.add_argument("variant", metavar="VARIANT", help="bf16, fp8, fp8-weights, fp8-kv, or another of the profile's")
     serve.add_argument("--port", **number(None, "port on 127.0.0.1 (default: a free one)"))
     serve.add_argument("--print-command", action="store_true", help="print the vLLM command and exit")
     serve.add_argument("--show-key", action="store_true", help="print the API key of this start")
 
-    load_test_command.add_arguments(command("load-test", load_test_command.run, load_test_command.TEXT))
+    load_test_command.add_arguments(command("load-test", load_test_command.TEXT))
 
-    claims = command("claims", commands.claims, "Judge the published claims by a run, or by several side by side.")
+    claims = command("claims", "Judge the published claims by a run, or by several side by side.")
     claims.add_argument("run", nargs="+", **run)
     claims.add_argument("--brief", action="store_true", help="without reasons and levels")
     claims.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
-    profiles = command("profiles", commands.profiles, "Show the profiles, or one of them.")
+    profiles = command("profiles", "Show the profiles, or one of them.")
     profiles.add_argument("name", nargs="?", metavar="P")
 
-    command("status", commands.status, "Show servers that are running or left over.")
-    stop = command("stop", commands.stop, "End servers that are left over.")
+    command("status", "Show servers that are running or left over.")
+    stop = command("stop", "End servers that are left over.")
     stop.add_argument("--all", action="store_true", help="also end servers whose owner still runs")
     return parser
 

@@ -1,7 +1,7 @@
 """What each command of the command line does; `cli.py` says what they are called and take.
 
-Each function takes the parsed arguments and returns an exit code or None. Imports are local: `--help` and
-bad arguments answer at once.
+Each function takes the parsed arguments and returns an exit code or None. `cli.py` imports this module when a command is
+run: `--help` answers at once.
 """
 
 import contextlib
@@ -9,28 +9,32 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .errors import BadInput, Fp8labError
-
-if TYPE_CHECKING:
-    from .results.run_folder import Run
-
-
-# The exit code where a level is INVALID: all else was measured and printed.
-INVALID = 3
+from . import batch as batches
+from . import share as sharing
+from .config.profile import rate_name
+from .config.profile_file import profile_names, read_profile
+from .config.this_machine import load_profile, profile_name
+from .errors import INVALID, BadInput, Fp8labError
+from .experiment import anatomy as decoding
+from .experiment import quality as answers
+from .experiment import speed
+from .load_test_command import run as load_test  # noqa: F401 - a command like those below
+from .paths import RUNS, repository_relative
+from .report.claims import claims_across, claims_table
+from .report.notebooks import check_parameters, execute, find
+from .report.tables.anatomy import host_table, kernels_table, steps_table
+from .report.tables.levels import levels_table, validity_table
+from .report.tables.quality import quality_table
+from .results.run_folder import Run, open_run
+from .server import orphans
+from .server.command import printable_command
+from .server.launch import start_server
+from .system import gpu
 
 
 def reproduce(args) -> int:
-    from .batch import end_with_owner
-    from .config.this_machine import load_profile
-    from .paths import RUNS, repository_relative
-    from .report.claims import claims_table
-    from .report.notebooks import check_parameters, execute, find
-    from .report.tables.levels import validity_table
-    from .results.run_folder import open_run
-
-    end_with_owner()
+    batches.end_with_owner()
     notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
     chosen = {name: _value(text) for name, text in args.parameter}
     for notebook in notebooks:
@@ -54,18 +58,13 @@ def reproduce(args) -> int:
 
 
 def measure(args) -> int:
-    from .experiment.speed import measure as measure_levels
-    from .paths import repository_relative
-    from .report.tables.levels import levels_table, validity_table
-    from .results.run_folder import open_run
-
     if args.again and not args.run:
         raise BadInput(f"--again {args.again[0]}: name the run that holds it with --run DIR (or --run latest)")
     run = open_run(args.run, args.profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
-        measure_levels(run, run.profile, protocols, workers=args.workers, again=args.again)
+        speed.measure(run, run.profile, protocols, workers=args.workers, again=args.again)
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
@@ -73,95 +72,63 @@ def measure(args) -> int:
 
 
 def quality(args) -> None:
-    from .config.this_machine import load_profile
-    from .experiment.quality import QualityTask, check_weights, measure_quality, quality_profile
-    from .paths import repository_relative
-    from .report.tables.quality import quality_table
-    from .results.run_folder import open_run
-
     if args.source:
         print(quality_table(open_run(source=args.source)))
         return
     named = ("text", "document_tokens", "documents", "top", "prompts", "answer_tokens")
-    task = QualityTask(**{name: getattr(args, name) for name in named})
-    profile = load_profile(quality_profile(args.profile), weights=args.weights, model=args.model)
-    check_weights(profile)
+    task = answers.QualityTask(**{name: getattr(args, name) for name in named})
+    profile = load_profile(answers.quality_profile(args.profile), weights=args.weights, model=args.model)
+    answers.check_weights(profile)
     task.read()
     for variant in args.variant or ():
         profile.variant(variant)
     run = open_run(args.run, profile)
     with _resumable(run):
-        measure_quality(run, profile, args.variant or (), task=task)
+        answers.measure_quality(run, profile, args.variant or (), task=task)
     print(quality_table(run))
     print(repository_relative(run.path))
 
 
 def anatomy(args) -> None:
-    from .experiment.anatomy import BATCHES, anatomies, measure_anatomy
-    from .paths import repository_relative
-    from .report.tables.anatomy import host_table, kernels_table, steps_table
-    from .results.run_folder import open_run
-
     run = open_run(args.run, args.profile, source=args.source)
+    variants = args.variant or ("bf16", "fp8")
     with _resumable(run):
-        measure_anatomy(run, run.profile, args.variant or ("bf16", "fp8"), batches=args.batch or BATCHES)
-    profiled = [variant for variant, batches in anatomies(run).items() if any(batch.steps for batch in batches)]
+        decoding.measure_anatomy(run, run.profile, variants, batches=args.batch or decoding.BATCHES)
+    held = decoding.anatomies(run)
+    profiled = [variant for variant in held if any(one.steps for one in held[variant])]
     for table in (steps_table(run), *(kernels_table(run, variant) for variant in profiled), host_table(run)):
         print(f"{table}\n")
     print(repository_relative(run.path))
 
 
 def plan(args) -> None:
-    from .config.profile_file import read_profile
-    from .config.this_machine import profile_name
-    from .experiment.speed import plan_table
-    from .results.run_folder import open_run
-
     run = open_run(source=args.run) if args.run else None
     profile = run.profile if run and args.profile == "auto" else read_profile(profile_name(args.profile))
-    print(plan_table(profile, args.protocol or list(profile.protocols), run))
+    print(speed.plan_table(profile, args.protocol or list(profile.protocols), run))
 
 
 def share(args) -> None:
-    from .paths import repository_relative
-    from .report.notebooks import find
-    from .results.run_folder import open_run
-    from .share import share as share_run
-
     run = open_run(source=args.run)
     # A run of answers alone has nothing for the front notebook to show.
     told_by = "front" if run.summaries() else "07_quality"
     notebooks = [path for name in args.notebook or [told_by] for path in find(name)]
-    pages, archive = share_run(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
+    pages, archive = sharing.share(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
     for path in (*pages, archive):
         print(f"{repository_relative(path)}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 def batch(args) -> int:
-    from .batch import load_matrix, run_batch
-
-    return run_batch(load_matrix(Path(args.matrix)), Path(args.out) if args.out else None)
+    return batches.run_batch(batches.load_matrix(Path(args.matrix)), Path(args.out) if args.out else None)
 
 
 def record(args) -> None:
-    from .paths import repository_relative
-    from .results.run_folder import open_run
-    from .share import record as record_run
-
-    print(repository_relative(record_run(open_run(source=args.run), args.name, args.tokens or ())))
+    print(repository_relative(sharing.record(open_run(source=args.run), args.name, args.tokens or ())))
 
 
 def serve(args) -> None:
-    from .config.profile_file import read_profile
-    from .config.this_machine import load_profile, profile_name
-    from .server.command import printable_command
-    from .server.launch import start_server
-
     if args.print_command:
-        from .system.gpu import gpu_names
-
         # A command can be shown for a card that is not here.
-        name = "h100-80gb" if args.profile == "auto" and not gpu_names() else profile_name(args.profile)
+        name = "h100-80gb" if args.profile == "auto" and not gpu.gpu_names() else profile_name(args.profile)
         print(printable_command(read_profile(name), args.variant, args.port or 8000))
         return
     with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
@@ -177,19 +144,12 @@ def serve(args) -> None:
 
 
 def claims(args) -> None:
-    from .report.claims import claims_across, claims_table
-    from .results.run_folder import open_run
-
     runs = [open_run(source=run) for run in args.run]
     table = claims_table(*runs, brief=args.brief) if len(runs) == 1 else claims_across(*runs)
     print(table.to_markdown() if args.markdown else table)
 
 
 def profiles(args) -> None:
-    from .config.profile import rate_name
-    from .config.profile_file import profile_names, read_profile
-    from .config.this_machine import profile_name
-
     if not args.name:
         names = profile_names()
         wide = max(map(len, names)) + 2
@@ -211,9 +171,6 @@ def profiles(args) -> None:
 
 
 def status(_args) -> None:
-    from .server import orphans
-    from .system import gpu
-
     found = orphans.servers()
     if not found:
         print("no server of fp8lab is running")
@@ -231,8 +188,6 @@ def status(_args) -> None:
 
 
 def stop(args) -> None:
-    from .server import orphans
-
     found = [server for server in orphans.servers() if args.all or not server.owned]
     for server in found:
         orphans.stop(server)
@@ -242,14 +197,12 @@ def stop(args) -> None:
 
 
 @contextlib.contextmanager
-def _resumable(run: "Run"):
+def _resumable(run: Run):
     """Says how to go on with `run` when what is done with it ends early."""
     try:
         yield
     except (KeyboardInterrupt, Fp8labError):
         if not run.read_only:
-            from .paths import repository_relative
-
             how = f"the same command with --run {repository_relative(run.path)}"
             print(f"\nnothing measured is lost; to go on where this stopped: {how}", file=sys.stderr)
         raise

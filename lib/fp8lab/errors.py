@@ -16,6 +16,9 @@ Every message names the offending value, what was expected, and what to do.
 
 from .ui.text import visible
 
+# The exit code where a level is INVALID: all else was measured and printed.
+INVALID = 3
+
 
 class Fp8labError(Exception):
     """Base of all errors that fp8lab raises on purpose. Its message may quote foreign text: that is made visible."""

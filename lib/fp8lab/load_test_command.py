@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import INVALID
-from .errors import BadInput, LevelFailed
+from .errors import INVALID, BadInput, LevelFailed
 from .paths import made
 
 if TYPE_CHECKING:
