@@ -1,5 +1,6 @@
 """Where a run was made: machine, software, source. No host name, user name or environment."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -43,10 +44,8 @@ def digest(*more: str) -> str:
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -35,6 +35,14 @@ GIB = 2**30
 logger = init_logger("vllm.fp8lab.emulated_gpu")
 
 
+# What a worker answers that has nothing to do.
+_ANSWERS = {
+    "get_supported_tasks": ("generate",), "get_supported_kv_cache_layouts": ["LBHNC"], "set_kv_cache_layout": None,
+    "compile_or_warm_up_model": CompilationTimes(language_model=0.0, encoder=0.0), "initialize_from_config": None,
+    "reset_mm_cache": None, "sample_tokens": None,
+}  # fmt: skip
+
+
 class EmulatedGpuExecutor(UniProcExecutor):
     """Answers what vLLM asks of its workers, without a worker."""
 
@@ -56,7 +64,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
         logger.info("EMULATED GPU %s: Model loading took %.2f GiB", self.card["name"], self.weight_bytes / GIB)
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None, non_block=False, single_value=False, **_):
-        answer = getattr(self, f"_{method}")(*args, **(kwargs or {}))
+        known = method in _ANSWERS
+        answer = _ANSWERS[method] if known else getattr(self, f"_{method}")(*args, **(kwargs or {}))
         result = answer if single_value else [answer]
         if not non_block:
             return result
@@ -72,16 +81,10 @@ class EmulatedGpuExecutor(UniProcExecutor):
 
     # What a worker is asked once, at start.
 
-    def _get_supported_tasks(self):
-        return ("generate",)
-
     def _get_kv_cache_spec(self):
         sizes = {"num_kv_heads": self.shape.kv_heads, "head_size": self.shape.head_size, "dtype": self.kv_dtype}
         spec = FullAttentionSpec(block_size=self.cache_config.block_size, **sizes)
         return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
-
-    def _get_supported_kv_cache_layouts(self):
-        return ["LBHNC"]
 
     def _determine_available_memory(self) -> int:
         budget = self.card["memory_gib"] * GIB * self.cache_config.gpu_memory_utilization
@@ -89,18 +92,6 @@ class EmulatedGpuExecutor(UniProcExecutor):
         if available <= 0:
             raise ValueError(f"the emulated card has no memory left for KV cache ({available / GIB:.1f} GiB)")
         return int(available)
-
-    def _compile_or_warm_up_model(self):
-        return CompilationTimes(language_model=0.0, encoder=0.0)
-
-    def _set_kv_cache_layout(self, _layout):
-        return None
-
-    def _initialize_from_config(self, _configs):
-        return None
-
-    def _reset_mm_cache(self):
-        return None
 
     # What a worker is asked at every step.
 
@@ -126,9 +117,6 @@ class EmulatedGpuExecutor(UniProcExecutor):
             self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, emitted))
         places = {request: i for i, request in enumerate(tokens_of)}
         return ModelRunnerOutput(list(tokens_of), places, sampled_token_ids=list(tokens_of.values()))
-
-    def _sample_tokens(self, _grammar):
-        return None
 
     def step_seconds(self, tokens: int, context_tokens: int, emitted: int) -> float:
         """Model time of one step: `tokens` computed, `context_tokens` of KV read, `emitted` streamed."""

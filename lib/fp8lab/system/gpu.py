@@ -150,32 +150,26 @@ class GpuReader:
         nvml, handle, row = self._nvml, self._handle, {}
         if handle is None:
             return row
-        with contextlib.suppress(nvml.NVMLError):
-            util = nvml.nvmlDeviceGetUtilizationRates(handle)
+        if util := _answer(nvml, nvml.nvmlDeviceGetUtilizationRates, handle):
             row |= {"gpu_util": util.gpu / 100, "gpu_memory_util": util.memory / 100}
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_power_w"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_sm_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_clock_reasons"] = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-        if not slow:
-            return row
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_energy_j"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_memory_gib"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
-        with contextlib.suppress(nvml.NVMLError):
-            row["gpu_power_limit_w"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
-        return row
+        row["gpu_power_w"] = _answer(nvml, nvml.nvmlDeviceGetPowerUsage, handle, per=1e3)
+        row["gpu_sm_mhz"] = _answer(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)
+        row["gpu_clock_reasons"] = _answer(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+        if slow:
+            memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+            row["gpu_memory_gib"] = memory and memory.used / 2**30
+            row["gpu_energy_j"] = _answer(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, handle, per=1e3)
+            row["gpu_power_limit_w"] = _answer(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle, per=1e3)
+        return {column: value for column, value in row.items() if value is not None}
 
 
-def _answer(nvml, question, *args):
-    """What NVML answers; None when it does not."""
+def _answer(nvml, question, *args, per: float = 1):
+    """What NVML answers, in units of `per`; None when it does not."""
     try:
-        return question(*args)
+        answer = question(*args)
     except nvml.NVMLError:
         return None
+    return answer if per == 1 else answer / per
 
 
 @contextlib.contextmanager

@@ -140,9 +140,8 @@ def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
 
 
 def _against(metric: str, name: str, one: Comparison, floor: Comparison | None, reference: str) -> str:
-    if floor is None or name == reference + AGAIN:
-        return ""
-    return "" if distinguishable(metric, one, floor) else " none"
+    hidden = floor is not None and name != reference + AGAIN and not distinguishable(metric, one, floor)
+    return " none" if hidden else ""
 
 
 def _interval(estimate: Estimate, pattern: str) -> str:
