@@ -64,9 +64,8 @@ class Matrix:
     def jobs(self) -> list[tuple[str, str, Mapping]]:
         """(job's name, profile, workload), in order."""
         pairs = [(profile, name) for profile in self.profiles for name in self.workloads]
-        return [
-            (f"{Path(one).stem}-{name}" if name else Path(one).stem, one, self.workloads[name]) for one, name in pairs
-        ]
+        names = [f"{Path(one).stem}-{name}" if name else Path(one).stem for one, name in pairs]
+        return [(job, one, self.workloads[name]) for job, (one, name) in zip(names, pairs, strict=True)]
 
 
 def load_matrix(path: Path) -> Matrix:

@@ -59,9 +59,10 @@ def claims_across(*runs: Run) -> Table:
     twice is shown once, here and below."""
     runs = once(runs)
     judged = [judge(run) for run in runs]
-    rows = [
-        (v[0].id, v[0].title, show_value(v[0].published, v[0].unit), *map(_said, v)) for v in zip(*judged, strict=True)
-    ]
+    rows = []
+    for verdicts in zip(*judged, strict=True):
+        one = verdicts[0]
+        rows.append((one.id, one.title, show_value(one.published, one.unit), *map(_said, verdicts)))
     names = [f"{run.path.name}{f' ({word})' if (word := card_mark(run)) else ''}" for run in runs]
     caption = "The published claims, run by run: measured, 95 % interval, verdict, and whether the stated cause holds"
     return Table(caption, ("", "claim", "published", *names), rows)

@@ -156,10 +156,9 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
         reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
     # A single pair shows no difference.
-    words = {
-        "undecided" if math.isnan(one.low) else by_interval(claim, said, one.value, one.low, one.high)[0]
-        for one in against.values()
-    }
+    paired = [one for one in against.values() if not math.isnan(one.low)]
+    words = {by_interval(claim, said, one.value, one.low, one.high)[0] for one in paired}
+    words |= {"undecided"} if len(paired) < len(against) else set()
     word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
     if word == "undecided":
         reason = f"no difference to each of the others is shown: {reason}"
@@ -175,8 +174,8 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     records = seen.level(ids[0]).records
     measured, reserved = 100 * paging_waste(records), reserving_waste(records, 2048)
     reason = f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
-    reason += (
-        f"2,048 tokens a request would {'be too little for some' if reserved is None else f'leave {reserved:.0%}'}"
+    reason += "2,048 tokens a request would " + (
+        "be too little for some" if reserved is None else f"leave {reserved:.0%}"
     )
     word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
     return {"measured": measured, "measured_parts": {"fp8": measured}, "verdict": word, "reason": reason}

@@ -139,9 +139,8 @@ def show_value(value: float | None, unit: str) -> str:
 
 def card_note(*runs: Run) -> str:
     """How the captions of runs begin that were not measured on the GPU that their profile names; empty for others."""
-    notes = (
-        "EMULATED GPU, nothing measured. " if run.emulated else f"{unmeasured(run)}. " for run in runs if card_mark(run)
-    )
+    marked = [run for run in runs if card_mark(run)]
+    notes = ("EMULATED GPU, nothing measured. " if run.emulated else f"{unmeasured(run)}. " for run in marked)
     return "".join(dict.fromkeys(notes))
 
 

@@ -11,7 +11,7 @@ from ...metrics.performance import concurrency_over_time
 from ...results.evidence import evidence
 from ...results.run_folder import Run
 from ..verdict import claim_of
-from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, note, plainly, variant_style
+from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, note, plainly, style_of
 
 # Light to dark, hatched, so that the parts are told apart in print.
 _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest", "#BBBBBB", ".."))
@@ -146,7 +146,7 @@ def roofline_figure(axes, run: Run) -> str:
         one = seen.roofline(name)
         if one is not None and s.level.repeat == 1:
             variant, at = s.level.variant, (one.intensity, one.flops_per_s / 1e12)
-            style = variant_style(run.profile, variant) | {"ls": ""}
+            style = style_of(run.profile, variant) | {"ls": ""}
             axes.plot(*at, label=None if variant in drawn else variant, **style)
             drawn.add(variant)
             points.append((rate_name(s.level.rate).removesuffix(" req/s"), *at))

@@ -12,20 +12,7 @@ from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
 from ..tables.comparison import METRICS, causes, once
 from ..verdict import claim_of
-from .drawing import (
-    GREY,
-    INK,
-    STYLE,
-    Figure,
-    figure,
-    fillings,
-    forest,
-    label_ends,
-    legend,
-    note,
-    plainly,
-    variant_style,
-)
+from .drawing import GREY, INK, STYLE, Figure, figure, fillings, forest, label_ends, legend, note, plainly, style_of
 
 _SEEDS = "Mean of the seeds, bars from the lowest to the highest."
 _EQUAL_LOAD, _HALVES = "What does FP8 change at equal load?", "Which half of FP8 does it?"
@@ -72,7 +59,7 @@ def _over_rates(axes, seen: Evidence, metric: str, place) -> list[str]:
     for variant in seen.variants():
         held = ((place(rate), values) for rate, values in seen.by_rate(variant, metric).items())
         if points := [(x, values) for x, values in held if x is not None]:
-            style = variant_style(seen.run.profile, variant)
+            style = style_of(seen.run.profile, variant)
             axes.plot([x for x, _ in points], [sum(v) / len(v) for _, v in points], label=variant, **style)
             for x, values in points:
                 axes.vlines(x, min(values), max(values), color=style["color"], lw=1.2)
@@ -147,7 +134,7 @@ def littles_law_figure(axes, run: Run) -> str:
     seen, top, drawn = evidence(run), 1.0, set()
     for level_id, (expected, counted) in seen.in_flight().items():
         variant = seen.summaries[level_id].level.variant
-        style = variant_style(run.profile, variant) | {"ls": ""}
+        style = style_of(run.profile, variant) | {"ls": ""}
         axes.plot(expected, counted, label=None if variant in drawn else variant, **style)
         drawn.add(variant)
         top = max(top, expected, counted)
@@ -172,17 +159,15 @@ def kv_capacity_figure(axes, run: Run) -> str:
     axes.grid(axis="y", visible=False)
     for y, (variant, _, holds, most, fullest) in enumerate(rows):
         axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
-        axes.barh(y, most, 0.34, color=variant_style(run.profile, variant)["color"])
+        axes.barh(y, most, 0.34, color=style_of(run.profile, variant)["color"])
         share = "" if fullest is None else f", fullest {fullest:.0%}"
         note(axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (holds, y), (4, 0), va="center")
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
     axes.set_xlabel("requests of this trace")
-    return (
-        "Frame: what the cache holds at the mean context of a running request, as vLLM counted it. Filled: the most that ran "
-        "at once, over all levels."
-    )
+    frame = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it."
+    return f"{frame} Filled: the most that ran at once, over all levels."
 
 
 @figure("clock", "Does the power limit hold the card's clock back?", height=4.6, rows=2)
@@ -195,7 +180,7 @@ def clock_figure(axes: Sequence, run: Run) -> str:
         level, ran = seen.level(level_id), seen.clock(level_id)
         if level is None or ran is None or ran.mhz is None:
             continue
-        style = variant_style(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
+        style = style_of(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
         limit_w, drawn = ran.limit_w or limit_w, True
         shown = level.telemetry[level.telemetry["at_s"].between(0, level.summary.duration_s)]
         for each, column in ((upper, "gpu_power_w"), (lower, "gpu_sm_mhz")):

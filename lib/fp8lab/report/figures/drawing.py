@@ -115,7 +115,7 @@ def _alt(canvas, title: str) -> str:
     return f"{title} Chart of {'; '.join(told)}. The page's tables hold the numbers."
 
 
-def variant_style(profile: Profile, variant: str) -> dict:
+def style_of(profile: Profile, variant: str) -> dict:
     """How a variant is drawn: colour and marker are its base's, filling and line its setup's."""
     color, marker = STYLE.get(profile.base(variant), (INK, "v"))
     filling, line, _ = _filling(profile, variant)

@@ -130,10 +130,8 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
     Raises BadInput for a rate or a headroom that cannot be.
     """
     if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
-        said = (
-            f"target_rate {target_rate} must be a number of requests/s above 0, headroom {headroom} from 0 to below 1"
-        )
-        raise BadInput(said)
+        needed = f"target_rate {target_rate} must be a number of requests/s above 0"
+        raise BadInput(f"{needed}, headroom {headroom} from 0 to below 1")
     seen, rows = evidence(run), []
     for variant in seen.variants():
         low = seen.slo_limit(variant, slo).low
