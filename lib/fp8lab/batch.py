@@ -111,11 +111,8 @@ def load_matrix(path: Path) -> Matrix:
 
 def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
     """Runs what is not done yet; returns 0 when every job is done, 1 when one failed, 3 when none did but a level is
-    INVALID. Raises KeyboardInterrupt.
-
-    A job with INVALID levels is not run again: what they need is told by its page. Once they are measured again and valid,
-    the next call draws its pages anew.
-    """
+    INVALID. Raises KeyboardInterrupt. A job with INVALID levels is not run again: what they need is told by its page.
+    Once they are measured again and valid, the next call draws its pages anew."""
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
     queue = _Queue(folder, [name for name, _, _ in matrix.jobs()])
@@ -237,10 +234,8 @@ def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None
 
 
 def _run(queue: _Queue, command: list[str], environment: Mapping[str, str], log: Path, *, shown: bool) -> int:
-    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code.
-
-    The job holds the end of a pipe from this process and ends when that does, however it does.
-    """
+    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code. The job
+    holds the end of a pipe from this process and ends when that does, however it does."""
     # Read back from the file: a pipe would stay open for as long as anything that the job leaves behind.
     with open(log, "ab") as output, open(log, encoding="utf-8", errors="replace") as said:
         said.seek(0, os.SEEK_END)

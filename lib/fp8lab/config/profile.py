@@ -51,11 +51,9 @@ class ProfileTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Level(ProfileTable):
-    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once.
-
-    With `cross_check` the same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0
-    asks for a server of its own: levels of that number share one start a variant (a protocol's `starts` sets it).
-    """
+    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once. With `cross_check` the
+    same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0 asks for a server
+    of its own: levels of that number share one start a variant (a protocol's `starts` sets it)."""
 
     variant: str
     rate: Annotated[float, Field(strict=True, gt=0)]
@@ -88,10 +86,8 @@ def rate_name(rate: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Card(ProfileTable):
-    """A GPU's datasheet: memory in GiB, bandwidth in bytes/s, dense peaks in FLOP/s, the most power in W.
-
-    `nvml` holds the names that NVML (`nvidia-smi -L`) gives it; without them NVML's is compared with `name`, word by word.
-    """
+    """A GPU's datasheet: memory in GiB, bandwidth in bytes/s, dense peaks in FLOP/s, the most power in W. `nvml` holds
+    the names that NVML (`nvidia-smi -L`) gives it; without them NVML's is compared with `name`, word by word."""
 
     name: str
     memory_gib: Positive

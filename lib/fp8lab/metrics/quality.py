@@ -18,11 +18,9 @@ _RATIOS = ("perplexity_ratio", "output_ratio")
 
 @dataclass(frozen=True)
 class Reading:
-    """The next-token distributions along a text, one row a predicted token, n rows in the text's order.
-
-    `document` (n,) int32: its document; `token` (n,) int32: the token that came; `logprob` (n,) float32: its natural
-    log-probability; `top_ids` (n, k) int32 and `top_logprobs` (n, k) float32: the k likeliest, likeliest first.
-    """
+    """The next-token distributions along a text, one row a predicted token, n rows in the text's order. `document` (n,)
+    int32: its document; `token` (n,) int32: the token that came; `logprob` (n,) float32: its natural log-probability;
+    `top_ids` (n, k) int32 and `top_logprobs` (n, k) float32: the k likeliest, likeliest first."""
 
     document: np.ndarray
     token: np.ndarray
@@ -76,9 +74,7 @@ class Comparison:
 
 def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.DataFrame, pd.DataFrame]) -> Comparison:
     """The comparison out of the stored tables: `position_table` of a variant with its answers, and the reference's.
-
-    Intervals are bootstrapped over documents for the text and over prompts for the answers.
-    """
+    Intervals are bootstrapped over documents for the text and over prompts for the answers."""
     before, answers_before = reference
     document = positions["document"].to_numpy()
     logprob, logprob_before = (table["logprob"].to_numpy(float) for table in (positions, before))
@@ -103,11 +99,9 @@ def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.
 
 
 def position_table(reading: Reading, reference: Reading) -> pd.DataFrame:
-    """What is kept of a reading, one row a position: document, logprob, and against the reference same_top, kl, unlisted.
-
-    `kl` and `unlisted` are those of `kl_lower_bound` in half precision, three digits of a bound. Raises ValueError
-    when the two read different texts.
-    """
+    """What is kept of a reading, one row a position: document, logprob, and against the reference same_top, kl,
+    unlisted. `kl` and `unlisted` are those of `kl_lower_bound` in half precision, three digits of a bound. Raises
+    ValueError when the two read different texts."""
     if not np.array_equal(reading.token, reference.token):
         raise ValueError("the two readings are of different texts")
     kl, unlisted = kl_lower_bound(reference, reading)

@@ -154,10 +154,8 @@ def clock(telemetry: pd.DataFrame, window: Window, limit_w: float | None = None)
 
 @dataclass(frozen=True)
 class Roofline:
-    """Shares (0 to 1) of the card's memory bandwidth and of its matrix peak that a window's work needed.
-
-    `bytes_per_s` and `flops_per_s` are what was needed; `steps_per_s` how often a batch was computed.
-    """
+    """Shares (0 to 1) of the card's memory bandwidth and of its matrix peak that a window's work needed. `bytes_per_s`
+    and `flops_per_s` are what was needed; `steps_per_s` how often a batch was computed."""
 
     memory: float
     compute: float

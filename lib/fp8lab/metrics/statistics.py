@@ -69,11 +69,9 @@ class Noise:
 
 
 def pooled_noise(groups: Sequence[Cells]) -> Noise | None:
-    """The noise that all groups share; None without a repeat.
-
-    A group holds variants measured at the same rate with the same seeds. What is left of its log values after the
-    effect of each variant and of each seed is noise (a two-way layout without interaction).
-    """
+    """The noise that all groups share; None without a repeat. A group holds variants measured at the same rate with the
+    same seeds. What is left of its log values after the effect of each variant and of each seed is noise (a two-way
+    layout without interaction)."""
     squares, freedom = 0.0, 0
     for cells in groups:
         seeds = _common_seeds(cells)

@@ -32,10 +32,8 @@ def write_claims(run: Run) -> None:
 
 
 def claims_table(run: Run, *, brief: bool = False) -> Table:
-    """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it.
-
-    `brief` leaves out the reasons and the levels.
-    """
+    """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it. `brief`
+    leaves out the reasons and the levels."""
     verdicts, seen = judge(run), evidence(run)
     rows = [
         (

@@ -151,10 +151,8 @@ class Run:
         return True
 
     def summaries(self) -> dict[str, Summary]:
-        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat.
-
-        Raises RunDamaged when one cannot be read.
-        """
+        """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat. Raises
+        RunDamaged when one cannot be read."""
         variants = list(self.profile.variants)
         found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
 

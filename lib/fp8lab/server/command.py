@@ -37,10 +37,9 @@ def served_model(profile: Profile, variant: str) -> str:
 
 
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
-    """The vLLM command line of `variant`: what all variants share, the variant's own flags, which win, and what this kit
-    sets. Emulated, it is the GPU's command plus one executor flag.
-
-    A server of one start has a `served_name` of its own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
+    """The vLLM command line of `variant`: what all variants share, the variant's own flags, which win, and what this
+    kit sets. Emulated, it is the GPU's command plus one executor flag. A server of one start has a `served_name` of its
+    own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
     flags = joined(profile.server.flags, profile.variant(variant).flags)
     model = served_model(profile, variant)
     load = ["--load-format", "dummy"] if profile.model.weights == "random" else []

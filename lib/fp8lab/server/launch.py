@@ -292,9 +292,7 @@ def start_server(
 
 def _wait_until_ready(server: "Server", command: Sequence[str], started: float, status: StatusLine) -> None:
     """Returns when `server`, started with `command` at `started` (monotonic), is ready, showing its phase meanwhile.
-
-    Raises ServerFailed, with the log's root cause, when it has died or its profile's time for a start is over.
-    """
+    Raises ServerFailed, with the log's root cause, when it has died or its profile's time for a start is over."""
     within = server.profile.server.start_timeout_s
     while not _answers(server, started + within):
         seconds = time.monotonic() - started
@@ -351,10 +349,8 @@ def _failure(server: "Server", command: Sequence[str], how: str, seconds: float)
 
 
 def ask(port: int, method: str, path: str, *, key: str, within: float, body: dict | None = None) -> tuple[int, str]:
-    """(status, text) of a server's reply on this machine; a text beyond 4 MiB is cut there.
-
-    Raises ConnectionRefusedError where nobody listens, another OSError for what is no HTTP reply within `within` seconds.
-    """
+    """(status, text) of a server's reply on this machine; a text beyond 4 MiB is cut there. Raises
+    ConnectionRefusedError where nobody listens, another OSError for what is no HTTP reply within `within` seconds."""
     connection, begun = http.client.HTTPConnection(HOST, port, timeout=within), time.monotonic()
     connection.connect()
     # The timeout is that of each read: a reply that drips would go on as long as it likes.

@@ -142,11 +142,9 @@ class GpuReader:
         self._stack.close()
 
     def read(self, slow: bool = True) -> dict[str, float]:
-        """`COLUMNS` that this card answers: shares 0 to 1, W, MHz, the reasons for the clock (bits, see `measure.clock`),
-        J since the driver was loaded, GiB, the enforced power limit in W.
-
-        Without `slow` only what changes quickly, the first five: each question costs the driver's time.
-        """
+        """`COLUMNS` that this card answers: shares 0 to 1, W, MHz, the reasons for the clock (bits, see
+        `measure.clock`), J since the driver was loaded, GiB, the enforced power limit in W. Without `slow` only what
+        changes quickly, the first five: each question costs the driver's time."""
         nvml, handle, row = self._nvml, self._handle, {}
         if handle is None:
             return row
@@ -206,10 +204,8 @@ def _places(nvml) -> dict[str, int]:
 
 def visible_devices(chosen: str, indices: Sequence[int], uuids: Mapping[int, str]) -> dict[str, int]:
     """What CUDA makes of CUDA_VISIBLE_DEVICES on a machine with GPUs of these `indices` and `uuids`: index by name.
-
-    Numbers, or UUIDs as far as they tell one GPU from the others. What follows a GPU that is not there is not visible; one
-    that is named twice leaves none (as torch/cuda/__init__.py, _parse_visible_devices, has it).
-    """
+    Numbers, or UUIDs as far as they tell one GPU from the others. What follows a GPU that is not there is not visible;
+    one that is named twice leaves none (as torch/cuda/__init__.py, _parse_visible_devices, has it)."""
     named: list[str | int] = []
     for part in chosen.split(","):
         number = re.match(r"\+?\d+", part.strip())

@@ -124,11 +124,9 @@ def slo_table(run: Run, objectives=OBJECTIVES) -> Table:
 
 
 def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2) -> Table:
-    """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free.
-
-    Planned with the highest rate that was shown to meet the objective; tokens a joule are those measured at that rate.
-    Raises BadInput for a rate or a headroom that cannot be.
-    """
+    """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free. Planned with the
+    highest rate that was shown to meet the objective; tokens a joule are those measured at that rate. Raises BadInput
+    for a rate or a headroom that cannot be."""
     if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
         needed = f"target_rate {target_rate} must be a number of requests/s above 0"
         raise BadInput(f"{needed}, headroom {headroom} from 0 to below 1")
