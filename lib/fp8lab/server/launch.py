@@ -94,6 +94,10 @@ class Server:
         try:
             status, text = self.ask("GET", "/health")
         except ConnectionRefusedError:
+            # One that has died refuses them before its watchdog has told.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._watchdog.wait(_PROBE_S / 2)
+                return self.problem()
             return "the server refuses connections"
         except OSError as error:
             silent = time.monotonic() - self._heard_at
