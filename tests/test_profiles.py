@@ -146,8 +146,8 @@ def test_a_missing_model_is_named(model):
 
 
 def test_checkpoints_by_variant():
-    model = load_profile("emulated-h100", weights="checkpoint").model
-    assert model.checkpoint("fp8").endswith("FP8") and not model.checkpoint("bf16").endswith("FP8")
+    profile = load_profile("emulated-h100", weights="checkpoint")
+    assert profile.checkpoint("fp8").endswith("FP8") and not profile.checkpoint("bf16").endswith("FP8")
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_a_stored_profile_names_no_home_folder(tmp_path, monkeypatch):
     stored = profile.as_dict()
     assert stored["model"]["checkpoints"] == {"default": "~/model"}
     again = from_dict(stored)
-    assert again.as_dict() == stored and again.model.checkpoint("fp8") == str(tmp_path / "model")
+    assert again.as_dict() == stored and again.checkpoint("fp8") == str(tmp_path / "model")
 
 
 def test_a_stored_model_is_found_from_another_folder(tmp_path, monkeypatch):
@@ -477,5 +477,5 @@ def test_a_checkpoints_folder_beside_the_profile_is_no_hub_name(tmp_path):
     checkpoints = '{ default = "models/mine", fp8 = "some/where" }'
     path.write_text(f'extends = "emulated-h100"\n[model]\nweights = "checkpoint"\ncheckpoints = {checkpoints}\n')
     profile = load_profile(path)
-    assert profile.model.checkpoint("bf16") == str(tmp_path / "models" / "mine") and profile.shape("bf16").layers == 32
-    assert profile.model.checkpoint("fp8") == "some/where" and profile.shape("fp8") is None
+    assert profile.checkpoint("bf16") == str(tmp_path / "models" / "mine") and profile.shape("bf16").layers == 32
+    assert profile.checkpoint("fp8") == "some/where" and profile.shape("fp8") is None

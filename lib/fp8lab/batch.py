@@ -298,7 +298,7 @@ def _toml(value) -> str:
 def has_invalid(run_dir: Path) -> bool:
     """Whether a level of the run is INVALID; False also for a run that cannot be read."""
     try:
-        return not all(summary.valid for summary in open_run(source=run_dir).summaries().values())
+        return not open_run(source=run_dir).valid
     except Fp8labError:
         return False
 

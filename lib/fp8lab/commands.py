@@ -50,11 +50,10 @@ def reproduce(args) -> int:
             page = execute(notebook, rendered / notebook.name, where | chosen)
         print(repository_relative(page))
     print(claims_table(run, brief=True))
-    valid = all(summary.valid for summary in run.summaries().values())
-    if not valid:
+    if not run.valid:
         print(f"\n{validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
-    return 0 if valid or run.read_only else INVALID
+    return 0 if run.valid or run.read_only else INVALID
 
 
 def measure(args) -> int:
@@ -68,7 +67,7 @@ def measure(args) -> int:
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
-    return 0 if all(summary.valid for summary in run.summaries().values()) else INVALID
+    return 0 if run.valid else INVALID
 
 
 def quality(args) -> None:

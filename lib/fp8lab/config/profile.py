@@ -140,30 +140,6 @@ class Model(ProfileTable):
         if self.weights not in WEIGHTS:
             raise BadInput(f"weights {self.weights!r} is unknown; choose one of {', '.join(WEIGHTS)}")
 
-    def checkpoint(self, variant: str) -> str:
-        """The checkpoint's hub name or path for `variant`; a path must exist."""
-        name = self.checkpoints.get(self._key(variant))
-        if not name:
-            raise BadInput(f"no checkpoint is named for variant {variant!r} in [model.checkpoints]")
-        if is_hub_name(name):
-            return name
-        path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
-            raise BadInput(f"no model at {name!r}: expected a folder with a config.json, or a hub name ORG/NAME")
-        return str(path)
-
-    def served(self, variant: str) -> str:
-        """What tells the model that `variant` serves from that of another: its checkpoint, or the shapes' name."""
-        return self.checkpoints.get(self._key(variant), "") if self.weights == "checkpoint" else self.shapes
-
-    def shape(self, variant: str) -> ModelShape | None:
-        """The sizes of the model that `variant` serves; None where they are not known: a checkpoint of a hub, a folder that
-        was not there, a model that is not Llama's kin."""
-        if self.weights != "checkpoint":
-            return model_shape(self.shapes)
-        known = self.dimensions.get(self._key(variant))
-        return ModelShape(known) if known else None
-
     def measured(self) -> "Model":
         """This model with the dimensions of every checkpoint whose folder is there."""
         if self.weights != "checkpoint":
@@ -171,9 +147,6 @@ class Model(ProfileTable):
         found = {key: _dimensions_at(Path(name)) for key, name in self.checkpoints.items() if not is_hub_name(name)}
         known = {key: one for key, one in found.items() if one}
         return dataclasses.replace(self, dimensions={**self.dimensions, **known})
-
-    def _key(self, variant: str) -> str:
-        return variant if self.checkpoints.get(variant) else "default"
 
 
 def _dimensions_at(folder: Path) -> Dimensions | None:
@@ -281,25 +254,40 @@ class Profile(ProfileTable):
         words += [f"{key}={value}" for key, value in one.env.items() if key != RUST and base.env.get(key) != value]
         return ", ".join(words)
 
-    def shape(self, variant: str) -> ModelShape | None:
-        """The sizes of the model that `variant` serves; None where they are not known (see `Model.shape`)."""
-        return self.model.shape(self._named(variant))
+    def _key(self, variant: str) -> str:
+        """Under which name the checkpoint of `variant` stands: its own, its base's, or the default."""
+        named = self.model.checkpoints
+        return next((key for key in (variant, self.base(variant)) if named.get(key)), "default")
 
     def checkpoint(self, variant: str) -> str:
-        """The hub name or path of what `variant` serves: its own, its base's, or the default (see `Model.checkpoint`)."""
-        return self.model.checkpoint(self._named(variant))
+        """The hub name or path of the checkpoint that `variant` serves; a path must exist."""
+        name = self.model.checkpoints.get(self._key(variant))
+        if not name:
+            raise BadInput(f"no checkpoint is named for variant {variant!r} in [model.checkpoints]")
+        if is_hub_name(name):
+            return name
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise BadInput(f"no model at {name!r}: expected a folder with a config.json, or a hub name ORG/NAME")
+        return str(path)
 
     def served(self, variant: str) -> str:
-        """What tells the model that `variant` serves from that of another (see `Model.served`)."""
-        return self.model.served(self._named(variant))
+        """What tells the model that `variant` serves from that of another: its checkpoint, or the shapes' name."""
+        model = self.model
+        return model.checkpoints.get(self._key(variant), "") if model.weights == "checkpoint" else model.shapes
+
+    def shape(self, variant: str) -> ModelShape | None:
+        """The sizes of the model that `variant` serves; None where they are not known: a checkpoint of a hub, a folder that
+        was not there, a model that is not Llama's kin."""
+        if self.model.weights != "checkpoint":
+            return model_shape(self.model.shapes)
+        known = self.model.dimensions.get(self._key(variant))
+        return ModelShape(known) if known else None
 
     def context(self) -> int | None:
         """The most tokens, in and out together, that every variant takes in a request; None where none is known."""
         known = [context(joined(self.server.flags, v.flags), self.shape(name)) for name, v in self.variants.items()]
         return min(filter(None, known), default=None)
-
-    def _named(self, variant: str) -> str:
-        return variant if self.model.checkpoints.get(variant) else self.base(variant)
 
     def levels(self, protocol: str) -> tuple[Level, ...]:
         if protocol not in self.protocols:

@@ -163,6 +163,11 @@ class Run:
 
         return dict(sorted(found.items(), key=place))
 
+    @property
+    def valid(self) -> bool:
+        """Whether every complete level counts. Raises RunDamaged when one cannot be read."""
+        return all(summary.valid for summary in self.summaries().values())
+
     def stored(self, level_id: str) -> Path | None:
         """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
         when the run never held it."""

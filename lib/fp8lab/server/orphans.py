@@ -4,6 +4,7 @@ Every process of a server carries the variable FP8LAB_SERVER in its environment,
 without any file: also when the run folder, the owner and the watchdog are gone.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -66,15 +67,17 @@ def stop(server: Leftover) -> None:
     seconds, and to what they started meanwhile, until nothing is left."""
     processes = with_descendants(server.pids)
     for process in processes:
-        _quietly(process.terminate)
-        _quietly(process.resume)  # a suspended one takes no other signal
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+            process.resume()  # a suspended one takes no other signal
     deadline = time.monotonic() + _GRACE_S
     while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     deadline = time.monotonic() + _GRACE_S
     while (alive := [p for p in {*processes, *_remaining(server.id)} if _runs(p)]) and time.monotonic() < deadline:
         for process in alive:
-            _quietly(process.kill)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(_POLL_S)
 
 
@@ -106,32 +109,23 @@ def _started(pid: int) -> int | None:
 def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
     memory, started, watched = 0, time.time(), False
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             watched = watched or any(Path(part).name == Path(watchdog.__file__).name for part in process.cmdline()[:3])
             memory += process.memory_info().rss
             started = min(started, process.create_time())
-        except psutil.NoSuchProcess:
-            continue
-    keys = ("id", "variant", "profile", "port", "owner_pid")
-    return Leftover(
-        **{key: details[key] for key in keys},
-        owned=_started(details["owner_pid"]) == details["owner_started"],
-        watched=watched,
-        pids=tuple(sorted(process.pid for process in processes)),
-        memory_gib=memory / 2**30,
-        started=started,
-    )
+    said = {key: details[key] for key in ("id", "variant", "profile", "port", "owner_pid")}
+    owned = _started(details["owner_pid"]) == details["owner_started"]
+    pids = tuple(sorted(process.pid for process in processes))
+    return Leftover(**said, owned=owned, watched=watched, pids=pids, memory_gib=memory / 2**30, started=started)
 
 
 def with_descendants(pids) -> list[psutil.Process]:
     """The processes `pids` and all below them: a child that cleared its environment carries no mark."""
     processes = {}
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             processes |= {p.pid: p for p in (process, *process.children(recursive=True))}
-        except psutil.NoSuchProcess:
-            continue
     return list(processes.values())
 
 
@@ -141,10 +135,3 @@ def _runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _quietly(action) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        return
