@@ -121,9 +121,9 @@ TOOLS = [{"index": 0, "function": {"name": "f", "arguments": "{"}}]
 def documents(draw) -> list:
     """The JSON of a stream's events, in order: mostly one skeleton with changing texts, as servers send them."""
     chat = draw(st.booleans())
-    common = draw(
-        st.sampled_from([{}, {"id": "cmpl-1", "object": "chunk", "created": 1, "model": " time"}, {"usage": None}])
-    )
+    name = draw(st.sampled_from(["cmpl-1", "cmpl-2", 'a"b', " time", ""]))
+    named = {"id": name, "object": "chunk", "created": 1, "model": " time"}
+    common = draw(st.sampled_from([{}, named, named, {"usage": None}]))
     rest = draw(
         st.sampled_from([{}, {"logprobs": None, "finish_reason": None}, {"finish_reason": None, "x": {"text": "a"}}])
     )
@@ -518,3 +518,24 @@ def test_a_level_shows_what_is_to_be_known_of_its_streams_and_is_read_back(strea
     assert Summary.read(json.loads((tmp_path / "s.json").read_text())).notes == uncounted.summary.notes
     with pytest.raises(ValueError, match="notes is 5, no list of sentences"):
         Summary.read({**json.loads((tmp_path / "s.json").read_text()), "notes": 5})
+
+
+def test_what_one_stream_proved_spares_the_next_its_first_chunk(monkeypatch):
+    """Their ids differ, and a reasoning chunk stays one."""
+    from fp8lab.load import events
+
+    decoded = []
+    monkeypatch.setattr(events, "_json", lambda data, read=events._json: decoded.append(data) or read(data))
+    monkeypatch.setattr(events.Reader, "_known", None)
+    for name in ("content", "reasoning_content"):
+        for number in range(3):
+            decoded.clear()
+            chunks = [{"id": f"cmpl-{number}", **delta(**{name: word})} for word in (" time", "a", "b")]
+            body = body_of(*chunks, DONE)
+            ends = [at + 2 for at in range(len(body)) if body[at:].startswith(b"\n\n")]
+            outcome, slow = fast_and_slow(body, ends, [])
+            assert list(outcome.chunks) == slow.chunks and outcome.first_answer == slow.first_answer
+            assert bool(outcome.first_answer) == (name == "content")
+            assert (json.dumps(chunks[0]).encode() in decoded) == (number == 0) and json.dumps(
+                chunks[2]
+            ).encode() not in decoded

@@ -9,6 +9,7 @@ import json
 import re
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import orjson
 
@@ -75,9 +76,20 @@ def broken(finish_reason: str | None) -> bool:
     return finish_reason not in _USUAL and bool(_BROKEN.search(finish_reason))
 
 
+class _Pattern(NamedTuple):
+    """A chunk of any stream of a server: `head`, its id, `middle`, any plain text, `after`. It holds reasoning or an answer."""
+
+    head: bytes
+    middle: bytes
+    after: bytes
+    reasoning: bool
+
+
 class Reader:
     """Reads the body of one stream into `outcome`."""
 
+    # The last pattern that was proved; what it proves holds for every stream.
+    _known: _Pattern | None = None
     _reasoned = False
     # What is not complete yet: a line, the kind of an event; and how much is held.
     _tail, _kind, _held = b"", b"", 0
@@ -110,9 +122,10 @@ class Reader:
         if not self._clean:
             self._line(self._tail)
             self._event(b"\n".join(self._data), "the stream ended inside an event")
-        if stray := b"\n".join(self._stray).strip():
+        if self._stray and (stray := b"\n".join(self._stray).strip()):
             return outcome.error or _no_stream(stray)
-        self._settle_blanks()
+        if self._blanks:
+            self._settle_blanks()
         if outcome.chunks and not self._reasoned:
             outcome.first_answer = outcome.chunks[0]
         if not outcome.output_tokens and outcome.chunks:
@@ -123,18 +136,25 @@ class Reader:
         """Chunks without text are tokens where the server's count says so: that each chunk was one, or that all were such."""
         outcome, blanks = self._outcome, self._blanks
         full, count = len(outcome.chunks), outcome.output_tokens
-        if blanks and count > 0 and (not full or count == full + len(blanks)):
+        if count > 0 and (not full or count == full + len(blanks)):
             outcome.chunks = array("d", sorted([*outcome.chunks, *blanks[: count - full]]))
 
     def _decode(self, body: bytes, now: float) -> str | None:
         self._now = now
         if self._clean and body.startswith(b"data: "):
+            if self._before is _MATCHES_NOTHING and self._adopt(body):
+                problem = self.feed(body, now)
+                if self._outcome.chunks and Reader._known.reasoning:
+                    self._reasoned = True
+                elif self._outcome.chunks:
+                    self._outcome.first_answer = now
+                return problem
             for blank in _BLANK_LINES:  # one whole event of one line, as most servers send them
                 if body.endswith(blank) and body.find(blank[:1]) == len(body) - len(blank):
                     self._first_line, chunks = False, len(self._outcome.chunks)
                     data = body[6 : -len(blank)]
                     event = self._event(data)
-                    if len(self._outcome.chunks) == chunks + 1:
+                    if len(self._outcome.chunks) == chunks + 1 and not self._outcome.finish_reason:
                         self._learn(event, data, blank)
                     return None
         if self._after_cr:
@@ -155,6 +175,24 @@ class Reader:
         if len(self._tail) + self._held > _MAX_EVENT_BYTES:
             return f"an event of more than {_MAX_EVENT_BYTES >> 20} MiB"
         return None
+
+    def _adopt(self, body: bytes) -> bool:
+        """Takes the known pattern for this stream's, with its id, where the first chunk looks so."""
+        known, outcome = Reader._known, self._outcome
+        if known is None or outcome.chunks or outcome.done_seen or not body.startswith(known.head):
+            return False
+        end = body.find(b'"', len(known.head))
+        name = body[len(known.head) : end].decode("utf-8", "replace")
+        if not (
+            body.endswith(known.after)
+            and body.startswith(known.middle, end)
+            and name.isprintable()
+            and "\\" not in name
+        ):
+            return False
+        self._first_line = self._no_event = False
+        self._stray, self._before, self._after = [], body[: end + len(known.middle)], known.after
+        return True
 
     def _line(self, line: bytes) -> None:
         if self._first_line:
@@ -253,7 +291,20 @@ class Reader:
             before, after = data[: at + 1], data[at + len(quoted) - 1 :]
             if _json(before + b"x" + after) == event:
                 self._before, self._after = b"data: " + before, after + blank
+                if _count_of(said) == 1 and not choice.get("index"):
+                    self._share(event, before, after, blank, reasoning=name in REASONING)
                 return
+
+    @staticmethod
+    def _share(event: dict, before: bytes, after: bytes, blank: bytes, reasoning: bool) -> None:
+        """Makes a pattern known, where any plain id in place of this one says the same too."""
+        name = event.get("id")
+        if not isinstance(name, str):
+            return
+        head, found, middle = before.partition(b'"%s"' % name.encode(errors="replace"))
+        event["id"] = "x"
+        if found and _json(head + b'"x"' + middle + b"x" + after) == event:
+            Reader._known = _Pattern(b'data: %s"' % head, b'"' + middle, after + blank, reasoning)
 
 
 def _first(said: dict, names: tuple[str, ...]) -> str:
@@ -262,6 +313,11 @@ def _first(said: dict, names: tuple[str, ...]) -> str:
         if said.get(name):
             return name
     return ""
+
+
+def _count_of(said: dict) -> int:
+    """Under how many names `said` holds output."""
+    return sum(bool(said.get(name)) for name in (*ANSWER, *REASONING))
 
 
 def _output(choice: dict) -> dict:

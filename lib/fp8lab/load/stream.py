@@ -39,6 +39,7 @@ from .refusal import words
 
 _MAX_ERROR_BYTES = 2000
 _MAX_NAME = 80
+_HEADERS = {b"content-length", b"transfer-encoding", b"location", b"content-encoding", b"keep-alive"}
 # A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
 _MAX_REFUSAL_BYTES = 1 << 18
 # uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again. A server that says when
@@ -134,6 +135,8 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
+        if name not in _HEADERS:
+            return
         if name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
             self._framed = True
         elif name == b"location":
