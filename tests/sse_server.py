@@ -63,6 +63,8 @@ DONE_CHUNK, END = http_chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
 class Session(asyncio.Protocol):
     """One connection. Chunk times are absolute, so that lateness does not add up."""
 
+    prompt_tokens = 10
+
     def __init__(self, options, truth):
         self.options, self.truth = options, truth
 
@@ -112,7 +114,7 @@ class Session(asyncio.Protocol):
         count = self.tokens + COUNTS.get(self.fault, 0)
         done = b"" if self.fault == "no-done" else DONE_CHUNK
         ending = ODD_CHUNK if self.fault == "odd-finish" else LAST_CHUNK
-        self.transport.write(ending + http_chunk(usage(10, count)) + done + END)
+        self.transport.write(ending + http_chunk(usage(self.prompt_tokens, count)) + done + END)
 
     def begin(self) -> bool:
         if self.fault in ("http-500", "refused-auth"):
