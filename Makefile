@@ -56,7 +56,8 @@ test: quick
 	$(PYTEST) -m timing $(ARGS)
 
 nightly: export FP8LAB_NIGHTLY = 1
-nightly: test soak
+nightly: test
+	$(MAKE) soak
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
