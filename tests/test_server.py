@@ -123,6 +123,10 @@ def test_stop_may_happen_twice_and_frees_the_port(tiny):
     assert "stopped" in repr(tiny)
 
 
+def engine_cores(profile) -> list[int]:
+    return [pid for pid in marked(profile) if "EngineCore" in " ".join(psutil.Process(pid).cmdline())]
+
+
 @pytest.mark.servers
 def test_an_owner_killed_in_the_middle_of_vllms_start_leaves_nothing(tmp_path):
     """The API server and its EngineCore are there, neither is ready. Ready servers and other ends: test_owner_faults."""
@@ -130,13 +134,11 @@ def test_an_owner_killed_in_the_middle_of_vllms_start_leaves_nothing(tmp_path):
     path.write_text('extends = "tiny-cpu"')
     code = f"import fp8lab as lab; lab.start_server(lab.load_profile({str(path)!r}), 'bf16', log_path={str(tmp_path / 'x.log')!r})"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as owner:
-
-        def engine_cores():
-            return [pid for pid in marked(path) if "EngineCore" in " ".join(psutil.Process(pid).cmdline())]
-
-        wait_for(engine_cores, 90, "vLLM's EngineCore")
-        pids = marked(path)
-        owner.kill()
+        try:
+            wait_for(lambda: engine_cores(path), 240, "vLLM's EngineCore")
+            pids = marked(path)
+        finally:
+            owner.kill()
     nothing_left(path, pids)
 
 

@@ -28,13 +28,13 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import setproctitle
 import uvloop
 
 from sse_server import Session
@@ -158,11 +158,8 @@ class State:
 
 
 def start_engine_core() -> None:
-    """A process beside this one, which its end does not end."""
-    if os.fork() == 0:
-        setproctitle.setproctitle("VLLM::EngineCore")
-        while True:
-            signal.pause()
+    """A process beside this one, with the title of vLLM's, which this one's end does not end."""
+    subprocess.Popen(["VLLM::EngineCore", "infinity"], executable=shutil.which("sleep"))
 
 
 def start_family(generations: int = 2) -> None:
