@@ -45,15 +45,18 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# What times itself or starts a server has the machine for itself.
+# Two files at a time: what the tests of a file share is made once. What times itself has the machine for itself.
+BESIDE := $(PYTEST) -n 2 --dist loadfile
+
 quick: lint
-	$(PYTEST) -n 2 -m "not servers and not timing" $(ARGS)
+	$(BESIDE) -m "not servers and not timing" $(ARGS)
 
 test: quick
-	$(PYTEST) -m "servers or timing" $(ARGS)
+	$(BESIDE) -m "servers and not timing" $(ARGS)
+	$(PYTEST) -m timing $(ARGS)
 
-nightly: quick
-	FP8LAB_NIGHTLY=1 $(PYTEST) -m "servers or timing" $(ARGS)
+nightly: export FP8LAB_NIGHTLY = 1
+nightly: test
 	$(MAKE) soak
 
 bench: $(STAMP)

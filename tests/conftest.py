@@ -31,7 +31,7 @@ NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 
 # What starts a server for its tests, and what times itself against a streaming server.
-_STARTERS = {"fake_vllm", "tiny", "measured", "search", "short_profile"}
+_STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search", "short_profile"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
 _now_running = []
 
@@ -108,14 +108,6 @@ def sse_url():
         yield url
 
 
-@pytest.fixture
-def short_profile(tmp_path) -> Path:
-    """The path of a profile that measures the four levels in seconds."""
-    path = tmp_path / "short.toml"
-    path.write_text(SHORT)
-    return path
-
-
 FAKE = """
 extends = "emulated-h100"
 title = "A stand-in for vLLM"
@@ -152,12 +144,17 @@ levels = [
 """
 
 
+def fake_path() -> str:
+    """The PYTHONPATH under which every server started is tests/fake."""
+    folders = [HERE / "fake", HERE, PROJECT / "lib", os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(map(str, filter(None, folders)))
+
+
 @pytest.fixture
 def fake_vllm(monkeypatch, tmp_path):
     """Servers started from here on are tests/fake; call it for the path of a profile whose variants fail so. By a slower
     clock (`dilation`) a busy machine's lateness counts for less: for tests that need valid levels."""
-    folders = [HERE / "fake", HERE, PROJECT / "lib", os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, filter(None, folders))))
+    monkeypatch.setenv("PYTHONPATH", fake_path())
 
     def profile(bf16: str = "", fp8: str = "", *, requests: int = 20, timeout: float = 30, dilation: float = 1) -> Path:
         path = tmp_path / f"{tmp_path.name}.toml"  # its name is the profile's: no other test's servers have it

@@ -66,6 +66,8 @@ DONE_CHUNK, END = http_chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
 class Session(asyncio.Protocol):
     """One connection. Chunk times are absolute, so that lateness does not add up."""
 
+    prompt_tokens = 10
+
     def __init__(self, options, truth):
         self.options, self.truth = options, truth
 
@@ -135,7 +137,7 @@ class Session(asyncio.Protocol):
             return
         count = self.tokens + COUNTS.get(self.fault, 0)
         ending = ODD_CHUNK if self.fault == "odd-finish" else LAST_CHUNK
-        ends = b"" if self.fault == "unended" else ending + http_chunk(usage(10, count)) + DONE_CHUNK
+        ends = b"" if self.fault == "unended" else ending + http_chunk(usage(self.prompt_tokens, count)) + DONE_CHUNK
         self.transport.write(ends + END)
 
     def begin(self) -> bool:

@@ -20,8 +20,6 @@ from fp8lab.paths import DATA
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 
-pytestmark = pytest.mark.servers
-
 # One level of some requests in a tiny run; the notebook only measures.
 PROFILE = """
 extends = "emulated-h100"
@@ -97,7 +95,7 @@ def batch(matrix, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matrix):
+def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matrix, fake_vllm):
     out = matrix.parent / "out"
     first = batch(matrix, start_new_session=True)
     deadline = time.monotonic() + 240

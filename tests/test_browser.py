@@ -1,4 +1,4 @@
-"""The kit in a real browser: JupyterLab driven as its user would, and the pages that are shared.
+"""The kit in a real browser: JupyterLab driven as its user would, on a stand-in for vLLM, and the pages that are shared.
 
 Screenshots of what was seen are kept in runs/test-artefacts/browser. Needs a Chromium on the path and Playwright (in
 the cpu environment); without them these tests are skipped.
@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from conftest import SHORT, marked, wait_for
+from conftest import SHORT, fake_path, marked, wait_for
 from fp8lab import batch
 from fp8lab.paths import DATA, PROJECT, RUNS
 from fp8lab.report import notebooks
@@ -123,7 +123,7 @@ def lab(browser, tmp_path_factory):
     (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     own = {f"JUPYTER_{name}_DIR": str(folder / f".{name.lower()}") for name in ("CONFIG", "DATA", "RUNTIME")}
     own |= {
-        "PYTHONPATH": str(PROJECT / "lib"),
+        "PYTHONPATH": fake_path(),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".spaces"),
     }

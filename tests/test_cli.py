@@ -164,17 +164,19 @@ def test_print_command_is_the_published_one():
     assert "distributed-executor-backend" not in done.stdout
 
 
-@pytest.mark.servers
-def test_serve_holds_a_server_until_interrupted():
+@pytest.mark.timing
+def test_serve_holds_a_server_until_interrupted(fake_vllm):
+    """Nothing beside it: `status` shows all servers of the machine."""
     import signal
 
-    command = [sys.executable, "-m", "fp8lab.cli", "serve", "bf16", "--profile", "tiny-cpu"]
+    profile = fake_vllm()
+    command = [sys.executable, "-m", "fp8lab.cli", "serve", "bf16", "--profile", str(profile)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serving:
         for line in serving.stdout:
             if "Ctrl-C stops" in line:
                 break
         status = fp8lab("status").stdout
-        assert "bf16 (tiny-cpu)" in status and f"in use by pid {serving.pid}" in status
+        assert f"bf16 ({profile.stem})" in status and f"in use by pid {serving.pid}" in status
         assert "LEFT OVER" not in status
         serving.send_signal(signal.SIGINT)
         try:

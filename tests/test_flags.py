@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fp8lab.config.dimensions import fp8_kv, fp8_weights, memory_share, most_running
 from fp8lab.config.flags import ALIASES, flag_of, joined, parse, problem
 from fp8lab.config.profile_file import profile_names, read_profile
+from fp8lab.server import log
 from fp8lab.server.command import build_command
 
 
@@ -113,6 +114,15 @@ def test_what_is_read_from_a_command_is_what_vllm_takes(vllm, first, then):
         batched = [flag.values for flag in parse(command) if flag.name == "--max-num-batched-tokens"]
         last = read(vllm, ["--max-num-batched-tokens", *batched[-1]] if batched else [])
         assert last["max_num_batched_tokens"] == repr(taken.max_num_batched_tokens)
+
+
+def test_a_flag_that_vllm_does_not_know_has_its_remedy(vllm, capsys):
+    """What vLLM says of it, as a failed start finds it in the log."""
+    with pytest.raises(SystemExit) as ended:
+        vllm.parse_args(["--model", "m", "--dtype", "bfloat16", "--no-such-flag"])
+    telling, remedy = log.root_cause(capsys.readouterr().err)
+    assert ended.value.code == 2 and "unrecognized arguments: --no-such-flag" in telling[0]
+    assert remedy == "this vLLM version does not know that flag"
 
 
 def test_every_other_name_of_a_flag_is_vllms(vllm):

@@ -13,8 +13,6 @@ from fp8lab.metrics.slo import SLO, required_requests
 from fp8lab.results.run_folder import open_run
 from test_runs import make_result
 
-pytestmark = pytest.mark.servers
-
 GENEROUS = SLO("a test's", 60_000, 60_000, share=0.9)
 MANY = 100_000
 PROBE = required_requests(1, 0.9)

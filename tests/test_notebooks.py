@@ -1,4 +1,5 @@
-"""The notebooks as users run them: through papermill, on real vLLM servers with the emulated GPU."""
+"""The notebooks as users run them, through papermill: the front one on real vLLM servers with the emulated GPU, the steps
+on a stand-in for vLLM."""
 
 import itertools
 import json
@@ -9,10 +10,9 @@ import sys
 import nbformat
 import pytest
 
+from conftest import SHORT
 from fp8lab.report import notebooks
 from fp8lab.results.run_folder import open_run
-
-pytestmark = pytest.mark.servers
 
 ALL = [notebooks.FRONT, *sorted(notebooks.STEPS.glob("*.ipynb"))]
 FRONT_FIGURES = notebooks.FRONT.read_text().count("_figure(")
@@ -26,8 +26,6 @@ def reproduce(*arguments, timeout=900):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The front notebook on the short profile, measured once; (run folder, finished process)."""
-    from conftest import SHORT
-
     folder = tmp_path_factory.mktemp("front")
     (folder / "short.toml").write_text(SHORT)
     done = reproduce("--profile", folder / "short.toml", "--run", folder / "run")
@@ -124,9 +122,10 @@ def short_load(step) -> dict:
     return short.get(step.stem, {})
 
 
-def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
+def test_the_steps_one_after_the_other_share_a_run(tmp_path, fake_vllm):
     run_dir = tmp_path / "run"
-    open_run(run_dir, str(short_profile))
+    (tmp_path / "short.toml").write_text(SHORT)
+    open_run(run_dir, str(tmp_path / "short.toml"))
     pages = {}
     for step in notebooks.find("steps"):
         page = notebooks.execute(step, run_dir / "rendered" / step.name, {"run_dir": str(run_dir)} | short_load(step))
@@ -140,6 +139,7 @@ def test_the_steps_one_after_the_other_share_a_run(tmp_path, short_profile):
     assert "fp8: the SLO limit is" in pages["06"] and "EMULATED GPU, nothing measured" in pages["05"]
 
 
+@pytest.mark.servers
 def test_the_front_notebook_shows_the_recorded_run(tmp_path):
     """Its committed outputs are what the recorded data gives today: `make front` brings them up to date."""
     output = tmp_path / "front.ipynb"
@@ -180,6 +180,7 @@ def test_the_committed_front_notebook_reads_without_styles_and_scripts():
         assert len(words) == answer.count("<tr>") - 1
 
 
+@pytest.mark.servers
 def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
     broken = nbformat.read(notebooks.FRONT, as_version=4)
     broken.cells[3].source = "raise RuntimeError('out of <luck>')"

@@ -18,10 +18,8 @@ import fp8lab as lab
 from conftest import marked, nothing_left, wait_for
 from fp8lab.server import orphans
 
-pytestmark = pytest.mark.servers
-
 START = "import fp8lab as lab; server = lab.start_server(lab.load_profile({profile!r}), 'bf16', log_path={log!r})"
-FAMILY = 4  # watchdog, server, child, grandchild
+FAMILY = 5  # watchdog, API server, EngineCore, child, grandchild
 
 
 def whole_family(profile) -> list[int]:

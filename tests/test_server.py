@@ -1,9 +1,8 @@
-"""Real vLLM servers: the tiny model computed on the CPU, and starts that fail."""
+"""Real vLLM servers: the tiny model computed on the CPU, and the emulated GPU under vLLM's scheduler."""
 
 import asyncio
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,13 +14,11 @@ import psutil
 import pytest
 
 import fp8lab as lab
-from conftest import marked, nothing_left
+from conftest import marked, nothing_left, wait_for
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length
-from fp8lab.errors import BadInput, ServerFailed
+from fp8lab.errors import BadInput
 from fp8lab.server import auth, command, log, orphans
-
-pytestmark = pytest.mark.servers
 
 
 @pytest.fixture(scope="module")
@@ -114,103 +111,35 @@ def test_an_unknown_variant_is_refused_before_anything_starts():
         lab.start_server(read_profile("tiny-cpu"), "fp4")
 
 
-def test_a_start_that_dies_says_why_and_leaves_nothing(tmp_path):
-    path = tmp_path / "bad.toml"
-    path.write_text('extends = "tiny-cpu"\n[variants]\nbad = ["--dtype", "bfloat16", "--no-such-flag"]')
-    with pytest.raises(ServerFailed) as failed:
-        lab.start_server(lab.load_profile(str(path)), "bad", log_path=tmp_path / "bad.log")
-    text = str(failed.value)
-    assert "unrecognized arguments: --no-such-flag" in text and "what to do: this vLLM version" in text
-    assert "exit code 2" in text and str(tmp_path / "bad.log") in text
-    assert not [server for server in orphans.servers() if server.variant == "bad"]
-
-
-def test_a_start_that_takes_too_long_ends(tmp_path):
-    path = tmp_path / "slow.toml"
-    path.write_text('extends = "tiny-cpu"\n[server]\nstart_timeout_s = 2')
-    with pytest.raises(ServerFailed, match="not ready within 2 s"):
-        lab.start_server(lab.load_profile(str(path)), "bf16", log_path=tmp_path / "slow.log")
-    assert not [server for server in orphans.servers() if server.owner_pid == os.getpid() and server.profile == "slow"]
-
-
-def test_a_killed_owner_takes_the_server_along(tmp_path):
-    code = (
-        "import fp8lab as lab; s = lab.start_server(lab.load_profile('tiny-cpu'), 'bf16', "
-        f"log_path={str(tmp_path / 'x.log')!r}); print(s.model, flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as owner:
-        model = owner.stdout.readline().strip()
-        assert any(server.id == model for server in orphans.servers())
-        owner.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while any(server.id == model for server in orphans.servers()):
-        assert time.monotonic() < deadline, "the server outlived its owner"
-        time.sleep(0.2)
-
-
-def test_stop_may_happen_twice_and_frees_the_port(tmp_path):
-    server = lab.start_server(lab.load_profile("tiny-cpu"), "bf16", log_path=tmp_path / "y.log")
-    port = int(server.base_url.rpartition(":")[2])
-    pids = server.pids()
-    server.stop()
-    server.stop()
-    assert not server.alive and not any(psutil.pid_exists(pid) for pid in pids)
+def test_stop_may_happen_twice_and_frees_the_port(tiny):
+    """The last of the tests of this server."""
+    pids = tiny.pids()
+    tiny.stop()
+    tiny.stop()
+    assert pids and not tiny.alive and not any(psutil.pid_exists(pid) for pid in pids)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
-    assert "stopped" in repr(server)
+        probe.bind(("127.0.0.1", tiny.port))
+    assert "stopped" in repr(tiny)
 
 
-def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(short_profile, tmp_path):
-    profile = lab.load_profile(str(short_profile))
-    died, noticed = [], []
-
-    def kill_engine():
-        engine = next(p for p in server._processes if "EngineCore" in " ".join(p.cmdline()))
-        engine.kill()
-        died.append(time.monotonic())
-
-    with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
-        pids = server.pids()
-        ask = server.problem
-
-        def problem():
-            if said := ask():
-                noticed.append(time.monotonic())
-            return said
-
-        server.problem = problem
-        timer = threading.Timer(4.0, kill_engine)
-        timer.start()
-        with pytest.warns(UserWarning, match="is INVALID"):
-            result = lab.load_test(server, rate=25, requests=500)  # 70 s of arrivals in dilated time
-        assert noticed[0] - died[0] < 5
-        assert time.monotonic() - died[0] < 5 + 5  # summing up takes a moment
-    assert "the server" in result.summary.invalid_reason and len(result.records) == 500
-    nothing_left(profile.name, pids)
+def engine_cores(profile) -> list[int]:
+    return [pid for pid in marked(profile) if "EngineCore" in " ".join(psutil.Process(pid).cmdline())]
 
 
-def test_ctrl_c_in_the_middle_of_vllms_start_leaves_nothing(short_profile, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "fp8lab.cli",
-        "measure",
-        "--profile",
-        str(short_profile),
-        "--run",
-        tmp_path / "run",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as measuring:
-        for line in measuring.stderr:
-            if "reading the model's configuration" in line:
-                break
-        pids = marked(short_profile)
-        measuring.send_signal(signal.SIGINT)
-        nothing_left(short_profile, pids)
-        assert measuring.wait(20) == 130
+@pytest.mark.servers
+def test_an_owner_killed_in_the_middle_of_vllms_start_leaves_nothing(tmp_path):
+    """The API server and its EngineCore are there, neither is ready. Ready servers and other ends: test_owner_faults."""
+    path = tmp_path / "midway.toml"
+    path.write_text('extends = "tiny-cpu"')
+    code = f"import fp8lab as lab; lab.start_server(lab.load_profile({str(path)!r}), 'bf16', log_path={str(tmp_path / 'x.log')!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as owner:
+        try:
+            wait_for(lambda: engine_cores(path), 240, "vLLM's EngineCore")
+            pids = marked(path)
+        finally:
+            owner.kill()
+    nothing_left(path, pids)
 
 
 def test_emulated_is_the_gpus_command_plus_one_flag():
@@ -276,11 +205,45 @@ flags = [
 """
 
 
-def test_the_emulated_gpu_takes_prompts_in_pieces_and_survives_preemption(tmp_path):
-    (tmp_path / "crowded.toml").write_text(CROWDED)
-    profile = lab.load_profile(str(tmp_path / "crowded.toml"))
-    with lab.serve(profile, "bf16", log_path=tmp_path / "bf16.log") as server:
-        result = lab.load_test(server, fixed_length(12, input_tokens=400, output_tokens=100), rate=math.inf)
-        said = {line.partition("{")[0]: line for line in server.metrics().splitlines()}
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crowded")
+    (folder / "crowded.toml").write_text(CROWDED)
+    with lab.serve(lab.load_profile(str(folder / "crowded.toml")), "bf16", log_path=folder / "bf16.log") as server:
+        yield server
+
+
+def test_the_emulated_gpu_takes_prompts_in_pieces_and_survives_preemption(crowded):
+    result = lab.load_test(crowded, fixed_length(12, input_tokens=400, output_tokens=100), rate=math.inf)
+    said = {line.partition("{")[0]: line for line in crowded.metrics().splitlines()}
     assert result.summary.completed == 12 and result.summary.output_tokens == 1200
     assert float(said["vllm:num_preemptions_total"].rpartition(" ")[2]) > 0
+
+
+def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(crowded, monkeypatch):
+    """The last of the tests of this server."""
+    died, noticed = [], []
+
+    def kill_engine():
+        engine = next(p for p in crowded._processes if "EngineCore" in " ".join(p.cmdline()))
+        engine.kill()
+        died.append(time.monotonic())
+
+    ask, pids = crowded.problem, crowded.pids()
+
+    def problem():
+        if said := ask():
+            noticed.append(time.monotonic())
+        return said
+
+    monkeypatch.setattr(crowded, "problem", problem)
+    timer = threading.Timer(4.0, kill_engine)
+    timer.start()
+    requests = fixed_length(500, input_tokens=100, output_tokens=20)
+    with pytest.warns(UserWarning, match="is INVALID"):
+        result = lab.load_test(crowded, requests, rate=25)  # 70 s of arrivals in dilated time
+    assert noticed[0] - died[0] < 5
+    assert time.monotonic() - died[0] < 5 + 5  # summing up takes a moment
+    assert "the server" in result.summary.invalid_reason and len(result.records) == 500
+    crowded.stop()
+    nothing_left(crowded.profile.name, pids)

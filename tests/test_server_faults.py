@@ -36,8 +36,6 @@ from fp8lab.server.launch import Server, ask
 from fp8lab.system import gpu
 from fp8lab.system.locks import Lock, Scratch, machine_lock, sweep
 
-pytestmark = pytest.mark.servers
-
 
 @pytest.fixture
 def card(fake_vllm, tmp_path, monkeypatch):

@@ -16,8 +16,6 @@ from fp8lab.load import vllm_bench
 from fp8lab.load.endpoint import Endpoint
 from fp8lab.results.run_folder import open_run
 
-pytestmark = pytest.mark.servers
-
 HANGS = "import sys, time; print('sending', flush=True); time.sleep(600)"
 BREAKS = "import sys; sys.exit('KeyError: no such dataset')"
 HALF = "import sys; open(sys.argv[sys.argv.index('--result-dir') + 1] + '/result.json', 'w').write('{\"dura')"

@@ -1,4 +1,7 @@
-"""A server with vLLM's command line, paths, key and log, whose FAKE_VLLM variable says how it fails.
+"""A server with vLLM's command line, paths, key, counters, log and processes, whose FAKE_VLLM variable says how it fails.
+
+The API server answers streams of its own; its EngineCore is a process beside it that lives as vLLM's does, also on when
+the API server is killed, and computes nothing.
 
 (empty)         it does not: streams of one token every few ms
 family          starts a child in a session of its own, which starts another; all ignore SIGTERM
@@ -25,6 +28,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +47,8 @@ ENDS = {
     "out-of-memory": "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:900] torch.OutOfMemoryError: CUDA out of memory.\n"
     "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.",
 }
-METRICS = 'vllm:num_requests_running{engine="0"} 1.0\nvllm:generation_tokens_total{engine="0"} 5.0\nvllm:kv_cache_usage_perc{} oops\n'
+# What vLLM finds room for on the emulated card, by the type of its KV cache.
+KV_CACHE_TOKENS = {"auto": 431_568, "fp8": 969_648}
 
 
 class Server(Session):
@@ -69,7 +74,7 @@ class Server(Session):
         elif self.url == "/health":
             self.reply(503 if self.state.hanging else 200, "")
         elif self.url == "/metrics":
-            self.reply(200, METRICS)
+            self.reply(200, self.state.metrics())
         elif self.url == "/v1/models":
             name = "another" if FAULT == "wrong-name" else self.options.served_model_name
             self.reply(200, json.dumps({"data": [{"id": name}]}))
@@ -79,6 +84,8 @@ class Server(Session):
             if refuses(request):
                 self.reply(500, '{"error":"refused"}')
             else:
+                prompt = request.get("prompt", "")
+                self.prompt_tokens = 1 + len(prompt.split() if isinstance(prompt, str) else prompt)
                 super().on_message_complete()
         self.body = []
 
@@ -104,11 +111,24 @@ class Server(Session):
             asyncio.get_running_loop().call_later(0.5, self.drip)
 
     def begin(self):
-        return False if self.state.hanging else super().begin()
+        if self.state.hanging or not super().begin():
+            return False
+        self.state.running.add(self)
+        self.state.prompt_tokens += self.prompt_tokens
+        return True
 
     def step(self):
-        if not self.state.hanging:
-            super().step()
+        if self.state.hanging:
+            return
+        before = self.sent
+        super().step()
+        if self in self.state.running:
+            self.state.generation_tokens += self.sent - before
+            if self.sent == self.tokens:
+                self.state.running.discard(self)
+
+    def connection_lost(self, _error):
+        self.state.running.discard(self)
 
     def reply(self, status, text):
         body = text.encode()
@@ -117,6 +137,29 @@ class Server(Session):
 
 class State:
     streams, hanging, dripping = 0, False, False
+
+    def __init__(self, kv_cache_tokens):
+        self.kv_cache_tokens = kv_cache_tokens
+        self.running: set[Server] = set()
+        self.prompt_tokens = self.generation_tokens = 0
+
+    def metrics(self) -> str:
+        """vLLM's counters and gauges, in Prometheus' text format."""
+        held = sum(stream.prompt_tokens + stream.sent for stream in self.running)
+        values = {
+            "num_requests_running": len(self.running),
+            "num_requests_waiting": 0,
+            "kv_cache_usage_perc": held / self.kv_cache_tokens,
+            "num_preemptions_total": 0,
+            "prompt_tokens_total": self.prompt_tokens,
+            "generation_tokens_total": self.generation_tokens,
+        }
+        return "".join(f'vllm:{name}{{engine="0"}} {float(value)}\n' for name, value in values.items())
+
+
+def start_engine_core() -> None:
+    """A process beside this one, with the title of vLLM's, which this one's end does not end."""
+    subprocess.Popen(["VLLM::EngineCore", "infinity"], executable=shutil.which("sleep"))
 
 
 def start_family(generations: int = 2) -> None:
@@ -139,8 +182,8 @@ def refuses(request) -> bool:
     return number > 0
 
 
-async def serve(options) -> None:
-    state = State()
+async def serve(options, kv_cache_tokens) -> None:
+    state = State(kv_cache_tokens)
     loop = asyncio.get_running_loop()
     await loop.create_server(lambda: Server(options, state), options.host, options.port, backlog=4096)
     print("INFO 01-01 00:00:00 [launcher.py:1] Application startup complete.", flush=True)
@@ -153,6 +196,7 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--known", nargs="*", help="stands for all that vLLM knows")
     options, others = parser.parse_known_args()
     if "--no-such-flag" in others:
@@ -163,6 +207,8 @@ def main() -> None:
         sys.exit(f"RuntimeError: no access with {os.environ['HF_TOKEN']}")
     if FAULT in ENDS:
         sys.exit(ENDS[FAULT])
+    print("INFO 01-01 00:00:00 [core.py:1] Initializing a V1 LLM engine", flush=True)
+    start_engine_core()
     if FAULT.endswith("family"):
         start_family()
     if FAULT == "long-line":
@@ -173,8 +219,9 @@ def main() -> None:
     if FAULT == "never-ready":
         time.sleep(600)
     print("INFO 01-01 00:00:00 [model.py:2] Model loading took 14.96 GiB memory", flush=True)
-    print("INFO 01-01 00:00:00 [kv.py:1] GPU KV cache size: 431,568 tokens, Maximum concurrency 52x", flush=True)
-    uvloop.run(serve(options))
+    tokens = KV_CACHE_TOKENS[options.kv_cache_dtype]
+    print(f"INFO 01-01 00:00:00 [kv.py:1] GPU KV cache size: {tokens:,} tokens, Maximum concurrency 52x", flush=True)
+    uvloop.run(serve(options, tokens))
 
 
 if __name__ == "__main__":
