@@ -322,6 +322,7 @@ levels = [{ variant = "bf16", rate = 50, requests = 20 }]
 
 
 @pytest.mark.servers
+@pytest.mark.timing  # a warning, as of a server that a test beside it leaves without its owner, is an error here
 def test_a_run_on_an_odd_host(tmp_path):
     """Real vLLM: no home, a long temporary folder, another log level, foreign modules in the folder it is called from."""
     long = tmp_path / ("x" * 200)
