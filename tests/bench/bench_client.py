@@ -84,11 +84,13 @@ def _run_client(client: str, server: Server, requests: int, rate: str, output_to
             command += ["--insecure"] if client == "fp8lab-https" else []
         else:
             command = [sys.executable, str(HERE / "clients.py"), client, *common]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         watcher = PeakMemory(process.pid)
-        output = process.communicate(timeout=1200)[0]
+        output, told = process.communicate(timeout=1200)
         memory = watcher.stop()
     truth = server.truth()
+    if not output.strip():
+        sys.exit(f"{NAMES[client]} said nothing:\n{told[-2000:]}")
     said = json.loads(output.splitlines()[-1])
     if ours:
         chunks = said["output_tokens"]
@@ -151,9 +153,12 @@ def main() -> None:
     for number in range(repeats):
         for load, (requests, rate) in LOADS.items():
             for client in args.only:
-                print(f"round {number + 1}/{repeats}: {load}, {NAMES[client]}", file=sys.stderr, flush=True)
-                for key, value in run_client(client, requests // 5 if args.quick else requests, rate).items():
+                figures = run_client(client, requests // 5 if args.quick else requests, rate)
+                for key, value in figures.items():
                     results[client][load].setdefault(key, []).append(value)
+                print(f"round {number + 1}/{repeats}: {load}, {NAMES[client]}: "
+                      + ", ".join(f"{head} {figures[key]:.2f}" for key, head, _ in (*OF_LOAD, *OF_CLIENT)),
+                      file=sys.stderr, flush=True)  # fmt: skip
     show(results, repeats)
     many = run_client("fp8lab", 200 if args.quick else 2000, "inf", 50 if args.quick else 500, itl_ms=100)
     print(f"\n{'200' if args.quick else '2,000'} concurrent streams: {many['chunks']:,} chunks, "

@@ -153,6 +153,7 @@ class Tap:
 
     def __init__(self, port: int):
         self._port, self._passed = port, []
+        self._tasks, self._writers = [], []
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
@@ -161,11 +162,16 @@ class Tap:
 
     async def __aexit__(self, *_):
         self._server.close()
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*self._tasks)
 
     async def _relay(self, reader, writer):
         passed = []
         self._passed.append(passed)
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._tasks.append(asyncio.current_task())
+        self._writers += [writer, upstream_writer]
         await asyncio.gather(
             self._pump(reader, upstream_writer, passed, True), self._pump(upstream_reader, writer, passed, False)
         )
