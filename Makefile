@@ -4,6 +4,7 @@
 # make nightly     the same with long repetitions, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
+# make bench-servers   it and another client at servers that others wrote (the first time builds llama.cpp)
 # make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
 # make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
@@ -18,10 +19,10 @@ STAMP := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help env reproduce steps quick test nightly lab lint bench soak bundle front clean
+.PHONY: help env reproduce steps quick test nightly lab lint bench bench-servers soak bundle front clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 14
 
 env: $(STAMP)
 
@@ -61,6 +62,9 @@ nightly: test
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
+
+bench-servers: $(STAMP)
+	$(BIN)/python tests/bench/bench_servers.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python tests/bench/soak.py $(ARGS)

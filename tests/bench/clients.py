@@ -1,21 +1,28 @@
 """The clients that the benchmark sets beside this project's: one process each, one JSON line at the end.
 
-    python clients.py aiohttp|httpx|vllm --base-url URL --requests N --rate R|inf --output-tokens N
+    python clients.py aiohttp|httpx|vllm|guidellm --base-url URL --requests N --rate R|inf --output-tokens N
 
 `aiohttp` and `httpx` are what one writes by hand: a task for each request, a JSON document for each line.
-`vllm` is `vllm bench serve`; its CPU is counted around its measuring part, imports left out. The line holds
-cpu_s, chunks, mean_ttft_ms.
+`vllm` is `vllm bench serve`; its CPU is counted around its measuring part, imports left out. `guidellm` is GuideLLM, in
+an environment of its own; the CPU of its processes is counted from its first request to its last. The line holds cpu_s,
+chunks, mean_ttft_ms.
 """
 
 import argparse
 import asyncio
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import environments
+import numpy as np
+import psutil
 
 PROMPT = " time year people way day"
 
@@ -108,16 +115,57 @@ def with_vllm(args) -> dict:
     return measured | {"chunks": result["total_output_tokens"], "mean_ttft_ms": result["mean_ttft_ms"]}
 
 
+def with_guidellm(args) -> dict:
+    from fp8lab.models.checkpoints import model_folder
+
+    burst = math.isinf(args.rate)
+    profile = f"kind=throughput,max_concurrency={args.requests}" if burst else f"kind=poisson,rate={args.rate}"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        command = [
+            environments.environment("guidellm", environments.GUIDELLM) / "guidellm", "run", "--disable-console",
+            "--backend", f"kind=openai_http,target={args.base_url},model=ok,request_format=/v1/completions",
+            "--profile", profile, "--constraint", f"kind=max_requests,count={args.requests}",
+            "--tokenizer", f"kind=huggingface_auto,model={model_folder('llama-3-8b')}",
+            "--data", f"kind=synthetic_text,prompt_tokens=5,output_tokens={args.output_tokens}",
+            "--output", f"kind=json,path={report}",
+        ]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        when, cpu = [], []
+        while process.poll() is None:
+            when.append(time.time())
+            cpu.append(cpu_seconds(process.pid))
+            time.sleep(0.05)
+        (result,) = json.loads(report.read_text())["benchmarks"]
+    scheduler, metrics = result["scheduler_metrics"], result["metrics"]
+    began, ended = np.interp([scheduler["request_start_time"], scheduler["request_end_time"]], when, cpu)
+    return {
+        "cpu_s": ended - began,
+        "chunks": metrics["output_token_count"]["successful"]["total_sum"],
+        "mean_ttft_ms": metrics["time_to_first_token_ms"]["successful"]["mean"],
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process and its children so far; 0 when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(each.user + each.system for each in times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("client", choices=("aiohttp", "httpx", "vllm"))
+    parser.add_argument("client", choices=("aiohttp", "httpx", "vllm", "guidellm"))
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--requests", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--output-tokens", type=int, required=True)
     args = parser.parse_args()
-    if args.client == "vllm":
-        result = with_vllm(args)
+    if args.client in ("vllm", "guidellm"):
+        result = with_vllm(args) if args.client == "vllm" else with_guidellm(args)
     else:
         began = time.process_time()
         streams = asyncio.run(with_aiohttp(args) if args.client == "aiohttp" else with_httpx(args))
