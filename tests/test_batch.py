@@ -20,10 +20,12 @@ from fp8lab.paths import DATA
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 
-# One level of some requests in a tiny run; the notebook only measures.
+# One level of some requests in a tiny run.
 PROFILE = """
 extends = "emulated-h100"
 title = "For a batch"
+[emulation]
+time_dilation = 8
 [workload]
 warmup_requests = 2
 [protocols."as published"]

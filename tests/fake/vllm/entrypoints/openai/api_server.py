@@ -3,7 +3,7 @@
 The API server answers streams of its own; its EngineCore is a process beside it that lives as vLLM's does, also on when
 the API server is killed, and computes nothing.
 
-(empty)         it does not: streams of one token every few ms
+(empty)         it does not: streams of a token every half millisecond, slowed down as the emulated GPU is
 family          starts a child in a session of its own, which starts another; all ignore SIGTERM
 polite-family   the same, and they do not
 bad-model, port-taken, out-of-memory
@@ -201,7 +201,8 @@ def main() -> None:
     options, others = parser.parse_known_args()
     if "--no-such-flag" in others:
         parser.error("unrecognized arguments: --no-such-flag")
-    options.ttft_ms, options.itl_ms = 10, 0.5
+    slower = json.loads(os.environ.get("FP8LAB_EMULATED_GPU", "{}")).get("time_dilation", 1)
+    options.ttft_ms, options.itl_ms = 10 * slower, 0.5 * slower
     print("INFO 01-01 00:00:00 [utils.py:1] non-default args", " ".join(others), flush=True)
     if FAULT == "blurt-out":
         sys.exit(f"RuntimeError: no access with {os.environ['HF_TOKEN']}")
