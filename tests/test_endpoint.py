@@ -31,6 +31,7 @@ SHORT = ["--trace", "random", "--input-tokens", "5", "--output-tokens", "4", "--
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1
+    disable_nagle_algorithm = True  # a token leaves when it is written
 
     def do_GET(self):
         self.server.seen.append((self.path, dict(self.headers), None))
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def stream(handler, body, tokens=None):
-    """A whole answer of as many tokens as were asked for."""
+    """A whole answer of as many tokens as were asked for, one after the other: what comes in one piece is not timed."""
     tokens = tokens or body.get("max_tokens") or body["max_completion_tokens"]
     chat = "messages" in body
     token = {"delta": {"content": " a"}} if chat else {"text": " a"}
@@ -63,7 +64,15 @@ def stream(handler, body, tokens=None):
     events = [{"choices": [{"index": 0, **token, "finish_reason": end}]} for end in ends]
     events.append({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens}})
     lines = [f"data: {json.dumps(event, separators=(',', ':'))}\n\n" for event in events]
-    handler.reply(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), **{"Content-Type": "text/event-stream"})
+    lines.append("data: [DONE]\n\n")
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.send_header("Content-Length", str(sum(map(len, lines))))
+    handler.end_headers()
+    for line in lines:
+        handler.wfile.write(line.encode())
+        handler.wfile.flush()
+        time.sleep(0.002)
 
 
 def refuse(status, body, **headers):

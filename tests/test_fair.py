@@ -143,7 +143,7 @@ def test_a_level_that_does_not_count_is_left_out_everywhere():
 
 def test_variants_are_told_apart_without_colour():
     profile = read_profile("h200-80gb")
-    styles = [drawing.variant_style(profile, variant) for variant in profile.variants]
+    styles = [drawing.style_of(profile, variant) for variant in profile.variants]
     shapes = [(style["marker"], style["fillstyle"]) for style in styles]
     assert len(set(shapes)) == len(shapes)
 

@@ -27,6 +27,7 @@ LEVEL = Level(variant="bf16", rate=50, requests=3)
 def make_result(level=LEVEL, requests=3) -> LevelResult:
     records = make_records([0, 1, 2], [0.1, 1.2, 2.3], [1.1, 3.2, 2.3], [11, 21, 1])
     records = pd.concat([records] * math.ceil(requests / 3), ignore_index=True)[:requests]
+    records["request"] = range(len(records))
     tokens = records[["request"]].assign(at_s=records["first_token_s"])
     measured = MeasuredLevel(**dataclasses.asdict(level))
     summary = Summary(**summarize(records, tokens), valid=True, emulated=True, level=measured)

@@ -346,6 +346,9 @@ def test_a_reply_that_is_none_is_an_oserror():
             connection, _ = listening.accept()
             connection.recv(4096)
             connection.sendall(b"\x00\x01 nonsense\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)  # closed with bytes unread it would be reset
+            while connection.recv(4096):
+                pass
             connection.close()
 
         talker = threading.Thread(target=talk)
