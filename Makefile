@@ -53,7 +53,7 @@ quick: lint
 	$(BESIDE) -m "not servers and not timing" $(ARGS)
 
 test: quick
-	$(BESIDE) -m "servers and not timing" $(ARGS)
+	$(PYTEST) -m "servers and not timing" $(ARGS)
 	$(PYTEST) -m timing $(ARGS)
 
 nightly: export FP8LAB_NIGHTLY = 1

@@ -419,10 +419,11 @@ def when_ready(monkeypatch):
         (lambda _, stranger: [[stranger, 12.5]], "pid {stranger} (python"),
         (lambda _, stranger: [[stranger, None]], "pid {stranger} (python"),
         (lambda server, _: [[server, 20.0], [HOSTS[0], 12.5]], f"pid {HOSTS[0]} (not visible from here, 12.5 GiB"),
-        (lambda *_: [[pid, 12.5] for pid in HOSTS], f"pid {HOSTS[1]} (not visible from here, 12.5 GiB"),
+        # More of them than the server has processes.
+        (lambda *_: [[HOSTS[0] + i, 12.5] for i in range(8)], f"pid {HOSTS[1]} (not visible from here, 12.5 GiB"),
         (lambda server, _: [[server, 20.0]], "processes that cannot be seen from here (12.5 GiB"),
     ],
-    ids=["beside it", "without it", "unknown memory", "another container's", "two of the host's", "unseen"],
+    ids=["beside it", "without it", "unknown memory", "another container's", "many of the host's", "unseen"],
 )
 def test_a_job_that_comes_onto_the_gpu_during_a_start_is_not_the_servers(
     card, tmp_path, stranger, when_ready, there, told
