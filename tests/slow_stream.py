@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 ANSWERS = ("text", "content", "refusal", "tool_calls", "function_call", "audio")
 THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
-WORDS = ("message", "msg", "detail", "error", "errors", "error_msg", "error_description")
+WORDS = (
+    "message", "msg", "detail", "error_description", "error", "errors", "error_msg", "title", "fault", "faultstring",
+)  # fmt: skip
 GAVE_UP = (
     "abort",
     "cancel",
@@ -77,16 +79,25 @@ def document(data: bytes):
         return None
 
 
-def words(said, depth: int = 4) -> str:
+def words(said) -> str:
+    """An error's words, or all of it."""
+    return inner(said, 8) or ("" if said is None else json.dumps(said))
+
+
+def inner(said, depth: int) -> str:
     if isinstance(said, str):
-        return said
-    if isinstance(said, dict) and depth:
-        for name in WORDS:
-            if said.get(name):
-                return words(said[name], depth - 1)
-    if isinstance(said, list) and said and depth:
-        return words(said[0], depth - 1)
-    return "" if said is None else json.dumps(said)
+        return said.strip()
+    if not depth:
+        return ""
+    if isinstance(said, list):
+        return "; ".join(text for text in (inner(one, depth - 1) for one in said[:3]) if text)
+    if not isinstance(said, dict):
+        return ""
+    keys = {key.lower(): key for key in said}
+    found = [inner(said[keys[name]], depth - 1) for name in WORDS if name in keys]
+    text = next((one for one in found if one), "")
+    place = said[keys["loc"]] if "loc" in keys else None
+    return f"{'.'.join(map(str, place))}: {text}" if text and isinstance(place, list) else text
 
 
 def excerpt(data: bytes) -> str:

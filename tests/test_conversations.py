@@ -7,7 +7,7 @@ import logging
 import pytest
 
 import fp8lab as lab
-from fp8lab.config.tokenizer import token_counter
+from fp8lab.config.conversations import token_counter
 from fp8lab.errors import BadInput
 from fp8lab.models.checkpoints import model_folder
 

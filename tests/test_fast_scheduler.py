@@ -29,28 +29,30 @@ BLOCK, EOS, STOP = 4, 48, 47
 EXAMPLES = 3000 if os.environ.get("FP8LAB_NIGHTLY") else 150
 
 
+def engine_config(caching: bool, **sizes):
+    """vLLM's configuration of the tiny model."""
+    init_none_hash(sha256)
+    folder = str(model_folder("tiny-llama"))
+    arguments = {"load_format": "dummy", "enable_prefix_caching": caching, "block_size": BLOCK, **sizes}
+    return EngineArgs(model=folder, **arguments).create_engine_config()
+
+
 @pytest.fixture(scope="module")
 def configs():
     """vLLM's configuration, by whether prefix caching is on."""
-    folder = str(model_folder("tiny-llama"))
-    made = {}
-    for caching in (False, True):
-        made[caching] = EngineArgs(
-            model=folder, load_format="dummy", max_num_seqs=24, max_num_batched_tokens=64, block_size=BLOCK,
-            enable_prefix_caching=caching, max_model_len=128,
-        ).create_engine_config()  # fmt: skip
-    init_none_hash(sha256)
+    sizes = {"max_num_seqs": 24, "max_num_batched_tokens": 64, "max_model_len": 128}
+    made = {caching: engine_config(caching, **sizes) for caching in (False, True)}
     return made.__getitem__  # a function: hypothesis would print all of them
 
 
 def scheduler(kind, config, blocks: int, v2: bool):
-    config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
+    config.cache_config.num_gpu_blocks, size = blocks, config.cache_config.block_size
+    spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
     groups = [KVCacheGroupSpec(layer_names=["layer"], kv_cache_spec=spec)]
     cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     made = kind(
         vllm_config=config, kv_cache_config=cache, structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK, log_stats=True,
+        block_size=size, log_stats=True,
     )  # fmt: skip
     made.use_v2_model_runner = v2
     return made

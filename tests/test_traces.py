@@ -11,7 +11,7 @@ import pytest
 
 import fp8lab as lab
 from conftest import marked, streaming_server
-from fp8lab.config.tokenizer import token_counter
+from fp8lab.config.conversations import token_counter
 from fp8lab.config.trace import NAMES, arrival_times, fixed_length, from_file, named_trace, rescaled, sharegpt_like
 from fp8lab.config.trace_file import read_lengths
 from fp8lab.errors import BadInput

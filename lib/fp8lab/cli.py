@@ -1,8 +1,8 @@
 """The command line. Results go to standard output, progress to standard error.
 
 Exit codes: 0 done; 1 the work failed; 2 the arguments cannot work; 3 a level that `measure`, `reproduce`, `load-test` or a
-batch's job left in its run is INVALID, while all else was measured and printed; 130 interrupted; 141 what it
-wrote was read no more. 1 wins over 3. A recorded run that is redrawn (`--source`) measures nothing: it ends with 0 whatever its levels are.
+batch's job left in its run is INVALID, while all else was measured and printed; 130 interrupted; 141 what it wrote was read
+no more. 1 wins over 3. A recorded run that is redrawn (`--source`) measures nothing: it ends with 0 whatever its levels are.
 """
 
 import argparse
@@ -141,6 +141,8 @@ def _run(arguments: list[str] | None) -> int:
             signal.signal(signum, signal.default_int_handler)
     try:
         os.environ |= with_library(with_home(os.environ))
+        if args.command == "load_test":
+            return load_test_command.run(args)
         from . import commands  # only now: help and arguments that cannot be read are answered at once
 
         return getattr(commands, args.command)(args) or 0
@@ -219,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
     anatomy = command("anatomy", (
         "Take decode steps apart: GPU time by kind of kernel beside the datasheet's floor, wall time, what the host adds, and "
-        "what the EngineCore does. About 2 min a variant on an H100; without a GPU the host's half alone."
+        "what the EngineCore does. One server a variant; without a GPU the host's half alone."
     ), "--profile", "--run", "--source")  # fmt: skip
     anatomy.add_argument("--variant", **repeated("V", "default: bf16 and fp8"))
     anatomy.add_argument("--batch", type=int, **repeated("N", "requests decoding at once (64, 128, 256, 1024)"))

@@ -1,7 +1,7 @@
 """What each command of the command line does; `cli.py` says what they are called and take.
 
-Each function takes the parsed arguments and returns an exit code or None. `cli.py` imports this module when a command is
-run: `--help` answers at once.
+Each function takes the parsed arguments and returns an exit code or None. `cli.py` imports this module when one of these
+commands is run: `--help` answers at once, and `load-test`, which has a module of its own, needs none of it.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
-from .load_test_command import run as load_test  # noqa: F401 - a command like those below
 from .paths import RUNS, repository_relative
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, execute, find

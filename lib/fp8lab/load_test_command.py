@@ -27,117 +27,78 @@ valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
 
 
+_WHOLE, _REAL = {"type": int}, {"type": float}
+_REPEATED = {"action": "append", "default": []}
+# (title, text, options); an option is (name, what stands for its value, help, what else argparse is told), "" a switch.
+_GROUPS = (
+    ("where", """\
+What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands for
+its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that is pasted
+(…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.""", (
+        ("--base-url", "URL", "http(s)://HOST[:PORT][/PATH][?QUERY]", {"required": True}),
+        ("--endpoint", "PATH", "this path behind the base URL instead", {"default": ""}),
+        ("--api-key-env", "VAR", "environment variable that holds the key (Authorization: Bearer)", {}),
+        ("--header", "'NAME: VALUE'", "sent with each request; repeatable", _REPEATED),
+        ("--header-env", "NAME=VAR", "a header whose value is in an environment variable: a secret; repeatable "
+         "(api-key=AZURE_KEY)", _REPEATED),
+        ("--insecure", "", "take any certificate (one of the host's own making)", {}),
+    )),
+    ("what is sent", "", (
+        ("--model", "NAME", "the served model's name", {"required": True}),
+        ("--chat", "", "as a chat: each prompt is a user's message", {}),
+        ("--natural-stop", "", "let answers end by themselves (for endpoints without ignore_eos)", {}),
+        ("--trace", "T", "sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: "
+         "lengths (CSV of fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
+         {"default": "sharegpt-like"}),
+        ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
+        ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
+        ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
+        ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
+        ("--requests", "N", "default 1000, or all of a file, drawn by --seed; in a search: of each probe", _WHOLE),
+        ("--max-tokens-field", "NAME", "how an answer's length is asked for (default max_tokens; newer models: "
+         "max_completion_tokens)", {"default": "max_tokens"}),
+        ("--extra-body", "JSON", "an object merged into each request; null leaves out what the kit sends (temperature 0, "
+         "stream_options)", {"default": "{}"}),
+        ("--seed", "S", "of prompts, lengths and arrivals (default 0)", _WHOLE | {"default": 0}),
+    )),
+    ("how fast", "", (
+        ("--rate", "R", "requests/s; inf (default) sends all at once; a trace with times is replayed if no rate is given; in "
+         "a search: the first one tried (default 10)", _REAL),
+        ("--arrivals", None, "with --rate: drawn (default), or the trace's own times rescaled to that rate",
+         {"choices": ("drawn", "trace"), "default": "drawn"}),
+        ("--burstiness", "B", "1: Poisson arrivals (default), below: bursts, inf: constant gaps", _REAL | {"default": 1.0}),
+        ("--normalised", None, "rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
+         {"action": argparse.BooleanOptionalAction, "default": True}),
+        ("--max-concurrency", "N", "cap on requests in flight; what is due beyond it waits for a slot: the level is "
+         "closed-loop", _WHOLE),
+        ("--connections-ahead", "N", "connections opened before the start (default: as many as requests arrive in the first "
+         "second); 0 for a server that allows few: each is then opened when it is needed, and TTFT counts that", _WHOLE),
+        ("--find-max-rate", "", "search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; "
+         "each is kept in --out, and the same command goes on where it stopped", {}),
+        ("--max-probes", "N", "levels of a search (default 8)", _WHOLE | {"default": 8}),
+    )),
+    ("what counts", "", (
+        ("--out", "DIR", "takes records.parquet, tokens.parquet, summary.json", {"required": True}),
+        ("--slo", "LIMITS", "an objective for each request, in ms: ttft=200,tpot=50 (also e2el=); adds the goodput, the "
+         "requests/s within all limits. For the search, the share of requests that must be: p95 (default p99: probes of 662 "
+         "requests or more)", {}),
+        ("--warmup", "N", "requests sent before, and not counted (default 0)", _WHOLE | {"default": 0}),
+        ("--idle-timeout", "S", "a request without a byte of its answer for so long has failed, also one that is queued "
+         "(default 60)", _REAL | {"default": 60.0}),
+        ("--drain-timeout", "S", "what is still in flight so long after the last request was sent has failed; in a closed "
+         "loop, while requests wait for a slot, so long after anything came back (default 600)", _REAL | {"default": 600.0}),
+        ("--workers", "N", "client processes (default: by rate and cores)", _WHOLE),
+    )),
+)  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments, in the order in which one thinks of them."""
-    where = parser.add_argument_group(
-        "where",
-        "What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands\n"
-        "for its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that\n"
-        "is pasted (…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.",
-    )
-    where.add_argument("--base-url", required=True, metavar="URL", help="http(s)://HOST[:PORT][/PATH][?QUERY]")
-    where.add_argument("--endpoint", default="", metavar="PATH", help="this path behind the base URL instead")
-    where.add_argument(
-        "--api-key-env", metavar="VAR", help="environment variable that holds the key (Authorization: Bearer)"
-    )
-    where.add_argument(
-        "--header", action="append", default=[], metavar="'NAME: VALUE'", help="sent with each request; repeatable"
-    )
-    where.add_argument(
-        "--header-env", action="append", default=[], metavar="NAME=VAR",
-        help="a header whose value is in an environment variable: a secret; repeatable (api-key=AZURE_KEY)",
-    )  # fmt: skip
-    where.add_argument("--insecure", action="store_true", help="take any certificate (one of the host's own making)")
-
-    what = parser.add_argument_group("what is sent")
-    what.add_argument("--model", required=True, metavar="NAME", help="the served model's name")
-    what.add_argument("--chat", action="store_true", help="as a chat: each prompt is a user's message")
-    what.add_argument(
-        "--natural-stop", action="store_true", help="let answers end by themselves (for endpoints without ignore_eos)"
-    )
-    what.add_argument(
-        "--trace", default="sharegpt-like", metavar="T",
-        help="sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: lengths (CSV of "
-        "fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
-    )  # fmt: skip
-    what.add_argument(
-        "--max-context", type=int, metavar="N", help="leave out requests of a file with more tokens in and out together"
-    )
-    what.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count the tokens of conversations")
-    what.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (default 1024)")
-    what.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (default 128)")
-    what.add_argument(
-        "--requests",
-        type=int,
-        metavar="N",
-        help="default 1000, or all of a file, drawn by --seed; in a search: of each probe",
-    )
-    what.add_argument(
-        "--max-tokens-field", default="max_tokens", metavar="NAME",
-        help="how an answer's length is asked for (default max_tokens; newer models: max_completion_tokens)",
-    )  # fmt: skip
-    what.add_argument(
-        "--extra-body", default="{}", metavar="JSON",
-        help="an object merged into each request; null leaves out what the kit sends (temperature 0, stream_options)",
-    )  # fmt: skip
-    what.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts, lengths and arrivals (default 0)")
-
-    fast = parser.add_argument_group("how fast")
-    fast.add_argument(
-        "--rate", type=float, metavar="R",
-        help="requests/s; inf (default) sends all at once; a trace with times is replayed if no rate is given; in a search: "
-        "the first one tried (default 10)",
-    )  # fmt: skip
-    fast.add_argument(
-        "--arrivals", choices=("drawn", "trace"), default="drawn",
-        help="with --rate: drawn (default), or the trace's own times rescaled to that rate",
-    )  # fmt: skip
-    fast.add_argument(
-        "--burstiness", type=float, default=1.0, metavar="B",
-        help="1: Poisson arrivals (default), below: bursts, inf: constant gaps",
-    )  # fmt: skip
-    fast.add_argument(
-        "--normalised", action=argparse.BooleanOptionalAction, default=True,
-        help="rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
-    )  # fmt: skip
-    fast.add_argument(
-        "--max-concurrency", type=int, metavar="N",
-        help="cap on requests in flight; what is due beyond it waits for a slot: the level is closed-loop",
-    )  # fmt: skip
-    fast.add_argument(
-        "--connections-ahead", type=int, metavar="N",
-        help="connections opened before the start (default: as many as requests arrive in the first second); 0 for a server "
-        "that allows few: each is then opened when it is needed, and TTFT counts that",
-    )  # fmt: skip
-    fast.add_argument(
-        "--find-max-rate", action="store_true",
-        help="search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; each is kept in "
-        "--out, and the same command goes on where it stopped",
-    )  # fmt: skip
-    fast.add_argument("--max-probes", type=int, default=8, metavar="N", help="levels of a search (default 8)")
-
-    counts = parser.add_argument_group("what counts")
-    counts.add_argument(
-        "--out", required=True, metavar="DIR", help="takes records.parquet, tokens.parquet, summary.json"
-    )
-    counts.add_argument(
-        "--slo", metavar="LIMITS",
-        help="an objective for each request, in ms: ttft=200,tpot=50 (also e2el=); adds the goodput, the requests/s within "
-        "all limits. For the search, the share of requests that must be: p95 (default p99: probes of 662 requests or more)",
-    )  # fmt: skip
-    counts.add_argument(
-        "--warmup", type=int, default=0, metavar="N", help="requests sent before, and not counted (default 0)"
-    )
-    counts.add_argument(
-        "--idle-timeout", type=float, default=60.0, metavar="S",
-        help="a request without a byte of its answer for so long has failed, also one that is queued (default 60)",
-    )  # fmt: skip
-    counts.add_argument(
-        "--drain-timeout", type=float, default=600.0, metavar="S",
-        help="what is still in flight so long after the last request was sent has failed; in a closed loop, while "
-        "requests wait for a slot, so long after anything came back (default 600)",
-    )  # fmt: skip
-    counts.add_argument("--workers", type=int, metavar="N", help="client processes (default: by rate and cores)")
+    for title, text, options in _GROUPS:
+        group = parser.add_argument_group(title, text or None)
+        for name, value, told, more in options:
+            kind = {"action": "store_true"} if value == "" else {"metavar": value} if value else {}
+            group.add_argument(name, help=told, **kind, **more)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -233,8 +194,12 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
         "valid": wrong is None,
         "invalid_reason": wrong and f"{wrong.rate:g} req/s: {wrong.summary.invalid_reason}",
         "probes": [
-            {"rate": probe.rate, "objective": probe.found.state if probe.found else "INVALID", "reason": probe.found and probe.found.reason}
-            | {name: getattr(probe.summary, name) for name in _SHOWN}
+            {
+                "rate": probe.rate,
+                "objective": probe.found.state if probe.found else "INVALID",
+                "reason": probe.found and probe.found.reason,
+                **{name: getattr(probe.summary, name) for name in _SHOWN},
+            }
             for probe in probes
         ],
         "asked": _asked(args, endpoint),
@@ -264,7 +229,8 @@ def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", o
     return 0
 
 
-_SHOWN = ("requests", "failed", "request_throughput", "request_goodput", "slo_share", "p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")  # fmt: skip
+_SHOWN = ("requests", "failed", "request_throughput", "request_goodput", "slo_share")
+_SHOWN += ("p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")
 
 
 def _endpoint(args: argparse.Namespace) -> "Endpoint":

@@ -39,9 +39,9 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
 
 
 def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
-    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`; an earlier one is replaced once the copy is
-    whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten, with the earlier one
-    as it was, when the disk is full."""
+    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`; an earlier one is
+    replaced once the copy is whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten,
+    with the earlier one as it was, when the disk is full."""
     if not PLAIN_NAME.fullmatch(name):
         raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
     target = DATA / "recorded" / name

@@ -9,6 +9,7 @@ import datetime
 import gzip
 import http.client
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from statistics import fmean
 import psutil
 
 from ..config.dimensions import most_running
-from ..config.profile import Profile
-from ..config.trace import WORDS, sharegpt_like
+from ..config.flags import joined
+from ..config.profile import Level, Profile
 from ..errors import BadInput, LevelFailed
 from ..load.telemetry import parse_metrics
 from ..metrics.anatomy import Step, Work, host_stages, kernel_times, read_steps
@@ -34,6 +35,7 @@ from ..server.launch import Server
 from ..system.gpu import GpuReader
 from ..system.locks import Scratch
 from ..ui.status import StatusLine
+from .speed import trace_for
 
 BATCHES = (64, 128, 256, 1024)
 _FOLDER = "anatomy"
@@ -110,13 +112,13 @@ def anatomies(run: Run) -> dict[str, list[BatchAnatomy]]:
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
-    most = most_running([*profile.server.flags, *profile.variant(variant).flags])
+    most = most_running(joined(profile.server.flags, profile.variant(variant).flags))
     if most is not None and max(batches) > most:
         raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with Scratch() as traces:
         watched = _profiled(profile, traces) if profile.device == "cuda" else profile
-        log = run.log_path(variant).with_stem(f"{variant}-anatomy")
+        log = run.log_path(f"{variant}-anatomy")
         with launch.start_server(watched, variant, log_path=log) as server:
             for batch in sorted(batches):
                 found.append(_batch(server, batch, Path(traces)))
@@ -172,17 +174,9 @@ def _averaged(steps: Sequence[Step]) -> tuple[StepAnatomy, ...]:
 def _held(server: Server, batch: int, status: StatusLine, what: str) -> Iterator[None]:
     """`batch` requests decode in the block, sent as one: the API server then has next to nothing to do for them. vLLM
     ends them when the connection closes."""
-    lengths = sharegpt_like(batch, seed=server.profile.workload.seed).prompt_tokens
-    prompts = [
-        " ".join(WORDS[i % len(WORDS)] for i in range(batch_i, batch_i + n)) for batch_i, n in enumerate(lengths)
-    ]
-    body = {
-        "model": server.model,
-        "prompt": prompts,
-        "max_tokens": _ANSWER_TOKENS,
-        "ignore_eos": True,
-        "temperature": 0,
-    }
+    level = Level(variant=server.variant, rate=math.inf, requests=batch)
+    asked = {"max_tokens": _ANSWER_TOKENS, "ignore_eos": True, "temperature": 0}
+    body = {"model": server.model, "prompt": trace_for(server.profile, level).prompts, **asked}
     connection = http.client.HTTPConnection(HOST, server.port, timeout=_PATIENCE_S)
     try:
         headers = {"Authorization": f"Bearer {server.api_key}", "Content-Type": "application/json"}
@@ -216,7 +210,7 @@ def _metrics(server: Server) -> dict[str, float]:
 def _count_steps(server: Server, batch: int, seconds: float) -> tuple[float, float | None, dict[str, float]]:
     """(wall seconds a step, mean context in tokens, NVML's means) over `seconds`. Raises LevelFailed when not all of the
     batch ran to the end."""
-    rows, usage = [], []
+    rows = []
     with GpuReader() as gpu:
         begin, first = time.monotonic(), _metrics(server)
         while (now := time.monotonic()) < begin + seconds:

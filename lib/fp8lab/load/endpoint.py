@@ -14,7 +14,9 @@ from ..errors import BadInput
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _SECRET_HEADER = re.compile(r"auth|cookie|session|signature|credential", re.IGNORECASE)
 # Written with every request, or about how it and its answer are encoded: a second one would garble them.
-_OWN_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "accept-encoding", "connection", "expect", "upgrade"}  # fmt: skip
+_OWN_HEADERS = {
+    "host", "content-length", "content-type", "transfer-encoding", "accept-encoding", "connection", "expect", "upgrade",
+}  # fmt: skip
 # What the kit says in a body, and who says it there. The rest may be replaced, and left out with null.
 _OWN_KEYS = {
     "model": "--model names it",
@@ -131,7 +133,8 @@ class Endpoint:
     def _check_body(self) -> None:
         if not isinstance(self.extra_body, Mapping):
             raise BadInput('the extra body is not a JSON object, such as {"top_k": 1}')
-        if not re.fullmatch(r"\w+", self.max_tokens_field) or self.max_tokens_field in _OWN_KEYS.keys() - {"max_tokens", "max_completion_tokens"}:  # fmt: skip
+        others = _OWN_KEYS.keys() - {"max_tokens", "max_completion_tokens"}
+        if not re.fullmatch(r"\w+", self.max_tokens_field) or self.max_tokens_field in others:
             raise BadInput(
                 f"--max-tokens-field {self.max_tokens_field!r} is no field for a length; max_tokens is usual"
             )

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import orjson
 
+from .refusal import KEYS, sentence, words
+
 ANSWER = ("text", "content", "refusal", "tool_calls", "function_call", "audio")
 REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
-# Where servers put their words; OpenAI's and vLLM's `error.message`, FastAPI's `detail`, and others'.
-_WORDS = ("message", "msg", "detail", "error", "errors", "error_msg", "error_description")
 _BROKEN = re.compile("abort|cancel|error|fail|insufficient|interrupt|time.?out", re.IGNORECASE)
 _USUAL = (None, "stop", "length")
 _MAX_EVENT_BYTES = 1 << 20
@@ -236,7 +236,7 @@ class Reader:
             for choice in choices:
                 if type(choice) is dict:
                     self._choice(choice)
-        elif type(usage) is not dict and _complaint(event) is not None:
+        elif type(usage) is not dict and _complains(event):
             self._fail(_said(event))
         if event.get("error") or event.get("object") == "error":
             self._fail(_said(event))
@@ -343,17 +343,13 @@ def _whole(value) -> int:
     return int(value) if whole and 0 <= value < _MAX_COUNT else -1
 
 
-def _complaint(event: dict):
-    return next((event[name] for name in _WORDS if event.get(name)), None)
+def _complains(event: dict) -> bool:
+    return any(event.get(name) for name in KEYS)
 
 
-def _said(event, depth: int = 4) -> str:
-    """The words of an error, of whatever shape."""
-    if isinstance(event, dict) and depth and (inner := _complaint(event)) is not None:
-        return _said(inner, depth - 1)
-    if isinstance(event, list) and event and depth:
-        return _said(event[0], depth - 1)
-    return event if isinstance(event, str) else json.dumps(event) if event is not None else ""
+def _said(event) -> str:
+    """The words of an error, of whatever shape; where it has none, all of it."""
+    return sentence(event) or ("" if event is None else json.dumps(event))
 
 
 def _excerpt(data: bytes) -> str:
@@ -368,9 +364,8 @@ def _no_stream(body: bytes) -> str:
             f"the server sent the whole completion as one JSON document, not as a stream ({_excerpt(body)}): TTFT and TPOT "
             'are not to be had; does "stream": true reach it, and does it, or a proxy before it, stream?'
         )
-    if isinstance(document, dict) and _complaint(document) is not None:
+    if isinstance(document, dict) and _complains(document):
         return f"the server answered with an error instead of a stream: {_said(document)[:_MAX_WORDS]}"
-    kind = (
-        "a web page" if re.match(rb"<(!doctype|html|head|body)\b", body, re.IGNORECASE) else "what is no event stream"
-    )
-    return f"the server answered with {kind}: {_excerpt(body)}; is this the API's address?"
+    page = words(body)
+    kind = page[:_MAX_WORDS] if page.startswith("a web page") else f"what is no event stream: {_excerpt(body)}"
+    return f"the server answered with {kind}; is this the API's address?"

@@ -93,11 +93,12 @@ def send_load(
 
     `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot.
     `connections_ahead` are opened before the start (None: as many as may be needed in the first second); what is needed
-    beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or a byte, and all that still run do `drain_timeout_s`
-    after the last one was sent; while some wait for a slot, after as long without anything coming back. Once `problem()`, which must not wait, says why it should, the level ends early. A
-    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work or an unknown host,
-    LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending
-    the workers.
+    beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or
+    a byte, and all that still run do `drain_timeout_s` after the last one was sent; while some wait for a slot, after as
+    long without anything coming back. Once `problem()`, which must not wait, says why it should, the level ends early. A
+    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work or an
+    unknown host, LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt
+    after ending the workers.
     """
     began = time.monotonic()
     due = np.asarray(due_s, dtype=float)

@@ -66,7 +66,8 @@ def measure_level(
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
     `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid; with an objective `slo`, also the goodput. Raises what `send_load` raises, and Stopped for its KeyboardInterrupt.
+    level is valid; with an objective `slo`, also the goodput. Raises what `send_load` raises, and Stopped for its
+    KeyboardInterrupt.
     """
     status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:

@@ -9,7 +9,7 @@ from .endpoint import Endpoint
 
 # Where servers and gateways put their sentence, the most telling first: OpenAI's and vLLM's error.message, FastAPI's detail
 # (a list with `msg` for a body that does not fit), TGI's and Ollama's error, RFC 9457's detail, OAuth's error_description.
-_KEYS = (
+KEYS = (
     "message",
     "msg",
     "detail",
@@ -22,6 +22,7 @@ _KEYS = (
     "faultstring",
 )
 _MOST, _DEEPEST = 3, 8  # of a list of complaints
+_EXCERPT = 80
 _NO_MODEL = re.compile(
     r"\b(model|deployment)\b.*\b(exist|found|unknown|invalid|available)|\b(unknown|invalid|no such) (model|deployment)\b"
 )
@@ -59,24 +60,25 @@ def words(body: bytes) -> str:
     """The sentence in the body of a refusal: JSON of any usual shape, an HTML page's title, or the text as it is."""
     text = body.decode(errors="replace").strip()
     try:
-        return _sentence(orjson.loads(body)) or text
+        return sentence(orjson.loads(body)) or text
     except orjson.JSONDecodeError:
         pass
     if re.match(r"<(!doctype|html|head|body)\b", text, re.IGNORECASE):
         title = re.search(r"<(title|h1)\b[^>]*>(.*?)</\1", text, re.IGNORECASE | re.DOTALL)
-        return f"a web page: {' '.join(title[2].split())}" if title else text
+        return f"a web page: {' '.join(title[2].split()) if title else repr(text[:_EXCERPT])}"
     return text
 
 
-def _sentence(said, depth: int = 0) -> str:
+def sentence(said, depth: int = 0) -> str:
+    """The words in an error of any usual shape, as read from JSON; empty where it has none."""
     if isinstance(said, str):
         return said.strip()
     if depth == _DEEPEST or not isinstance(said, (list, Mapping)):
         return ""
     if isinstance(said, list):
-        return "; ".join(filter(None, (_sentence(one, depth + 1) for one in said[:_MOST])))
+        return "; ".join(filter(None, (sentence(one, depth + 1) for one in said[:_MOST])))
     lower = {key.lower(): value for key, value in said.items()}
-    found = next(filter(None, (_sentence(lower[key], depth + 1) for key in _KEYS if key in lower)), "")
+    found = next(filter(None, (sentence(lower[key], depth + 1) for key in KEYS if key in lower)), "")
     where = lower.get("loc")
     return f"{'.'.join(map(str, where))}: {found}" if found and isinstance(where, list) else found
 

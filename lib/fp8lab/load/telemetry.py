@@ -4,7 +4,7 @@ The GPU's shares, power and clock (NVML) are read five times a second, CPU times
 power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full API server answers
 late, and the other samples must not wait for it. The energy counter is read once more at the end: it then encloses the
 level. The threads measure their own cost, and `problems` says where they saw too little. Verdicts are drawn elsewhere
-(`measure/bottleneck.py`).
+(`metrics.bottleneck`).
 """
 
 import contextlib
@@ -27,10 +27,10 @@ CPU_PERIOD_S = 0.5
 SLOW_PERIOD_S = 1.0
 # A sample stands for the time up to the next one, if that comes within so many periods: a busy machine is often late.
 _LATE = 3
-# Verdicts tell a share of 0.85 from one of 0.95 (`measure/bottleneck.py`). What nobody saw may have been anything, so
+# Verdicts tell a share of 0.85 from one of 0.95 (`metrics.bottleneck`). What nobody saw may have been anything, so
 # more of it than lies between the two leaves a mean on either side.
 _UNSEEN = 0.10
-# The server's answer is waited for 4 s (`server/ask.py`); a thread that takes longer to end hangs.
+# The server's answer is waited for 4 s (`server.launch.ask`); a thread that takes longer to end hangs.
 _END_S = 10.0
 
 # vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
@@ -98,9 +98,9 @@ class Telemetry:
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
         gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w;
-        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens, iterations (counters; an iteration
-        is a step of the EngineCore); for frontend,
-        engine and client: <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then.
+        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens, iterations (counters; an
+        iteration is a step of the EngineCore); for frontend, engine and client: <role>_cpu (cores) and <role>_cpu_max
+        (cores of the busiest process). nan: not sampled then.
         """
         import pandas as pd
 

@@ -21,7 +21,15 @@ from .worker import unwritable
 
 # By module, not by command: the CPU build's distribution has another name, which breaks the command. Its limit on open
 # files is raised, as this kit's own client's is.
-_RUN = "from fp8lab.load.connection import raise_open_files; raise_open_files(); import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
+_RUN = """
+import argparse
+from fp8lab.load.connection import raise_open_files
+from vllm.benchmarks.serve import add_cli_args, main
+raise_open_files()
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 _TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 
 
@@ -76,12 +84,9 @@ def run(
         if not said["completed"]:
             # Its reasons are in a detailed result alone, which takes it so long to write that its CPU time would not be true.
             one, _ = result_of("--num-prompts", "1", "--save-detailed")
-            reason = next((error.strip() for error in one.get("errors", ()) if error), "no reason given").splitlines()[
-                -1
-            ]
-            raise LevelFailed(
-                f"vllm bench serve completed none of {len(trace)} requests: {endpoint.without_secrets(reason)[:300]}"
-            )
+            reasons = [error.strip() for error in one.get("errors", ()) if error] or ["no reason given"]
+            reason = endpoint.without_secrets(reasons[0].splitlines()[-1])[:300]
+            raise LevelFailed(f"vllm bench serve completed none of {len(trace)} requests: {reason}")
     return _in_our_names(said, marks, time_dilation)
 
 

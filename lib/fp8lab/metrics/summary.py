@@ -14,6 +14,8 @@ from typing import Any
 from ..config.flags import flag_of
 from ..config.profile import Level
 
+_NO_NUMBERS = {"level", "server", "started", "invalid_reason", "failures", "notes", "slo", "address"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredLevel(Level):
@@ -92,7 +94,8 @@ class Summary:
     # Latency in ms over completed requests, as `vllm bench serve` defines it. TTFT: first token of
     # any kind - sent. TTFO: first answer token - sent (time to first output token, as AIPerf has it), over the requests that
     # came to one; None where no output was reasoning: it is the TTFT. TPOT: (E2EL - TTFT) / (output tokens after the first
-    # chunk); None where each answer was one chunk. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule:
+    # chunk), which is vLLM's N - 1 where a chunk is a token; None where each answer was one chunk. The summaries in
+    # data/recorded have N - 1 throughout: up to 0.6 % less, where a chunk held 1.44 tokens. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule:
     # from the instant when the request was due.
     mean_ttft_ms: float | None = None
     p50_ttft_ms: float | None = None
@@ -130,9 +133,7 @@ class Summary:
     address: str | None = None  # the IP address that the load went to; None: the endpoint's host has one alone
     closed_loop: bool = False  # whether a cap held requests back
     schedule_lag_p99_ms: float | None = None  # ms between the instant when a request could be sent and when it was
-    client_busiest_core: float | None = (
-        None  # cores, 0 to 1: the busiest process in its busiest second; None: under 1 s
-    )
+    client_busiest_core: float | None = None  # 0 to 1; of the busiest process, in its busiest second; None: under 1 s
     client_cpu_us_per_chunk: float | None = None  # µs of all processes
     client_stall_max_ms: float = 0.0  # the longest that a process stood still
     seconds_to_first_request: float | None = None  # s from the call to the schedule's start
@@ -173,16 +174,7 @@ class Summary:
             server = _fields(ServerInfo, kept["server"])
             kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
         for name, value in kept.items():
-            numeric = name not in (
-                "level",
-                "server",
-                "started",
-                "invalid_reason",
-                "failures",
-                "notes",
-                "slo",
-                "address",
-            )
+            numeric = name not in _NO_NUMBERS
             if name == "notes" and not (isinstance(value, Sequence) and all(isinstance(note, str) for note in value)):
                 raise ValueError(f"notes is {value!r}, no list of sentences")
             if value is not None and numeric and not isinstance(value, (int, float)):

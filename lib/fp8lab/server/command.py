@@ -65,7 +65,8 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
 
 def surroundings(given: Mapping[str, str]) -> dict[str, str]:
     """This process's variables as a server may see them that is `given` its own: with a home folder to write to and this
-    library, of which vLLM imports parts (the guard, the emulated GPU), in UTF-8, its log in plain text. What would make it another server than its variant says is left out, and told."""
+    library, of which vLLM imports parts (the guard, the emulated GPU), in UTF-8, its log in plain text. What would make it
+    another server than its variant says is left out, and told."""
     environment = with_library(with_home(os.environ))
     odd = [name for name in environment if name.startswith("VLLM_") and name not in _OF_THE_HOST]
     for name in (*odd, *_STRICTER):

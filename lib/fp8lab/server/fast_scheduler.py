@@ -70,6 +70,7 @@ class FastScheduler(AsyncScheduler):
             "returned experts": not getattr(self, "enable_return_routed_experts", False)
             and getattr(self, "aux_output_connector", None) is None,
             "performance metrics": not (self.perf_metrics and self.perf_metrics.is_enabled()),
+            "a threshold for long prompts": not self.scheduler_config.long_prefill_token_threshold,
             "a sampling mask": not getattr(self, "return_sampling_mask", False),
         }
         managers = self.kv_cache_manager.coordinator.single_type_managers
@@ -78,13 +79,14 @@ class FastScheduler(AsyncScheduler):
         known["context parallel"] = sharded == 1
         return ", ".join(what for what, fine in known.items() if not fine)
 
-    def schedule(self, *args, **kwargs) -> SchedulerOutput:
-        if not self._fast or not self.running or not self._room() or self._pause_state.name != "UNPAUSED":
-            return super().schedule(*args, **kwargs)
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         running = self.running
+        # Throttled, what is read of prompts depends on whether anything decodes.
+        if not self._fast or throttle_prefills or self._pause_state.name != "UNPAUSED" or not self._room():
+            return super().schedule(throttle_prefills)
         taken, scheduled, new_blocks, computed, output = self._take(running)
         if not taken:
-            return super().schedule(*args, **kwargs)
+            return super().schedule()
         # vLLM schedules the others as if those taken were not there.
         limits = {name: getattr(self, name) for name in ("max_num_scheduled_tokens", *_SEATS)}
         self.running = running[taken:]
@@ -92,7 +94,7 @@ class FastScheduler(AsyncScheduler):
         for name in _SEATS:
             setattr(self, name, limits[name] - taken)
         try:
-            others = super().schedule(*args, **kwargs)
+            others = super().schedule()
         finally:
             self.running = running[:taken] + self.running
             for name, value in limits.items():

@@ -143,7 +143,7 @@ class GpuReader:
 
     def read(self, slow: bool = True) -> dict[str, float]:
         """`COLUMNS` that this card answers: shares 0 to 1, W, MHz, the reasons for the clock (bits, see
-        `measure.clock`), J since the driver was loaded, GiB, the enforced power limit in W. Without `slow` only what
+        `metrics.resources.clock`), J since the driver was loaded, GiB, the enforced power limit in W. Without `slow` only what
         changes quickly, the first five: each question costs the driver's time."""
         nvml, handle, row = self._nvml, self._handle, {}
         if handle is None:

@@ -8,7 +8,8 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def visible(text: str, limit: int = 8000) -> str:
-    """`text`, which a server's reply or a file may hold, with what cannot be seen written out (`\\x1b`), lines and tabs kept; beyond `limit` characters cut."""
+    """`text`, which a server's reply or a file may hold, with what cannot be seen written out (`\\x1b`), lines and tabs
+    kept; beyond `limit` characters cut."""
     if len(text) > limit:
         text = f"{text[:limit]} ... ({len(text) - limit:,} characters more)"
     if text.isprintable():
