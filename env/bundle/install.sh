@@ -80,6 +80,7 @@ search=$target
 if [ -d "$here/../../lib/fp8lab" ]; then search=$search:$(cd "$here/../../lib" && pwd); fi
 {
     echo "export PYTHONPATH=$(printf %q "$search")\${PYTHONPATH:+:\$PYTHONPATH}"
+    echo "export PATH=$(printf %q "$target/bin")\${PATH:+:\$PATH}"
     echo "export JUPYTER_PATH=$(printf %q "$target/share/jupyter")\${JUPYTER_PATH:+:\$JUPYTER_PATH}"
     echo "export VLLM_USE_FLASHINFER_SAMPLER=0 HF_HUB_OFFLINE=1"
     if [ -d "$fresh/vllm-cache" ]; then echo "export VLLM_CACHE_ROOT=$(printf %q "$target/vllm-cache")"; fi
