@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 
 import fp8lab as lab
+from fp8lab import share as sharing
 from fp8lab.config.dimensions import model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
+from fp8lab.report import notebooks
 
 # Names as profilers on a Hopper card show them.
 NAMES = {
@@ -22,6 +24,8 @@ NAMES = {
     "void vllm::dynamic_per_token_scaled_fp8_quant_kernel_strided<c10::BFloat16>": anatomy.QUANTISATION,
     "triton_red_fused__to_copy_abs_amax_clamp_mul_reciprocal_0": anatomy.QUANTISATION,
     "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_1": anatomy.NORMS,
+    "triton_red_fused__to_copy_abs_clamp_cutlass_scaled_mm_div_max_mul_reciprocal_silu_slice_unsqueeze_2": anatomy.QUANTISATION,
+    "triton_poi_fused_mul_silu_slice_1": anatomy.NORMS,
     "_gumbel_sample_kernel": anatomy.SAMPLING,
     "Memcpy DtoD (Device -> Device)": anatomy.COPIES,
     "somebody_elses_kernel": anatomy.OTHER,
@@ -181,16 +185,83 @@ def test_without_a_gpu_the_tables_say_not_run(tmp_path):
     assert "no GPU" in lab.step_figure(run).caption
 
 
+def test_kinds_follow_todays_names_and_the_head_stays():
+    stored = {
+        anatomy.LAYERS: {"nvjet_a": 1.0, "triton_red_fused_clamp_scaled_mm_0": 0.5},
+        anatomy.HEAD: {"nvjet_a": 0.2},
+    }
+    assert anatomy.by_kind(stored) == {
+        anatomy.LAYERS: {"nvjet_a": 1.0}, anatomy.HEAD: {"nvjet_a": 0.2},
+        anatomy.QUANTISATION: {"triton_red_fused_clamp_scaled_mm_0": 0.5},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-unseal"])
+def test_the_recorded_steps_add_up_and_are_judged(name):
+    run = lab.open_run(source=name)
+    for batches in experiment.anatomies(run).values():
+        assert [one.batch for one in batches] == [64, 128, 256, 1024]
+        for step in (step for one in batches for step in one.steps):
+            assert sum(step.times.values()) == pytest.approx(step.busy_ms, rel=0.03)
+            assert step.times.get(anatomy.OTHER, 0.0) < 0.01 * step.busy_ms
+        for one in batches:
+            assert sum(experiment.floors_of(run, "bf16", one.decode.work).values()) > 0
+    verdicts = {one.id: one for one in lab.judge(run)}
+    assert verdicts["B1"].verdict == verdicts["B2"].verdict == "not reproduced"
+    # A decode step of 128 requests in FP8: 128 x 14 GFLOP of the layers and 1 of the head, and attention's, in 7.9 ms.
+    assert verdicts["B1"].measured == pytest.approx(100 * (128 * (14 / 1979 + 1.05 / 989)) / 7.94, rel=0.1)
+    assert 1.6 < verdicts["B2"].measured < 1.85
+
+
+def test_a_step_on_an_emulated_card_carries_no_verdict(tmp_path):
+    run = lab.open_run(tmp_path / "run", read_profile("emulated-h100"))
+    kernels = {anatomy.ATTENTION: {"flash": 4.0}, anatomy.LAYERS: {"nvjet": 6.0}}
+    for variant in ("bf16", "fp8"):
+        _store(run, variant, _measured(128, 12.0, kernels))
+    verdicts = {one.id: one for one in lab.judge(run)}
+    assert verdicts["B1"].verdict == verdicts["B2"].verdict == "not run"
+    assert verdicts["B2"].measured == 1.0
+
+
+def test_each_change_stands_beside_what_it_adds_to():
+    run = lab.open_run(source="h100-80gb-unseal")
+    table = lab.unsealing_table(run)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows["fp8-2048"]["beside"] == "fp8" and rows["fp8-2048-fast"]["beside"] == "fp8-2048"
+    assert rows["fp8-2048"]["changes"].startswith("Rust API server, --distributed-executor-backend mp")
+    assert rows["fp8-2048-fast"]["changes"] == "--scheduler-cls fp8lab.server.fast_scheduler.FastScheduler"
+    assert rows["bf16-2048"]["beside"] == "–" and "--max-num-seqs 2048" in rows["bf16-2048"]["changes"]
+    said = str(lab.conclusion(run, "unsealing"))
+    assert "fp8-2048 over fp8: 1.13×" in said and "fast" not in said
+
+
 @pytest.mark.servers
-def test_a_batch_is_taken_apart_on_real_vllm(tmp_path):
-    profile = read_profile("emulated-h100")
-    run = lab.open_run(tmp_path / "run", profile)
-    found = lab.measure_anatomy(run, profile, ["fp8"], batches=[32])["fp8"][0]
+def test_the_unsealing_on_real_vllm(tmp_path):
+    profile, run_dir = tmp_path / "short.toml", tmp_path / "run"
+    profile.write_text("""
+        extends = "emulated-h100"
+        replaces = ["protocols"]
+        variants = { fp8-2048 = { base = "fp8", flags = ["--max-num-seqs", "2048"] } }
+        [protocols.short]
+        levels = [{ variant = "fp8-2048", rate = inf, requests = 60 }]
+    """)
+    parameters = {
+        "profile_name": str(profile),
+        "run_dir": str(run_dir),
+        "protocols": ["short"],
+        "variants": ["fp8-2048"],
+    }
+    page = notebooks.execute(notebooks.find("08")[0], tmp_path / "08.ipynb", parameters | {"batches": [32]}).read_text()
+    assert "EMULATED" in page and "not run: kernels are profiled on a GPU" in page
+    run = lab.open_run(source=run_dir)
+    found = experiment.anatomies(run)["fp8-2048"][0]
     # The emulated card's own arithmetic: weights, KV cache, and a fixed cost, which the host's part comes on top of.
     assert 3.0 < found.wall_ms < 30.0
     assert 200 < found.context < 1200
-    assert found.host["schedule"] and sum(found.host["schedule"].values()) < 1
-    assert lab.measure_anatomy(run, profile, ["fp8"], batches=[32])["fp8"] == [found]  # read, not measured
+    # Its thread's whole time, that in which it waits for the emulated GPU too.
+    shares = {stage: sum(each.values()) for stage, each in found.host.items()}
+    assert 0 < shares["schedule"] < 1 and sum(shares.values()) - shares.get(anatomy.BESIDE, 0.0) == pytest.approx(1)
+    assert run.path / "anatomy" / "fp8-2048.json" in sharing.files(run)
 
 
 def test_a_batch_that_cannot_run_is_refused_before_a_start(tmp_path):

@@ -33,12 +33,12 @@ _HOMES = {
     "report.figures.comparison": (
         "ablation_figure", "clock_figure", "concurrency_figure", "equal_load_figure", "kv_capacity_figure",
         "littles_law_figure", "objective_figure", "rate_figure", "saturation_figure", "throughput_figure", "tpot_figure",
-        "worth_figure",
+        "unsealing_figure", "worth_figure",
     ),
     "report.figures.quality": ("divergence_figure", "formats_figure", "parting_figure"),
     "report.notebooks": ("check_injected",),
     "report.tables.anatomy": ("host_table", "kernels_table", "steps_table"),
-    "report.tables.comparison": ("ablation_table", "equal_load_table", "worth_table"),
+    "report.tables.comparison": ("ablation_table", "equal_load_table", "unsealing_table", "worth_table"),
     "report.tables.levels": (
         "attainment_table", "capacity_plan", "client_table", "cross_check_table", "latency_table", "levels_table", "slo_table",
         "throughputs_table", "validity_table",

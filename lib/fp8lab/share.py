@@ -65,11 +65,12 @@ def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
 
 def files(run: Run, tokens: Sequence[str] = ()) -> list[Path]:
     """What another reader of this run needs: provenance, every complete level, what was measured of quality (less
-    the likeliest tokens of every position), figures as SVG. No logs, and token timestamps of the levels `tokens`
+    the likeliest tokens of every position) and of steps, figures as SVG. No logs, and token timestamps of the levels `tokens`
     only."""
     found = [run.path / "run.json", *sorted(run.path.glob("figures/*.svg"))]
     for level_id in run.summaries():
         held = sorted((run.path / "levels" / level_id).iterdir())
         found += [file for file in held if file.stem != "tokens" or level_id in tokens]
     found += [file for file in sorted(run.path.glob("quality/[!.]*")) if not file.stem.endswith("-top")]
+    found += sorted(run.path.glob("anatomy/[!.]*.json"))
     return found

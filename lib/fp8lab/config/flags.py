@@ -51,6 +51,11 @@ class Flag:
             return [f"{spelled}={self.values[0]}"]
         return [spelled, *self.values]
 
+    @property
+    def brief(self) -> str:
+        """The flag in a table: a long list of values by their number."""
+        return " ".join(self.words) if len(self.values) < 4 else f"{self.name} ({len(self.values)} values)"
+
     def replaces(self, before: "Flag") -> bool:
         """Whether nothing is left of `before` where this flag comes after it."""
         if self.name != before.name or self.name in _ADDING:

@@ -250,7 +250,7 @@ class Profile(ProfileTable):
         servers = next((f.values[0] for f in beyond if f.name == API_SERVERS and f.values), "")
         python = f"{servers} Python processes" if servers else "one Python process"
         words = ["Rust" if one.api_server == "rust" else python]
-        words += [" ".join(flag.words).lstrip("-") for flag in beyond if flag.name != API_SERVERS]
+        words += [flag.brief.lstrip("-") for flag in beyond if flag.name != API_SERVERS]
         words += [f"{key}={value}" for key, value in one.env.items() if key != RUST and base.env.get(key) != value]
         return ", ".join(words)
 

@@ -22,12 +22,12 @@ from statistics import fmean
 
 import psutil
 
-from ..config.dimensions import most_running
+from ..config.dimensions import fp8_kv, fp8_weights, most_running
 from ..config.flags import joined
 from ..config.profile import Level, Profile
 from ..errors import BadInput, LevelFailed
 from ..load.telemetry import parse_metrics
-from ..metrics.anatomy import Step, Work, host_stages, kernel_times, read_steps
+from ..metrics.anatomy import Step, Work, by_kind, floors_ms, host_stages, kernel_times, read_steps
 from ..results.run_folder import Run
 from ..server import launch
 from ..server.command import HOST
@@ -41,8 +41,10 @@ BATCHES = (64, 128, 256, 1024)
 _FOLDER = "anatomy"
 # Steps that are profiled at a time: a trace of one has about a thousand events.
 _PROFILED_STEPS = 12
-_COUNTED_S, _SAMPLED_S = 4.0, 5.0
-_SAMPLES_PER_S = 100
+# Steps are counted for so long before and after they are profiled, and the EngineCore is sampled for at most so long, or
+# so many steps: all of it must come before the answers end.
+_COUNTED_S, _SAMPLED_S, _SAMPLED_STEPS = 1.5, 5.0, 300
+_SAMPLES_PER_S = 200
 _ANSWER_TOKENS = 1000
 _PATIENCE_S = 300.0
 
@@ -57,6 +59,16 @@ class StepAnatomy:
     work: Work
     busy_ms: float
     kernels: Mapping[str, Mapping[str, float]]
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Milliseconds a step by kind, in the order of `KINDS`."""
+        return {kind: sum(names.values()) for kind, names in self.kernels.items()}
+
+    @property
+    def context(self) -> float | None:
+        """The mean context in tokens of the requests that decode."""
+        return self.work.decode_context / self.work.running if self.work.running else None
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,16 @@ class BatchAnatomy:
 
     @classmethod
     def read(cls, values: Mapping) -> "BatchAnatomy":
-        steps = tuple(StepAnatomy(**step | {"work": Work(**step["work"])}) for step in values["steps"])
+        steps = tuple(
+            StepAnatomy(**step | {"work": Work(**step["work"]), "kernels": by_kind(step["kernels"])})
+            for step in values["steps"]
+        )
         return cls(**{**values, "steps": steps})
+
+    @property
+    def decode(self) -> StepAnatomy | None:
+        """The profiled decode steps; None without a GPU."""
+        return next((step for step in self.steps if step.name == "decode"), None)
 
 
 def measure_anatomy(
@@ -109,6 +129,18 @@ def anatomies(run: Run) -> dict[str, list[BatchAnatomy]]:
         variant: sorted(map(BatchAnatomy.read, held["batches"]), key=lambda one: one.batch)
         for variant, held in run.read_parts(_FOLDER).items()
     }
+
+
+def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict[str, float]:
+    """By kind the least milliseconds that the profile's card allows a step with `work`, or, not `moved`, its matrix units
+    alone; empty without the card's datasheet or the model's sizes."""
+    profile, card = run.profile, run.profile.gpu
+    shape, flags = profile.shape(variant), joined(profile.server.flags, profile.variant(variant).flags)
+    if card is None or shape is None:
+        return {}
+    if not moved:
+        card = dataclasses.replace(card, hbm_bytes_per_s=math.inf)
+    return floors_ms(work, shape, card, fp8_weights=fp8_weights(flags, shape), fp8_kv=fp8_kv(flags, shape))
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
@@ -146,16 +178,24 @@ def _batch(server: Server, batch: int, traces: Path) -> BatchAnatomy:
         if on_gpu:
             profiled += _stop_profile(server, traces)
         status.update(what, "counting steps")
-        wall_s, context, gpu = _count_steps(server, batch, _COUNTED_S * min(dilation, 4))
+        counted = [_count_steps(server, batch)]
         if on_gpu:
             status.update(what, "profiling")
             _ask(server, "/start_profile")
-            time.sleep(2 * _PROFILED_STEPS * wall_s)
+            time.sleep(2 * _PROFILED_STEPS * counted[0].seconds / counted[0].steps)
             profiled += [step for step in _stop_profile(server, traces) if step.work.running >= 0.9 * batch]
+        # On both sides of the profiled steps, so that these have the mean context of those that were counted.
+        counted.append(_count_steps(server, batch))
+        wall_s = sum(one.seconds for one in counted) / sum(one.steps for one in counted)
         status.update(what, "sampling the EngineCore")
-        host, note = _sample_host(server)
+        host, note = _sample_host(server, min(_SAMPLED_S, _SAMPLED_STEPS * wall_s))
     _wait(server, lambda seen: not seen["running"] and not seen["waiting"], "the batch before did not end")
     status.done(f"{what}: a step takes {1e3 * wall_s / dilation:,.2f} ms")
+    rows = [row for one in counted for row in one.gpu]
+    gpu = {key: fmean(known) for key in ("gpu_util", "gpu_power_w", "gpu_sm_mhz")
+           if (known := [row[key] for row in rows if row.get(key) is not None])}  # fmt: skip
+    tokens = server.info.kv_cache_tokens
+    context = fmean(one.kv_usage for one in counted) * tokens / batch if tokens else None
     return BatchAnatomy(batch, 1e3 * wall_s / dilation, context, gpu, host, note, _averaged(profiled))
 
 
@@ -207,17 +247,25 @@ def _metrics(server: Server) -> dict[str, float]:
         raise LevelFailed(str(error)) from None
 
 
-def _count_steps(server: Server, batch: int, seconds: float) -> tuple[float, float | None, dict[str, float]]:
-    """(wall seconds a step, mean context in tokens, NVML's means) over `seconds`. Raises LevelFailed when not all of the
-    batch ran to the end."""
-    rows = []
+@dataclass(frozen=True)
+class _Counted:
+    """`steps` that ended in `seconds`, the mean share of the KV cache in use, and what NVML said meanwhile."""
+
+    seconds: float
+    steps: float
+    kv_usage: float
+    gpu: list[dict]
+
+
+def _count_steps(server: Server, batch: int) -> _Counted:
+    """Counts for `_COUNTED_S` of the server's time. Raises LevelFailed when not all of the batch ran to the end."""
+    seconds, rows = _COUNTED_S * min(server.profile.time_dilation, 4), []
     with GpuReader() as gpu:
         begin, first = time.monotonic(), _metrics(server)
-        while (now := time.monotonic()) < begin + seconds:
+        while time.monotonic() < begin + seconds:
             rows.append(gpu.read(slow=False))
             time.sleep(0.2)
-        last = _metrics(server)
-        now = time.monotonic()
+        last, end = _metrics(server), time.monotonic()
     if last["running"] != batch:
         raise LevelFailed(
             f"{server.variant}: only {last['running']:.0f} of {batch} requests ran on while steps were counted"
@@ -225,11 +273,7 @@ def _count_steps(server: Server, batch: int, seconds: float) -> tuple[float, flo
     steps = last["iterations"] - first["iterations"]
     if steps < 1:
         raise LevelFailed(f"{server.variant}: no step ended within {seconds:.0f} s")
-    usage = fmean((first["kv_cache_usage"], last["kv_cache_usage"]))
-    tokens = server.info.kv_cache_tokens
-    means = {key: fmean(known) for key in ("gpu_util", "gpu_power_w", "gpu_sm_mhz")
-             if (known := [row[key] for row in rows if row.get(key) is not None])}  # fmt: skip
-    return (now - begin) / steps, usage * tokens / batch if tokens else None, means
+    return _Counted(end - begin, steps, fmean((first["kv_cache_usage"], last["kv_cache_usage"])), rows)
 
 
 def _ask(server: Server, path: str) -> None:
@@ -256,8 +300,8 @@ def _stop_profile(server: Server, traces: Path) -> list[Step]:
     return steps
 
 
-def _sample_host(server: Server) -> tuple[dict[str, dict[str, float]], str]:
-    """The EngineCore's stages, by py-spy, and why there are none."""
+def _sample_host(server: Server, seconds: float) -> tuple[dict[str, dict[str, float]], str]:
+    """The EngineCore's stages over (whole) `seconds`, by py-spy, and why there are none."""
     spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if not spy:
         return {}, "py-spy is not installed (`make env` installs it)"
@@ -266,8 +310,8 @@ def _sample_host(server: Server) -> tuple[dict[str, dict[str, float]], str]:
         return {}, "no EngineCore process was found"
     with tempfile.TemporaryDirectory() as folder:
         stacks = Path(folder) / "stacks.txt"
-        command = [spy, "record", "--pid", str(engines[0]), "--duration", f"{_SAMPLED_S:.0f}", "--rate",
-                   str(_SAMPLES_PER_S), "--format", "raw", "--output", str(stacks)]  # fmt: skip
+        command = [spy, "record", "--pid", str(engines[0]), "--duration", f"{max(1, int(seconds))}", "--rate",
+                   str(_SAMPLES_PER_S), "--idle", "--format", "raw", "--output", str(stacks)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
         if not stacks.is_file():
             why = done.stderr.strip().splitlines() or ["no reason given"]

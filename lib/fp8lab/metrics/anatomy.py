@@ -20,8 +20,10 @@ KV_WRITE, SAMPLING, NORMS, COPIES, OTHER = "KV write", "sampling", "norms and ac
 KINDS = (ATTENTION, LAYERS, HEAD, QUANTISATION, KV_WRITE, SAMPLING, NORMS, COPIES, OTHER)
 
 # The first pattern that is found in a kernel's name decides: attention kernels are CUTLASS templates too, and a fused
-# kernel that quantises is named after all that it does. Names of vLLM 0.26 to 0.33 on Hopper.
+# kernel that quantises is named after all that it does and, with `scaled_mm`, after the product that it does it for. Names
+# of vLLM 0.26 to 0.33 on Hopper.
 _KIND_OF_NAME = (
+    (QUANTISATION, r"^triton_\w*fused\w*(clamp|quant|float8|scaled_mm)"),
     (KV_WRITE, r"reshape_and_cache|concat_and_cache"),
     (ATTENTION, r"flash|fmha|attn|attention|varlen"),
     (SAMPLING, r"gumbel|sampl|argmax|top_?[kp]\b|top_?[kp]_|min_p|penalt|logprob|bincount"),
@@ -141,6 +143,20 @@ def kernel_times(steps: Sequence[Step]) -> dict[str, dict[str, float]]:
         for kernel in step.kernels:
             kind = HEAD if kernel.head else kind_of(kernel.name)
             held[kind][kernel.name] += kernel.duration_us / 1e3 / len(steps)
+    return _ordered(held)
+
+
+def by_kind(kernels: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """`kernel_times` as today's table of names has it: a run may be older than the table. The output head, which no name
+    tells, stays."""
+    held: dict[str, Counter] = defaultdict(Counter)
+    for stored, names in kernels.items():
+        for name, ms in names.items():
+            held[HEAD if stored == HEAD else kind_of(name)][name] += ms
+    return _ordered(held)
+
+
+def _ordered(held: Mapping[str, Counter]) -> dict[str, dict[str, float]]:
     return {kind: dict(held[kind].most_common()) for kind in KINDS if kind in held}
 
 

@@ -2,12 +2,15 @@
 comes to in a sentence or two: computed from the run that it is about, never typed beside it."""
 
 import html
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from ..config.flags import flag_of
 from ..config.profile import rate_name
 from ..errors import BadInput
+from ..experiment.anatomy import anatomies, floors_of
 from ..metrics.slo import DEFAULT
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
@@ -15,7 +18,7 @@ from ..results.run_folder import Run
 from ..ui.table import Table
 from ..ui.text import four_digits, shown
 from .judges import JUDGES
-from .tables.comparison import METRICS, causes, once
+from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
@@ -106,7 +109,7 @@ class Conclusion:
 
 def conclusion(run: Run, about: str) -> Conclusion:
     """What `run` says about a claim ("C1", …) or about a figure, by its name ("saturation", "equal_load", "ablation",
-    "littles_law", "kv_capacity", "roofline", "clock", "objective"). Raises BadInput for anything else."""
+    "littles_law", "kv_capacity", "roofline", "clock", "objective", "unsealing", "anatomy"). Raises BadInput for anything else."""
     if about in _FIGURES:
         found = _FIGURES[about](evidence(run))
     elif one := (claims := {one.id: one for one in judge(run)}).get(about):
@@ -139,6 +142,32 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 def _equal_load(seen: Evidence) -> tuple[str, str]:
     return _ratios("FP8 against BF16 at equal load", seen.equal_load)
+
+
+def _unsealing(seen: Evidence) -> tuple[str, str]:
+    """How far each base came with all changes, and what FP8 is worth then. An experimental scheduler takes no part."""
+    told, variants = [], seen.run.profile.variants
+    plain = [step for step in unsealing_steps(seen) if flag_of(variants[step[0]].flags, "--scheduler-cls") == "auto"]
+    last = {}
+    for variant, _, change in plain:
+        if change:
+            last[seen.run.profile.base(variant)] = variant
+    for base, variant in last.items():
+        steps = [seen.compare(variant, base, math.inf, metric) for metric in UNSEALED]
+        if None not in steps:
+            now = [shown(mean_of(seen, variant, metric)) for metric in UNSEALED]
+            told.append(
+                f"{variant} over {base}: {steps[0]} over the whole run ({now[0]} tokens/s), {steps[1]} in steady state ({now[1]})"
+            )
+    if {"bf16", "fp8"} <= last.keys() and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
+        causes_of = (" or the ".join(causes(seen, last[base], math.inf)) for base in ("bf16", "fp8"))
+        said = "{} over {}: {} over the whole run; limited by the {} and the {}"
+        told.append(said.format(last["fp8"], last["bf16"], worth, *reversed(list(causes_of))))
+    return (
+        ("What all changes together give.", f"{'. '.join(told)}.")
+        if told
+        else ("No change to a server is measured in this run.", "")
+    )
 
 
 def _ablation(seen: Evidence) -> tuple[str, str]:
@@ -206,6 +235,30 @@ def _clock(seen: Evidence) -> tuple[str, str]:
     return ("What the clock did in the steady window.", " ".join(told)) if told else ("No GPU was sampled.", "")
 
 
+def _anatomy(seen: Evidence) -> tuple[str, str]:
+    """The kinds of kernel that take the longest at each variant's fullest batch, and what the host adds to the step."""
+    told = []
+    for variant, batches in anatomies(seen.run).items():
+        if step := batches[-1].decode:
+            floors, times = (
+                floors_of(seen.run, variant, step.work),
+                sorted(step.times.items(), key=lambda item: -item[1]),
+            )
+            each = ", ".join(
+                f"{kind} {ms:.1f} ms" + (f" (its floor {floors[kind]:.1f})" if kind in floors else "")
+                for kind, ms in times[:2]
+            )
+            added = max(0.0, batches[-1].wall_ms - step.busy_ms)
+            told.append(
+                f"{variant}, {batches[-1].batch:,} at once: {each}, the host adds {added:.1f} ms of {batches[-1].wall_ms:.1f}"
+            )
+    return (
+        ("Where a full step's time goes.", f"{'; '.join(told)}.")
+        if told
+        else ("No kernel was profiled in this run.", "")
+    )
+
+
 def _objective(seen: Evidence) -> tuple[str, str]:
     limits = {variant: seen.slo_limit(variant, DEFAULT) for variant in seen.variants()}
     each = "; ".join(f"{variant} {limit} req/s" for variant, limit in limits.items())
@@ -215,4 +268,5 @@ def _objective(seen: Evidence) -> tuple[str, str]:
 _FIGURES = {
     "saturation": _saturation, "equal_load": _equal_load, "ablation": _ablation, "littles_law": _littles_law,
     "kv_capacity": _kv_capacity, "roofline": _roofline, "clock": _clock, "objective": _objective,
+    "unsealing": _unsealing, "anatomy": _anatomy,
 }  # fmt: skip

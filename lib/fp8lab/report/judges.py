@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection
 from statistics import geometric_mean
 
 from ..config.profile import level_id
+from ..experiment.anatomy import StepAnatomy, anatomies, floors_of
 from ..experiment.quality import comparisons, reference_variant
+from ..metrics.anatomy import ATTENTION, LAYERS, NORMS, QUANTISATION
 from ..metrics.performance import paging_waste, reserving_waste
 from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
@@ -290,6 +292,62 @@ def _fullest(levels: Collection[Summary]) -> float | None:
     return 100 * max(known) if known else None
 
 
+def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """B1: of the matrix peak, how much do the tokens of a step with that many requests need in the time that it takes?"""
+    batch, variant = claim["batch"], "fp8"
+    one = next((one for one in anatomies(seen.run).get(variant, ()) if one.batch == batch and one.decode), None)
+    found = {"protocol": f"a decode step of {batch} requests"}
+    if one is None:
+        reason = f"the run holds no profiled step of {variant} with {batch} requests (`fp8lab anatomy`)"
+        return verdict(claim, seen, [], **found, verdict="not run", reason=reason)
+    at_peak = sum(floors_of(seen.run, variant, one.decode.work, moved=False).values())
+    value = 100 * at_peak / one.wall_ms
+    word, how_near = by_interval(claim, claim["fp8"]["value"], value, math.nan, math.nan)
+    reason = f"{how_near}; at the matrix peak its tokens would take {at_peak:.2f} ms of the {one.wall_ms:.2f} ms"
+    if (busy := one.gpu.get("gpu_util")) is not None:
+        reason += f"; NVML saw a kernel in {busy:.0%} of the time, which is no measure of the compute units"
+    if why := without_gpu(seen):
+        word, reason = "not run", f"{why}; {reason}"
+    return verdict(claim, seen, [], **found, measured=value, measured_parts={"fp8": value}, verdict=word, reason=reason)
+
+
+def _twice_the_data(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """B2: the layers' matrix products of a decode step, BF16's time over FP8's, and attention's likewise, a token of context."""
+    held = {v: {one.batch: one.decode for one in anatomies(seen.run).get(v, ()) if one.decode} for v in ("bf16", "fp8")}
+    shared = sorted(held["bf16"].keys() & held["fp8"].keys())
+    found = {"protocol": "decode steps, BF16 over FP8"}
+    if not shared:
+        reason = "the run holds no profiled steps of both bf16 and fp8 with as many requests (`fp8lab anatomy`)"
+        return verdict(claim, seen, [], **found, verdict="not run", reason=reason)
+    bf16, fp8 = ([held[v][batch] for batch in shared] for v in ("bf16", "fp8"))
+    products = [a.times[LAYERS] / b.times[LAYERS] for a, b in zip(bf16, fp8, strict=True)]
+    attention = [a.times[ATTENTION] / a.work.decode_context * b.work.decode_context / b.times[ATTENTION]
+                 for a, b in zip(bf16, fp8, strict=True)]  # fmt: skip
+    # What is fused with a product's input is another kernel in each: norms and activations, in FP8 with the quantisation.
+    around = (LAYERS, NORMS, QUANTISATION)
+    whole = [_sum(a, around) / _sum(b, around) for a, b in zip(bf16, fp8, strict=True)]
+    value = geometric_mean(products)
+    judged = [
+        by_interval(claim, claim["fp8"]["value"], geometric_mean(r), min(r), max(r)) for r in (products, attention)
+    ]
+    words = {word for word, _ in judged}
+    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+    how_near = near(value, claim["fp8"]["value"])
+    told = ((f"{shown} {'×, '.join(f'{one:.2f}' for one in ratios)}×") for shown, ratios in (
+        ("the layers' matrix products are faster by", products), ("with norms, activations and quantisation by", whole),
+        ("attention over as much context by", attention),
+    ))  # fmt: skip
+    reason = f"{how_near}; with {', '.join(f'{batch:,}' for batch in shared)} requests decoding {'; '.join(told)}"
+    if why := without_gpu(seen):
+        word, reason = "not run", f"{why}; {reason}"
+    found |= {"measured": value, "measured_parts": {"fp8": value}}
+    return verdict(claim, seen, [], **found, verdict=word, reason=reason)
+
+
+def _sum(step: StepAnatomy, kinds: Collection[str]) -> float:
+    return sum(step.times.get(kind, 0.0) for kind in kinds)
+
+
 def _not_measured(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """What this kit has no measurement of."""
     reason = f"not measured here: it needs {claim['needs']}"
@@ -300,4 +358,5 @@ JUDGES = {
     "ratio": judge_values, "fp8": judge_values, "memory risk": _memory_risk, "not measured": _not_measured,
     "service line": _judge_with(_one_level, _service_line), "paging waste": _judge_with(_one_level, _paging_waste),
     "default flags": _judge_with(_four_variants, _default_flags), "quality": _quality,
+    "compute use": _compute_use, "twice the data": _twice_the_data,
 }  # fmt: skip

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-from ...experiment.anatomy import BatchAnatomy, anatomies
+from ...experiment.anatomy import BatchAnatomy, anatomies, floors_of
 from ...metrics.anatomy import KINDS, STAGES
 from ...results.run_folder import Run
-from ..tables.anatomy import decode_step, floors_of, kind_times
-from .drawing import GREY, INK, figure, legend
+from .drawing import GREY, INK, figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#009E73", "#999999", "#cccccc", "#000000")
 
@@ -17,19 +16,20 @@ def step_figure(axes, run: Run) -> str:
     held, profiled = _held(run), False
     for y, (variant, one) in enumerate(held):
         axes.barh(y, one.wall_ms, 0.72, color="white", edgecolor=GREY, label="" if y else "step, wall time")
-        if step := decode_step(one):
-            _stack(axes, y, kind_times(step), KINDS)
-            if floors := floors_of(run, variant, step):
+        if step := one.decode:
+            _stack(axes, y, step.times, KINDS)
+            if floors := floors_of(run, variant, step.work):
                 axes.plot(
                     [sum(floors.values())] * 2, [y - 0.36, y + 0.36], color=INK, lw=2, label="" if profiled else "floor"
                 )
             profiled = True
-    _finish(axes, held)
+    _finish(axes, held, KINDS)
     kinds = (
         "Colours: GPU kernels by kind, from a profiler. Black line: the least that the datasheet allows all of them. "
     )
     return (kinds if profiled else "Kernels were not profiled: no GPU. ") + (
-        "Frame: a step's wall time without a profiler; what it has beyond the colours the host adds."
+        "Frame: a step's wall time without a profiler; what it has beyond the colours the host adds. The contexts of both "
+        "are in the table."
     )
 
 
@@ -39,7 +39,9 @@ def host_figure(axes, run: Run) -> str:
     held = [pair for pair in _held(run) if pair[1].host]
     for y, (_, one) in enumerate(held):
         _stack(axes, y, {stage: one.wall_ms * sum(each.values()) for stage, each in one.host.items()}, STAGES)
-    _finish(axes, held)
+    _finish(axes, held, STAGES)
+    if not held:
+        return "The EngineCore was not sampled; the table says why."
     return "Shares of the samples of the EngineCore's stacks (py-spy), times a step's wall time."
 
 
@@ -56,10 +58,15 @@ def _stack(axes, y: int, parts: Mapping[str, float], order: tuple[str, ...]) -> 
         left += parts[name]
 
 
-def _finish(axes, held: list[tuple[str, BatchAnatomy]]) -> None:
-    axes.figure.set_figheight(1.4 + 0.42 * max(1, len(held)))
+def _finish(axes, held: list[tuple[str, BatchAnatomy]], order: tuple[str, ...]) -> None:
+    axes.figure.set_figheight(1.9 + 0.42 * max(1, len(held)))
     axes.grid(axis="y", visible=False)
     axes.set_yticks(range(len(held)), [f"{variant}, {one.batch:,}" for variant, one in held])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step")
-    legend(axes, "lower right")
+    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = sorted(found, key=lambda name: order.index(name) if name in order else -1)
+    # Below the bars, which may be long.
+    axes.figure.legend(
+        [found[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )

@@ -10,7 +10,8 @@ from ...metrics.resources import POWER
 from ...metrics.slo import SLO
 from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
-from ..tables.comparison import METRICS, causes, once
+from ...ui.text import shown
+from ..tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from ..verdict import claim_of
 from .drawing import GREY, INK, STYLE, Figure, figure, fillings, forest, label_ends, legend, note, plainly, style_of
 
@@ -36,6 +37,28 @@ def saturation_figure(axes, run: Run) -> str:
     axes.yaxis.set_major_formatter(plainly)
     legend(axes, "upper left")
     return _SEEDS + fillings(run.profile, drawn)
+
+
+@figure("unsealing", "What does each change to the server give?")
+def unsealing_figure(axes, run: Run) -> str:
+    """Output tokens/s with all requests at once, variant by variant: whole run and steady state."""
+    seen = evidence(run)
+    steps = unsealing_steps(seen)
+    axes.figure.set_figheight(1.4 + 0.55 * max(1, len(steps)))
+    for y, (variant, _, _) in enumerate(steps):
+        color = STYLE.get(run.profile.base(variant), (INK, ""))[0]
+        whole, steady = (mean_of(seen, variant, metric) for metric in UNSEALED)
+        for x, height, alpha in ((steady, 0.76, 0.35), (whole, 0.4, 1.0)):
+            if x is not None:
+                axes.barh(y, x, height, color=color, alpha=alpha)
+        note(axes, f"{shown(whole)} / {shown(steady)}", (max(whole or 0, steady or 0), y), va="center")
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(steps)), [variant for variant, _, _ in steps])
+    axes.invert_yaxis()
+    axes.set_xlabel("output tokens/s, all requests at once")
+    axes.margins(x=0.22)
+    axes.xaxis.set_major_formatter(plainly)
+    return "Mean of the seeds: whole run (full colour) / steady state (pale). The table says what each variant changes."
 
 
 @figure("objective", "Up to which rate is the objective met?")

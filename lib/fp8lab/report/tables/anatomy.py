@@ -1,9 +1,7 @@
 """A step taken apart: its GPU kernels by kind beside what the datasheet allows, its wall time, what the EngineCore did."""
 
-from ...config.dimensions import fp8_kv, fp8_weights
-from ...config.flags import joined
-from ...experiment.anatomy import BatchAnatomy, StepAnatomy, anatomies
-from ...metrics.anatomy import KINDS, OTHER, STAGES, floors_ms
+from ...experiment.anatomy import anatomies, floors_of
+from ...metrics.anatomy import OTHER, STAGES
 from ...results.run_folder import Run
 from ...ui.table import Table
 from ...ui.text import shown
@@ -17,15 +15,16 @@ def steps_table(run: Run) -> Table:
     rows = []
     for variant, batches in anatomies(run).items():
         for one in batches:
-            step = decode_step(one)
+            step = one.decode
             busy = step.busy_ms if step else None
             added = max(0.0, one.wall_ms - busy) if busy is not None else None
-            times = sorted(kind_times(step).items(), key=lambda item: -item[1])[:3] if step else []
+            times = sorted(step.times.items(), key=lambda item: -item[1])[:3] if step else []
             most = ", ".join(f"{kind} {ms:.1f}" for kind, ms in times) or _NOT_RUN
-            rows.append((variant, f"{one.batch:,}", shown(one.context), f"{one.wall_ms:,.2f}", shown(busy, ",.2f"),
+            rows.append((variant, f"{one.batch:,}", shown(one.context), f"{one.wall_ms:,.2f}",
+                         shown(step and step.context), shown(busy, ",.2f"),
                          shown(added, ",.2f"), shown(one.gpu.get("gpu_util"), ".0%"), most))  # fmt: skip
-    columns = ("variant", "decoding at once", "context, tokens", "step, ms", "GPU, ms", "host adds, ms", "GPU busy (NVML)",
-               "longest on the GPU, ms")  # fmt: skip
+    columns = ("variant", "decoding at once", "context, tokens", "step, ms", "context when profiled", "GPU, ms",
+               "host adds, ms", "GPU busy (NVML)", "longest on the GPU, ms")  # fmt: skip
     return Table(f"{card_note(run)}What a decode step takes, run {run.path.name}", columns, rows)
 
 
@@ -35,10 +34,10 @@ def kernels_table(run: Run, variant: str, *, names: int = 2) -> Table:
     rows = []
     for one in anatomies(run).get(variant, ()):
         for step in one.steps:
-            floors, times = floors_of(run, variant, step), kind_times(step)
+            floors, times = floors_of(run, variant, step.work), step.times
             for kind, ms in times.items():
                 floor = floors.get(kind)
-                longest = list(step.kernels[kind])[: None if kind == OTHER else names]
+                longest = [_brief(name) for name in list(step.kernels[kind])[: None if kind == OTHER else names]]
                 rows.append((f"{step.name}, {one.batch:,}", kind, f"{ms:.3f}", f"{ms / step.busy_ms:.0%}",
                              shown(floor, ".3f"), shown(floor and floor / ms, ".0%"), "; ".join(longest)))  # fmt: skip
             together = sum(times.values())
@@ -64,21 +63,7 @@ def host_table(run: Run, *, functions: int = 3) -> Table:
     return Table(caption, ("variant", "decoding at once", *stages, "most in"), rows)
 
 
-def decode_step(one: BatchAnatomy) -> StepAnatomy | None:
-    """The profiled decode steps of a batch; None without a GPU."""
-    return next((step for step in one.steps if step.name == "decode"), None)
-
-
-def kind_times(step: StepAnatomy) -> dict[str, float]:
-    """Milliseconds a step by kind, in the order of `KINDS`."""
-    return {kind: sum(step.kernels[kind].values()) for kind in KINDS if kind in step.kernels}
-
-
-def floors_of(run: Run, variant: str, step: StepAnatomy) -> dict[str, float]:
-    """By kind the least milliseconds that the profile's card allows; empty without its datasheet or the model's sizes."""
-    profile = run.profile
-    shape, flags = profile.shape(variant), joined(profile.server.flags, profile.variant(variant).flags)
-    if profile.gpu is None or shape is None:
-        return {}
-    formats = {"fp8_weights": fp8_weights(flags, shape), "fp8_kv": fp8_kv(flags, shape)}
-    return floors_ms(step.work, shape, profile.gpu, **formats)
+def _brief(kernel: str, most: int = 72) -> str:
+    """The beginning of a kernel's name, which goes on with all its parameters."""
+    name = kernel.removeprefix("void ")
+    return name if len(name) <= most else f"{name[:most]}…"

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from ...config.profile import rate_name
+from ...config.flags import parse
+from ...config.profile import Profile, rate_name
 from ...metrics.statistics import ABLATION, Ratio
 from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
 from ...ui.table import Table
+from ...ui.text import shown
 from ..verdict import card_note
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -19,6 +21,8 @@ METRICS = {
     "joules_per_output_token": ("joules an output token", "lower"),
 }
 _THROUGHPUT, _JOULES = "output_token_throughput", "joules_per_output_token"
+# What a change to a server is judged by: whole run, and without its ramp and drain.
+UNSEALED = (_THROUGHPUT, "steady_output_token_throughput")
 
 
 def equal_load_table(run: Run) -> Table:
@@ -70,6 +74,53 @@ def worth_table(*runs: Run) -> Table:
     columns = ("run", "offered", "API server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
     columns += ("steady clock, FP8 / BF16", "BF16 limited by", "FP8 limited by", "part of the run")
     return _with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
+
+
+def unsealing_table(run: Run) -> Table:
+    """What each change to a server did with all requests at once: every variant beside the one that it adds to, its
+    throughputs, what limited it, and what the change costs."""
+    seen, rows, burst = evidence(run), [], math.inf
+    for variant, before, change in unsealing_steps(seen):
+        one = next(iter(seen.levels((variant,), burst).values()))
+        means = [mean_of(seen, variant, metric) for metric in UNSEALED]
+        ratios = [str(seen.compare(variant, before, burst, metric) or "–") if before else "–" for metric in UNSEALED]
+        rows.append((
+            variant, change or "–", before or "–", shown(means[0]), ratios[0], shown(means[1]), ratios[1],
+            shown(mean_of(seen, variant, "mean_ttft_ms")), shown(mean_of(seen, variant, "mean_tpot_ms"), ",.1f"),
+            shown(one.server.kv_cache_tokens), shown(one.server.startup_s), " or the ".join(causes(seen, variant, burst)),
+        ))  # fmt: skip
+    columns = ("variant", "changes", "beside", "tok/s, whole run", "over that", "tok/s, steady", "over that, steady", "TTFT ms",
+               "TPOT ms", "KV cache, tokens", "start, s", "limited by")  # fmt: skip
+    caption = f"{card_note(run)}One change after the other, all requests at once, run {run.path.name}; 95 % intervals"
+    return Table(caption if rows else f"{caption}: no such level", columns, rows)
+
+
+def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
+    """(variant, the one that it adds to or "", what it changes) of every variant that was sent all requests at once, the least
+    changed of a base first. It adds to that one which has the most of its flags and none that it lacks; where none was
+    measured, its changes are those to its base."""
+    profile, found = seen.run.profile, []
+    held = [v for v in seen.variants() if v in profile.variants and math.inf in seen.rates(v)]
+    names = {v: {flag.name for flag in parse(profile.variant(v).flags)} | set(profile.variant(v).env) for v in held}
+    for variant in sorted(held, key=lambda v: (profile.base(v), len(names[v]))):
+        base = profile.base(variant)
+        beside = [v for v in held if profile.base(v) == base and names[v] < names[variant]]
+        before = max(beside, key=lambda v: len(names[v]), default="")
+        found.append((variant, before, _changes(profile, variant, before or base) if variant != base else ""))
+    return found
+
+
+def _changes(profile: Profile, variant: str, before: str) -> str:
+    """What a variant has beside another one, in a command's words."""
+    one, other = profile.variant(variant), profile.variant(before)
+    words = [flag.brief for flag in parse(one.flags) if flag not in parse(other.flags)]
+    return ", ".join([*(["Rust API server"] if one.api_server == "rust" != other.api_server else []), *words])
+
+
+def mean_of(seen: Evidence, variant: str, metric: str) -> float | None:
+    """The mean of a variant's seeds with all requests at once; None without one."""
+    values = seen.seeds(variant, math.inf, metric).values()
+    return fmean(values) if values else None
 
 
 def once(runs: Sequence[Run]) -> list[Run]:
