@@ -52,8 +52,10 @@ BESIDE := $(PYTEST) -n 2 --dist loadfile
 quick: lint
 	$(BESIDE) -m "not servers and not timing" $(ARGS)
 
+# Two servers at a time fill two cores: what fails beside another test (pytest's exit code 1) is run once more, alone.
 test: quick
-	$(PYTEST) -m "servers and not timing" $(ARGS)
+	$(BESIDE) -m "servers and not timing" $(ARGS) || \
+	  { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m "servers and not timing" $(ARGS); }
 	$(PYTEST) -m timing $(ARGS)
 
 nightly: export FP8LAB_NIGHTLY = 1

