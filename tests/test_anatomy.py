@@ -237,7 +237,7 @@ def test_each_change_stands_beside_what_it_adds_to():
 
 @pytest.mark.servers
 def test_the_unsealing_on_real_vllm(tmp_path):
-    profile, run_dir = tmp_path / "short.toml", tmp_path / "run"
+    profile, run_dir = tmp_path / "unsealed.toml", tmp_path / "run"
     profile.write_text("""
         extends = "emulated-h100"
         replaces = ["protocols"]

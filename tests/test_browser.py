@@ -116,8 +116,8 @@ class Lab:
 def lab(browser, tmp_path_factory):
     """JupyterLab as `make lab` starts it, with a folder, settings and a port of its own; the front notebook is open."""
     folder = tmp_path_factory.mktemp("lab")
-    (folder / "short.toml").write_text(PROFILE)
-    set_parameters(folder / notebooks.FRONT.name, profile_name=str(folder / "short.toml"), run_dir=str(folder / "run"))
+    (folder / "opened.toml").write_text(PROFILE)
+    set_parameters(folder / notebooks.FRONT.name, profile_name=str(folder / "opened.toml"), run_dir=str(folder / "run"))
     settings = folder / ".settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     # Every cell stays in the page, also those that are not in sight.
@@ -186,7 +186,7 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
     assert error.strip().startswith("Stopped: fp8-100rps-r1") and "\n" not in error.strip()
     before = measured(lab.folder)
     assert sorted(before) == ["bf16-100rps-r1", "bf16-50rps-r1"]
-    wait_for(lambda: not marked(lab.folder / "short.toml"), 30, "the end of the servers")
+    wait_for(lambda: not marked(lab.folder / "opened.toml"), 30, "the end of the servers")
 
     lab.run("Run All Cells")
     lab.finish(240)
@@ -214,7 +214,7 @@ def test_an_interrupted_front_notebook_goes_on_where_it_stopped(lab, artefacts):
 
 
 def test_an_interrupted_level_keeps_the_server_of_another_cell(lab, artefacts):
-    profile, name = lab.folder / "short.toml", "server.ipynb"
+    profile, name = lab.folder / "opened.toml", "server.ipynb"
     log = lab.folder / "server.log"
     cells = [
         f"import fp8lab as lab\nserver = lab.start_server(lab.load_profile({str(profile)!r}), 'bf16', log_path={str(log)!r})",

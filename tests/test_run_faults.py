@@ -149,12 +149,12 @@ def test_a_run_killed_at_any_instant_goes_on_and_ends_the_same(fake_vllm, tmp_pa
 @pytest.mark.servers
 def test_a_level_killed_while_it_is_written_is_whole_or_absent(tmp_path):
     """The same level over and over, so that nearly every kill falls into its writing."""
-    (tmp_path / "profile.toml").write_text('extends = "emulated-h100"')
+    (tmp_path / "nursed.toml").write_text('extends = "emulated-h100"')
     work = f"sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_runs; "
     work += f"run = lab.open_run({str(tmp_path / 'run')!r}, profile); run.write(test_runs.make_result())\n            "
     work += "while line.strip(): run.write(test_runs.make_result())"
     instants = random.Random(7)
-    with Nursery(work, tmp_path / "profile.toml") as nursery:
+    with Nursery(work, tmp_path / "nursed.toml") as nursery:
         for _ in range(2):  # the first of them imports
             began = time.monotonic()
             assert nursery.run("")
