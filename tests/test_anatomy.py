@@ -12,6 +12,7 @@ from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
 from fp8lab.report import notebooks
+from fp8lab.report.tables.anatomy import host_adds
 
 # Names as profilers on a Hopper card show them.
 NAMES = {
@@ -173,8 +174,16 @@ def test_tables_and_figures_show_what_is_stored(tmp_path):
     assert rows["other"][6] == "new_a; new_b"  # unknown names are shown
     assert rows["all kinds"][3] == "100%"
     assert lab.host_table(run).rows[0][2] == "60%"
-    for figure in (lab.step_figure(run), lab.host_figure(run)):
-        assert "milliseconds a step" in figure.alt
+    assert "milliseconds a step" in lab.step_figure(run).alt
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "context", "told"), [(12.0, 300, "2.00"), (9.5, 300, "0.00"), (12.0, 200, "≥ 2.00"), (9.5, 200, "–")]
+)
+def test_what_the_host_adds_is_told_as_far_as_it_is_known(wall_ms, context, told):
+    one = _measured(256, wall_ms, {anatomy.LAYERS: {"nvjet": 10.0}})  # profiled at 300 tokens of context
+    assert host_adds(dataclasses.replace(one, context=context)) == told
+    assert host_adds(_measured(256, wall_ms)) == "–"
 
 
 def test_without_a_gpu_the_tables_say_not_run(tmp_path):
@@ -228,9 +237,9 @@ def test_each_change_stands_beside_what_it_adds_to():
     table = lab.unsealing_table(run)
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert rows["fp8-2048"]["beside"] == "fp8" and rows["fp8-2048-fast"]["beside"] == "fp8-2048"
-    assert rows["fp8-2048"]["changes"].startswith("Rust API server, --distributed-executor-backend mp")
-    assert rows["fp8-2048-fast"]["changes"] == "--scheduler-cls fp8lab.server.fast_scheduler.FastScheduler"
-    assert rows["bf16-2048"]["beside"] == "–" and "--max-num-seqs 2048" in rows["bf16-2048"]["changes"]
+    assert rows["fp8-2048"]["changes"].startswith("API server: Rust, distributed-executor-backend mp")
+    assert rows["fp8-2048-fast"]["changes"] == "scheduler-cls fp8lab.server.fast_scheduler.FastScheduler"
+    assert rows["bf16-2048"]["beside"] == "–" and "max-num-seqs 2048" in rows["bf16-2048"]["changes"]
     said = str(lab.conclusion(run, "unsealing"))
     assert "fp8-2048 over fp8: 1.13×" in said and "fast" not in said
 

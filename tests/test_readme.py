@@ -16,6 +16,7 @@ from fp8lab.metrics.slo import SLO, attains
 from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
 from fp8lab.report.claims import claims_across, judge
+from fp8lab.report.tables.anatomy import host_adds
 from fp8lab.report.tables.comparison import mean_of
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
@@ -151,9 +152,13 @@ def unsealed_numbers() -> list[str]:
     assert {seen.limit(level).cause for level in seen.levels(("bf16-2048",), math.inf)} == {"GPU power limit"}
     told += [" and ".join(f"{mean_of(seen, 'fp8-2048', metric):,.0f}" for metric in metrics)]
     told += held_back(seen, "-2048", 3)[1:]
-    first = evidence(open_run(source="h100-80gb")).summaries["fp8-infrps-r1"].output_token_throughput
+    first = evidence(open_run(source="h100-80gb")).summaries["fp8-infrps-r1"]
     told.append(
-        f"{mean_of(seen, 'fp8', metrics[0]):,.0f} tokens/s on this host and {first:,.0f} on that of `h100-80gb`"
+        f"{mean_of(seen, 'fp8', metrics[0]):,.0f} tokens/s on this host (three seeds) and {first.output_token_throughput:,.0f} on that of `h100-80gb`"
+    )
+    here = [round(s.frontend_us_per_token) for s in seen.levels(("fp8",), math.inf).values()]
+    told.append(
+        f"needs {min(here)} to {max(here)} µs of CPU a token here and {first.frontend_us_per_token:.0f} µs there"
     )
     goal = SLO("both", 200, 50)
     assert [attains(seen.level(f"fp8-2048-{rate}rps-r1").records, goal).state for rate in (80, 90)] == [
@@ -169,9 +174,9 @@ def unsealed_numbers() -> list[str]:
         for v, one in (("fp8", fp8), ("bf16", bf16))
     ]
     told += [
-        f"takes {fp8.wall_ms:.1f} ms",
-        f"{fp8.decode.busy_ms:.1f} of them",
-        f"For {fp8.wall_ms - fp8.decode.busy_ms:.1f} ms",
+        f"takes {fp8.wall_ms:.1f} ms, at a mean context of {fp8.context:.0f} tokens",
+        f"at {fp8.decode.context:.0f}, the GPU works for {fp8.decode.busy_ms:.1f} ms",
+        f"at least {float(host_adds(fp8).removeprefix('≥ ')):.1f} ms",
     ]
     told += [
         f"{fp8.decode.times['attention']:.1f} on attention, at {100 * reached[0]:.0f} % of",

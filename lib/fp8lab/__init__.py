@@ -28,7 +28,7 @@ _HOMES = {
     "metrics.slo": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
     "metrics.summary": ("Summary",),
     "report.claims": ("claims_across", "claims_table", "conclusion", "judge", "write_claims"),
-    "report.figures.anatomy": ("host_figure", "step_figure"),
+    "report.figures.anatomy": ("step_figure",),
     "report.figures.background": ("batching_figure", "memory_figure", "number_line_figure", "roofline_figure"),
     "report.figures.comparison": (
         "ablation_figure", "clock_figure", "concurrency_figure", "equal_load_figure", "kv_capacity_figure",

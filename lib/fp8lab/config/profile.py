@@ -245,14 +245,29 @@ class Profile(ProfileTable):
         """What a variant changes beside its base, in words: variants of the same setup differ in their bases alone."""
         if name not in self.variants:
             return name
-        one, base = self.variants[name], self.variants[self.base(name)]
-        beyond = [flag for flag in parse(one.flags) if flag not in parse(base.flags)]
-        servers = next((f.values[0] for f in beyond if f.name == API_SERVERS and f.values), "")
-        python = f"{servers} Python processes" if servers else "one Python process"
-        words = ["Rust" if one.api_server == "rust" else python]
-        words += [flag.brief.lstrip("-") for flag in beyond if flag.name != API_SERVERS]
-        words += [f"{key}={value}" for key, value in one.env.items() if key != RUST and base.env.get(key) != value]
-        return ", ".join(words)
+        return ", ".join([self._api_server(name), *self._beside(name, self.base(name))])
+
+    def changes(self, name: str, before: str) -> str:
+        """What a variant changes beside another one, in the same words; empty for nothing."""
+        server = self._api_server(name)
+        other = [] if server == self._api_server(before) else [f"API server: {server}"]
+        return ", ".join([*other, *self._beside(name, before)])
+
+    def _api_server(self, name: str) -> str:
+        one = self.variants[name]
+        servers = next((flag.values[0] for flag in parse(one.flags) if flag.name == API_SERVERS and flag.values), "")
+        return (
+            "Rust" if one.api_server == "rust" else f"{servers} Python processes" if servers else "one Python process"
+        )
+
+    def _beside(self, name: str, before: str) -> list[str]:
+        """The flags and variables that `before` lacks, less those of the API server."""
+        one, other = self.variants[name], self.variants[before]
+        held = parse(other.flags)
+        words = [flag.brief.lstrip("-") for flag in parse(one.flags) if flag not in held and flag.name != API_SERVERS]
+        return words + [
+            f"{key}={value}" for key, value in one.env.items() if key != RUST and other.env.get(key) != value
+        ]
 
     def _key(self, variant: str) -> str:
         """Under which name the checkpoint of `variant` stands: its own, its base's, or the default."""

@@ -18,6 +18,7 @@ from ..results.run_folder import Run
 from ..ui.table import Table
 from ..ui.text import four_digits, shown
 from .judges import JUDGES
+from .tables.anatomy import host_adds
 from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
@@ -146,25 +147,24 @@ def _equal_load(seen: Evidence) -> tuple[str, str]:
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
     """How far each base came with all changes, and what FP8 is worth then. An experimental scheduler takes no part."""
-    told, variants = [], seen.run.profile.variants
-    plain = [step for step in unsealing_steps(seen) if flag_of(variants[step[0]].flags, "--scheduler-cls") == "auto"]
-    last = {}
-    for variant, _, change in plain:
-        if change:
-            last[seen.run.profile.base(variant)] = variant
+    told, last, profile = [], {}, seen.run.profile
+    for variant, _, change in unsealing_steps(seen):
+        if change and flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
+            last[profile.base(variant)] = variant
     for base, variant in last.items():
-        steps = [seen.compare(variant, base, math.inf, metric) for metric in UNSEALED]
-        if None not in steps:
+        whole, steady = (seen.compare(variant, base, math.inf, metric) for metric in UNSEALED)
+        if whole and steady:
             now = [shown(mean_of(seen, variant, metric)) for metric in UNSEALED]
             told.append(
-                f"{variant} over {base}: {steps[0]} over the whole run ({now[0]} tokens/s), {steps[1]} in steady state ({now[1]})"
+                f"{variant} over {base}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
             )
     if {"bf16", "fp8"} <= last.keys() and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
-        causes_of = (" or the ".join(causes(seen, last[base], math.inf)) for base in ("bf16", "fp8"))
-        said = "{} over {}: {} over the whole run; limited by the {} and the {}"
-        told.append(said.format(last["fp8"], last["bf16"], worth, *reversed(list(causes_of))))
+        limits = [" or the ".join(causes(seen, last[base], math.inf)) for base in ("fp8", "bf16")]
+        told.append(
+            f"{last['fp8']} over {last['bf16']}: {worth} over the whole run; limited by the {' and the '.join(limits)}."
+        )
     return (
-        ("What all changes together give.", f"{'. '.join(told)}.")
+        ("What all changes together give.", " ".join(told))
         if told
         else ("No change to a server is measured in this run.", "")
     )
@@ -239,24 +239,16 @@ def _anatomy(seen: Evidence) -> tuple[str, str]:
     """The kinds of kernel that take the longest at each variant's fullest batch, and what the host adds to the step."""
     told = []
     for variant, batches in anatomies(seen.run).items():
-        if step := batches[-1].decode:
-            floors, times = (
-                floors_of(seen.run, variant, step.work),
-                sorted(step.times.items(), key=lambda item: -item[1]),
-            )
-            each = ", ".join(
-                f"{kind} {ms:.1f} ms" + (f" (its floor {floors[kind]:.1f})" if kind in floors else "")
-                for kind, ms in times[:2]
-            )
-            added = max(0.0, batches[-1].wall_ms - step.busy_ms)
-            told.append(
-                f"{variant}, {batches[-1].batch:,} at once: {each}, the host adds {added:.1f} ms of {batches[-1].wall_ms:.1f}"
-            )
-    return (
-        ("Where a full step's time goes.", f"{'; '.join(told)}.")
-        if told
-        else ("No kernel was profiled in this run.", "")
-    )
+        one, step = batches[-1], batches[-1].decode
+        if step is None:
+            continue
+        floors = floors_of(seen.run, variant, step.work)
+        each = [f"{kind} {ms:.1f} ms{f' (its floor {floors[kind]:.1f})' if kind in floors else ''}"
+                for kind, ms in sorted(step.times.items(), key=lambda item: -item[1])[:2]]  # fmt: skip
+        told.append(
+            f"{variant}, {one.batch:,} at once: {', '.join(each)}; the host adds {host_adds(one)} ms to a step of {one.wall_ms:.2f}."
+        )
+    return ("Where a full step's time goes.", " ".join(told)) if told else ("No kernel was profiled in this run.", "")
 
 
 def _objective(seen: Evidence) -> tuple[str, str]:

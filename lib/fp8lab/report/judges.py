@@ -1,6 +1,7 @@
 """One judge for each kind of claim: ratios and values of levels, what is recommended or said in passing, quality; and what
 this kit has no measurement of."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from statistics import geometric_mean
@@ -300,7 +301,10 @@ def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     if one is None:
         reason = f"the run holds no profiled step of {variant} with {batch} requests (`fp8lab anatomy`)"
         return verdict(claim, seen, [], **found, verdict="not run", reason=reason)
-    at_peak = sum(floors_of(seen.run, variant, one.decode.work, moved=False).values())
+    # The steps that were timed may have had another context than the profiled ones.
+    work = one.decode.work
+    work = dataclasses.replace(work, decode_context=one.context * work.running) if one.context else work
+    at_peak = sum(floors_of(seen.run, variant, work, moved=False).values())
     value = 100 * at_peak / one.wall_ms
     word, how_near = by_interval(claim, claim["fp8"]["value"], value, math.nan, math.nan)
     reason = f"{how_near}; at the matrix peak its tokens would take {at_peak:.2f} ms of the {one.wall_ms:.2f} ms"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
-_NUMBER = re.compile(r"[+\-−~]?[\d.,/]+ ?[^\s\d]{0,8}")
+_NUMBER = re.compile(r"(?:[+\-−~]|≥ )?[\d.,/]+ ?[^\s\d]{0,8}")
 # Where a line may not break in a page: between a number and its unit.
 _UNITS = "%|req/s|requests/s|tok/s|tokens/s|TB/s|TFLOP/s|GiB|KiB|GB|MB|ms|µs|s|min|W|J|tokens"
 _NO_BREAK = "\N{NO-BREAK SPACE}"

@@ -1,6 +1,6 @@
 """A step taken apart: its GPU kernels by kind beside what the datasheet allows, its wall time, what the EngineCore did."""
 
-from ...experiment.anatomy import anatomies, floors_of
+from ...experiment.anatomy import BatchAnatomy, anatomies, floors_of
 from ...metrics.anatomy import OTHER, STAGES
 from ...results.run_folder import Run
 from ...ui.table import Table
@@ -17,12 +17,11 @@ def steps_table(run: Run) -> Table:
         for one in batches:
             step = one.decode
             busy = step.busy_ms if step else None
-            added = max(0.0, one.wall_ms - busy) if busy is not None else None
             times = sorted(step.times.items(), key=lambda item: -item[1])[:3] if step else []
             most = ", ".join(f"{kind} {ms:.1f}" for kind, ms in times) or _NOT_RUN
             rows.append((variant, f"{one.batch:,}", shown(one.context), f"{one.wall_ms:,.2f}",
                          shown(step and step.context), shown(busy, ",.2f"),
-                         shown(added, ",.2f"), shown(one.gpu.get("gpu_util"), ".0%"), most))  # fmt: skip
+                         host_adds(one), shown(one.gpu.get("gpu_util"), ".0%"), most))  # fmt: skip
     columns = ("variant", "decoding at once", "context, tokens", "step, ms", "context when profiled", "GPU, ms",
                "host adds, ms", "GPU busy (NVML)", "longest on the GPU, ms")  # fmt: skip
     return Table(f"{card_note(run)}What a decode step takes, run {run.path.name}", columns, rows)
@@ -61,6 +60,17 @@ def host_table(run: Run, *, functions: int = 3) -> Table:
         rows.append((variant, f"{one.batch:,}", *shares, told or f"not run: {one.host_note}"))
     caption = f"{card_note(run)}What the EngineCore did while a batch decoded, shares of its thread's time, run {run.path.name}"
     return Table(caption, ("variant", "decoding at once", *stages, "most in"), rows)
+
+
+def host_adds(one: BatchAnatomy) -> str:
+    """The milliseconds that the host adds to the GPU's time of a decode step. Where the profiled steps had longer contexts than
+    the timed ones, it is at least so much; a dash where that says nothing, or nothing was profiled."""
+    if one.decode is None:
+        return "–"
+    added = one.wall_ms - one.decode.busy_ms
+    if one.context and one.decode.context > 1.05 * one.context:
+        return f"≥ {added:,.2f}" if added > 0 else "–"
+    return f"{max(0.0, added):,.2f}"
 
 
 def _brief(kernel: str, most: int = 72) -> str:

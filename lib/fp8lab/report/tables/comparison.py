@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ...config.flags import parse
-from ...config.profile import Profile, rate_name
+from ...config.profile import rate_name
 from ...metrics.statistics import ABLATION, Ratio
 from ...results.evidence import Compared, Evidence, evidence
 from ...results.run_folder import Run
@@ -81,13 +81,13 @@ def unsealing_table(run: Run) -> Table:
     throughputs, what limited it, and what the change costs."""
     seen, rows, burst = evidence(run), [], math.inf
     for variant, before, change in unsealing_steps(seen):
-        one = next(iter(seen.levels((variant,), burst).values()))
+        servers = [s.server for s in seen.levels((variant,), burst).values()]
         means = [mean_of(seen, variant, metric) for metric in UNSEALED]
         ratios = [str(seen.compare(variant, before, burst, metric) or "–") if before else "–" for metric in UNSEALED]
         rows.append((
             variant, change or "–", before or "–", shown(means[0]), ratios[0], shown(means[1]), ratios[1],
             shown(mean_of(seen, variant, "mean_ttft_ms")), shown(mean_of(seen, variant, "mean_tpot_ms"), ",.1f"),
-            shown(one.server.kv_cache_tokens), shown(one.server.startup_s), " or the ".join(causes(seen, variant, burst)),
+            shown(servers[0].kv_cache_tokens), shown(fmean(server.startup_s for server in servers)), " or the ".join(causes(seen, variant, burst)),
         ))  # fmt: skip
     columns = ("variant", "changes", "beside", "tok/s, whole run", "over that", "tok/s, steady", "over that, steady", "TTFT ms",
                "TPOT ms", "KV cache, tokens", "start, s", "limited by")  # fmt: skip
@@ -106,15 +106,8 @@ def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
         base = profile.base(variant)
         beside = [v for v in held if profile.base(v) == base and names[v] < names[variant]]
         before = max(beside, key=lambda v: len(names[v]), default="")
-        found.append((variant, before, _changes(profile, variant, before or base) if variant != base else ""))
+        found.append((variant, before, profile.changes(variant, before or base)))
     return found
-
-
-def _changes(profile: Profile, variant: str, before: str) -> str:
-    """What a variant has beside another one, in a command's words."""
-    one, other = profile.variant(variant), profile.variant(before)
-    words = [flag.brief for flag in parse(one.flags) if flag not in parse(other.flags)]
-    return ", ".join([*(["Rust API server"] if one.api_server == "rust" != other.api_server else []), *words])
 
 
 def mean_of(seen: Evidence, variant: str, metric: str) -> float | None:
