@@ -236,6 +236,15 @@ def test_each_change_stands_beside_what_it_adds_to():
     run = lab.open_run(source="h100-80gb-unseal")
     table = lab.unsealing_table(run)
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert [row["beside"] for row in rows.values()] == ["–", *list(rows)[:-1]]
+    assert rows["fp8-rust"]["changes"] == "API server: Rust" and rows["fp8-unsealed"]["changes"] == "max-num-seqs 2048"
+    assert "fp8-unsealed over fp8: 1.43×" in str(lab.conclusion(run, "unsealing"))
+
+
+def test_a_schedulers_fast_path_is_no_change_to_the_card():
+    run = lab.open_run(source="h100-80gb-fast-path")
+    table = lab.unsealing_table(run)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert rows["fp8-2048"]["beside"] == "fp8" and rows["fp8-2048-fast"]["beside"] == "fp8-2048"
     assert rows["fp8-2048"]["changes"].startswith("API server: Rust, distributed-executor-backend mp")
     assert rows["fp8-2048-fast"]["changes"] == "scheduler-cls fp8lab.server.fast_scheduler.FastScheduler"
@@ -250,27 +259,27 @@ def test_the_unsealing_on_real_vllm(tmp_path):
     profile.write_text("""
         extends = "emulated-h100"
         replaces = ["protocols"]
-        variants = { fp8-2048 = { base = "fp8", flags = ["--max-num-seqs", "2048"] } }
+        variants = { fp8-unsealed = { base = "fp8", flags = ["--max-num-seqs", "2048"] } }
         [protocols.short]
-        levels = [{ variant = "fp8-2048", rate = inf, requests = 60 }]
+        levels = [{ variant = "fp8-unsealed", rate = inf, requests = 60 }]
     """)
     parameters = {
         "profile_name": str(profile),
         "run_dir": str(run_dir),
         "protocols": ["short"],
-        "variants": ["fp8-2048"],
+        "variants": ["fp8-unsealed"],
     }
     page = notebooks.execute(notebooks.find("08")[0], tmp_path / "08.ipynb", parameters | {"batches": [32]}).read_text()
     assert "EMULATED" in page and "not run: kernels are profiled on a GPU" in page
     run = lab.open_run(source=run_dir)
-    found = experiment.anatomies(run)["fp8-2048"][0]
+    found = experiment.anatomies(run)["fp8-unsealed"][0]
     # The emulated card's own arithmetic: weights, KV cache, and a fixed cost, which the host's part comes on top of.
     assert 3.0 < found.wall_ms < 30.0
     assert 200 < found.context < 1200
     # Its thread's whole time, that in which it waits for the emulated GPU too.
     shares = {stage: sum(each.values()) for stage, each in found.host.items()}
     assert 0 < shares["schedule"] < 1 and sum(shares.values()) - shares.get(anatomy.BESIDE, 0.0) == pytest.approx(1)
-    assert run.path / "anatomy" / "fp8-2048.json" in sharing.files(run)
+    assert run.path / "anatomy" / "fp8-unsealed.json" in sharing.files(run)
 
 
 def test_a_batch_that_cannot_run_is_refused_before_a_start(tmp_path):

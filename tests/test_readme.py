@@ -11,6 +11,7 @@ from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.quality import comparisons
 from fp8lab.metrics.anatomy import LAYERS
+from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
 from fp8lab.metrics.slo import SLO, attains
 from fp8lab.metrics.statistics import ratio
@@ -29,6 +30,7 @@ VERDICTS = {"not reproduced": "未能复现", "undecided": "无法判定"}
 
 
 RECORDED = ("h100-80gb", "h200-80gb")
+UNSEALED = ("unsealed", "azure-conv", "azure-code")
 
 
 def test_the_claims_table_is_that_of_the_recorded_runs():
@@ -140,34 +142,57 @@ def headline_numbers() -> list[str]:
 
 def unsealed_numbers() -> list[str]:
     """Those of the card with nothing in its way, and of a step taken apart."""
-    run = open_run(source="h100-80gb-unseal")
-    seen, metrics = evidence(run), ("output_token_throughput", "steady_output_token_throughput")
-    ratios = [seen.compare("fp8-2048", "fp8", math.inf, metric) for metric in metrics]
-    ratios += [
-        seen.compare("fp8-2048", "bf16-2048", math.inf, name) for name in (metrics[0], "joules_per_output_token")
-    ]
-    told = [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
-    assert f"{seen.compare('fp8-2048-fast', 'fp8-2048', math.inf, metrics[0]).value:.2f}" == "1.00"
-    assert {seen.limit(level).cause[:3] for level in seen.levels(("fp8-2048",), math.inf)} == {"GPU"}
-    assert {seen.limit(level).cause for level in seen.levels(("bf16-2048",), math.inf)} == {"GPU power limit"}
-    told += [" and ".join(f"{mean_of(seen, 'fp8-2048', metric):,.0f}" for metric in metrics)]
-    told += held_back(seen, "-2048", 3)[1:]
-    first = evidence(open_run(source="h100-80gb")).summaries["fp8-infrps-r1"]
-    told.append(
-        f"{mean_of(seen, 'fp8', metrics[0]):,.0f} tokens/s on this host (three seeds) and {first.output_token_throughput:,.0f} on that of `h100-80gb`"
+    run, metrics = open_run(source="h100-80gb-unseal"), ("output_token_throughput", "steady_output_token_throughput")
+    seen, both, older, first, conv, code, short = (
+        evidence(open_run(source=f"h100-80gb{name}"))
+        for name in ("-unseal", "-unsealed", "-fast-path", "", "-azure-conv", "-azure-code", "-128-128")
     )
-    here = [round(s.frontend_us_per_token) for s in seen.levels(("fp8",), math.inf).values()]
+    told, limits = [], ["API server", "EngineCore", "GPU", "GPU", "GPU", "GPU"]
+    steps = ("fp8", "fp8-rust", "fp8-rust-graphs", "fp8-mp", "fp8-mixed-graphs", "fp8-unsealed")
+    for variant, limit in zip(steps, limits, strict=True):
+        assert {limit in seen.limit(level).cause for level in seen.levels((variant,), math.inf)} == {True}
+        told.append(" | ".join(f"{mean_of(seen, variant, metric):,.0f}" for metric in metrics) + f" | the {limit} |")
+    ratios = [seen.compare("fp8-unsealed", "fp8", math.inf, metric) for metric in metrics]
+    names = (metrics[0], "joules_per_output_token")
+    ratios += [both.compare("fp8-unsealed", "bf16-unsealed", math.inf, name) for name in names]
+    told += [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
+    fast = older.compare("fp8-2048-fast", "fp8-2048", math.inf, metrics[0])
+    told.append(f"(`h100-80gb-fast-path`: {fast.value:.2f}×")
+    last = [(both, "fp8-unsealed"), (seen, "fp8-unsealed"), (older, "fp8-2048")]
+    last = [mean_of(one, variant, metrics[0]) for one, variant in last]
+    told.append(f"{min(last):,.0f} to {max(last):,.0f} on three hosts")
+    assert {both.limit(level).cause for level in both.levels(("bf16-unsealed",), math.inf)} == {"GPU power limit"}
+    told += held_back(both, "-unsealed", 3)[1:]
+    for one, words in (
+        (seen, "{:,.0f} tokens/s here, where its one Python API server needs {} to {} µs"),
+        (older, "{:,.0f} on another ({} to {} µs"),
+        (first, "{:,.0f} on that of `h100-80gb` ({} µs)"),
+    ):
+        costs = [round(s.frontend_us_per_token) for s in one.levels(("fp8",), math.inf).values()]
+        told.append(words.format(mean_of(one, "fp8", metrics[0]), *sorted({min(costs), max(costs)})))
+    for one, words in ((conv, "{:.2f}× for {:.2f}× the joules in"), (code, "{:.2f}× for {:.2f}× in")):
+        worth = [one.compare("fp8-unsealed", "bf16-unsealed", math.inf, name).value for name in names]
+        told.append(words.format(*worth))
+    assert conv.limit("bf16-unsealed-infrps-r1").cause == "KV capacity"
+    fp8, bf16 = (conv.summaries[f"{base}-unsealed-16rps-r1"] for base in ("fp8", "bf16"))
     told.append(
-        f"needs {min(here)} to {max(here)} µs of CPU a token here and {first.frontend_us_per_token:.0f} µs there"
+        f"within {fp8.p99_ttft_ms:.0f} ms in FP8 and {bf16.p99_ttft_ms:.0f} in BF16, and a TPOT within "
+        f"{fp8.p99_tpot_ms:.1f} and {bf16.p99_tpot_ms:.1f} ms"
     )
     goal = SLO("both", 200, 50)
-    assert [attains(seen.level(f"fp8-2048-{rate}rps-r1").records, goal).state for rate in (80, 90)] == [
-        "met",
-        "undecided",
-    ]
-    at = [seen.summaries[f"fp8-2048-{rate}rps-r1"] for rate in (80, 90)]
-    told += [f"within {at[0].p99_ttft_ms:.0f} ms and a TPOT within {at[0].p99_tpot_ms:.1f}",
-             f"within {at[1].p99_ttft_ms:.0f} and {at[1].p99_tpot_ms:.1f}"]  # fmt: skip
+    at90 = [f"fp8-unsealed-90rps-r{seed}" for seed in (1, 2, 3)]
+    assert [attains(seen.level(level).records, goal).state for level in at90] == ["missed", "missed", "undecided"]
+    for text, values in (
+        ("within {:.0f} to {:.0f} ms", [seen.summaries[level].p99_ttft_ms for level in at90]),
+        ("a TPOT within {:.1f} to {:.1f}, but", [seen.summaries[level].p99_tpot_ms for level in at90]),
+        ("grew by {:.0f} to {:.0f} % of the rate", [100 * backlog_growth(seen.level(level).records) for level in at90]),
+    ):
+        told.append(text.format(min(values), max(values)))
+    assert attains(older.level("fp8-2048-80rps-r1").records, goal).state == "met"
+    at80 = older.summaries["fp8-2048-80rps-r1"]
+    told.append(f"within {at80.p99_ttft_ms:.0f} ms and {at80.p99_tpot_ms:.1f}.")
+    assert {short.limit(level).cause for level in short.summaries} == {"GPU power limit"}
+    told.append(f"delivers {mean_of(short, 'fp8-unsealed', metrics[1]):,.0f} tokens/s in the steady state")
     bf16, fp8 = (anatomies(run)[variant][-1] for variant in ("bf16", "fp8"))
     reached = [
         floors_of(run, v, one.decode.work)["attention"] / one.decode.times["attention"]
@@ -201,9 +226,9 @@ def test_headline_numbers_are_those_of_the_recorded_run():
 @pytest.fixture(scope="module")
 def answer():
     """The numbers of README's table and of the sentence under it, by what they are."""
-    h100, h200, long_prompts, starts, unsealed = (
+    h100, h200, long_prompts, starts, steps, *unsealed = (
         evidence(open_run(source=name))
-        for name in (*RECORDED, "h100-80gb-long-prompts", "h100-80gb-starts", "h100-80gb-unseal")
+        for name in (*RECORDED, *(f"h100-80gb-{name}" for name in ("long-prompts", "starts", "unseal", *UNSEALED)))
     )
     metric, peak = "output_token_throughput", "peak_concurrent_requests_vllm"
     both = (h100, h200)
@@ -221,9 +246,12 @@ def answer():
         "long": f"{long_prompts.compare('fp8', 'bf16', math.inf, metric).value:.2f}",
         "burst": f"{starts.compare('fp8-rust-graphs', 'bf16-rust-graphs', math.inf, metric).value:.2f}",
         "unsealed": [
-            four_digits(mean_of(unsealed, variant, "steady_output_token_throughput")) for variant in ("fp8-2048", "fp8")
+            four_digits(mean_of(steps, variant, "steady_output_token_throughput"))
+            for variant in ("fp8-unsealed", "fp8")
         ],
-        "both unsealed": f"{unsealed.compare('fp8-2048', 'bf16-2048', math.inf, metric).value:.2f}",
+        "both unsealed": [
+            f"{one.compare('fp8-unsealed', 'bf16-unsealed', math.inf, metric).value:.2f}" for one in unsealed
+        ],
         "joules": f"{h100.compare('fp8', 'bf16', 50, 'joules_per_output_token').value:.2f}",
     }
 
@@ -231,6 +259,7 @@ def answer():
 def test_readmes_answer_is_that_of_the_recorded_runs(answer):
     """Each number in its own place, in both languages."""
     english, chinese = " ".join(README.split()), " ".join(CHINESE.split())
+    each = answer["both unsealed"]
     a, said = answer, {id: ", ".join(words) for id, words in answer["verdicts"].items()}
     shown = {id: "，".join(VERDICTS[word] for word in words) for id, words in answer["verdicts"].items()}
     for row in (
@@ -245,7 +274,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"{a['long']}× the tokens/s on long prompts, where BF16's KV cache was full; {a['burst']}× on the published requests all "
         f"at once, where BF16 stands at the card's power limit; {a['joules']}× the joules a token at 50 req/s.",
         f"run at {a['unsealed'][0]} tokens/s in the steady state where the published command gives {a['unsealed'][1]} on the same "
-        f"machine, and FP8 is worth {a['both unsealed']}×",
+        f"machine. FP8 is then worth {each[0]}× on them, {each[1]}× on the lengths of a real conversation service and {each[2]}×",
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -257,7 +286,8 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C4：每个 token 39 ms，仍可用 | {shown['C4']} | 卡在同一个 API server 上 | {a['C4'][0]} 和 {a['C4'][1]} ms |",
         f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达、BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "
         f"每个 token 的能耗只有 {a['joules']} 倍。",
-        f"从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，FP8 是 BF16 的 {a['both unsealed']} 倍",
+        f"从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}。 此时 FP8 是 BF16 的 {each[0]} 倍；"
+        f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
     ):
         assert row in chinese
 

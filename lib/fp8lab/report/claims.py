@@ -178,7 +178,7 @@ def _ratios(what: str, compared: Callable) -> tuple[str, str]:
     """Each metric's ratios: which of them are shown to be off 1."""
 
     def where(c: Compared) -> str:
-        return f"{c.effect}{', ' if c.effect else ''}{rate_name(c.rate)}, {c.setup}"
+        return f"{c.effect}{', ' if c.effect else ''}{rate_name(c.rate)}, {c.brief}"
 
     told = []
     for metric, (title, _) in METRICS.items():

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 JOULES = ("joules_per_output_token", "joules_per_request")
+# The longest setup that is told in a cell of a table.
+_BRIEF = 60
 
 
 class Evidence:
@@ -276,6 +278,11 @@ class Compared(NamedTuple):
     effect: str
     variants: Mapping[str, str]
     ratio: Ratio
+
+    @property
+    def brief(self) -> str:
+        """The setup, or the variants' names where it changes more than a cell of a table takes."""
+        return self.setup if len(self.setup) <= _BRIEF else " / ".join(self.variants[v] for v in ("fp8", "bf16"))
 
 
 def levels(run: Run) -> "pd.DataFrame":

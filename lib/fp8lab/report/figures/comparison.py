@@ -108,7 +108,7 @@ def ablation_figure(axes, run: Run) -> str:
 
 
 def _row(metric: str, c: Compared) -> str:
-    setup = "" if c.variants["bf16"] == "bf16" else f", {c.setup}"
+    setup = "" if c.variants["bf16"] == "bf16" else f", {c.brief}"
     return f"{METRICS[metric][0]}, {rate_name(c.rate)}{setup}" + (f": {c.effect}" if c.effect else "")
 
 
@@ -128,7 +128,7 @@ def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) 
     bf16, fp8 = claim["bf16"], claim["fp8"]
     for run in runs:
         for c in _repeated(run):
-            behind = "" if c.variants["bf16"] == "bf16" else f", behind {c.setup}"
+            behind = "" if c.variants["bf16"] == "bf16" else f", behind {c.brief}"
             name = (rows or {}).get((run.path.name, c.rate, c.setup), f"{run.path.name}, {rate_name(c.rate)}{behind}")
             limit = _mostly(*(causes(evidence(run), c.variants[base], c.rate) for base in ("bf16", "fp8")))
             drawn[run.path.name, c.rate, c.setup] = (f"{name}\nlimit: {limit}", c.ratio)

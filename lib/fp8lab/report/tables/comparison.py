@@ -29,13 +29,13 @@ def equal_load_table(run: Run) -> Table:
     """FP8 over BF16 at the same rate, trace and seeds, with 95 % intervals."""
     seen = evidence(run)
     rows = [
-        (name, rate_name(c.rate), c.setup, f"{c.ratio.value:.3f}", _interval(c.ratio),
+        (name, rate_name(c.rate), c.brief, f"{c.ratio.value:.3f}", _interval(c.ratio),
          _said(c.ratio, better) + _steady_state(seen, metric, c), _clocks(seen, c), c.ratio.model,
          seen.parts(c.variants.values(), c.rate))
         for metric, (name, better) in METRICS.items()
         for c in seen.equal_load(metric)
     ]  # fmt: skip
-    columns = ("metric", "offered", "API server", "FP8 / BF16", "95 % interval", "so", "steady clock, FP8 / BF16")
+    columns = ("metric", "offered", "server", "FP8 / BF16", "95 % interval", "so", "steady clock, FP8 / BF16")
     caption = f"{card_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
     return _with_parts(caption, (*columns, "interval from", "part of the run"), rows)
 
@@ -44,7 +44,7 @@ def ablation_table(run: Run) -> Table:
     """The 2x2 of FP8 weights and FP8 KV cache: main effects and interaction, as ratios."""
     seen = evidence(run)
     rows = [
-        (name, rate_name(c.rate), c.setup, c.effect, f"{c.ratio.value:.3f}", _interval(c.ratio),
+        (name, rate_name(c.rate), c.brief, c.effect, f"{c.ratio.value:.3f}", _interval(c.ratio),
          _said(c.ratio, better) + _across_parts(seen, c), seen.parts(c.variants.values(), c.rate))
         for metric, (name, better) in METRICS.items()
         for c in seen.ablation(metric)
@@ -55,7 +55,7 @@ def ablation_table(run: Run) -> Table:
     )
     if not rows:
         caption = f"Run {run.path.name} does not hold all four variants at one rate"
-    columns = ("metric", "offered", "API server", "effect", "ratio", "95 % interval", "so", "part of the run")
+    columns = ("metric", "offered", "server", "effect", "ratio", "95 % interval", "so", "part of the run")
     return _with_parts(f"{card_note(run)}{caption}", columns, rows)
 
 
@@ -69,9 +69,9 @@ def worth_table(*runs: Run) -> Table:
             limits = (" or ".join(causes(seen, c.variants[base], c.rate)) for base in ("bf16", "fp8"))
             energy, parts = joules.get((c.setup, c.rate)), seen.parts(c.variants.values(), c.rate)
             rows.append((
-                run.path.name, rate_name(c.rate), c.setup, str(c.ratio), str(energy or "–"), _clocks(seen, c), *limits, parts
+                run.path.name, rate_name(c.rate), c.brief, str(c.ratio), str(energy or "–"), _clocks(seen, c), *limits, parts
             ))  # fmt: skip
-    columns = ("run", "offered", "API server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
+    columns = ("run", "offered", "server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
     columns += ("steady clock, FP8 / BF16", "BF16 limited by", "FP8 limited by", "part of the run")
     return _with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 
