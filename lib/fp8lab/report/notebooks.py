@@ -14,6 +14,9 @@ from ..paths import PROJECT, RUNS_VARIABLE, made, nameless, with_home, with_libr
 from ..system.locks import Scratch
 from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
 
+# jsonschema, under nbformat, builds 38 grammars when it finds this package: 2 s a start, for formats that no notebook has.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"
 # Run by their names only: they need a trained model, the others the shapes of a large one.

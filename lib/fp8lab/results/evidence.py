@@ -37,6 +37,7 @@ class Evidence:
             return None
         return self.run.read(self.summaries[level_id].level.asked)
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def limit(self, level_id: str) -> Limit:
         """What limited a level."""
         level = self.level(level_id)
@@ -301,6 +302,6 @@ def evidence(run: Run) -> Evidence:
     return _evidence(run.path.resolve(), stamps, run)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)  # a page compares as many runs
 def _evidence(_path, _stamps: tuple, run: Run) -> Evidence:
     return Evidence(run)
