@@ -96,8 +96,6 @@ def repository_relative(path: Path) -> str:
 
 def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
-    if argument == sys.executable:
-        return "python3"
     inside = _below(argument, PROJECT, ".")
     return without_home(argument) if inside is None else inside
 

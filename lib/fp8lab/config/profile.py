@@ -189,12 +189,15 @@ class Workload(ProfileTable):
 @dataclass(frozen=True, kw_only=True)
 class Variant(ProfileTable):
     """One server configuration: `flags` beside those that all share, which they win over, and the variables `env`; both
-    with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process."""
+    with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process.
+    `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
+    is a variant like any other."""
 
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     base: str = ""
     api_server: Literal["", "python", "rust"] = ""
+    python: str = ""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -265,6 +268,7 @@ class Profile(ProfileTable):
         one, other = self.variants[name], self.variants[before]
         held = parse(other.flags)
         words = [flag.brief.lstrip("-") for flag in parse(one.flags) if flag not in held and flag.name != API_SERVERS]
+        words += [f"python {interpreter(one.python)}"] if one.python != other.python else []
         return words + [
             f"{key}={value}" for key, value in one.env.items() if key != RUST and other.env.get(key) != value
         ]
@@ -317,6 +321,8 @@ class Profile(ProfileTable):
         checkpoints, workload = values["model"]["checkpoints"], values["workload"]
         values["model"]["checkpoints"] = {variant: without_home(name) for variant, name in checkpoints.items()}
         workload |= {key: without_home(workload[key]) for key in ("trace", "tokenizer")}
+        for variant in values["variants"].values():
+            variant["python"] = without_home(variant["python"])
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 
@@ -330,6 +336,11 @@ class Profile(ProfileTable):
         if values["gpu"]:
             values["gpu"] = {key: one for key, one in values["gpu"].items() if key not in ("nvml", "power_w")}
         return values
+
+
+def interpreter(python: str) -> str:
+    """A variant's Python without this machine's paths: the environment's folder and what is in it. ("": this one's.)"""
+    return "/".join(Path(python).parts[-3:]) if python else "python3"
 
 
 def is_hub_name(name: str) -> bool:

