@@ -30,6 +30,16 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 
+# The files that take longest, begun first: no core then waits at the end for one of them.
+_LONGEST = (
+    "test_notebooks",
+    "test_quality",
+    "test_anatomy",
+    "test_batch",
+    "test_browser",
+    "test_server",
+    "test_server_faults",
+)
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
@@ -37,12 +47,15 @@ _now_running = []
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what starts a server, and what times itself: beside another test its times would be wrong."""
+    """Marks what starts a server, and what times itself: beside another test its times would be wrong. (What is marked
+    `servers` by hand is no such test, unless it is marked so too.)"""
+    items.sort(key=lambda item: _LONGEST.index(name) if (name := item.module.__name__) in _LONGEST else len(_LONGEST))
     for item in items:
+        by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):
             item.add_marker(pytest.mark.servers)
         times = item.module.__name__ in _TIMED or "sse_url" in item.fixturenames
-        if times or "streaming_server" in inspect.getsource(item.function):
+        if not by_hand and (times or "streaming_server" in inspect.getsource(item.function)):
             item.add_marker(pytest.mark.timing)
 
 

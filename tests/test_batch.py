@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import psutil
 import pytest
 
@@ -33,8 +34,15 @@ levels = [{ variant = "bf16", rate = 100, requests = 20 }]
 [protocols."equal load"]
 levels = [{ variant = "fp8", rate = 100, requests = 20 }]
 """
+# A notebook that measures and shows no figure: the front one has tests of its own.
+CELLS = (
+    'profile_name = "auto"\nrun_dir = ""\nsource = ""\nprotocols = ["as published"]',
+    "import fp8lab as lab\nrun = lab.open_run(run_dir, profile_name, source=source)",
+    "results = lab.measure(run, run.profile, protocols)\nlab.levels_table(run)",
+)
 MATRIX = """
 profiles = ["small.toml"]
+notebook = "NOTEBOOK"
 protocols = ["as published"]
 [workloads.chat]
 [workloads.short]
@@ -45,9 +53,19 @@ output_tokens = 8
 
 
 @pytest.fixture
-def matrix(tmp_path):
+def short(tmp_path):
+    """The path of a notebook that takes seconds."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    notebook.cells[0].metadata.tags = ["parameters"]
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "short.ipynb")
+    return tmp_path / "short.ipynb"
+
+
+@pytest.fixture
+def matrix(tmp_path, short):
     (tmp_path / "small.toml").write_text(PROFILE)
-    (tmp_path / "matrix.toml").write_text(MATRIX)
+    (tmp_path / "matrix.toml").write_text(MATRIX.replace("NOTEBOOK", str(short)))
     return tmp_path / "matrix.toml"
 
 
@@ -111,7 +129,7 @@ def test_a_batch_that_is_killed_in_its_second_run_finishes_on_the_next_call(matr
     assert {name: job["state"] for name, job in _queue(out).items()} == dict.fromkeys(_queue(out), "done")
     assert done.stat().st_mtime_ns == before and "[2/2] small-short" in stderr and "index.html" in stdout
     index, comparison = ((out / name).read_text() for name in ("index.html", "comparison.html"))
-    assert index.count("project_reproduce.html") == 2 and "small-short (EMULATED)" in comparison
+    assert index.count("short.html") == 2 and "small-short (EMULATED)" in comparison
     short = open_run(source=out / "small-short" / "run")
     assert short.profile.workload.trace == "random" and list(short.summaries()) == ["bf16-100rps-r1"]
     assert short.summaries()["bf16-100rps-r1"].prompt_tokens == 20 * (16 + 1)  # Llama's begin-of-text token
@@ -156,13 +174,13 @@ def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
     assert queue.finish("a", 0) == 2
 
 
-def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_do(tmp_path, fake_vllm):
+def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_do(tmp_path, fake_vllm, short):
     """The whole way: through papermill, the queue and the pages, to the remedy and the end of it."""
     refused = tmp_path / "refused"
     refused.write_text("100000")
     profile = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
     path, out = tmp_path / "m.toml", tmp_path / "out"
-    path.write_text(f'profiles = ["{profile}"]\nprotocols = ["as published"]\n')
+    path.write_text(f'profiles = ["{profile}"]\nprotocols = ["as published"]\nnotebook = "{short}"\n')
 
     def states() -> list[str]:
         return [job["state"] for job in _queue(out).values()]
