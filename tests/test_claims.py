@@ -355,3 +355,20 @@ def test_what_is_not_measured_is_a_row_that_says_what_it_needs(run):
 def test_one_rule_judges_by_the_interval(direction, low, value, high, expected):
     word, said = verdict.by_interval({"tolerance": 0.1, "direction": direction}, 10, value, low, high)
     assert word == expected and ("allows both answers" in said) == (expected == "undecided")
+
+
+def test_other_variants_stand_for_the_published_ones():
+    """The same requests behind another API server: its levels are judged, told apart, and nothing else is."""
+    run = open_run(source="h200-80gb")
+    instead = {"bf16": "bf16-rust", "fp8": "fp8-rust"}
+    verdicts = {one.id: one for one in lab.judge(run, instead)}
+    assert list(verdicts) == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]
+    p99 = run.summaries()["fp8-rust-60rps-r1"].p99_ttft_ms
+    assert verdicts["R1"].measured == p99 and verdicts["R1"].published == 120
+    assert verdicts["C3"].measured == pytest.approx(run.summaries()["fp8-rust-100rps-r1"].request_throughput)
+    assert verdicts["C1"].verdict == "not run"  # BF16 was not sent 50 requests/s there
+    assert "bf16-rust stands for bf16 and fp8-rust stands for fp8" in repr(lab.claims_table(run, instead=instead))
+    own = {one.id: one.measured for one in lab.judge(run)}
+    assert own["C3"] != verdicts["C3"].measured and own["R1"] != p99
+    with pytest.raises(lab.BadInput, match="no variant 'fp4'"):
+        lab.judge(run, {"fp8": "fp4"})

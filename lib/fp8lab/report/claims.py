@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 
 from ..config.flags import flag_of
 from ..config.profile import rate_name
@@ -23,10 +24,14 @@ from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unseali
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
-def judge(run: Run) -> list[Verdict]:
-    """The verdict on every claim."""
-    facts, seen = published(), evidence(run)
-    return [JUDGES[claim["quantity"]](claim, facts["protocol"], seen) for claim in facts["claims"]]
+def judge(run: Run, instead: Mapping[str, str] = MappingProxyType({})) -> list[Verdict]:
+    """The verdict on every claim; with `instead`, on those about speed alone, as if its variants were those that they stand
+    for: {"bf16": "bf16-unsealed", "fp8": "fp8-unsealed"}. Raises BadInput for a variant that the profile does not name."""
+    facts, seen = published(), evidence(run, instead)
+    for variant in instead.values():
+        run.profile.variant(variant)
+    claims = [claim for claim in facts["claims"] if not instead or "rate" in claim.get("fp8", {})]
+    return [JUDGES[claim["quantity"]](claim, facts["protocol"], seen) for claim in claims]
 
 
 def write_claims(run: Run) -> None:
@@ -35,10 +40,10 @@ def write_claims(run: Run) -> None:
     write_json(run.path / "claims.json", {"source": published()["source"], "claims": judge(run)})
 
 
-def claims_table(run: Run, *, brief: bool = False) -> Table:
+def claims_table(run: Run, *, brief: bool = False, instead: Mapping[str, str] = MappingProxyType({})) -> Table:
     """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it. `brief`
-    leaves out the reasons and the levels."""
-    verdicts, seen = judge(run), evidence(run)
+    leaves out the reasons and the levels; `instead`: see `judge`."""
+    verdicts, seen = judge(run, instead), evidence(run, instead)
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
@@ -47,6 +52,8 @@ def claims_table(run: Run, *, brief: bool = False) -> Table:
         for v in verdicts
     ]  # fmt: skip
     caption = f"{card_note(run)}The published claims against run {run.path.name}: {run.profile.title}"
+    if instead:
+        caption += f". Here {' and '.join(f'{stored} stands for {name}' for name, stored in instead.items())}"
     if any(v.interval and seen.share_a_start(v.levels) for v in verdicts):
         caption += ". Seeds share a server start: what differs from start to start is in no interval"
     this_run = f"this run ({mark})" if (mark := card_mark(run)) else "this run"
