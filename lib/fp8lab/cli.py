@@ -13,6 +13,7 @@ import textwrap
 
 from . import load_test_command
 from .errors import BadInput, Fp8labError
+from .models.recipes import RECIPES
 from .paths import with_home, with_library
 from .ui import terminal
 
@@ -101,6 +102,11 @@ EXAMPLES = {
         fp8lab anatomy                                    bf16 and fp8, 64 to 1,024 decoding at once, on this GPU
         fp8lab anatomy --variant fp8 --batch 256          one step
         fp8lab anatomy --profile tiny-cpu --batch 16      no GPU: what the EngineCore does
+    """,
+    "quantize": """
+        fp8lab quantize /path/to/a/model --recipe int8                a checkpoint of your own, into /path/to/a/model-int8
+        fp8lab quantize llama-3-8b --recipe int4 --out /data/int4     random weights of true shapes: for speed
+        fp8lab quantize smollm2-135m-instruct --recipe fp8-channel    the trained model that the environment brings
     """,
     "claims": """
         fp8lab claims runs/latest
@@ -225,6 +231,16 @@ def _parser() -> argparse.ArgumentParser:
     ), "--profile", "--run", "--source")  # fmt: skip
     anatomy.add_argument("--variant", **repeated("V", "default: bf16 and fp8"))
     anatomy.add_argument("--batch", type=int, **repeated("N", "requests decoding at once (64, 128, 256, 1024)"))
+
+    quantize = command("quantize", (
+        "Write a checkpoint in another number format, each weight rounded to the nearest value that it has. What is written is "
+        "told beforehand, and refused without room for it; an interrupted call goes on where it stopped."
+    ))  # fmt: skip
+    quantize.add_argument("model", metavar="MODEL", help="a folder of safetensors in BF16, or a model of data/models")
+    quantize.add_argument("--recipe", required=True, choices=RECIPES, metavar="R", help=f"one of {', '.join(RECIPES)}")
+    quantize.add_argument(
+        "--out", default="", metavar="DIR", help="folder to be made (default: MODEL-R, of a name in the cache)"
+    )
 
     text = "Show which levels a profile measures and about how long they take."
     plan = command("plan", text, "--profile", "--protocol")

