@@ -162,6 +162,7 @@ def test_print_command_is_the_published_one():
     assert done.returncode == 0
     assert "--quantization fp8 --kv-cache-dtype fp8" in done.stdout and "--host 127.0.0.1" in done.stdout
     assert "distributed-executor-backend" not in done.stdout
+    assert " vllm serve --model " in done.stdout and sys.executable not in done.stdout  # for any host, not for this one
 
 
 @pytest.mark.timing

@@ -96,10 +96,16 @@ def surroundings(given: Mapping[str, str], python: str = "") -> dict[str, str]:
     return environment | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
 
 
-def printable_command(profile: Profile, variant: str, port: int = 8000) -> str:
-    """The command with its environment, to be pasted into a shell."""
+def printable_command(profile: Profile, variant: str, port: int = 8000, *, weights: str = "") -> str:
+    """The command with its environment, to be pasted into a shell, for a GPU on any host that has vLLM. With `weights`
+    "checkpoint" it serves the profile's checkpoint, whatever the profile itself serves."""
+    if weights:
+        profile = dataclasses.replace(profile, model=dataclasses.replace(profile.model, weights=weights))
     environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
-    return " ".join([*environment, shlex.join(build_command(profile, variant, port=port))])
+    command = build_command(profile, variant, port=port)
+    if profile.device == "cuda" and not profile.variant(variant).python:
+        command = ["vllm", "serve", *command[command.index("--model") :]]
+    return " ".join([*environment, shlex.join(command)])
 
 
 def _guard(profile: Profile, variant: str) -> list[str]:
