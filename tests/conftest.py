@@ -30,16 +30,9 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 
-# The files that take longest, begun first: no core then waits at the end for one of them.
-_LONGEST = (
-    "test_notebooks",
-    "test_quality",
-    "test_anatomy",
-    "test_batch",
-    "test_browser",
-    "test_server",
-    "test_server_faults",
-)
+# The files that take longest, begun first: no core then waits at the end for one of them. Beside the first, whose levels must
+# be valid, stand those that compute least.
+_LONGEST = "notebooks", "batch", "server_faults", "quality", "anatomy", "browser", "server"
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
@@ -49,7 +42,8 @@ _now_running = []
 def pytest_collection_modifyitems(items):
     """Marks what starts a server, and what times itself: beside another test its times would be wrong. (What is marked
     `servers` by hand is no such test, unless it is marked so too.)"""
-    items.sort(key=lambda item: _LONGEST.index(name) if (name := item.module.__name__) in _LONGEST else len(_LONGEST))
+    order = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
     for item in items:
         by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):
