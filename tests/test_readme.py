@@ -355,6 +355,7 @@ def test_commands_are_as_the_command_line_takes_them(name):
 
 def test_recorded_runs_are_whole_and_small():
     folders = list((PROJECT / "data" / "recorded").iterdir())
+    assert all(f"`{folder.name}`" in DATA_README for folder in folders)
     assert sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()) < 20e6
     for folder in folders:
         run = open_run(source=folder)
