@@ -231,7 +231,8 @@ def _converted(how: Recipe, name: str, weight: torch.Tensor) -> dict[str, torch.
 def _scheme(how: Recipe):
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    return preset_name_to_scheme(how.scheme, ["Linear"])
+    # To vLLM the output head is no linear layer: it is named.
+    return preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
 
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
