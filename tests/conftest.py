@@ -30,20 +30,18 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 
-# The files that take longest, begun first: no core then waits at the end for one of them. Beside the first, whose levels must
-# be valid, stand those that compute least.
-_LONGEST = "notebooks", "batch", "server_faults", "quality", "anatomy", "browser", "server"
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
 _now_running = []
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Marks what starts a server, and what times itself: beside another test its times would be wrong. (What is marked
-    `servers` by hand is no such test, unless it is marked so too.)"""
-    order = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+    `servers` by hand is no such test, unless it is marked so too.) Tests marked `nightly` are run there alone."""
+    if not NIGHTLY:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     for item in items:
         by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):

@@ -205,7 +205,7 @@ def test_kinds_follow_todays_names_and_the_head_stays():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-unseal"])
+@pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-fast-path"])
 def test_the_recorded_steps_add_up_and_are_judged(name):
     run = lab.open_run(source=name)
     for batches in experiment.anatomies(run).values():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import fp8lab as lab
-from conftest import NIGHTLY, fake_path
+from conftest import fake_path
 from fp8lab.config.profile_file import read_profile
 from fp8lab.paths import PROJECT
 from fp8lab.results.provenance import software_of
@@ -96,7 +96,7 @@ def test_its_server_is_that_environments_and_says_so(tmp_path, interpreter, monk
 
 
 @pytest.mark.servers
-@pytest.mark.skipif(not NIGHTLY, reason="builds an environment of 3 GB: make nightly")
+@pytest.mark.nightly  # builds an environment of 3 GB
 def test_an_older_vllm_is_a_variant_like_any_other(tmp_path):
     """vLLM 0.31 beside this environment's 0.32, on the CPU: the same load, and the same answers."""
     folder = PROJECT / "build" / "vllm-0.31"

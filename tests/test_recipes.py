@@ -1,6 +1,5 @@
 """Checkpoints in other number formats: what is written, how large it is, and what ends in one error."""
 
-import errno
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import wait_for
 from fp8lab import cli
-from fp8lab.errors import BadInput, NotWritten
+from fp8lab.errors import BadInput
 from fp8lab.models import recipes
 from fp8lab.models.recipes import RECIPES, checkpoint_bytes, quantize
 
@@ -129,21 +128,32 @@ def test_an_interrupted_call_goes_on_with_the_files_that_are_whole(source, tmp_p
     assert len(tensors(made)) > 20
 
 
-def test_files_of_another_recipe_are_not_gone_on_with(source, tmp_path):
+@pytest.mark.parametrize("plan", ["of another recipe", None])
+def test_files_of_another_recipe_are_not_gone_on_with(source, tmp_path, plan):
     partial = tmp_path / "made.partial"
     partial.mkdir()
-    (partial / "plan").write_text("of another recipe")
+    if plan:
+        (partial / "plan").write_text(plan)
     (partial / "model-00001-of-00001.safetensors").write_text("its file")
     assert len(tensors(quantize(source, "int8", tmp_path / "made"))) > 20
 
 
-def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
-    def full(*_arguments, **_options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(NotWritten, match="made cannot be written: No space left on device; nothing half-written"):
-        quantize(source, "int8", tmp_path / "made")
+def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
+    """No file may grow beyond 100 kB: as a full disk, that ends the write in its middle."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from fp8lab.errors import NotWritten
+from fp8lab.models.recipes import quantize
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    quantize(Path({str(source)!r}), "int8", Path({str(tmp_path / "made")!r}))
+except NotWritten as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search("made cannot be written: .*File too large.*; nothing of it is left", done.stdout), done
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -176,6 +186,12 @@ def test_what_is_no_checkpoint_in_bf16_is_one_clear_error(source, tmp_path, caps
     spoil(source)
     assert cli.main(["quantize", str(source), "--recipe", "int8"]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_head_that_is_the_embedding_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    with pytest.raises(BadInput, match="no output head of its own"):
+        quantize(source, "fp8-head", tmp_path / "made")
 
 
 def test_the_command_line_tells_the_size_and_where(source, capsys):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import fp8lab as lab
-from conftest import NIGHTLY, marked, nothing_left, wait_for
+from conftest import marked, nothing_left, wait_for
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput
@@ -128,7 +128,7 @@ def engine_cores(profile) -> list[int]:
 
 
 @pytest.mark.servers
-@pytest.mark.skipif(not NIGHTLY, reason="a start of vLLM for a rare event: make nightly")
+@pytest.mark.nightly
 def test_an_owner_killed_in_the_middle_of_vllms_start_leaves_nothing(tmp_path):
     """The API server and its EngineCore are there, neither is ready. Ready servers and other ends: test_owner_faults."""
     path = tmp_path / "midway.toml"

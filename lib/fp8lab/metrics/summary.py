@@ -43,9 +43,7 @@ class ServerInfo:
     kv_cache_tokens: int | None = None  # tokens; as vLLM reports it
     model_memory_gib: float | None = None  # GiB; the weights, as vLLM reports them
     emulated: bool = False
-    software: Mapping[str, str] = field(
-        default_factory=dict
-    )  # versions, of a variant with a Python of its own; else the run's
+    software: Mapping[str, str] = field(default_factory=dict)  # versions; empty: the run's (no Python of its own)
     gpu_doubt: str = ""  # why it is not certain that the server had the GPU for itself; "" when it is, or without a GPU
 
     def rows(self) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ them.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -34,6 +33,8 @@ _SHARD_BYTES = 2 << 30
 # AutoAWQ's order of the eight 4-bit values in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _TO_SPARE = 64 << 20
+# What stands beside a checkpoint's weights: tokenizer, configurations, templates.
+_BESIDE = (".json", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,21 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
     key = hashlib.sha256(json.dumps([made, weights.key, [list(shard) for shard in shards]]).encode()).hexdigest()
-    if partial.is_dir() and (partial / "plan").read_text() != key:
+    plan = partial / "plan"
+    if partial.is_dir() and not (plan.is_file() and plan.read_text() == key):
         shutil.rmtree(partial)
     left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
     _check_room(left, target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / "plan").write_text(key)
+        plan.write_text(key)
         for number, shard in enumerate(shards):
             _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
         _finish(source, partial, made, shards)
         os.rename(partial, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise NotWritten(f"{target} cannot be written: {error.strerror}; nothing half-written is left") from None
+        shutil.rmtree(partial, ignore_errors=True)
+        raise NotWritten(f"{target} cannot be written: {error.strerror or error}; nothing of it is left") from None
     StatusLine().done(f"{target.name}: {sum(sizes) / 2**30:.2f} GiB of weights, {how.says}")
     return target
 
@@ -147,7 +148,8 @@ class _Stored:
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in sorted(self._files.items())}
         if held := json.loads((folder / "config.json").read_text()).get("quantization_config"):
             raise BadInput(f"{folder} is quantised already ({held.get('quant_method')}): expected a checkpoint in BF16")
-        self.key = [(name, (folder / name).stat().st_size) for name in sorted(names)]
+        stats = {name: (folder / name).stat() for name in sorted(names)}
+        self.key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
 
     def tensor(self, name: str) -> torch.Tensor:
         import torch
@@ -202,9 +204,13 @@ def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
             size = 0
         shards[-1][name] = parts
         size += _bytes(parts)
-    if not any(_rounded(how, name) for name in weights.shapes):
+    if not any(map(_LAYER.match, weights.shapes)):
         raise BadInput(
             "the checkpoint holds no matrix of a layer (model.layers.N.…_proj.weight): expected Llama's names"
+        )
+    if how.head and _HEAD not in weights.shapes:
+        raise BadInput(
+            f"the checkpoint has no output head of its own ({_HEAD}), it uses the embedding: choose fp8-channel"
         )
     return shards
 
@@ -325,15 +331,15 @@ def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) ->
     if path.exists():
         return
     status, parts, unfinished = StatusLine(), {}, path.with_suffix(".unfinished")
+    for number, name in enumerate(shard):
+        status.update(f"{path.parent.stem}: file {said}", f"{number:,} of {len(shard):,} tensors")
+        converted = _converted(how, name, weights.tensor(name))
+        parts |= {part: tensor.to("cpu").contiguous() for part, tensor in converted.items()}
     try:
-        for number, name in enumerate(shard):
-            status.update(f"{path.parent.stem}: file {said}", f"{number:,} of {len(shard):,} tensors")
-            converted = _converted(how, name, weights.tensor(name))
-            parts |= {part: tensor.to("cpu").contiguous() for part, tensor in converted.items()}
         save_file(parts, unfinished, metadata={"format": "pt"})
         os.rename(unfinished, path)
-    except SafetensorError as error:
-        raise OSError(errno.ENOSPC, str(error)) from None
+    except SafetensorError as error:  # how it tells an OSError
+        raise OSError(str(error)) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -345,11 +351,7 @@ def _finish(source: Path, folder: Path, config: dict, shards: list) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": held}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in source.iterdir():
-        if (
-            path.is_file()
-            and not path.name.startswith("model")
-            and path.suffix in (".json", ".model", ".txt", ".jinja")
-        ):
+        if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("model"):
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "plan").unlink()

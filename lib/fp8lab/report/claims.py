@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from types import MappingProxyType
 
 from ..config.flags import flag_of
 from ..config.profile import rate_name
@@ -24,11 +23,11 @@ from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unseali
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
-def judge(run: Run, instead: Mapping[str, str] = MappingProxyType({})) -> list[Verdict]:
+def judge(run: Run, instead: Mapping[str, str] | None = None) -> list[Verdict]:
     """The verdict on every claim; with `instead`, on those about speed alone, as if its variants were those that they stand
     for: {"bf16": "bf16-unsealed", "fp8": "fp8-unsealed"}. Raises BadInput for a variant that the profile does not name."""
     facts, seen = published(), evidence(run, instead)
-    for variant in instead.values():
+    for variant in (instead or {}).values():
         run.profile.variant(variant)
     claims = [claim for claim in facts["claims"] if not instead or "rate" in claim.get("fp8", {})]
     return [JUDGES[claim["quantity"]](claim, facts["protocol"], seen) for claim in claims]
@@ -40,7 +39,7 @@ def write_claims(run: Run) -> None:
     write_json(run.path / "claims.json", {"source": published()["source"], "claims": judge(run)})
 
 
-def claims_table(run: Run, *, brief: bool = False, instead: Mapping[str, str] = MappingProxyType({})) -> Table:
+def claims_table(run: Run, *, brief: bool = False, instead: Mapping[str, str] | None = None) -> Table:
     """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it. `brief`
     leaves out the reasons and the levels; `instead`: see `judge`."""
     verdicts, seen = judge(run, instead), evidence(run, instead)

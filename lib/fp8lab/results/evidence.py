@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from statistics import fmean
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config.dimensions import fp8_kv, fp8_weights
@@ -28,18 +27,17 @@ class Evidence:
     """One run's levels, read once. Made by `evidence(run)`. Of several variants that differ from others in one setup, the
     levels may stand `instead` of those others', under their names: {"fp8": "fp8-rust"}; the run then holds nothing else."""
 
-    def __init__(self, run: Run, instead: Mapping[str, str] = MappingProxyType({})):
+    def __init__(self, run: Run, instead: Mapping[str, str] | None = None):
         self.run = run
         self.summaries: Mapping[str, Summary] = run.summaries()
         self._asked = {level_id: s.level.asked for level_id, s in self.summaries.items()}
         if instead:
-            names = {stored: name for name, stored in instead.items()}
-            held = [s for s in self.summaries.values() if s.level.variant in names]
-            named = [dataclasses.replace(s.level, variant=names[s.level.variant]) for s in held]
-            self._asked = {level.id: s.level.asked for s, level in zip(held, named, strict=True)}
-            self.summaries = {
-                level.id: dataclasses.replace(s, level=level) for s, level in zip(held, named, strict=True)
-            }
+            names, held = {stored: name for name, stored in instead.items()}, self.summaries.values()
+            named = [
+                (s, dataclasses.replace(s.level, variant=names[v])) for s in held if (v := s.level.variant) in names
+            ]
+            self._asked = {level.id: s.level.asked for s, level in named}
+            self.summaries = {level.id: dataclasses.replace(s, level=level) for s, level in named}
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - an Evidence lives as long as its run is shown
     def level(self, level_id: str) -> LevelResult | None:
@@ -308,10 +306,10 @@ def levels(run: Run) -> "pd.DataFrame":
     return seen.frame.assign(limited_by=[seen.limit(level_id).cause for level_id in near], **shares)
 
 
-def evidence(run: Run, instead: Mapping[str, str] = MappingProxyType({})) -> Evidence:
+def evidence(run: Run, instead: Mapping[str, str] | None = None) -> Evidence:
     """The evidence of a run as it is now: a level that is measured (again) later needs a new one."""
     stamps = tuple(sorted((p.parent.name, p.stat().st_mtime_ns) for p in run.path.glob("levels/*/summary.json")))
-    return _evidence(run.path.resolve(), stamps, run, tuple(sorted(instead.items())))
+    return _evidence(run.path.resolve(), stamps, run, tuple(sorted((instead or {}).items())))
 
 
 @functools.lru_cache(maxsize=8)  # a page compares as many runs

@@ -48,18 +48,8 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
     python = profile.variant(variant).python
-    return [
-        python or sys.executable,
-        "-m",
-        *_entry_point(python),
-        "--model",
-        model,
-        *flags,
-        *load,
-        *address,
-        *own,
-        *executor,
-    ]
+    start = [python or sys.executable, "-m", *_entry_point(python)]
+    return [*start, "--model", model, *flags, *load, *address, *own, *executor]
 
 
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
@@ -97,8 +87,8 @@ def surroundings(given: Mapping[str, str], python: str = "") -> dict[str, str]:
 
 
 def printable_command(profile: Profile, variant: str, port: int = 8000, *, weights: str = "") -> str:
-    """The command with its environment, to be pasted into a shell, for a GPU on any host that has vLLM. With `weights`
-    "checkpoint" it serves the profile's checkpoint, whatever the profile itself serves."""
+    """The command with its environment, to be pasted into a shell; a GPU's profile needs nothing but vLLM there, and the
+    model's folder. With `weights` "checkpoint" it serves the profile's checkpoint, whatever the profile itself serves."""
     if weights:
         profile = dataclasses.replace(profile, model=dataclasses.replace(profile.model, weights=weights))
     environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
