@@ -13,7 +13,7 @@ from conftest import make_records
 from fp8lab.config.dimensions import fp8_kv, fp8_weights, model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
-from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, long_enough, what_limited
+from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, lasted, what_limited
 from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
 from fp8lab.metrics.resources import POWER, clock, roofline
 from fp8lab.metrics.summary import Summary
@@ -71,8 +71,9 @@ def test_failed_requests_are_no_backlog():
     assert keeps_up(records)
 
 
-def test_short_levels_do_not_show_whether_a_backlog_stays():
-    assert long_enough(served(50, 100)) and not long_enough(served(50, 100, requests=100))
+def test_a_level_is_as_long_as_its_slow_requests():
+    assert lasted(served(50, 100)) > 3 > lasted(served(50, 100, requests=100)) > 0
+    assert lasted(served(50, 100).assign(error="HTTP 500")) == 0
 
 
 @pytest.mark.parametrize("capacity, changed, cause, said", [

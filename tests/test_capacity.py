@@ -9,6 +9,8 @@ from conftest import make_records
 from fp8lab.config.trace import arrival_times
 from fp8lab.errors import BadInput
 from fp8lab.metrics.slo import SLO, Attainment, Bracket, allowed_violations, attains, bracket, required_requests, search
+from fp8lab.results.evidence import evidence
+from fp8lab.results.run_folder import open_run
 
 TIGHT = SLO("a test's", 120, 50)
 
@@ -48,6 +50,16 @@ def test_a_growing_backlog_misses_any_objective():
     assert found.state == "missed" and "backlog grew" in found.reason
     short = attains(level(100, 20, 1000), generous)  # its last requests took longer than its arrivals
     assert short.state == "undecided" and "longer level" in short.reason
+
+
+def test_a_server_is_not_shown_to_keep_up_before_its_slow_requests_have_left():
+    """At 92.6 and 96.7 req/s for 40 s no backlog was seen to grow; at 90 for 80 s one was."""
+    within, goal = evidence(open_run(source="h100-80gb-unsealed")), SLO("both", 200, 50)
+    states = {s.level.rate: attains(within.level(level).records, goal).state
+              for level, s in within.levels(("fp8-unsealed",)).items()}  # fmt: skip
+    assert {rate: states[rate] for rate in (84.9, 92.6, 96.7, 101)} == {
+        84.9: "met", 92.6: "undecided", 96.7: "undecided", 101: "missed",
+    }  # fmt: skip
 
 
 def test_failed_requests_are_violations():

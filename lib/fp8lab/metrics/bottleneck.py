@@ -22,8 +22,6 @@ CAUSES = (
 
 # In flight may grow by this share of the offered rate and still count as keeping up: Poisson arrivals do that much.
 _GROWTH = 0.05
-# A level this many times as long as its slow requests shows whether a backlog stays.
-_LONG = 3.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
@@ -70,11 +68,11 @@ def backlog_growth(records: pd.DataFrame) -> float:
     return slope - ramp
 
 
-def long_enough(records: pd.DataFrame) -> bool:
-    """Whether arrivals went on for three times as long as the slowest requests (p99) took."""
+def lasted(records: pd.DataFrame) -> float:
+    """How many times as long as its slowest requests (p99) took a level's arrivals went on; 0 when nothing completed."""
     done = completed(records)
     stay = (done["last_token_s"] - done["sent_s"]).to_numpy(float)
-    return bool(stay.size and done["scheduled_s"].max() >= _LONG * np.quantile(stay, 0.99))
+    return float(done["scheduled_s"].max() / np.quantile(stay, 0.99)) if stay.size else 0.0
 
 
 def keeps_up(records: pd.DataFrame) -> bool:

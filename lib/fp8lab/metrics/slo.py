@@ -16,10 +16,13 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..errors import BadInput
-from .bottleneck import keeps_up, long_enough
+from .bottleneck import keeps_up, lasted
 from .performance import latencies
 
 CONFIDENCE = 0.99
+# Whether a backlog grows is seen in the second half of the arrivals. That it does not is shown when the slow requests of
+# the ramp have left by then; that it stays, when they had as long again.
+_RAMP_OVER, _STAYS = 2.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def goodput(records: pd.DataFrame, slo: SLO, duration_s: float | None) -> dict[s
 
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
     """Whether a level meets `slo`. A failed request violates it, and so does a backlog that grows: such a level
-    would miss any limit if it only lasted longer. A level too short for either is undecided."""
+    would miss any limit if it only lasted longer. A level too short for either to be shown is undecided."""
     requests = len(records)
     violations = requests - within(records, slo)
     counted = f"{violations:,} of {requests:,} requests were outside its limits"
@@ -122,13 +125,17 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
         close = f"{counted}: too close to call without {required_requests(violations, slo.share):,} requests"
         at_limit = requests >= probe_requests(slo)
         return Attainment("undecided", close + ", so not shown to be met" * at_limit, violations, requests, at_limit)
-    if keeps_up(records):
+    kept, times = keeps_up(records), lasted(records)
+    if kept and times >= _RAMP_OVER:
         return Attainment("met", counted, violations, requests)
-    if long_enough(records):
+    if not kept and times >= _STAYS:
         return Attainment("missed", f"{counted}, but the backlog grew to the end", violations, requests)
-    return Attainment(
-        "undecided", f"{counted}, but the backlog still grew when arrivals ended: it takes a longer level", violations, requests
-    )  # fmt: skip
+    why = (
+        "the backlog still grew when arrivals ended"
+        if not kept
+        else "slow requests took over half as long as all arrivals"
+    )
+    return Attainment("undecided", f"{counted}, but {why}: it takes a longer level", violations, requests)
 
 
 def allowed_violations(requests: int, share: float = 0.99) -> int:
