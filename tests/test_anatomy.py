@@ -8,6 +8,7 @@ import fp8lab as lab
 from fp8lab import share as sharing
 from fp8lab.config.dimensions import model_shape
 from fp8lab.config.profile_file import read_profile
+from fp8lab.config.recipes import BF16, FP8
 from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
@@ -106,7 +107,7 @@ def test_floors_are_the_datasheets_arithmetic():
     profile = read_profile("h100-80gb")
     shape, card = model_shape(profile.model.shapes), profile.gpu
     decode = Work(running=64, decode_tokens=64, decode_context=64 * 300)
-    bf16, fp8 = (anatomy.floors_ms(decode, shape, card, fp8_weights=on, fp8_kv=on) for on in (False, True))
+    bf16, fp8 = (anatomy.floors_ms(decode, shape, card, weights=FP8 if on else BF16, fp8_kv=on) for on in (False, True))
     layers_gb, kv_gb = 2 * shape.layer_parameters / 1e9, 64 * 300 * 131072 / 1e9  # 128 KiB a token in BF16
     assert bf16[anatomy.LAYERS] == pytest.approx(layers_gb / 3.35)
     assert bf16[anatomy.ATTENTION] == pytest.approx(kv_gb / 3.35)
@@ -117,7 +118,8 @@ def test_floors_are_the_datasheets_arithmetic():
     # A step that reads 8,192 tokens of prompts is bound by compute: twice the FLOPs, half the time.
     prefill = Work(prompts=8, prompt_tokens=8192, prompt_context=8192, prompt_pairs=8 * 1024 * 1024)
     slow, fast = (
-        anatomy.floors_ms(prefill, shape, card, fp8_weights=on, fp8_kv=on)[anatomy.LAYERS] for on in (False, True)
+        anatomy.floors_ms(prefill, shape, card, weights=FP8 if on else BF16, fp8_kv=on)[anatomy.LAYERS]
+        for on in (False, True)
     )
     assert slow == pytest.approx(2e3 * 8192 * shape.layer_parameters / 989e12)
     assert slow / fast == pytest.approx(1979 / 989)

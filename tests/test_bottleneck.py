@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.config.dimensions import fp8_kv, fp8_weights, model_shape
+from fp8lab.config.dimensions import fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
+from fp8lab.config.recipes import BF16, FP8
 from fp8lab.config.trace import arrival_times, sharegpt_like
 from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, lasted, what_limited
 from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
@@ -203,22 +204,22 @@ def test_the_roofline_is_the_arithmetic():
         }
     )  # fmt: skip
     options = {"kv_cache_tokens": 400_000, "shape": shape, "card": card}
-    found = roofline(telemetry, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options)
+    found = roofline(telemetry, (5.0, 25.0), weights=BF16, fp8_kv=False, **options)
     assert found.steps_per_s == pytest.approx(50)
     weights = shape.layer_parameters * 2 + shape.vocabulary_parameters * 2
     assert found.bytes_per_s == pytest.approx(50 * (weights + 40_000 * 131072))
     assert found.memory == pytest.approx(found.bytes_per_s / 4.8e12)
     flops = 2 * (18_000 * shape.layer_parameters + 10_000 * shape.vocabulary_parameters)
     assert found.flops_per_s == pytest.approx(flops) and found.compute == pytest.approx(flops / 989e12)
-    half = roofline(telemetry, (5.0, 25.0), fp8_weights=True, fp8_kv=True, **options)
+    half = roofline(telemetry, (5.0, 25.0), weights=FP8, fp8_kv=True, **options)
     assert half.bytes_per_s < 0.6 * found.bytes_per_s and half.compute < 0.6 * found.compute
     assert found.nearest == "compute" and found.intensity == pytest.approx(found.flops_per_s / found.bytes_per_s)
     empty = telemetry.assign(running=np.nan)
-    assert roofline(empty, (5.0, 25.0), fp8_weights=False, fp8_kv=False, **options) is None
+    assert roofline(empty, (5.0, 25.0), weights=BF16, fp8_kv=False, **options) is None
 
 
-@pytest.mark.parametrize("quantization, cache", [(None, "auto"), ("fp8", "fp8")])
-def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, quantization, cache):
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, cache):
     """The emulation and the roofline count the same bytes and FLOPs: 200 requests that decode in 40,000 tokens of context."""
     from fp8lab.server.emulated_gpu import SETTINGS_VARIABLE, EmulatedGpuExecutor
 
@@ -233,13 +234,14 @@ def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, quantiz
         "frontend_us_per_token": 0,
         "time_dilation": 1,
     }
+    fp8 = cache == "fp8"
+    lost["weights"] = "fp8" if fp8 else "bf16"
     monkeypatch.setenv(SETTINGS_VARIABLE, json.dumps(dataclasses.asdict(card) | lost))
     executor = EmulatedGpuExecutor.__new__(EmulatedGpuExecutor)
-    executor.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**config), quantization=quantization)
+    executor.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
     executor.cache_config = SimpleNamespace(cache_dtype=cache)
     executor._init_executor()
     step = executor.step_seconds(200, 40_000, 200)
-    fp8 = quantization == "fp8"
     seconds = np.arange(0.0, 31.0)
     telemetry = pd.DataFrame(
         {
@@ -248,7 +250,13 @@ def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, quantiz
         }
     )  # fmt: skip
     found = roofline(
-        telemetry, (5.0, 25.0), model_shape("llama-3-8b"), card, fp8_weights=fp8, fp8_kv=fp8, kv_cache_tokens=400_000
+        telemetry,
+        (5.0, 25.0),
+        model_shape("llama-3-8b"),
+        card,
+        weights=FP8 if fp8 else BF16,
+        fp8_kv=fp8,
+        kv_cache_tokens=400_000,
     )
     assert found.memory == pytest.approx(1.0) and found.steps_per_s == pytest.approx(1 / step)
     # Where compute is the limit, the weights wait for it and only the KV cache is read beside it.
@@ -272,7 +280,7 @@ def test_llamas_shape_is_the_public_arithmetic():
     (["--dtype", "bfloat16", "--quantization"], False, False),
 ])  # fmt: skip
 def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
-    assert (fp8_weights(flags), fp8_kv(flags)) == (weights, kv)
+    assert (weight_format(flags) is FP8, fp8_kv(flags)) == (weights, kv)
 
 
 def test_paging_wastes_the_end_of_the_last_block():

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fp8lab.config.dimensions import fp8_kv, fp8_weights, memory_share, most_running
+from fp8lab.config.dimensions import fp8_kv, memory_share, most_running, weight_format
 from fp8lab.config.flags import ALIASES, flag_of, joined, parse, problem
 from fp8lab.config.profile_file import profile_names, read_profile
+from fp8lab.config.recipes import FP8
 from fp8lab.server import log
 from fp8lab.server.command import build_command
 
@@ -108,7 +109,7 @@ def test_what_is_read_from_a_command_is_what_vllm_takes(vllm, first, then):
         assert flag_of(command, "--quantization") == (taken.quantization or "auto")
         assert flag_of(command, "--kv-cache-dtype") == taken.kv_cache_dtype
         assert flag_of(command, "--dtype") == taken.dtype
-        assert (fp8_weights(command), fp8_kv(command)) == (
+        assert (weight_format(command) is FP8, fp8_kv(command)) == (
             "fp8" in (taken.quantization or ""), taken.kv_cache_dtype.startswith("fp8"),
         )  # fmt: skip
         batched = [flag.values for flag in parse(command) if flag.name == "--max-num-batched-tokens"]

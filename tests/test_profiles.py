@@ -293,25 +293,35 @@ def test_a_models_sizes_are_its_own_and_stay_known(tmp_path, monkeypatch):
 
 
 LLAMA = json.loads((DATA / "models" / "llama-3-8b" / "config.json").read_text())
-FP8 = {"num_bits": 8, "type": "float"}
+FLOAT8, INT8, INT4 = ({"num_bits": bits, "type": kind} for bits, kind in ((8, "float"), (8, "int"), (4, "int")))
+
+
+def quantised(weights: dict, inputs: dict | None = None, targets=("Linear",), **more) -> dict:
+    group = {"weights": weights, "input_activations": inputs, "targets": list(targets)}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}} | more}
 
 
 @pytest.mark.parametrize("changed, weights, kv", [
-    ({}, False, False),
-    ({"quantization_config": {"quant_method": "fp8"}}, True, False),
-    ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": FP8}},
-                              "kv_cache_scheme": FP8}}, True, True),
-    ({"compression_config": {"config_groups": {"g": {"weights": FP8}}}}, True, False),
-    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True, True),
+    ({}, "bf16", False),
+    ({"quantization_config": {"quant_method": "fp8"}}, "fp8", False),
+    (quantised(FLOAT8, kv_cache_scheme=FLOAT8), "fp8", True),
+    ({"compression_config": {"config_groups": {"g": {"weights": FLOAT8}}}}, "fp8", False),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, "fp8", True),
+    (quantised(FLOAT8, FLOAT8, ("Linear", "re:.*lm_head")), "fp8-head", False),
+    (quantised(INT8, INT8), "int8", False),
+    (quantised(INT4), "int4", False),
+    (quantised(INT4, FLOAT8), "w4a8", False),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "int4", False),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "int4", False),
 ])  # fmt: skip
-def test_a_checkpoint_says_which_of_it_is_fp8(changed, weights, kv):
+def test_a_checkpoint_says_in_which_format_it_is(changed, weights, kv):
     found = dimensions(LLAMA | changed)
-    assert (found.fp8_weights, found.fp8_kv, found.num_hidden_layers) == (weights, kv, 32)
+    assert (found.weights, found.fp8_kv, found.num_hidden_layers) == (weights, kv, 32)
 
 
 @pytest.mark.parametrize("changed", [
     {"model_type": "mixtral"}, {"sliding_window": 4096}, {"hidden_size": None},
-    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    {"quantization_config": {"quant_method": "gptq", "bits": 3}}, quantised(INT8), quantised(INT4, INT8),
 ])  # fmt: skip
 def test_sizes_that_this_arithmetic_cannot_tell_are_not_told(changed):
     assert dimensions(LLAMA | changed) is None
@@ -342,7 +352,7 @@ def test_modelopt_writes_its_quantisation_beside(tmp_path):
         'extends = "emulated-h100"\n[model]\nweights = "checkpoint"\ncheckpoints = { default = "model" }'
     )
     shape = load_profile(tmp_path / "mine.toml").shape("bf16")
-    assert (shape.fp8_weights, shape.fp8_kv) == (True, True)
+    assert (shape.weights.name, shape.fp8_kv) == ("fp8", True)
 
 
 def test_paths_are_relative_to_their_file_and_read_before_anything_starts(tmp_path, monkeypatch):

@@ -1,219 +1,230 @@
-"""Checkpoints in other number formats: what is written, how large it is, and what ends in one error."""
+"""Variants that serve a checkpoint made by a recipe: what is served, what it must weigh, and what the claims about number
+formats come to."""
 
-import json
+import dataclasses
+import math
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from conftest import wait_for
-from fp8lab import cli
+import fp8lab as lab
+from fp8lab.config.dimensions import weight_format
+from fp8lab.config.flags import joined
+from fp8lab.config.profile_file import read_profile
+from fp8lab.config.recipes import FORMATS, RECIPES
 from fp8lab.errors import BadInput
-from fp8lab.models import recipes
-from fp8lab.models.recipes import RECIPES, checkpoint_bytes, quantize
+from fp8lab.models.checkpoints import model_folder
+from fp8lab.models.quantize import checkpoint_bytes
+from fp8lab.report import claims
+from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import open_run
+from fp8lab.server import log
+from fp8lab.server.command import build_command, build_environment, make_checkpoint, served_model
+from fp8lab.server.launch import Server
+from fp8lab.ui.text import four_digits
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 384,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
-    "max_position_embeddings": 128, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-}  # fmt: skip
-MATRIX = "model.layers.0.mlp.down_proj"
+PROFILE = "h100-80gb-recipes"
 
 
-def checkpoint(folder, **changed):
-    """A checkpoint of a small Llama in BF16, its weights drawn."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG | changed))
-    (folder / "tokenizer.json").write_text("{}")
-    drawn = recipes._Random(folder)
-    save_file({name: drawn.tensor(name) for name in drawn.shapes}, folder / "model.safetensors")
-    return folder
+def profile_with(tmp_path, variants: str, *, base="emulated-recipes", more=""):
+    (tmp_path / "mine.toml").write_text(f'extends = "{base}"\n{more}\n[variants]\n{variants}\n')
+    return read_profile(str(tmp_path / "mine.toml"))
+
+
+def test_a_recipe_is_known_or_refused_where_it_stands(tmp_path):
+    with pytest.raises(BadInput, match=r"mine.toml: variants.q.recipe: no recipe 'int3' \(there are: bf16, fp8-static"):
+        profile_with(tmp_path, 'q = { recipe = "int3" }')
+
+
+def test_a_recipe_is_inherited_and_makes_another_format(tmp_path):
+    profile = profile_with(tmp_path, 'mine = { base = "int8", flags = ["--max-num-seqs", "64"] }')
+    assert (
+        profile.variant("mine").recipe == "int8" and profile.base("mine") == "int8" and profile.base("int8") == "int8"
+    )
+    assert profile.changes("int4", "int8") == "recipe int4"
+
+
+def test_what_is_served_is_made_of_the_model_and_read_from_disk():
+    profile = read_profile(PROFILE)
+    command = build_command(profile, "int8")
+    assert command[command.index("--model") + 1].endswith("models/llama-3-8b-int8") and "--load-format" not in command
+    checkpoints = {"default": "/models/mine"}
+    model = dataclasses.replace(profile.model, weights="checkpoint", checkpoints=checkpoints)
+    with pytest.raises(BadInput, match="no model at '/models/mine'"):
+        served_model(dataclasses.replace(profile, model=model), "int8")
+    hub = dataclasses.replace(profile, model=dataclasses.replace(model, checkpoints={"default": "org/name"}))
+    with pytest.raises(BadInput, match="recipe int8 of variant int8: org/name is a hub's name; download it"):
+        make_checkpoint(hub, "int8")
+
+
+def test_an_emulated_card_is_told_the_format_and_reads_no_weights(monkeypatch):
+    profile = read_profile("emulated-recipes")
+    assert served_model(profile, "int4") == str(model_folder("llama-3-8b"))
+    make_checkpoint(profile, "int4")  # nothing to make
+    named = {v: build_environment(profile, v)["FP8LAB_EMULATED_GPU"] for v in profile.variants}
+    assert all(f'"weights": "{name}"' in named[v] for v, name in (("bf16", "bf16"), ("fp8", "fp8"), ("w4a8", "w4a8")))
+
+
+@pytest.mark.parametrize("variant", read_profile(PROFILE).variants)
+def test_the_weights_take_what_their_format_says(variant):
+    profile = read_profile(PROFILE)
+    one, shape = profile.variant(variant), profile.shape(variant)
+    asked = weight_format(joined(profile.server.flags, one.flags), shape)
+    made = one.recipe if one.recipe != "bf16" or asked is FORMATS["bf16"] else "fp8-static"  # quantised at the start
+    assert shape.weight_bytes(asked) == pytest.approx(
+        checkpoint_bytes(model_folder("llama-3-8b"), made, drawn=True), rel=0.02
+    )
+
+
+def test_weights_that_are_served_in_bf16_all_the_same_are_doubted():
+    profile = read_profile(PROFILE)
+
+    def doubt(variant: str, gib: float | None) -> str:
+        return Server._weights_doubt(SimpleNamespace(profile=profile, variant=variant), gib)
+
+    assert not any((doubt("int4-gptq", 5.7), doubt("fp8", 8.5), doubt("bf16", 15.0), doubt("int8", None)))
+    assert doubt("int4-gptq", 14.96) == (
+        "its weights take 14.96 GiB, int4 ones 5.31: vLLM serves another format than was asked for"
+    )
+
+
+def test_the_log_tells_kernels_and_how_long_the_weights_took():
+    said = log.reported(
+        "INFO [x.py:1] Model loading took 8.49 GiB memory and 12.345678 seconds\nINFO Using MacheteLinearKernel for "
+        "CompressedTensorsWNA16\nINFO Selected CutlassInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8\n"
+        "INFO Using FLASH_ATTN backend for attention\nINFO Using MacheteLinearKernel for CompressedTensorsWNA16"
+    )
+    assert (said.model_memory_gib, said.load_s) == (8.49, 12.345678)
+    assert said.kernels == (
+        "MacheteLinearKernel for CompressedTensorsWNA16",
+        "CutlassInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8",
+    )
+    assert log.reported("Model loading took 8.49 GiB").load_s is None and log.reported("").kernels == ()
 
 
 @pytest.fixture
-def source(tmp_path):
-    return checkpoint(tmp_path / "model")
+def run(tmp_path):
+    """An empty run of a GPU profile: made without a GPU, for the verdicts' logic alone."""
+    return open_run(tmp_path / "run", read_profile(PROFILE))
 
 
-def tensors(folder) -> dict:
-    held = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    read = {file: load_file(folder / file) for file in set(held.values())}
-    return {name: read[file][name] for name, file in held.items()}
+def fill(run, tokens: dict[str, float], *, load_s=None, kernels=None, limit=None, **common):
+    """A burst of three seeds of each variant, 1 % apart."""
+    for (variant, value), seed in ((item, seed) for item in tokens.items() for seed in (1, 2, 3)):
+        folder = run.path / "levels" / f"{variant}-infrps-r{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        server = {
+            "variant": variant, "command": ["vllm", *run.profile.variant(variant).flags], "startup_s": 100.0,
+            "load_s": (load_s or {}).get(variant), "kernels": (kernels or {}).get(variant, ()), "model_memory_gib": 8.5,
+        }  # fmt: skip
+        summary = {
+            "valid": True, "invalid_reason": None, "emulated": False, "requests": 2000, "completed": 2000, "failed": 0,
+            "level": {"variant": variant, "rate": math.inf, "requests": 2000, "repeat": seed}, "server": server,
+            "output_token_throughput": value * (0.98 + 0.01 * seed),
+            "steady_output_token_throughput": value * (0.98 + 0.01 * seed), "mean_tpot_ms": 50.0,
+            "mean_ttft_ms": 100.0, "p99_ttft_ms": 100.0, "gpu_util_steady": 1.0, "engine_cpu_max_steady": 0.4,
+            "frontend_cpu_max_steady": 0.4, "model_memory_gib": 8.5,
+        }  # fmt: skip
+        write_json(folder / "summary.json", {k: v for k, v in (summary | common).items() if k != "model_memory_gib"})
+    return {v.id: v for v in claims.judge(run) if v.id in ("B3", "B4", "R4")}
 
 
-def values_of(parts: dict, how) -> torch.Tensor:
-    """What the parts of one matrix stand for, written out slowly: (outputs, inputs)."""
-    if how.method in ("gptq", "awq"):
-        order = recipes._AWQ_ORDER if how.method == "awq" else range(8)
-        along = 1 if how.method == "awq" else 0
-        packed = parts["qweight"].to(torch.int64) & 0xFFFFFFFF
-        eights = torch.stack([torch.zeros_like(packed)] * 8, along + 1)
-        for place, one in enumerate(order):
-            eights.select(along + 1, one).copy_(packed >> 4 * place & 15)
-        values = eights.flatten(along, along + 1) - 8
-        return (values * parts["scales"].float().repeat_interleave(128, 0)).T
-    scale = parts["weight_scale"].float()
-    if "weight_packed" in parts:
-        packed = parts["weight_packed"].to(torch.int64) & 0xFFFFFFFF
-        values = torch.stack([packed >> 4 * place & 15 for place in range(8)], 2).flatten(1, 2) - 8
-        return values * scale.repeat_interleave(128, 1)
-    if scale.ndim == 2 and scale.shape[1] > 1:
-        scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return parts["weight"].float() * scale
+@pytest.fixture(autouse=True)
+def _limited_by_the_card(request, monkeypatch):
+    """The rule for what limited a level is tested elsewhere; here levels have no records."""
+    from fp8lab.metrics.bottleneck import Limit
+    from fp8lab.results.evidence import Evidence
+
+    cause = getattr(request, "param", "GPU, nearer compute")
+    monkeypatch.setattr(Evidence, "limit", lambda _seen, _level: Limit(cause, "as the test has it"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_checkpoint_holds_the_nearest_values_in_exactly_the_bytes_foretold(name, source, tmp_path):
-    foretold, how = checkpoint_bytes(source, name), RECIPES[name]
-    made = quantize(source, name, tmp_path / "made")
-    held, weights = tensors(made), load_file(source / "model.safetensors")
-    assert sum(t.numel() * t.element_size() for t in held.values()) == foretold
-    assert (made / "tokenizer.json").exists() and not list(tmp_path.glob("*.partial"))
-    heads = {key for key in held if key.startswith("lm_head")}
-    assert (heads == {"lm_head.weight"}) == (not how.head)
-    assert held["model.embed_tokens.weight"].equal(weights["model.embed_tokens.weight"])
-    parts = {key.removeprefix(f"{MATRIX}."): value for key, value in held.items() if key.startswith(MATRIX)}
-    was = weights[f"{MATRIX}.weight"].float()
-    off = (values_of(parts, how) - was).abs()
-    # Half a step: of FP8 a 16th of the value, of INT8 and INT4 of the largest value beside it.
-    most = {"fp8": was.abs() / 16 + 1e-4, "int8": was.abs().amax(1, keepdim=True) / 254}
-    grouped = was.abs().unflatten(1, (-1, 128)).amax(2).repeat_interleave(128, 1)
-    allowed = most.get(name.partition("-")[0], grouped / 14)
-    assert (off <= allowed * 1.02 + 1e-6).all() and off.max() > 0
+BURST = {"fp8-kv": 12_000, "fp8": 17_000, "int8": 16_500, "int4": 11_500}
 
 
-def test_weights_are_drawn_for_shapes_alone(source, tmp_path):
-    (source / "model.safetensors").unlink()
-    held = tensors(quantize(source, "int8", tmp_path / "made", drawn=True))
-    assert held[f"{MATRIX}.weight"].dtype is torch.int8 and held["model.norm.weight"].eq(1).all()
-    assert held[f"{MATRIX}.weight"].float().std() > 10  # no zeros: those run faster
+def test_int8_that_is_faster_where_the_card_is_the_limit_contradicts_the_claim(run):
+    found = fill(run, BURST)["B4"]
+    assert found.verdict == "not reproduced" and found.measured == pytest.approx(16_500 / 12_000, rel=0.01)
+    assert "int8 1.37×" in found.reason and "int4 0.96×" in found.reason and "fp8 1.42×" in found.reason
+    assert found.levels[:3] == ["fp8-kv-infrps-r1", "fp8-kv-infrps-r2", "fp8-kv-infrps-r3"]
 
 
-def test_a_whole_target_is_kept_and_another_is_refused(source, tmp_path):
-    made = quantize(source, "int8", tmp_path / "made")
-    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert quantize(source, "int8", made) == made
-    assert before == {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    with pytest.raises(BadInput, match="made holds another checkpoint: choose another folder"):
-        quantize(source, "fp8-channel", made)
+def test_formats_that_are_no_faster_bear_it_out(run):
+    assert fill(run, BURST | {"int8": 12_100})["B4"].verdict == "reproduced"
 
 
-def test_an_interrupted_call_goes_on_with_the_files_that_are_whole(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "_SHARD_BYTES", 200_000)
-    real, calls = recipes._write_shard, []
-
-    def stopped(path, *arguments):
-        calls.append(path.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        real(path, *arguments)
-
-    monkeypatch.setattr(recipes, "_write_shard", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, "int8", tmp_path / "made")
-    partial = tmp_path / "made.partial"
-    whole = {path: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
-    assert len(whole) == 2 and not (tmp_path / "made").exists()
-    monkeypatch.setattr(recipes, "_write_shard", real)
-    # What another recipe left there is of no use to this one.
-    made = quantize(source, "int8", tmp_path / "made")
-    assert all((made / path.name).stat().st_mtime_ns == at for path, at in whole.items()) and not partial.exists()
-    assert len(tensors(made)) > 20
+@pytest.mark.parametrize("_limited_by_the_card", ["API server"], indirect=True)
+def test_where_the_card_was_not_the_limit_no_format_can_show(run):
+    found = fill(run, BURST)["B4"]
+    assert found.verdict == "undecided" and found.reason.startswith("the card was not BF16's limit")
 
 
-@pytest.mark.parametrize("plan", ["of another recipe", None])
-def test_files_of_another_recipe_are_not_gone_on_with(source, tmp_path, plan):
-    partial = tmp_path / "made.partial"
-    partial.mkdir()
-    if plan:
-        (partial / "plan").write_text(plan)
-    (partial / "model-00001-of-00001.safetensors").write_text("its file")
-    assert len(tensors(quantize(source, "int8", tmp_path / "made"))) > 20
+def test_without_every_format_nothing_is_judged(run):
+    found = fill(run, {"fp8-kv": 1, "fp8": 1, "int8": 1})
+    assert found["B4"].verdict == "not run" and "int4-infrps-r1" in found["B4"].reason
+    assert found["R4"].verdict == "not run" and "fp8-static-infrps-r1" in found["R4"].reason
 
 
-def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
-    """No file may grow beyond 100 kB: as a full disk, that ends the write in its middle."""
-    code = f"""
-import resource, signal
-from pathlib import Path
-from fp8lab.errors import NotWritten
-from fp8lab.models.recipes import quantize
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    quantize(Path({str(source)!r}), "int8", Path({str(tmp_path / "made")!r}))
-except NotWritten as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search("made cannot be written: .*File too large.*; nothing of it is left", done.stdout), done
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-def test_what_has_no_room_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1 << 20))
-    with pytest.raises(BadInput, match=r"made needs 0\.00 GiB more, and 0\.00 GiB are free there: make room"):
-        quantize(source, "int8", tmp_path / "made")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-@pytest.mark.parametrize("name, fits", [("int4", False), ("int4-awq", False), ("fp8-block", False), ("int8", True)])
-def test_odd_dimensions_are_refused_by_name_before_anything_is_written(tmp_path, name, fits):
-    source = checkpoint(tmp_path / "model", hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
-    if fits:
-        assert quantize(source, name, tmp_path / "made").is_dir()
-        return
-    with pytest.raises(BadInput, match=r"mlp\.down_proj\.weight is 192 x 384: .* multiples of 128; choose .*int8"):
-        quantize(source, name, tmp_path / "made")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
-    (lambda folder: (folder / "model.safetensors").write_text("{}"), "model.safetensors cannot be read as safetensors"),
-    (lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "awq"}})),
-     r"is quantised already \(awq\)"),
-    (lambda folder: save_file({"x": torch.ones(2)}, folder / "model.safetensors"), "holds no matrix of a layer"),
-])  # fmt: skip
-def test_what_is_no_checkpoint_in_bf16_is_one_clear_error(source, tmp_path, capsys, spoil, said):
-    spoil(source)
-    assert cli.main(["quantize", str(source), "--recipe", "int8"]) == 2
-    assert re.search(said, capsys.readouterr().err)
-
-
-def test_a_head_that_is_the_embedding_is_refused(tmp_path):
-    source = checkpoint(tmp_path / "model", tie_word_embeddings=True)
-    with pytest.raises(BadInput, match="no output head of its own"):
-        quantize(source, "fp8-head", tmp_path / "made")
-
-
-def test_the_command_line_tells_the_size_and_where(source, capsys):
-    assert cli.main(["quantize", str(source), "--recipe", "int8"]) == 0
-    out, err = capsys.readouterr()
+def test_a_checkpoint_that_loads_sooner_and_serves_as_much_is_preferred(run):
+    told = {"fp8": 20.0, "fp8-static": 6.0}
+    found = fill(run, BURST | {"fp8-static": 17_000}, load_s=told)["R4"]
     assert (
-        out.strip().endswith("model-int8")
-        and "GiB in" in err
-        and (source.parent / "model-int8" / "config.json").exists()
+        found.verdict == "reproduced"
+        and found.measured == 6.0
+        and found.measured_parts == {"fp8": 20.0, "fp8-static": 6.0}
     )
-    assert cli.main(["quantize", "no-such-model", "--recipe", "int8"]) == 2
-    assert "no model at 'no-such-model': expected a folder" in capsys.readouterr().err
+    assert f"{four_digits(6.0)} s (fp8-static) against {four_digits(20.0)} s (fp8" in found.reason
+    assert fill(run, {"fp8-static": 15_000}, load_s=told)["R4"].verdict == "not reproduced"  # it serves less
+    assert fill(run, BURST | {"fp8-static": 17_000}, load_s=told | {"fp8": 6.0})["R4"].verdict == "not reproduced"
 
 
-def test_a_killed_call_leaves_no_half_file(source, tmp_path):
-    """By SIGKILL, wherever it is."""
-    code = f"from pathlib import Path; from fp8lab.models import recipes; recipes._SHARD_BYTES = 100_000; recipes.quantize(Path({str(source)!r}), 'int8', Path({str(tmp_path / 'made')!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(tmp_path.glob("made.partial/*.safetensors")) or process.poll() is not None, 60)
-    time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    for path in tmp_path.glob("made.partial/*.safetensors"):
-        load_file(path)
-    assert len(tensors(quantize(source, "int8", tmp_path / "made"))) > 20
+def test_schemes_are_those_whose_kernels_vllm_names(run):
+    one = {"fp8-static": ("CutlassFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8",)}
+    assert fill(run, {"fp8-static": 17_000}, kernels=one)["B3"].verdict == "undecided"
+    both = one | {"fp8-block": ("DeepGemmFp8BlockScaledMMKernel for CompressedTensorsW8A8Fp8",)}
+    found = fill(run, {"fp8-static": 17_000, "fp8-block": 16_000}, kernels=both)["B3"]
+    assert (
+        found.verdict == "not reproduced" and "fp8-block (FP8 weights with a scale for each 128 x 128" in found.reason
+    )
+
+
+def test_the_tables_hold_each_format_from_the_largest_to_the_smallest(run):
+    fill(run, BURST, load_s={"int8": 5.0}, kernels={"int8": ("K for L",)})
+    took = lab.checkpoints_table(run)
+    assert [row[0] for row in took.rows] == ["fp8-kv", "fp8", "int8", "int4"]
+    int8 = next(row for row in took.rows if row[0] == "int8")
+    assert int8[1:4] == ("int8", "8.46", "8.50") and int8[5] == "5.0" and int8[7] == "K for L"
+    served = lab.recipes_table(run, beside="fp8-kv")
+    row = next(row for row in served.rows if row[1] == "int8")
+    assert (
+        row[0] == "all at once"
+        and row[4] == "16,500"
+        and row[5].startswith("1.37×")
+        and row[9] == "GPU, nearer compute"
+    )
+
+
+def test_a_format_without_answers_is_named_and_not_drawn(run):
+    fill(run, BURST)
+    figure = lab.recipes_figure(run)
+    assert "Not drawn, their answers were not measured: fp8-kv, " in figure.caption
+
+
+@pytest.mark.servers
+def test_int8_is_made_and_served_on_a_cpu(tmp_path):
+    """Real vLLM: the checkpoint is made at the first start, and the log names the kernel that multiplies it."""
+    profile = profile_with(
+        tmp_path, 'int8 = { recipe = "int8", flags = ["--dtype", "bfloat16"] }', base="tiny-cpu",
+        more='replaces = ["protocols"]\n[protocols.one]\nlevels = [{ variant = "int8", rate = 5, requests = 5 }]\n',
+    )  # fmt: skip
+    run = open_run(tmp_path / "run", profile)
+    lab.measure(run, profile, ["one"])
+    summary = run.summaries()["int8-5rps-r1"]
+    assert summary.completed == 5 and summary.server.weights_doubt == ""
+    assert any("Int8" in kernel for kernel in summary.server.kernels), summary.server.kernels
+    assert os.path.isfile(os.path.join(served_model(profile, "int8"), "config.json"))
+
+
+def test_every_recipe_has_a_known_format():
+    assert {one.weights for one in RECIPES.values()} <= FORMATS.keys()

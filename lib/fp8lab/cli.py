@@ -12,8 +12,8 @@ import sys
 import textwrap
 
 from . import load_test_command
+from .config.recipes import RECIPES
 from .errors import BadInput, Fp8labError
-from .models.recipes import RECIPES
 from .paths import with_home, with_library
 from .ui import terminal
 

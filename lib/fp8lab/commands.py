@@ -14,12 +14,13 @@ from . import batch as batches
 from . import share as sharing
 from .config.profile import rate_name
 from .config.profile_file import profile_names, read_profile
+from .config.recipes import recipe
 from .config.this_machine import load_profile, profile_name
 from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
-from .models import recipes
+from .models import quantize as making
 from .paths import RUNS, cache_dir, repository_relative
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, execute, find
@@ -102,13 +103,13 @@ def anatomy(args) -> None:
 
 
 def quantize(args) -> None:
-    source, drawn = recipes.source_of(args.model)
+    source, drawn = making.source_of(args.model)
     beside = source if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
-    size, says = recipes.checkpoint_bytes(source, args.recipe, drawn=drawn), recipes.RECIPES[args.recipe].says
+    size, says = making.checkpoint_bytes(source, args.recipe, drawn=drawn), recipe(args.recipe).says
     weights = "random weights" if drawn else "the weights"
     StatusLine().done(f"{weights} of {args.model}: {says}; {size / 2**30:.2f} GiB in {target}")
-    print(repository_relative(recipes.quantize(source, args.recipe, target, drawn=drawn)))
+    print(repository_relative(making.quantize(source, args.recipe, target, drawn=drawn)))
 
 
 def plan(args) -> None:

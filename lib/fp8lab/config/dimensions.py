@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from ..paths import DATA
 from .flags import flag_of
+from .recipes import BF16, FORMATS, FP8, WeightFormat
 
 # Models whose layers are Llama's: grouped-query attention over the whole context and an MLP of three matrices. The
 # arithmetic below is no other's.
@@ -18,8 +19,8 @@ _UNITS = {"": 1, "k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20}
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """What a Llama-like model's sizes follow from, under the names of its Hugging Face configuration, and whether its
-    checkpoint holds FP8 weights or asks for an FP8 KV cache."""
+    """What a Llama-like model's sizes follow from, under the names of its Hugging Face configuration; the format of its
+    checkpoint's weights (`recipes.FORMATS`), and whether that asks for an FP8 KV cache."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,17 +31,18 @@ class Dimensions:
     head_dim: int | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int | None = None
-    fp8_weights: bool = False
+    weights: str = "bf16"
+    fp8_weights: bool = False  # what older runs say instead
     fp8_kv: bool = False
 
 
 def dimensions(config: Mapping) -> Dimensions | None:
-    """The dimensions in a checkpoint's configuration; None for a model that is not Llama's kin, or whose weights are
-    quantised to something else than FP8: this arithmetic is not theirs. Raises ValueError for one that is no count."""
+    """The dimensions in a checkpoint's configuration; None for a model that is not Llama's kin, or whose weights are in a
+    format that is not known here: this arithmetic is not theirs. Raises ValueError for one that is no count."""
     quantised = config.get("quantization_config") or config.get("compression_config") or {}
-    fp8 = _is_fp8(quantised)
+    weights = _weights_of(quantised)
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
-    if config.get("model_type") not in _LLAMAS_KIN or windowed or (quantised and not fp8):
+    if config.get("model_type") not in _LLAMAS_KIN or windowed or weights is None:
         return None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if any(config.get(name) is None for name in names):
@@ -58,19 +60,35 @@ def dimensions(config: Mapping) -> Dimensions | None:
         head_dim=config.get("head_dim"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         max_position_embeddings=config.get("max_position_embeddings"),
-        fp8_weights=fp8,
+        weights=weights,
         fp8_kv=_is_float8(kv) or str(kv).upper() == "FP8",
     )
 
 
-def _is_fp8(quantised: Mapping) -> bool:
-    """Whether a checkpoint's `quantization_config` (fp8, compressed-tensors, modelopt) says FP8 weights."""
+def _weights_of(quantised: Mapping) -> str | None:
+    """The format of a checkpoint's weights by its `quantization_config` (none, fp8, modelopt, gptq, awq, compressed-tensors);
+    None for another one."""
     groups = quantised.get("config_groups") or {}
-    return (
-        quantised.get("quant_method") == "fp8"
-        or quantised.get("quant_algo") == "FP8"
-        or (bool(groups) and all(_is_float8(group.get("weights")) for group in groups.values()))
-    )
+    if not quantised:
+        return "bf16"
+    if quantised.get("quant_method") == "fp8" or quantised.get("quant_algo") == "FP8":
+        return "fp8"
+    if quantised.get("quant_method") in ("gptq", "awq") and quantised.get("bits") == 4:
+        return "int4"
+    found = {_of_group(group) for group in groups.values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of_group(group: Mapping) -> str | None:
+    weights, inputs = (group.get(name) or {} for name in ("weights", "input_activations"))
+    held = weights.get("num_bits"), weights.get("type")
+    if held == (8, "float"):
+        return "fp8-head" if any("lm_head" in str(target) for target in group.get("targets") or ()) else "fp8"
+    if held == (8, "int") and (inputs.get("num_bits"), inputs.get("type")) == (8, "int"):
+        return "int8"
+    if held == (4, "int"):
+        return "int4" if not inputs else "w4a8" if _is_float8(inputs) else None
+    return None
 
 
 def _is_float8(scheme) -> bool:
@@ -78,9 +96,10 @@ def _is_float8(scheme) -> bool:
 
 
 class ModelShape:
-    """A model's sizes, from its Hugging Face configuration (an object with the configuration's names)."""
+    """A model's sizes, from its Hugging Face configuration (an object with the configuration's names). `weights` is the format
+    of the checkpoint that is served."""
 
-    def __init__(self, config):
+    def __init__(self, config, weights: WeightFormat = BF16):
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -95,35 +114,41 @@ class ModelShape:
         self.vocabulary_parameters = config.vocab_size * config.hidden_size
         self.embeddings = 1 if config.tie_word_embeddings else 2
         self.some_token = min(1000, config.vocab_size - 1)
-        self.fp8_weights, self.fp8_kv = (getattr(config, name, False) for name in ("fp8_weights", "fp8_kv"))
+        self.weights, self.fp8_kv = weights, getattr(config, "fp8_kv", False)
 
-    def weight_bytes(self, fp8: bool) -> int:
-        """FP8 quantises the layers' matrices; the embedding and the output head stay BF16."""
-        return self.layer_parameters * (1 if fp8 else 2) + self.embeddings * self.vocabulary_parameters * 2
+    @classmethod
+    def of(cls, known: Dimensions) -> "ModelShape":
+        return cls(known, FP8 if known.fp8_weights else FORMATS[known.weights])
 
-    def weight_bytes_read(self, fp8: bool) -> int:
+    def weight_bytes(self, weights: WeightFormat) -> int:
+        """The layers' matrices are quantised, and the output head where the format says so; the embedding stays BF16."""
+        tied = (self.embeddings - 1) * weights.head_bytes
+        return int(self.layer_parameters * weights.weight_bytes + self.vocabulary_parameters * (2 + tied))
+
+    def weight_bytes_read(self, weights: WeightFormat) -> int:
         """What one step reads of the weights: all but the input embedding, of which it looks up a few rows."""
-        return self.layer_parameters * (1 if fp8 else 2) + self.vocabulary_parameters * 2
+        return int(self.layer_parameters * weights.weight_bytes + self.vocabulary_parameters * weights.head_bytes)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         return 2 * self.layers * self.kv_heads * self.head_size * itemsize
 
     def flops(self, tokens: float, emitted: float) -> tuple[float, float]:
         """(the layers', the output head's) matrix products of steps that compute `tokens` and emit `emitted` of them: the
-        head, BF16 in every variant, runs for those alone. Attention's own products are left out (about 1 % here)."""
+        head runs for those alone. Attention's own products are left out (about 1 % here)."""
         return 2.0 * tokens * self.layer_parameters, 2.0 * emitted * self.vocabulary_parameters
 
 
-def model_shape(name: str) -> ModelShape | None:
-    """The shape of a model in `data/models/`; None when there is no such model."""
+def model_shape(name: str, weights: WeightFormat = BF16) -> ModelShape | None:
+    """The shape of a model in `data/models/`, with its weights in this format; None when there is no such model."""
     path = DATA / "models" / name / "config.json"
-    return ModelShape(SimpleNamespace(**json.loads(path.read_text()))) if name and path.is_file() else None
+    return ModelShape(SimpleNamespace(**json.loads(path.read_text())), weights) if name and path.is_file() else None
 
 
-def fp8_weights(command: Sequence[str], shape: ModelShape | None = None) -> bool:
-    """Whether a vLLM command (or a variant's flags) serves FP8 weights: by its flag, or because the checkpoint, of this
-    `shape`, holds them."""
-    return "fp8" in flag_of(command, "--quantization") or bool(shape and shape.fp8_weights)
+def weight_format(command: Sequence[str], shape: ModelShape | None = None) -> WeightFormat:
+    """The format of the weights that a vLLM command (or a variant's flags) serves: FP8 by its flag, or as the checkpoint, of
+    this `shape`, holds them."""
+    held = shape.weights if shape else BF16
+    return FP8 if held is BF16 and "fp8" in flag_of(command, "--quantization") else held
 
 
 def fp8_kv(command: Sequence[str], shape: ModelShape | None = None) -> bool:

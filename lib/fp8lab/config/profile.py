@@ -26,6 +26,7 @@ from ..errors import BadInput
 from ..paths import without_home
 from .dimensions import Dimensions, ModelShape, context, dimensions, model_shape
 from .flags import flag_of, joined, parse
+from .recipes import BF16, FORMATS, recipe
 
 DEVICES = ("cuda", "emulated", "cpu")
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
@@ -96,6 +97,10 @@ class Card(ProfileTable):
     fp8_flops: Positive
     power_w: Positive | None = None
     nvml: tuple[str, ...] = ()
+
+    def flops(self, eight_bit: bool) -> float:
+        """The peak of products in 8 bits (FP8 or INT8) or in BF16."""
+        return self.fp8_flops if eight_bit else self.bf16_flops
 
     def fits(self, name: str, memory_gib: float | None = None) -> bool:
         """Whether a GPU that NVML calls `name` and that has so much memory (None: not known) is this card."""
@@ -191,18 +196,20 @@ class Variant(ProfileTable):
     """One server configuration: `flags` beside those that all share, which they win over, and the variables `env`; both
     with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process.
     `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
-    is a variant like any other."""
+    is a variant like any other. It serves a checkpoint made by a `recipe` (`recipes.RECIPES`) out of the profile's model, with
+    weights that are read from disk ("": the profile's model itself)."""
 
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     base: str = ""
     api_server: Literal["", "python", "rust"] = ""
     python: str = ""
+    recipe: str = ""
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The number formats that it asks vLLM for."""
-        return tuple(flag_of(self.flags, name) for name in FORMAT_FLAGS)
+        """The number formats that it serves: of its checkpoint, and what it asks vLLM for."""
+        return (self.recipe, *(flag_of(self.flags, name) for name in FORMAT_FLAGS))
 
 
 # The tables of a profile's file; those of [variants.NAME] are all alike.
@@ -269,6 +276,7 @@ class Profile(ProfileTable):
         held = parse(other.flags)
         words = [flag.brief.lstrip("-") for flag in parse(one.flags) if flag not in held and flag.name != API_SERVERS]
         words += [f"python {interpreter(one.python)}"] if one.python != other.python else []
+        words += [f"recipe {one.recipe or 'none'}"] if one.recipe != other.recipe else []
         return words + [
             f"{key}={value}" for key, value in one.env.items() if key != RUST and other.env.get(key) != value
         ]
@@ -298,10 +306,12 @@ class Profile(ProfileTable):
     def shape(self, variant: str) -> ModelShape | None:
         """The sizes of the model that `variant` serves; None where they are not known: a checkpoint of a hub, a folder that
         was not there, a model that is not Llama's kin."""
+        made = self.variants[variant].recipe if variant in self.variants else ""
+        weights = FORMATS[recipe(made).weights] if made else None
         if self.model.weights != "checkpoint":
-            return model_shape(self.model.shapes)
+            return model_shape(self.model.shapes, weights or BF16)
         known = self.model.dimensions.get(self._key(variant))
-        return ModelShape(known) if known else None
+        return known and (ModelShape(known, weights) if weights else ModelShape.of(known))
 
     def context(self) -> int | None:
         """The most tokens, in and out together, that every variant takes in a request; None where none is known."""

@@ -20,6 +20,7 @@ from ..paths import DATA, PLAIN_NAME
 from . import flags as vllm_flags
 from .dimensions import Dimensions
 from .profile import DEVICES, RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
+from .recipes import recipe
 from .secrets import check_written
 from .trace import is_file
 
@@ -224,7 +225,7 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
             one = dataclasses.replace(
                 one, flags=tuple(vllm_flags.joined(base.flags, one.flags)), env={**base.env, **one.env},
                 base=base.base or one.base, api_server=one.api_server or ("" if RUST in one.env else base.api_server),
-                python=one.python or base.python,
+                python=one.python or base.python, recipe=one.recipe or base.recipe,
             )  # fmt: skip
         rust = one.api_server == "rust" or (not one.api_server and one.env.get(RUST, "0") != "0")
         env = {key: value for key, value in one.env.items() if key != RUST or rust}
@@ -304,6 +305,9 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
         for n, level in enumerate(body.levels):
             with source.at("protocols", protocol, "levels", n, "variant"):
                 profile.variant(level.variant)
+    for variant, one in profile.variants.items():
+        with source.at("variants", variant, "recipe"):
+            one.recipe and recipe(one.recipe)
     return _derived(profile, source)
 
 

@@ -22,7 +22,7 @@ from statistics import fmean
 
 import psutil
 
-from ..config.dimensions import fp8_kv, fp8_weights, most_running
+from ..config.dimensions import fp8_kv, most_running, weight_format
 from ..config.flags import joined
 from ..config.profile import Level, Profile
 from ..errors import BadInput, LevelFailed
@@ -140,7 +140,7 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
         return {}
     if not moved:
         card = dataclasses.replace(card, hbm_bytes_per_s=math.inf)
-    return floors_ms(work, shape, card, fp8_weights=fp8_weights(flags, shape), fp8_kv=fp8_kv(flags, shape))
+    return floors_ms(work, shape, card, weights=weight_format(flags, shape), fp8_kv=fp8_kv(flags, shape))
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:

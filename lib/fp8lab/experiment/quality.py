@@ -270,10 +270,10 @@ def _has(run: Run, name: str, asked: dict) -> bool:
 def checkpoint_folder(profile: Profile) -> Path:
     """The folder with the weights of the profile's first variant; a hub's model must have been served here before. Raises
     BadInput for random weights or a model that is not on this machine."""
-    from ..server.command import served_model
+    from ..server.command import source_model
 
     check_weights(profile)
-    name = served_model(profile, reference_variant(profile))
+    name = source_model(profile, reference_variant(profile))
     if Path(name).is_dir():
         return Path(name)
     with without_widgets():

@@ -21,7 +21,7 @@ from ..load.telemetry import Telemetry
 from ..metrics.summary import MeasuredLevel
 from ..results.run_folder import LevelResult, Run
 from ..server import launch
-from ..server.command import served_model
+from ..server.command import source_model
 from ..server.launch import Server
 from ..ui.status import StatusLine
 from ..ui.table import Table
@@ -105,7 +105,7 @@ def trace_for(profile: Profile, level: Level) -> Trace:
 def _trace(profile: Profile, variant: str, requests: int, seed: int, *, fewer: bool = False) -> Trace:
     workload, context = profile.workload, profile.context()
     return named_trace(
-        workload.trace, requests, seed=seed, tokenizer=workload.tokenizer or partial(served_model, profile, variant),
+        workload.trace, requests, seed=seed, tokenizer=workload.tokenizer or partial(source_model, profile, variant),
         input_tokens=workload.input_tokens, output_tokens=workload.output_tokens, times="refused", fewer=fewer,
         # A tokenizer may begin every prompt with a token of its own.
         max_context=context and context - 1,
@@ -319,7 +319,7 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     status.update(f"{level.id}: cross-check with vllm bench serve")
     result = vllm_bench.run(
         _endpoint(server), trace_for(profile, level), level.rate,
-        tokenizer=served_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
+        tokenizer=source_model(profile, level.variant), seed=_seed(profile, level), time_dilation=profile.time_dilation,
         timeout_s=_PATIENCE_S + _PATIENCE * (run.read(level).summary.duration_s or 0) * profile.time_dilation,
     )  # fmt: skip
     run.write_cross_check(level, result)
@@ -356,6 +356,8 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     summary = dataclasses.replace(
         measured.summary, level=asked, server=server.info, started=started, emulated=profile.emulated
     )
+    if summary.valid and server.info.weights_doubt:
+        summary = dataclasses.replace(summary, valid=False, invalid_reason=server.info.weights_doubt)
     if not summary.valid:
         warnings.warn(
             f"level {level.id} is INVALID: {visible(summary.invalid_reason)} "

@@ -14,6 +14,7 @@ from statistics import fmean
 
 from ..config.dimensions import ModelShape
 from ..config.profile import Card
+from ..config.recipes import WeightFormat
 
 ATTENTION, LAYERS, HEAD, QUANTISATION = "attention", "layers' matrix products", "output head", "quantisation"
 KV_WRITE, SAMPLING, NORMS, COPIES, OTHER = "KV write", "sampling", "norms and activations", "copies", "other"
@@ -160,10 +161,10 @@ def _ordered(held: Mapping[str, Counter]) -> dict[str, dict[str, float]]:
     return {kind: dict(held[kind].most_common()) for kind in KINDS if kind in held}
 
 
-def floors_ms(work: Work, shape: ModelShape, card: Card, *, fp8_weights: bool, fp8_kv: bool) -> dict[str, float]:
+def floors_ms(work: Work, shape: ModelShape, card: Card, *, weights: WeightFormat, fp8_kv: bool) -> dict[str, float]:
     """By kind the least milliseconds that the card's datasheet allows a step: the longer of its bytes over the bandwidth
     and its FLOPs over the matrix peak. Attention computes in the KV cache's format at the BF16 peak, quantisation reads
-    each matrix product's input in BF16 and writes it in FP8, the sampler reads each logit once in FP32. Kinds that are
+    each matrix product's input in BF16 and writes it in 8 bits, the sampler reads each logit once in FP32. Kinds that are
     not named have no floor."""
     tokens = work.prompt_tokens + work.decode_tokens
     emitted = work.running + work.prompts
@@ -179,13 +180,12 @@ def floors_ms(work: Work, shape: ModelShape, card: Card, *, fp8_weights: bool, f
 
     found = {
         ATTENTION: least((work.prompt_context + work.decode_context) * kv_token, attention),
-        LAYERS: least(shape.layer_parameters * (1 if fp8_weights else 2), layers,
-                      card.fp8_flops if fp8_weights else card.bf16_flops),
-        HEAD: least(shape.vocabulary_parameters * 2, head),
+        LAYERS: least(shape.layer_parameters * weights.weight_bytes, layers, card.flops(weights.eight_bit)),
+        HEAD: least(shape.vocabulary_parameters * weights.head_bytes, head, card.flops(weights.head)),
         KV_WRITE: least(tokens * (kv_token + shape.kv_bytes_per_token(2))),
         SAMPLING: least(4.0 * emitted * shape.vocabulary),
     }  # fmt: skip
-    return found | ({QUANTISATION: least(3.0 * inputs)} if fp8_weights else {})
+    return found | ({QUANTISATION: least(3.0 * inputs)} if weights.eight_bit else {})
 
 
 # What the EngineCore's own thread does, by the first of these functions from the outermost frame inwards. Names of vLLM

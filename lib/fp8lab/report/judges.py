@@ -18,6 +18,7 @@ from ..metrics.summary import Summary
 from ..results.evidence import Evidence
 from ..results.run_folder import Run, other_card, unmeasured
 from ..ui.text import four_digits
+from .recipe_judges import integer_formats, quantised_before, schemes
 from .verdict import Verdict, allowed, by_interval, left_out, near, not_judged, verdict, without_gpu
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
@@ -362,5 +363,6 @@ JUDGES = {
     "ratio": judge_values, "fp8": judge_values, "memory risk": _memory_risk, "not measured": _not_measured,
     "service line": _judge_with(_one_level, _service_line), "paging waste": _judge_with(_one_level, _paging_waste),
     "default flags": _judge_with(_four_variants, _default_flags), "quality": _quality,
-    "compute use": _compute_use, "twice the data": _twice_the_data,
+    "compute use": _compute_use, "twice the data": _twice_the_data, "integer formats": integer_formats, "schemes": schemes,
+    "quantised before": quantised_before,
 }  # fmt: skip

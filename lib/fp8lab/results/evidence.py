@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config.dimensions import fp8_kv, fp8_weights
+from ..config.dimensions import fp8_kv, weight_format
 from ..metrics.bottleneck import Limit, keeps_up, what_limited
 from ..metrics.resources import Clock, Roofline, clock, roofline
 from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
@@ -82,7 +82,7 @@ class Evidence:
         if shape is None or not (s.completed and s.kv_cache_tokens):
             return None
         return roofline(
-            level.telemetry, s.window, shape, profile.gpu, fp8_weights=fp8_weights(s.command, shape),
+            level.telemetry, s.window, shape, profile.gpu, weights=weight_format(s.command, shape),
             fp8_kv=fp8_kv(s.command, shape), kv_cache_tokens=s.kv_cache_tokens,
         )  # fmt: skip
 

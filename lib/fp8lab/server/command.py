@@ -1,20 +1,25 @@
 """The vLLM command line of a variant and the environment that it needs."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
 import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
 
+from ..config.dimensions import weight_format
 from ..config.flags import joined
-from ..config.profile import Profile
+from ..config.profile import Profile, is_hub_name
+from ..errors import BadInput
 from ..models.checkpoints import model_folder, packaged_model
-from ..paths import with_home, with_library
+from ..paths import cache_dir, with_home, with_library
 from ..results.provenance import software_of
 from ..system import gpu
+from ..ui.status import StatusLine
 
 HOST = "127.0.0.1"
 EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"
@@ -29,12 +34,48 @@ _OF_THE_HOST = {
 _STRICTER = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "FORCE_COLOR")
 
 
-def served_model(profile: Profile, variant: str) -> str:
-    """The folder or hub name that vLLM loads: built here, converted from a package, or the profile's checkpoint."""
+def source_model(profile: Profile, variant: str) -> str:
+    """The folder or hub name of a variant's model, with its tokenizer: built here, converted from a package, or the profile's
+    checkpoint."""
     if profile.model.weights == "checkpoint":
         return profile.checkpoint(variant)
     folder = model_folder if profile.model.weights == "random" else packaged_model
     return str(folder(profile.model.shapes))
+
+
+def served_model(profile: Profile, variant: str) -> str:
+    """What vLLM loads: the variant's model or, where it has a recipe, the checkpoint that is made of it (`make_checkpoint`).
+    An emulated card reads no weights."""
+    recipe = profile.variant(variant).recipe
+    if not recipe or profile.emulated:
+        return source_model(profile, variant)
+    name = profile.model.shapes
+    if profile.model.weights == "checkpoint":
+        path = profile.checkpoint(variant)
+        name = f"{os.path.basename(path)}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return str(cache_dir() / "models" / f"{name}-{recipe}")
+
+
+def make_checkpoint(profile: Profile, variant: str) -> None:
+    """Makes the checkpoint of a variant that has a recipe, unless it is there: in a process of its own, which leaves nothing
+    on the GPU (8 billion weights: half a minute there, a quarter of an hour on two cores). Raises BadInput when it cannot."""
+    folder, one = served_model(profile, variant), profile.variant(variant)
+    if not one.recipe or profile.emulated or os.path.isfile(os.path.join(folder, "config.json")):
+        return
+    source = source_model(profile, variant) if profile.model.weights == "checkpoint" else profile.model.shapes
+    if is_hub_name(source):
+        raise BadInput(
+            f"recipe {one.recipe} of variant {variant}: {source} is a hub's name; download it, and name its folder"
+        )
+    status = StatusLine()
+    status.update(f"{variant}: making its checkpoint (once)")
+    command = [sys.executable, "-m", "fp8lab.cli", "quantize", source, "--recipe", one.recipe, "--out", folder]
+    done = subprocess.run(command, env=with_library(os.environ), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BadInput(
+            f"the checkpoint of variant {variant} cannot be made: {done.stderr.strip() or 'no reason given'}"
+        )
+    status.done(f"{variant}: its checkpoint is made")
 
 
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
@@ -43,7 +84,8 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
     flags = joined(profile.server.flags, profile.variant(variant).flags)
     model = served_model(profile, variant)
-    load = ["--load-format", "dummy"] if profile.model.weights == "random" else []
+    made = profile.variant(variant).recipe and not profile.emulated
+    load = ["--load-format", "dummy"] if profile.model.weights == "random" and not made else []
     executor = ["--distributed-executor-backend", EXECUTOR] if profile.emulated else []
     own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
@@ -62,6 +104,8 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
         environment |= gpu.server_environment()
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
+        flags, shape = joined(profile.server.flags, profile.variant(variant).flags), profile.shape(variant)
+        settings["weights"] = weight_format(flags, shape).name
         environment[SETTINGS_VARIABLE] = json.dumps(settings)
     return environment
 

@@ -27,6 +27,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from ..config.dimensions import ModelShape
+from ..config.recipes import FORMATS
 
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 GIB = 2**30
@@ -50,14 +51,14 @@ class EmulatedGpuExecutor(UniProcExecutor):
         self.driver_worker = None
         self.card = json.loads(os.environ[SETTINGS_VARIABLE])
         self.shape = ModelShape(self.model_config.hf_text_config)
-        fp8_weights = "fp8" in (self.model_config.quantization or "")
+        weights = FORMATS[self.card["weights"]]
         self.kv_dtype = torch.uint8 if "fp8" in self.cache_config.cache_dtype else torch.bfloat16
-        self.weight_bytes = self.shape.weight_bytes(fp8_weights)
-        self.weight_bytes_read = self.shape.weight_bytes_read(fp8_weights)
+        self.weight_bytes = self.shape.weight_bytes(weights)
+        self.weight_bytes_read = self.shape.weight_bytes_read(weights)
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize)
         self.hbm = self.card["hbm_bytes_per_s"] * self.card["hbm_fraction"]
-        self.head_flops = self.card["bf16_flops"] * self.card["flops_fraction"]
-        self.layer_flops = self.card["fp8_flops" if fp8_weights else "bf16_flops"] * self.card["flops_fraction"]
+        peaks = [self.card["fp8_flops" if eight else "bf16_flops"] for eight in (weights.eight_bit, weights.head)]
+        self.layer_flops, self.head_flops = (peak * self.card["flops_fraction"] for peak in peaks)
         self.dilation = self.card["time_dilation"]
         self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0

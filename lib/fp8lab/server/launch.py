@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from ..config.dimensions import weight_format
+from ..config.flags import joined
 from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
@@ -29,11 +31,13 @@ from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
 from ..ui.table import Table
 from . import log, orphans, preflight, watchdog
-from .command import HOST, build_command, build_environment, surroundings
+from .command import HOST, build_command, build_environment, make_checkpoint, surroundings
 
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
+# Weights take what their format says and a little for tables beside them; in BF16 small ones take half as much again.
+_MORE_WEIGHTS = 1.15
 # A busy API server answers a probe late; one that is silent for so long hangs.
 _PROBE_S, _HANG_S = 4.0, 60.0
 _MAX_REPLY_BYTES = 4 << 20
@@ -238,9 +242,21 @@ class Server:
         self.info = ServerInfo(
             variant=self.variant, command=(interpreter(python), *map(portable, command[1:])), environment=extra,
             software=software_of(python) if python else {}, startup_s=seconds,
-            kv_cache_tokens=said.kv_cache_tokens, model_memory_gib=said.model_memory_gib,
+            **said._asdict(), weights_doubt=self._weights_doubt(said.model_memory_gib),
             emulated=self.profile.emulated, gpu_doubt=doubt,
         )  # fmt: skip
+
+    def _weights_doubt(self, gib: float | None) -> str:
+        """Why weights that take so much of the card are not in the variant's format, or "": vLLM serves a checkpoint whose
+        quantisation it does not apply in BF16, and says nothing."""
+        shape, one = self.profile.shape(self.variant), self.profile.variant(self.variant)
+        if self.profile.device != "cuda" or gib is None or shape is None:
+            return ""
+        asked = weight_format(joined(self.profile.server.flags, one.flags), shape)
+        expected = shape.weight_bytes(asked) / 2**30
+        if gib <= _MORE_WEIGHTS * expected:
+            return ""
+        return f"its weights take {gib:.2f} GiB, {asked.name} ones {expected:.2f}: vLLM serves another format than was asked for"
 
     def _take_stock_of_gpu(self) -> str:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
@@ -274,7 +290,7 @@ def start_server(
 ) -> Server:
     """Starts a server of `variant` and returns when it has completed its first request.
 
-    `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder). The server ends with
+    The checkpoint of a variant that has a recipe is made first. `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder). The server ends with
     `stop()`, with its `with` block, and with this process, however that ends. Raises BadInput for an unknown variant or a
     secret among its flags, InUse for a taken port or GPU, ServerFailed when the start fails, Stopped when it is interrupted.
     """
@@ -284,6 +300,7 @@ def start_server(
     if port is not None:
         preflight.check_port(port)
     preflight.warn_of_leftovers()
+    make_checkpoint(profile, variant)
     port = port or preflight.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)

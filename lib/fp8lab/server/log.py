@@ -39,16 +39,21 @@ _REMEDIES = (
     (r"Illegal instruction|SIGILL", "this CPU lacks the instructions that vLLM's build needs"),
     (r"No module named", "the environment is incomplete; prepare it with `make env`"),
 )
+# "Using … for …" is said of other things too: a kernel's or a linear layer's class is in the names.
+_KERNEL = re.compile(r"\b(?:Using|Selected) (\w*Kernel\w*) for ([\w-]+(?: linear)?)")
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((INFO|WARNING|ERROR|DEBUG|CRITICAL) [\d-]+ [\d:]+ \[[^\]]+\] )?")
 _ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|^.*\berror: .*", re.IGNORECASE)
 _SYMPTOM = re.compile(r"Engine core initialization failed|Engine core proc .* died|See root cause")
 
 
 class Reported(NamedTuple):
-    """What vLLM reports of a start: KV-cache tokens, model memory in GiB; None where it said nothing."""
+    """What vLLM reports of a start: KV-cache tokens, model memory in GiB, seconds to load it; None where it said nothing. And
+    its kernels for quantised matrix products ("MacheteLinearKernel for CompressedTensorsWNA16")."""
 
     kv_cache_tokens: int | None
     model_memory_gib: float | None
+    load_s: float | None
+    kernels: tuple[str, ...]
 
 
 def read(path: Path, secrets: Iterable[str] = ()) -> str:
@@ -76,9 +81,11 @@ def phase(text: str) -> str:
 
 def reported(text: str) -> Reported:
     tokens = re.search(r"KV cache size: ([\d,]+) tokens", text)
-    memory = re.search(r"Model loading took ([\d.]+) GiB", text)
+    memory = re.search(r"Model loading took ([\d.]+) GiB(?: memory and ([\d.]+) seconds)?", text)
     counted = int(tokens[1].replace(",", "")) if tokens else None
-    return Reported(counted, float(memory[1]) if memory else None)
+    gib, seconds = (float(one) if one else None for one in memory.groups()) if memory else (None, None)
+    kernels = [f"{kernel} for {layer}" for kernel, layer in _KERNEL.findall(text)]
+    return Reported(counted, gib, seconds, tuple(dict.fromkeys(kernels)))
 
 
 def root_cause(text: str) -> tuple[list[str], str | None]:

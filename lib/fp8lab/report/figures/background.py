@@ -7,6 +7,7 @@ import numpy as np
 
 from ...config.dimensions import ModelShape, fp8_kv, memory_share
 from ...config.profile import Card, level_id, rate_name
+from ...config.recipes import BF16
 from ...metrics.performance import concurrency_over_time
 from ...results.evidence import evidence
 from ...results.run_folder import Run
@@ -165,7 +166,7 @@ def roofline_figure(axes, run: Run) -> str:
 def _steps(shape: ModelShape, context: float) -> dict[str, float]:
     """FLOP for each byte read, in BF16, of a step that decodes for 32 or 256 requests with `context` tokens in the KV
     cache each, and of one that prefills 2,048 tokens; counted as `fp8lab.metrics.resources` does."""
-    weights, kv = shape.weight_bytes_read(False), context * shape.kv_bytes_per_token(2)
+    weights, kv = shape.weight_bytes_read(BF16), context * shape.kv_bytes_per_token(2)
     decode = {n: sum(shape.flops(n, n)) / (weights + n * kv) for n in (32, 256)}
     prefill = sum(shape.flops(2048, 1)) / weights
     return {f"decode for {n}": one for n, one in decode.items()} | {"prefill of 2,048": prefill}

@@ -154,10 +154,13 @@ def _other_vllms(run: Run) -> list[tuple[str, str]]:
 
 
 def flags_table(profile: Profile) -> Table:
-    """The variants: what each derives from, its API server, and the variables and vLLM flags that make it."""
-    written = {
-        k: [*([interpreter(one.python)] if one.python else []), *(f"{n}={v}" for n, v in one.env.items()), *one.flags]
+    """The variants: what each derives from, its API server, its recipe, and the variables and vLLM flags that make it."""
+    own = {
+        k: [*([interpreter(one.python)] if one.python else []), *([f"recipe {one.recipe}"] if one.recipe else [])]
         for k, one in profile.variants.items()
+    }
+    written = {
+        k: [*own[k], *(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in profile.variants.items()
     }
     rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in profile.variants.items()]
     caption = f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}"

@@ -1,4 +1,4 @@
-"""Checkpoints in other number formats, made here out of one in BF16, or out of a model's shapes with random weights.
+"""Checkpoints by a recipe (`config.recipes`), made here out of one in BF16, or out of a model's shapes with random weights.
 
 Each weight of the layers' matrices is rounded to the nearest value that its format has. That is all that speed needs. The
 answers of a checkpoint whose rounding was calibrated on text (GPTQ's and AWQ's own tools) are better: what is made here
@@ -15,10 +15,10 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.recipes import RECIPES, Recipe, recipe
 from ..errors import BadInput, NotWritten
 from ..paths import DATA
 from ..ui.status import StatusLine
@@ -35,41 +35,6 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _TO_SPARE = 64 << 20
 # What stands beside a checkpoint's weights: tokenizer, configurations, templates.
 _BESIDE = (".json", ".model", ".txt", ".jinja")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a checkpoint's weights are written: `scheme` is compressed-tensors' name of its kind (None: `method` has one of its
-    own), `says` what it is. `divisor`: what both dimensions of a matrix must be a multiple of."""
-
-    says: str
-    scheme: str | None = None
-    method: str = "compressed-tensors"
-    format: str = "float-quantized"
-    head: bool = False
-    divisor: int = 16
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "fp8-static": Recipe("FP8 weights and activations, a fixed scale a tensor", "FP8"),
-    "fp8-channel": Recipe("FP8 weights with a scale a row, activations scaled token by token", "FP8_DYNAMIC"),
-    "fp8-block": Recipe("FP8 weights with a scale for each 128 x 128 of them", "FP8_BLOCK", divisor=128),
-    "fp8-head": Recipe("as fp8-channel, the output head too", "FP8_DYNAMIC", head=True),
-    "int8": Recipe(
-        "INT8 weights with a scale a row, activations scaled token by token", "W8A8", format="int-quantized"
-    ),
-    "int4": Recipe("INT4 weights in groups of 128, BF16 activations", "W4A16", format="pack-quantized", divisor=128),
-    "w4a8": Recipe("INT4 weights in groups of 128, FP8 activations", "W4AFP8", format="pack-quantized", divisor=128),
-    "int4-gptq": Recipe("INT4 weights in groups of 128, in GPTQ's format", method="gptq", divisor=128),
-    "int4-awq": Recipe("INT4 weights in groups of 128, in AWQ's format", method="awq", divisor=128),
-}
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe of this name. Raises BadInput for another."""
-    if name not in RECIPES:
-        raise BadInput(f"no recipe {name!r} (there are: {', '.join(RECIPES)})")
-    return RECIPES[name]
 
 
 def source_of(model: str) -> tuple[Path, bool]:
@@ -94,7 +59,7 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     no room, NotWritten when the disk fills up meanwhile, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
     config = json.loads((source / "config.json").read_text())
-    made = config | {"quantization_config": _quantization_config(how)}
+    made = config | ({"quantization_config": _quantization_config(how)} if how.method != "none" else {})
     if (target / "config.json").is_file():
         if json.loads((target / "config.json").read_text()) != made:
             raise BadInput(f"{target} holds another checkpoint: choose another folder, or remove it")
@@ -216,7 +181,7 @@ def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
 
 
 def _rounded(how: Recipe, name: str) -> bool:
-    return bool(_LAYER.match(name)) or (how.head and name == _HEAD)
+    return how.method != "none" and (bool(_LAYER.match(name)) or (how.head and name == _HEAD))
 
 
 def _converted(how: Recipe, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -238,7 +203,10 @@ def _scheme(how: Recipe):
     from compressed_tensors.quantization import preset_name_to_scheme
 
     # To vLLM the output head is no linear layer: it is named.
-    return preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
+    scheme = preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
+    if scheme.weights.group_size:
+        scheme.weights.group_size = how.group
+    return scheme
 
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -248,9 +216,12 @@ def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
     scheme = _scheme(how)
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
-    rows, columns = {"tensor": weight.shape, "channel": (1, weight.shape[1]), "group": (1, 128), "block": (128, 128)}[
-        scheme.weights.strategy
-    ]
+    rows, columns = {
+        "tensor": weight.shape,
+        "channel": (1, weight.shape[1]),
+        "group": (1, how.group),
+        "block": (128, 128),
+    }[scheme.weights.strategy]
     blocks = weight.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     least, most = (extreme(blocks, (1, 3)).float() for extreme in (torch.amin, torch.amax))
     if scheme.weights.strategy == "tensor":

@@ -1,0 +1,111 @@
+"""Judges of the published claims about number formats: INT8 and INT4 beside FP8 (B4), the schemes that vLLM serves (B3),
+quantising beforehand (R4). They rest on a run of variants with recipes (profile `h100-80gb-recipes`)."""
+
+import math
+from statistics import fmean
+
+from ..config.recipes import FORMATS, recipe
+from ..metrics.statistics import Ratio
+from ..results.evidence import Evidence
+from ..ui.text import four_digits
+from .verdict import Verdict, by_interval, not_judged, verdict, without_gpu
+
+_TOKENS, _BURST = "output_token_throughput", math.inf
+
+
+def _levels(seen: Evidence, variant: str) -> list[str]:
+    """The level ids of a variant with all requests at once; that of the first seed where none was measured."""
+    return list(seen.levels((variant,), _BURST, valid=False)) or [f"{variant}-infrps-r1"]
+
+
+def _unjudged(seen: Evidence, ids: list[str]) -> tuple[str, str] | None:
+    found = not_judged(seen, ids)
+    return (found[0], f"{found[1]}; profile h100-80gb-recipes has them") if found and found[0] == "not run" else found
+
+
+def _found(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
+    if why := without_gpu(seen):
+        found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
+    return verdict(claim, seen, ids, **({"protocol": "all at once"} | found))
+
+
+def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """B4: is a model with INT8 weights, or with INT4 ones, no faster than with BF16 ones, where the card is the limit? What
+    they do to answers another run says (`fp8lab quality`): a model with random weights has none."""
+    under, others = claim["beside"], claim["formats"]
+    ids = [level for variant in (under, *others, "fp8") for level in _levels(seen, variant)]
+    if unjudged := _unjudged(seen, ids):
+        return _found(claim, seen, ids, verdict=unjudged[0], reason=unjudged[1])
+    ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, "fp8")}
+    words = [by_interval(claim, 1.0, ratios[v].value, ratios[v].low, ratios[v].high)[0] for v in others]
+    # The claim is about both: one of them that is faster is enough to contradict it.
+    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+    told = ", ".join(f"{variant} {one}" for variant, one in ratios.items())
+    causes = sorted({seen.limit(level).cause for level in _levels(seen, under)})
+    reason = f"tokens/s over BF16 weights with the same KV cache: {told}; BF16's limit there: {' or the '.join(causes)}"
+    joules = [(v, seen.compare(v, under, _BURST, "joules_per_output_token")) for v in ratios]
+    reason += "".join(f"; joules a token, {variant} {one}" for variant, one in joules if one)
+    if not all(cause.startswith("GPU") for cause in causes):
+        word, reason = "undecided", f"the card was not BF16's limit, so that a format could not show; {reason}"
+    first = ratios[others[0]]
+    return _found(
+        claim, seen, ids, verdict=word, reason=f"{reason}; answers are another run's (`fp8lab quality`)", measured=first.value,
+        interval=None if math.isnan(first.low) else (first.low, first.high),
+        measured_parts={variant: one.value for variant, one in ratios.items()},
+    )  # fmt: skip
+
+
+def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """B3: which of the FP8 schemes does vLLM serve, with which kernel?"""
+    held = {
+        v: one.recipe
+        for v, one in seen.run.profile.variants.items()
+        if one.recipe and FORMATS[recipe(one.recipe).weights].eight_bit
+    }
+    served = {variant: s.server.kernels for variant, made in held.items() if made.startswith("fp8")
+              for s in seen.levels((variant,)).values()}  # fmt: skip
+    ids = [next(iter(seen.levels((variant,)))) for variant in served]
+    named = {variant: ", ".join(kernels) for variant, kernels in served.items() if kernels}
+    if not named:
+        return verdict(
+            claim, seen, [], protocol="none", verdict="not run", reason=f"not measured here: it needs {claim['needs']}"
+        )
+    others = [variant for variant in named if held[variant] != claim["per_tensor"]]
+    reason = "; ".join(f"{variant} ({recipe(held[variant]).says}): {kernel}" for variant, kernel in named.items())
+    word = "not reproduced" if others else "undecided"
+    said = (
+        "schemes other than one scale a tensor are served by kernels of their own"
+        if others
+        else "no other scheme was tried"
+    )
+    return _found(claim, seen, ids, protocol="one start each", verdict=word, reason=f"{said}: {reason}")
+
+
+def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?"""
+    online, before = (
+        claim["online"],
+        next((v for v in claim["before"] if seen.levels((v,), _BURST)), claim["before"][0]),
+    )
+    ids = [level for variant in (online, before) for level in _levels(seen, variant)]
+    if unjudged := _unjudged(seen, ids):
+        return _found(claim, seen, ids, verdict=unjudged[0], reason=unjudged[1])
+    starts = {v: [s.server for s in seen.levels((v,), _BURST).values()] for v in (online, before)}
+    loads = {v: [one.load_s for one in each if one.load_s] for v, each in starts.items()}
+    ratio = seen.compare(before, online, _BURST, _TOKENS)
+    if not all(loads.values()):
+        return _found(
+            claim, seen, ids, verdict="undecided", reason="vLLM did not say how long it took to load the weights"
+        )
+    load = {v: fmean(each) for v, each in loads.items()}
+    sooner = load[before] < (1 - claim["tolerance"]) * load[online]
+    slower = not math.isnan(ratio.high) and ratio.high < 1 - claim["tolerance"]
+    whole = {v: fmean(one.startup_s for one in each) for v, each in starts.items()}
+    reason = (
+        f"weights are loaded in {four_digits(load[before])} s ({before}) against {four_digits(load[online])} s ({online}, read in "
+        f"BF16 and quantised), a whole start takes {whole[before]:.0f} and {whole[online]:.0f} s; tokens/s, {before} over {online}: {ratio}"
+    )
+    return _found(
+        claim, seen, ids, verdict="reproduced" if sooner and not slower else "not reproduced", reason=reason,
+        measured=load[before], measured_parts=load,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The number formats side by side: what each takes of the card, what it serves alone and under load, what it does to answers."""
+
+import math
+from statistics import fmean
+
+from ...config.dimensions import weight_format
+from ...config.profile import rate_name
+from ...experiment.quality import comparisons
+from ...metrics.quality import Comparison
+from ...results.evidence import Evidence, evidence
+from ...results.run_folder import Run
+from ...ui.table import Table
+from ...ui.text import shown
+from ..verdict import card_note
+from .comparison import causes, mean_of
+
+_BURST, _TOKENS, _JOULES = math.inf, "output_token_throughput", "joules_per_output_token"
+
+
+def formats_of(seen: Evidence) -> list[str]:
+    """The variants that were measured, those with the most bytes a weight first."""
+    profile = seen.run.profile
+
+    def bytes_of(variant: str) -> float:
+        return weight_format(profile.variant(variant).flags, profile.shape(variant)).weight_bytes
+
+    return sorted((v for v in seen.variants() if v in profile.variants), key=bytes_of, reverse=True)
+
+
+def checkpoints_table(run: Run) -> Table:
+    """What each format takes: bytes on the card beside those that it should take, room for KV cache, seconds to start, and
+    the kernels of its matrix products."""
+    seen, rows = evidence(run), []
+    for variant in formats_of(seen):
+        servers = [s.server for s in seen.levels((variant,), valid=False).values()]
+        shape, one = run.profile.shape(variant), servers[0]
+        asked = weight_format(one.command, shape)
+        expected = shape.weight_bytes(asked) / 2**30 if shape else None
+        loads = [server.load_s for server in servers if server.load_s]
+        rows.append((
+            variant, run.profile.variant(variant).recipe or "–", shown(expected, ".2f"), shown(one.model_memory_gib, ".2f"),
+            shown(one.kv_cache_tokens), shown(fmean(loads) if loads else None, ".1f"),
+            shown(fmean(server.startup_s for server in servers)), ", ".join(one.kernels) or "–",
+        ))  # fmt: skip
+    columns = ("variant", "recipe", "weights should take, GiB", "they take, GiB", "KV cache, tokens", "loading, s", "start, s",
+               "kernels")  # fmt: skip
+    return Table(f"{card_note(run)}What each number format takes, run {run.path.name}", columns, rows)
+
+
+def recipes_table(run: Run, beside: str = "bf16") -> Table:
+    """Every format at each rate: the time a token takes, throughput and energy over those of `beside`, with 95 % intervals."""
+    seen, rows = evidence(run), []
+    for rate in sorted({rate for variant in seen.variants() for rate in seen.rates(variant)}):
+        for variant in formats_of(seen):
+            if not seen.levels((variant,), rate):
+                continue
+
+            def mean(metric: str, variant: str = variant, rate: float = rate) -> float | None:
+                values = seen.seeds(variant, rate, metric).values()
+                return fmean(values) if values else None
+
+            ratios = [
+                str(seen.compare(variant, beside, rate, m) or "–") if variant != beside else "–"
+                for m in (_TOKENS, _JOULES)
+            ]
+            rows.append((
+                rate_name(rate), variant, shown(mean("mean_ttft_ms")), shown(mean("mean_tpot_ms"), ",.2f"), shown(mean(_TOKENS)),
+                ratios[0], shown(mean(_JOULES), ".4f"), ratios[1], shown(mean("gpu_sm_mhz_steady")),
+                " or the ".join(causes(seen, variant, rate)),
+            ))  # fmt: skip
+    columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",
+               "steady MHz", "limited by")  # fmt: skip
+    return Table(
+        f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals", columns, rows
+    )
+
+
+def chosen(run: Run, answers: Run | None) -> list[tuple[str, float, float | None, float | None, Comparison | None]]:
+    """(variant, tokens/s with all at once or the most that was delivered, tokens/s of one request at the lowest rate, GiB of
+    weights, its answers beside the reference's) of every format."""
+    seen, held = evidence(run), comparisons(answers) if answers and answers.read_parts("quality") else {}
+    rows = []
+    for variant in formats_of(seen):
+        tokens = mean_of(seen, variant, _TOKENS) or max(
+            (fmean(values) for values in seen.by_rate(variant, _TOKENS).values()), default=None
+        )
+        alone = seen.by_rate(variant, "mean_tpot_ms")
+        servers = [s.server for s in seen.levels((variant,)).values()]
+        if tokens and servers:
+            slowest = 1e3 / fmean(alone[min(alone)]) if alone else None
+            rows.append((variant, tokens, slowest, servers[0].model_memory_gib, held.get(variant)))
+    return rows
