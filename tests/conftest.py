@@ -3,6 +3,7 @@ as it is told, a run made of whole cloth."""
 
 import contextlib
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from fp8lab.paths import PROJECT
 from fp8lab.server import orphans
+from fp8lab.system import gpu
 
 HERE = Path(__file__).parent
 
@@ -174,6 +176,32 @@ def fake_vllm(monkeypatch, tmp_path):
         return path
 
     return profile
+
+
+@pytest.fixture
+def card(fake_vllm, tmp_path, monkeypatch):
+    """A function that sets what the GPU says, and a cuda profile on it."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+    def says(used_gib=0.5, processes=(), lost=False, handles=True, cards=()):
+        said = {"used_gib": used_gib, "processes": list(processes), "lost": lost, "handles": handles}
+        said["cards"] = list(cards)
+        (tmp_path / "new.json").write_text(json.dumps(said))
+        (tmp_path / "new.json").replace(tmp_path / "nvml.json")  # whole: it is read meanwhile
+
+    says()
+    fake_vllm()  # the environment of the stand-in
+    path = tmp_path / f"{tmp_path.name}.toml"
+    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
+    yield says, path
+    uuids = gpu.gpu_uuids(8)
+    sys.modules.pop("pynvml", None)
+    for uuid in uuids:
+        Path("/run/lock", f"fp8lab-{uuid}.lock").unlink(missing_ok=True)
 
 
 def marked(profile: str | Path) -> list[int]:

@@ -79,9 +79,9 @@ def document(data: bytes):
         return None
 
 
-def words(said) -> str:
-    """An error's words, or all of it."""
-    return inner(said, 8) or ("" if said is None else json.dumps(said))
+def words(said, data: bytes) -> str:
+    """An error's words, or all of it as it came."""
+    return inner(said, 8) or data.decode("utf-8", "replace")
 
 
 def inner(said, depth: int) -> str:
@@ -127,7 +127,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
     for piece in pieces:
         said = document(piece.data[0])
         if piece.kind == b"error":
-            text = words(said) or piece.data[0].decode("utf-8", "replace") or "without a word"
+            text = words(said, piece.data[0]) or "without a word"
             errors.append(f"error in the stream: {text[:2000]}")
             continue
         if not isinstance(said, dict):
@@ -139,7 +139,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
         listed = isinstance(said.get("choices"), list)
         complains = not listed and not isinstance(usage, dict) and any(said.get(name) for name in WORDS)
         if said.get("error") or said.get("object") == "error" or complains:
-            errors.append(f"error in the stream: {words(said)[:2000]}")
+            errors.append(f"error in the stream: {words(said, piece.data[0])[:2000]}")
         for choice in said["choices"] if listed else []:
             if not isinstance(choice, dict):
                 continue

@@ -240,6 +240,7 @@ def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, cache):
     executor = EmulatedGpuExecutor.__new__(EmulatedGpuExecutor)
     executor.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
     executor.cache_config = SimpleNamespace(cache_dtype=cache)
+    executor.parallel_config = SimpleNamespace(tensor_parallel_size=1)
     executor._init_executor()
     step = executor.step_seconds(200, 40_000, 200)
     seconds = np.arange(0.0, 31.0)

@@ -24,7 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fp8lab as lab
-from conftest import HERE, marked, nothing_left, wait_for
+from conftest import marked, nothing_left, wait_for
 from fp8lab.config.profile import Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
@@ -35,31 +35,6 @@ from fp8lab.server import command, launch, preflight
 from fp8lab.server.launch import Server, ask
 from fp8lab.system import gpu
 from fp8lab.system.locks import Lock, Scratch, machine_lock, sweep
-
-
-@pytest.fixture
-def card(fake_vllm, tmp_path, monkeypatch):
-    """A function that sets what the GPU says, and a cuda profile on it."""
-    monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
-    monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-
-    def says(used_gib=0.5, processes=(), lost=False, handles=True, cards=()):
-        said = {"used_gib": used_gib, "processes": list(processes), "lost": lost, "handles": handles}
-        said["cards"] = list(cards)
-        (tmp_path / "new.json").write_text(json.dumps(said))
-        (tmp_path / "new.json").replace(tmp_path / "nvml.json")  # whole: it is read meanwhile
-
-    says()
-    fake_vllm()  # the environment of the stand-in
-    path = tmp_path / f"{tmp_path.name}.toml"
-    path.write_text('extends = "h100-80gb"\n[model]\nshapes = "tiny-llama"\n[workload]\nwarmup_requests = 0\n')
-    yield says, path
-    uuid = gpu.gpu_uuid()
-    sys.modules.pop("pynvml", None)
-    Path("/run/lock", f"fp8lab-{uuid}.lock").unlink(missing_ok=True)
 
 
 def start_fails(profile, tmp_path, variant="bf16", error=ServerFailed) -> tuple[str, float]:
@@ -527,7 +502,7 @@ def test_two_starts_on_one_gpu_the_second_is_refused(card, tmp_path):
 
 
 def test_the_card_is_the_one_that_cuda_would_take(card, monkeypatch):
-    for chosen in ("0", "0,1", gpu.gpu_uuid(), gpu.gpu_uuid()[:-3]):
+    for chosen in ("0", "0,1", gpu.gpu_uuids()[0], gpu.gpu_uuids()[0][:-3]):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpu.memory_used_gib() == 0.5
         assert gpu.visible() == [chosen.removesuffix(",1")]  # a batch gives each job one of these

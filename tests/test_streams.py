@@ -321,6 +321,9 @@ def test_a_finish_reason_tells_whether_the_server_finished(reason, verdict):
         (b'data: {"choices": [], "error": {"message": "out of luck"}}', "out of luck"),
         (b'event: error\ndata: {"message": "out of luck"}', "out of luck"),
         (b"event: error\ndata: out of luck", "out of luck"),
+        # Without words it is shown as it came: a number beyond 64 bits too.
+        (b'event: error\ndata: {"code": 1' + b"0" * 30 + b"}", '{"code": 1' + "0" * 30 + "}"),
+        (b'data: {"error": 7}', '{"error": 7}'),
         (b"event: error", "without a word"),
     ],
 )

@@ -39,13 +39,14 @@ _HOMES = {
     "report.figures.recipes": ("recipes_figure",),
     "report.notebooks": ("check_injected",),
     "report.tables.anatomy": ("host_table", "kernels_table", "steps_table"),
+    "report.tables.cards": ("cards_table",),
     "report.tables.comparison": ("ablation_table", "equal_load_table", "unsealing_table", "worth_table"),
     "report.tables.levels": (
         "attainment_table", "capacity_plan", "client_table", "cross_check_table", "latency_table", "levels_table", "slo_table",
         "throughputs_table", "validity_table",
     ),
     "report.tables.machine": (
-        "bottlenecks_table", "environment_table", "flags_table", "kv_table", "memory_table", "paging_table",
+        "bottlenecks_table", "environment_table", "fit_table", "flags_table", "kv_table", "memory_table", "paging_table",
         "resources_table", "roofline_table",
     ),
     "report.tables.quality": (

@@ -108,6 +108,10 @@ EXAMPLES = {
         fp8lab quantize llama-3-8b --recipe int4 --out /data/int4     random weights of true shapes: for speed
         fp8lab quantize smollm2-135m-instruct --recipe fp8-channel    the trained model that the environment brings
     """,
+    "fit": """
+        fp8lab fit llama-3-70b                                        on H100s: BF16 takes four, FP8 two
+        fp8lab fit /path/to/a/model --card h200-80gb --tokens 2000    a checkpoint of your own, longer requests
+    """,
     "claims": """
         fp8lab claims runs/latest
         fp8lab claims runs/latest --brief --markdown     for a README
@@ -245,6 +249,14 @@ def _parser() -> argparse.ArgumentParser:
     text = "Show which levels a profile measures and about how long they take."
     plan = command("plan", text, "--profile", "--protocol")
     plan.add_argument("--run", default="", metavar="DIR", help="count only what this run does not hold yet")
+
+    fits = command("fit", (
+        "Say which number formats of a model fit on how many cards, and for how many requests they leave room: by arithmetic, "
+        "before anything is started."
+    ))  # fmt: skip
+    fits.add_argument("model", metavar="MODEL", help="a model of data/models, or a checkpoint's folder")
+    fits.add_argument("--card", default="h100-80gb", metavar="P", help="a profile that holds the card (h100-80gb)")
+    fits.add_argument("--tokens", type=int, default=400, metavar="N", help="of a request, in and out (400)")
 
     share = command("share", "Make one page and one archive of a run, to be sent to someone.", "RUN")
     share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from . import batch as batches
 from . import share as sharing
-from .config.profile import rate_name
+from .config.dimensions import ModelShape, model_shape
+from .config.profile import dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
 from .config.recipes import recipe
 from .config.this_machine import load_profile, profile_name
@@ -21,11 +22,12 @@ from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
 from .models import quantize as making
-from .paths import RUNS, cache_dir, repository_relative
+from .paths import DATA, RUNS, cache_dir, repository_relative
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, execute, find
 from .report.tables.anatomy import host_table, kernels_table, steps_table
 from .report.tables.levels import levels_table, validity_table
+from .report.tables.machine import fit_table
 from .report.tables.quality import quality_table
 from .results.run_folder import Run, open_run
 from .server import orphans
@@ -110,6 +112,23 @@ def quantize(args) -> None:
     weights = "random weights" if drawn else "the weights"
     StatusLine().done(f"{weights} of {args.model}: {says}; {size / 2**30:.2f} GiB in {target}")
     print(repository_relative(making.quantize(source, args.recipe, target, drawn=drawn)))
+
+
+def fit(args) -> None:
+    if args.tokens < 1:
+        raise BadInput(f"--tokens {args.tokens} is below 1 (tokens of a request, in and out)")
+    card = read_profile(args.card).gpu
+    if card is None:
+        raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")
+    folder = Path(args.model)
+    known = dimensions_at(folder) if (folder / "config.json").is_file() else None
+    shape = ModelShape.of(known) if known else model_shape(args.model)
+    if shape is None:
+        names = ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
+        raise BadInput(
+            f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {names}"
+        )
+    print(fit_table(args.model if known is None else folder.name, shape, card, tokens=args.tokens))
 
 
 def plan(args) -> None:

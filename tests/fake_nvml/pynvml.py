@@ -1,9 +1,10 @@
-"""Stands in for NVML where PYTHONPATH puts this folder first: one card, as the JSON file FAKE_NVML says.
+"""Stands in for NVML where PYTHONPATH puts this folder first: cards as the JSON file FAKE_NVML says.
 
 {"used_gib": 0.5, "processes": [[pid, GiB or null], ...], "lost": false, "handles": true,
  "cards": [{"name": "NVIDIA L40S", "uuid": "GPU-...", "memory_gib": 44.5, "mig": false}, ...]}
 
-A lost card answers no question; without handles it is not even found. Without "cards" there is one H100.
+A lost card answers no question; without handles it is not even found. Without "cards" there is one H100. A card may say
+"used_gib", "processes", "lost" and readings (power_mw, sm_mhz, …) of its own.
 """
 
 import json
@@ -21,8 +22,9 @@ class NVMLError(Exception):
     pass
 
 
-def _says() -> dict:
+def _says(handle=None) -> dict:
     says = json.loads(Path(os.environ["FAKE_NVML"]).read_text())
+    says |= _cards()[handle] if handle is not None else {}
     if says["lost"]:
         raise NVMLError("GPU is lost")
     return says
@@ -66,18 +68,18 @@ def nvmlDeviceGetHandleByUUID(uuid):
 
 
 def nvmlDeviceGetName(handle):
-    _says()
+    _says(handle)
     return _cards()[handle]["name"]
 
 
 def nvmlDeviceGetUUID(handle):
-    _says()
+    _says(handle)
     return _cards()[handle]["uuid"]
 
 
 def nvmlDeviceGetMemoryInfo(handle):
     total = int(_cards()[handle]["memory_gib"] * 2**30)
-    return SimpleNamespace(used=int(_says()["used_gib"] * 2**30), total=total)
+    return SimpleNamespace(used=int(_says(handle)["used_gib"] * 2**30), total=total)
 
 
 def nvmlDeviceGetMigMode(handle):
@@ -86,28 +88,32 @@ def nvmlDeviceGetMigMode(handle):
     return [int(_cards()[handle]["mig"])] * 2
 
 
-def nvmlDeviceGetComputeRunningProcesses(_handle):
+def nvmlDeviceGetComputeRunningProcesses(handle):
     return [
         SimpleNamespace(pid=pid, usedGpuMemory=2**64 - 1 if gib is None else int(gib * 2**30))
-        for pid, gib in _says()["processes"]
+        for pid, gib in _says(handle)["processes"]
     ]
 
 
-def nvmlDeviceGetCurrentClocksEventReasons(_handle):
-    return _reading("clock_reasons")
+def nvmlDeviceGetCurrentClocksEventReasons(handle):
+    return _reading("clock_reasons", handle)
 
 
-def nvmlDeviceGetEnforcedPowerLimit(_handle):
-    return _reading("power_limit_mw")
+def nvmlDeviceGetEnforcedPowerLimit(handle):
+    return _reading("power_limit_mw", handle)
 
 
-def nvmlDeviceGetClockInfo(_handle, _which):
-    return _reading("sm_mhz")
+def nvmlDeviceGetPowerUsage(handle):
+    return _reading("power_mw", handle)
 
 
-def _reading(name: str):
+def nvmlDeviceGetClockInfo(handle, _which):
+    return _reading("sm_mhz", handle)
+
+
+def _reading(name: str, handle: int):
     """A reading that this card gives if its file names it."""
-    if (value := _says().get(name)) is None:
+    if (value := _says(handle).get(name)) is None:
         raise NVMLError("Not Supported")
     return value
 

@@ -1,6 +1,7 @@
 """A Llama-like model's sizes, by arithmetic: what its weights and its KV cache take, what a token costs to compute."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ class ModelShape:
     of the checkpoint that is served."""
 
     def __init__(self, config, weights: WeightFormat = BF16):
-        self.layers = config.num_hidden_layers
+        self.layers, self.hidden = config.num_hidden_layers, config.hidden_size
+        self.intermediate = config.intermediate_size
         self.kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.heads, self.vocabulary = config.num_attention_heads, config.vocab_size
@@ -156,6 +158,19 @@ def fp8_kv(command: Sequence[str], shape: ModelShape | None = None) -> bool:
     checkpoint, of this `shape`, because that asks for it."""
     dtype = flag_of(command, "--kv-cache-dtype")
     return dtype.startswith("fp8") or (dtype == "auto" and bool(shape and shape.fp8_kv))
+
+
+def replicas(command: Sequence[str]) -> int:
+    """How many copies of the model a vLLM command serves side by side (data parallel), each with an EngineCore of its own."""
+    value = flag_of(command, "--data-parallel-size")
+    return int(value) if value.isdecimal() else 1
+
+
+def cards(command: Sequence[str]) -> int:
+    """How many cards a vLLM command takes: those that share each layer, times those that share the layers, times its
+    replicas."""
+    shared = [flag_of(command, name) for name in ("--tensor-parallel-size", "--pipeline-parallel-size")]
+    return replicas(command) * math.prod(int(value) for value in shared if value.isdecimal())
 
 
 def most_running(command: Sequence[str]) -> int | None:

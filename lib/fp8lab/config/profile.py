@@ -120,13 +120,16 @@ def _words(card: str) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Emulation(ProfileTable):
-    """The emulated card: achieved fractions of the datasheet, fixed costs, and time dilation."""
+    """The emulated card: achieved fractions of the datasheet, fixed costs, the link between cards, and time dilation."""
 
     hbm_fraction: Share
     flops_fraction: Share
     step_overhead_us: Cost
     frontend_us_per_token: Cost
     reserved_gib: Cost
+    # NVLink of an H100, one way, and what an all-reduce costs however small it is.
+    link_bytes_per_s: Positive = 450e9
+    all_reduce_us: Cost = 10.0
     time_dilation: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] = 1.0
 
 
@@ -149,12 +152,14 @@ class Model(ProfileTable):
         """This model with the dimensions of every checkpoint whose folder is there."""
         if self.weights != "checkpoint":
             return self
-        found = {key: _dimensions_at(Path(name)) for key, name in self.checkpoints.items() if not is_hub_name(name)}
+        found = {key: dimensions_at(Path(name)) for key, name in self.checkpoints.items() if not is_hub_name(name)}
         known = {key: one for key, one in found.items() if one}
         return dataclasses.replace(self, dimensions={**self.dimensions, **known})
 
 
-def _dimensions_at(folder: Path) -> Dimensions | None:
+def dimensions_at(folder: Path) -> Dimensions | None:
+    """The dimensions of the checkpoint in a folder; None where there is none, or it is none of which they are known. Raises
+    BadInput for a configuration that cannot be read."""
     path = folder / "config.json"
     if not path.is_file():
         return None

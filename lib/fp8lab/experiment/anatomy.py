@@ -22,7 +22,7 @@ from statistics import fmean
 
 import psutil
 
-from ..config.dimensions import fp8_kv, most_running, weight_format
+from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
 from ..config.flags import joined
 from ..config.profile import Level, Profile
 from ..errors import BadInput, LevelFailed
@@ -140,7 +140,14 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
         return {}
     if not moved:
         card = dataclasses.replace(card, hbm_bytes_per_s=math.inf)
-    return floors_ms(work, shape, card, weights=weight_format(flags, shape), fp8_kv=fp8_kv(flags, shape))
+    return floors_ms(
+        work,
+        shape,
+        card,
+        weights=weight_format(flags, shape),
+        fp8_kv=fp8_kv(flags, shape),
+        shared_by=cards(flags) // replicas(flags),
+    )
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
@@ -260,7 +267,7 @@ class _Counted:
 def _count_steps(server: Server, batch: int) -> _Counted:
     """Counts for `_COUNTED_S` of the server's time. Raises LevelFailed when not all of the batch ran to the end."""
     seconds, rows = _COUNTED_S * min(server.profile.time_dilation, 4), []
-    with GpuReader() as gpu:
+    with GpuReader(server.cards) as gpu:
         begin, first = time.monotonic(), _metrics(server)
         while time.monotonic() < begin + seconds:
             rows.append(gpu.read(slow=False))

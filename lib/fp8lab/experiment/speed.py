@@ -339,7 +339,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     profile = server.profile
     due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation)
+    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation, server.cards)
     measured = measure_level(
         _endpoint(server),
         trace,

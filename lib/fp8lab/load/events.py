@@ -219,9 +219,9 @@ class Reader:
             return None
         event = _json(data)
         if self._kind == b"error":
-            self._fail(_said(event) or data.decode(errors="replace") or "without a word")
+            self._fail(_said(event, data) or "without a word")
         elif type(event) is dict:
-            self._read(event)
+            self._read(event, data)
             return event
         elif b"\n" in data:  # not one event of several lines, as it should be, but one a line
             for line in data.split(b"\n"):
@@ -230,16 +230,16 @@ class Reader:
             outcome.error = outcome.error or f"{malformed}: {_excerpt(data)}"
         return None
 
-    def _read(self, event: dict) -> None:
+    def _read(self, event: dict, data: bytes) -> None:
         choices, usage = event.get("choices"), event.get("usage")
         if type(choices) is list:
             for choice in choices:
                 if type(choice) is dict:
                     self._choice(choice)
         elif type(usage) is not dict and _complains(event):
-            self._fail(_said(event))
+            self._fail(_said(event, data))
         if event.get("error") or event.get("object") == "error":
-            self._fail(_said(event))
+            self._fail(_said(event, data))
         if type(usage) is dict:
             self._count(usage)
 
@@ -347,9 +347,9 @@ def _complains(event: dict) -> bool:
     return any(event.get(name) for name in KEYS)
 
 
-def _said(event) -> str:
-    """The words of an error, of whatever shape; where it has none, all of it."""
-    return sentence(event) or ("" if event is None else json.dumps(event))
+def _said(event, data: bytes) -> str:
+    """The words of an error, of whatever shape; where it has none, all of it as it came."""
+    return sentence(event) or data.decode(errors="replace")
 
 
 def _excerpt(data: bytes) -> str:
@@ -365,7 +365,7 @@ def _no_stream(body: bytes) -> str:
             'are not to be had; does "stream": true reach it, and does it, or a proxy before it, stream?'
         )
     if isinstance(document, dict) and _complains(document):
-        return f"the server answered with an error instead of a stream: {_said(document)[:_MAX_WORDS]}"
+        return f"the server answered with an error instead of a stream: {_said(document, body)[:_MAX_WORDS]}"
     page = words(body)
     kind = page[:_MAX_WORDS] if page.startswith("a web page") else f"what is no event stream: {_excerpt(body)}"
     return f"the server answered with {kind}; is this the API's address?"

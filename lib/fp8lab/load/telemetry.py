@@ -33,7 +33,7 @@ _UNSEEN = 0.10
 # The server's answer is waited for 4 s (`server.launch.ask`); a thread that takes longer to end hangs.
 _END_S = 10.0
 
-# vLLM's counters and gauges by the column that takes them; several engines or processes are summed.
+# vLLM's counters and gauges by the column that takes them; several EngineCores are summed, their KV caches' shares averaged.
 SERVER_COLUMNS = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
@@ -59,15 +59,21 @@ _WATCHED = (
 class Telemetry:
     """Samples while its `with` block runs; `table(start)` is what it saw.
 
-    `server_pids` are the server's processes, `metrics` returns its `/metrics` text (or raises OSError).
+    `server_pids` are the server's processes, `metrics` returns its `/metrics` text (or raises OSError), `cards` is how many
+    GPUs it has.
     """
 
     def __init__(
-        self, server_pids: Iterable[int], metrics: Callable[[], str] | None = None, time_dilation: float = 1.0
+        self,
+        server_pids: Iterable[int],
+        metrics: Callable[[], str] | None = None,
+        time_dilation: float = 1.0,
+        cards: int = 1,
     ):
         self._server = _by_role(server_pids)
         self._metrics = metrics
         self._dilation = time_dilation
+        self._gpu = GpuReader(cards)
         self._rows: list[dict] = []
         self._stop = threading.Event()
         self._cpu_s: list[float] = []
@@ -97,14 +103,15 @@ class Telemetry:
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
-        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w;
+        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w, of several
+        cards together and of each ("gpu_util 0", …);
         running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens, iterations (counters; an
         iteration is a step of the EngineCore); for frontend, engine and client: <role>_cpu (cores) and <role>_cpu_max
         (cores of the busiest process). nan: not sampled then.
         """
         import pandas as pd
 
-        columns = ["at_s", *GpuReader.COLUMNS, *SERVER_COLUMNS.values()]
+        columns = ["at_s", *self._gpu.columns, *SERVER_COLUMNS.values()]
         columns += [f"{role}_{what}" for role in ROLES for what in ("cpu", "cpu_max")]
         table = pd.DataFrame(list(self._rows), columns=columns).astype("float64")
         table["at_s"] = (table["at_s"] - start) / self._dilation
@@ -138,7 +145,7 @@ class Telemetry:
 
     def _sample_machine(self) -> None:
         next_slow, next_cpu = 0.0, 0.0
-        with GpuReader() as gpu:
+        with self._gpu as gpu:
             while True:
                 now = time.monotonic()
                 slow = now >= next_slow
@@ -189,15 +196,13 @@ class Telemetry:
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """The columns of `SERVER_COLUMNS` that a Prometheus text holds, summed over its label sets."""
-    found: dict[str, float] = {}
+    """The columns of `SERVER_COLUMNS` that a Prometheus text holds, summed over its label sets; a share is their mean."""
+    found: dict[str, list[float]] = {}
     for line in text.splitlines():
-        if line.startswith("vllm:"):
-            column = SERVER_COLUMNS.get(line.partition("{")[0])
-            if column:
-                with contextlib.suppress(ValueError):
-                    found[column] = found.get(column, 0.0) + float(line.rpartition(" ")[2])
-    return found
+        if line.startswith("vllm:") and (column := SERVER_COLUMNS.get(line.partition("{")[0])):
+            with contextlib.suppress(ValueError):
+                found.setdefault(column, []).append(float(line.rpartition(" ")[2]))
+    return {name: sum(each) / (len(each) if name == "kv_cache_usage" else 1) for name, each in found.items()}
 
 
 def _unseen(at: "np.ndarray", begin: float, end: float, late: float) -> float:

@@ -161,11 +161,13 @@ def _ordered(held: Mapping[str, Counter]) -> dict[str, dict[str, float]]:
     return {kind: dict(held[kind].most_common()) for kind in KINDS if kind in held}
 
 
-def floors_ms(work: Work, shape: ModelShape, card: Card, *, weights: WeightFormat, fp8_kv: bool) -> dict[str, float]:
+def floors_ms(
+    work: Work, shape: ModelShape, card: Card, *, weights: WeightFormat, fp8_kv: bool, shared_by: int = 1
+) -> dict[str, float]:
     """By kind the least milliseconds that the card's datasheet allows a step: the longer of its bytes over the bandwidth
     and its FLOPs over the matrix peak. Attention computes in the KV cache's format at the BF16 peak, quantisation reads
     each matrix product's input in BF16 and writes it in 8 bits, the sampler reads each logit once in FP32. Kinds that are
-    not named have no floor."""
+    not named have no floor. Of `shared_by` cards that share each layer each does its part."""
     tokens = work.prompt_tokens + work.decode_tokens
     emitted = work.running + work.prompts
     layers, head = shape.flops(tokens, emitted)
@@ -176,7 +178,7 @@ def floors_ms(work: Work, shape: ModelShape, card: Card, *, weights: WeightForma
     inputs = shape.product_inputs * tokens
 
     def least(moved: float, flops: float = 0.0, peak: float = card.bf16_flops) -> float:
-        return 1e3 * max(moved / card.hbm_bytes_per_s, flops / peak)
+        return 1e3 * max(moved / card.hbm_bytes_per_s, flops / peak) / shared_by
 
     found = {
         ATTENTION: least((work.prompt_context + work.decode_context) * kv_token, attention),

@@ -155,7 +155,7 @@ def clock(telemetry: pd.DataFrame, window: Window, limit_w: float | None = None)
 
 @dataclass(frozen=True)
 class Roofline:
-    """Shares (0 to 1) of the card's memory bandwidth and of its matrix peak that a window's work needed. `bytes_per_s`
+    """Shares (0 to 1) of the memory bandwidth and of the matrix peak, of all cards, that a window's work needed. `bytes_per_s`
     and `flops_per_s` are what was needed; `steps_per_s` how often a batch was computed."""
 
     memory: float
@@ -177,13 +177,13 @@ class Roofline:
 
 def roofline(
     telemetry: pd.DataFrame, window: Window, shape: ModelShape, card: Card, *,
-    weights: WeightFormat, fp8_kv: bool, kv_cache_tokens: int,
+    weights: WeightFormat, fp8_kv: bool, kv_cache_tokens: int, cards: int = 1, replicas: int = 1,
 ) -> Roofline | None:  # fmt: skip
-    """What the work of `window` (s) needed of the card, an estimate from the server's own counters (Williams, Waterman and
+    """What the work of `window` (s) needed of the card, or of `cards` together, an estimate from the server's own counters (Williams, Waterman and
     Patterson, "Roofline", 2009); None when they were not sampled in it.
 
     A running request gets one token a step, so there are as many steps as tokens for each of them, and each reads the
-    KV blocks in use. Left out: activations, writing the KV cache, the
+    KV blocks in use and each replica's weights. Left out: what cards tell each other, activations, writing the KV cache, the
     products inside attention (about 1 % of a token's), and whatever the kernels read twice.
     """
     known = telemetry[["at_s", "running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]].dropna()
@@ -201,11 +201,11 @@ def roofline(
     steps = emitted / inside["running"].mean()
     resident = inside["kv_cache_usage"].mean() * kv_cache_tokens
     kv_bytes = resident * shape.kv_bytes_per_token(1 if fp8_kv else 2)
-    moved = steps * (shape.weight_bytes_read(weights) + kv_bytes)
+    moved = steps * (replicas * shape.weight_bytes_read(weights) + kv_bytes)
     layers, head = shape.flops(tokens, emitted)
     return Roofline(
-        memory=moved / seconds / card.hbm_bytes_per_s,
-        compute=(layers / card.flops(weights.eight_bit) + head / card.flops(weights.head)) / seconds,
+        memory=moved / seconds / card.hbm_bytes_per_s / cards,
+        compute=(layers / card.flops(weights.eight_bit) + head / card.flops(weights.head)) / seconds / cards,
         bytes_per_s=moved / seconds,
         flops_per_s=(layers + head) / seconds,
         steps_per_s=steps / seconds,

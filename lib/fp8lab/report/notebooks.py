@@ -17,7 +17,7 @@ from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
 FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"
 # Run by their names only: they need a trained model, the others the shapes of a large one.
-_APART = ("07_quality", "08_unseal", "09_recipes", "appendix_number_formats")
+_APART = ("07_quality", "08_unseal", "09_recipes", "10_more_cards", "appendix_number_formats")
 # nbconvert's page without its scripts: neither formulas nor diagrams are used.
 _PAGE = """{%- extends "index.html.j2" -%}
 {%- block html_head_js -%}{%- endblock -%}

@@ -54,15 +54,15 @@ class Evidence:
         if level is None:
             return Limit("unknown", "the run holds no records of it")
         read = (level.summary, level.records, level.telemetry)
-        found = what_limited(*read, self.roofline(level_id), self._power_limit_w)
+        found = what_limited(*read, self.roofline(level_id), self._power_limit_w(level.summary))
         # On an emulated card neither the GPU nor the API server is what it seems; only the client is real.
         if self.run.emulated and found.cause not in ("offered load", "client", "KV capacity"):
             return Limit("emulated card", f"EMULATED: the model of the card and of its API server; {found.evidence}")
         return found
 
-    @property
-    def _power_limit_w(self) -> float | None:
-        return self.run.profile.gpu.power_w if self.run.profile.gpu else None
+    def _power_limit_w(self, summary: Summary) -> float | None:
+        card = self.run.profile.gpu
+        return card.power_w * summary.cards if card and card.power_w else None
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def clock(self, level_id: str) -> Clock | None:
@@ -70,7 +70,7 @@ class Evidence:
         level = self.level(level_id)
         if level is None or level.telemetry is None:
             return None
-        return clock(level.telemetry, level.summary.window, self._power_limit_w)
+        return clock(level.telemetry, level.summary.window, self._power_limit_w(level.summary))
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def roofline(self, level_id: str) -> Roofline | None:
@@ -83,7 +83,7 @@ class Evidence:
             return None
         return roofline(
             level.telemetry, s.window, shape, profile.gpu, weights=weight_format(s.command, shape),
-            fp8_kv=fp8_kv(s.command, shape), kv_cache_tokens=s.kv_cache_tokens,
+            fp8_kv=fp8_kv(s.command, shape), kv_cache_tokens=s.kv_cache_tokens, cards=s.cards, replicas=s.replicas,
         )  # fmt: skip
 
     def kv_tokens_a_request(self) -> float | None:

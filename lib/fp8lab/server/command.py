@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 
-from ..config.dimensions import weight_format
+from ..config.dimensions import cards, weight_format
 from ..config.flags import joined
 from ..config.profile import Profile, is_hub_name
 from ..errors import BadInput
@@ -101,7 +101,7 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     if profile.model.weights != "checkpoint":
         environment["HF_HUB_OFFLINE"] = "1"
     if profile.device == "cuda":
-        environment |= gpu.server_environment()
+        environment |= gpu.server_environment(cards(joined(profile.server.flags, profile.variant(variant).flags)))
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
         flags, shape = joined(profile.server.flags, profile.variant(variant).flags), profile.shape(variant)

@@ -7,8 +7,9 @@ What is modelled: the forward pass, as a wait. One step takes
 
     max(weight bytes read / HBM, FLOPs / peak) + KV bytes read / HBM + a constant,
 
-with the bytes and FLOPs that `fp8lab.metrics.resources` counts,
-and never less than the tokens that it emits x the API server's serial cost a token. Overlap of scheduling
+with the bytes and FLOPs that `fp8lab.metrics.resources` counts. Cards that share each layer (tensor parallel) do their part
+of them, and reduce their results twice a layer: 2 (n - 1) / n of the activations over the link, and a constant. A step takes
+never less than the tokens that it emits x the API server's serial cost a token. Overlap of scheduling
 and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
 last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU
 (see `settings`). Written against vLLM 0.32.0.
@@ -53,12 +54,13 @@ class EmulatedGpuExecutor(UniProcExecutor):
         self.shape = ModelShape(self.model_config.hf_text_config)
         weights = FORMATS[self.card["weights"]]
         self.kv_dtype = torch.uint8 if "fp8" in self.cache_config.cache_dtype else torch.bfloat16
-        self.weight_bytes = self.shape.weight_bytes(weights)
-        self.weight_bytes_read = self.shape.weight_bytes_read(weights)
-        self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize)
+        self.shared_by = self.parallel_config.tensor_parallel_size
+        self.weight_bytes = self.shape.weight_bytes(weights) // self.shared_by
+        self.weight_bytes_read = self.shape.weight_bytes_read(weights) // self.shared_by
+        self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.kv_dtype.itemsize) // self.shared_by
         self.hbm = self.card["hbm_bytes_per_s"] * self.card["hbm_fraction"]
         peaks = [self.card["fp8_flops" if eight else "bf16_flops"] for eight in (weights.eight_bit, weights.head)]
-        self.layer_flops, self.head_flops = (peak * self.card["flops_fraction"] for peak in peaks)
+        self.layer_flops, self.head_flops = (peak * self.card["flops_fraction"] * self.shared_by for peak in peaks)
         self.dilation = self.card["time_dilation"]
         self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0
@@ -83,7 +85,11 @@ class EmulatedGpuExecutor(UniProcExecutor):
     # What a worker is asked once, at start.
 
     def _get_kv_cache_spec(self):
-        sizes = {"num_kv_heads": self.shape.kv_heads, "head_size": self.shape.head_size, "dtype": self.kv_dtype}
+        sizes = {
+            "num_kv_heads": self.shape.kv_heads // self.shared_by,
+            "head_size": self.shape.head_size,
+            "dtype": self.kv_dtype,
+        }
         spec = FullAttentionSpec(block_size=self.cache_config.block_size, **sizes)
         return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
 
@@ -124,8 +130,15 @@ class EmulatedGpuExecutor(UniProcExecutor):
         layers, head = self.shape.flops(tokens, emitted)
         matrices = max(self.weight_bytes_read / self.hbm, layers / self.layer_flops + head / self.head_flops)
         attention = context_tokens * self.kv_bytes_per_token / self.hbm
-        gpu = matrices + attention + self.card["step_overhead_us"] * 1e-6
+        gpu = matrices + attention + self._all_reduces(tokens) + self.card["step_overhead_us"] * 1e-6
         return max(gpu, emitted * self.card["frontend_us_per_token"] * 1e-6)
+
+    def _all_reduces(self, tokens: int) -> float:
+        """Seconds for the two all-reduces of each layer: each card sends and receives its share of the BF16 activations."""
+        n = self.shared_by
+        moved = 2 * (n - 1) / n * 2 * tokens * self.shape.hidden
+        each = self.card["all_reduce_us"] * 1e-6 + moved / self.card["link_bytes_per_s"]
+        return 2 * self.shape.layers * each if n > 1 else 0.0
 
     def _wait(self, seconds: float) -> None:
         now = time.monotonic()

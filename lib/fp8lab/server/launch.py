@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ..config.dimensions import weight_format
+from ..config.dimensions import cards, replicas, weight_format
 from ..config.flags import joined
 from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
@@ -53,7 +53,8 @@ class Server:
         self.api_key = secrets.token_urlsafe(32)
         self.info: ServerInfo | None = None
         self._watchdog: subprocess.Popen | None = None
-        self._gpu_lock: Lock | None = None
+        self._gpu_locks: list[Lock] = []
+        self.cards = cards(joined(profile.server.flags, profile.variant(variant).flags))
         self._gpu_pids: set[int] = set()
         self._idle_pids: set[int] = set()
         self._processes: list[psutil.Process] = []
@@ -120,11 +121,11 @@ class Server:
         return log.read(self.log_path, self._secrets.values())
 
     def _gpu_problem(self) -> str | None:
-        if not self._gpu_lock:
+        if not self._gpu_locks:
             return None
-        if self._memory_before is not None and gpu.memory_used_gib() is None:
+        if self._memory_before is not None and gpu.memory_used_gib(self.cards) is None:
             return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
-        others, _, _ = preflight.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before)
+        others, _, _ = preflight.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before, cards=self.cards)
         return f"another job came onto the GPU: {'; '.join(others)}" if others else None
 
     def pids(self) -> tuple[int, ...]:
@@ -147,8 +148,8 @@ class Server:
             atexit.unregister(self.stop)
         finally:
             # Until the server has ended, its watchdog holds the GPU's lock too.
-            if self._gpu_lock:
-                self._gpu_lock.release()
+            for lock in self._gpu_locks:
+                lock.release()
 
     def _end_processes(self) -> None:
         if guard := self._watchdog:
@@ -216,14 +217,14 @@ class Server:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
         if self.profile.device == "cuda":
-            self._gpu_lock = preflight.take_gpu(f"{self.variant} of profile {self.profile.name}")
-            self._memory_before = gpu.memory_used_gib()
-            self._idle_pids = {o.pid for o in gpu.occupants()}
+            self._gpu_locks = preflight.take_gpus(f"{self.variant} of profile {self.profile.name}", self.cards)
+            self._memory_before = gpu.memory_used_gib(self.cards)
+            self._idle_pids = {o.pid for o in gpu.occupants(self.cards)}
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
         self._scratch = Scratch(for_sockets=True)
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path
         # Should this process die, the GPU stays locked until the server has ended.
-        held = [lock.fd for lock in (self._scratch, self._gpu_lock) if lock]
+        held = [lock.fd for lock in (self._scratch, *self._gpu_locks)]
         self._watchdog = watchdog.popen(
             command, environment, self.log_path,
             grace_s=_STOP_GRACE_S, options=("--scratch", self._scratch.path), held=held,
@@ -235,7 +236,7 @@ class Server:
         for pid in self.pids():
             with contextlib.suppress(psutil.NoSuchProcess):  # a helper that has ended since
                 self._processes.append(psutil.Process(pid))
-        doubt = self._take_stock_of_gpu() if self._gpu_lock else ""
+        doubt = self._take_stock_of_gpu() if self._gpu_locks else ""
         self._heard_at = time.monotonic()
         said = log.reported(self.log())
         python = self.profile.variant(self.variant).python
@@ -243,7 +244,7 @@ class Server:
             variant=self.variant, command=(interpreter(python), *map(portable, command[1:])), environment=extra,
             software=software_of(python) if python else {}, startup_s=seconds,
             **said._asdict(), weights_doubt=self._weights_doubt(said.model_memory_gib),
-            emulated=self.profile.emulated, gpu_doubt=doubt,
+            emulated=self.profile.emulated, gpu_doubt=doubt, cards=self.cards, replicas=replicas(command),
         )  # fmt: skip
 
     def _weights_doubt(self, gib: float | None) -> str:
@@ -252,8 +253,9 @@ class Server:
         shape, one = self.profile.shape(self.variant), self.profile.variant(self.variant)
         if self.profile.device != "cuda" or gib is None or shape is None:
             return ""
-        asked = weight_format(joined(self.profile.server.flags, one.flags), shape)
-        expected = shape.weight_bytes(asked) / 2**30
+        flags = joined(self.profile.server.flags, one.flags)
+        asked = weight_format(flags, shape)
+        expected = shape.weight_bytes(asked) / 2**30 / (self.cards / replicas(flags))
         if gib <= _MORE_WEIGHTS * expected:
             return ""
         return f"its weights take {gib:.2f} GiB, {asked.name} ones {expected:.2f}: vLLM serves another format than was asked for"
@@ -262,7 +264,9 @@ class Server:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
         mine = {process.pid for process in orphans.with_descendants(self.pids())}
         before = (self._idle_pids, self._memory_before)
-        others, self._gpu_pids, doubt = preflight.others_on_gpu(mine, *before, preflight.cuda_processes(mine))
+        others, self._gpu_pids, doubt = preflight.others_on_gpu(
+            mine, *before, preflight.cuda_processes(mine), self.cards
+        )
         if others:
             self._memory_before = None  # what stays in use is theirs
             raise InUse(
@@ -275,7 +279,8 @@ class Server:
         if self._memory_before is None:
             return
         deadline = time.monotonic() + _MEMORY_WAIT_S
-        while (used := gpu.memory_used_gib()) is not None and used > self._memory_before + _MEMORY_TOLERANCE_GIB:
+        allowed = self._memory_before + self.cards * _MEMORY_TOLERANCE_GIB
+        while (used := gpu.memory_used_gib(self.cards)) is not None and used > allowed:
             if time.monotonic() > deadline:
                 left = used - self._memory_before
                 warnings.warn(f"{left:.1f} GiB of GPU memory are still in use after the server ended", stacklevel=3)
@@ -290,7 +295,8 @@ def start_server(
 ) -> Server:
     """Starts a server of `variant` and returns when it has completed its first request.
 
-    The checkpoint of a variant that has a recipe is made first. `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder). The server ends with
+    The checkpoint of a variant that has a recipe is made first; it takes as many GPUs as its parallel sizes say, the first
+    ones. `port` is chosen if not given; `log_path` takes vLLM's output (default: the user's cache folder). The server ends with
     `stop()`, with its `with` block, and with this process, however that ends. Raises BadInput for an unknown variant or a
     secret among its flags, InUse for a taken port or GPU, ServerFailed when the start fails, Stopped when it is interrupted.
     """
@@ -300,12 +306,14 @@ def start_server(
     if port is not None:
         preflight.check_port(port)
     preflight.warn_of_leftovers()
-    make_checkpoint(profile, variant)
     port = port or preflight.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
+    if profile.device == "cuda":
+        preflight.check_cards(f"{variant} of profile {profile.name}", server.cards)
     try:
+        make_checkpoint(profile, variant)
         server._start(status)
         return server
     except KeyboardInterrupt:

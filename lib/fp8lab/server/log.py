@@ -47,7 +47,8 @@ _SYMPTOM = re.compile(r"Engine core initialization failed|Engine core proc .* di
 
 
 class Reported(NamedTuple):
-    """What vLLM reports of a start: KV-cache tokens, model memory in GiB, seconds to load it; None where it said nothing. And
+    """What vLLM reports of a start: KV-cache tokens of all replicas, model memory of a card in GiB, seconds to load it; None
+    where it said nothing. And
     its kernels for quantised matrix products ("MacheteLinearKernel for CompressedTensorsWNA16")."""
 
     kv_cache_tokens: int | None
@@ -80,12 +81,12 @@ def phase(text: str) -> str:
 
 
 def reported(text: str) -> Reported:
-    tokens = re.search(r"KV cache size: ([\d,]+) tokens", text)
+    # Each EngineCore tells of its own.
+    tokens = [int(one.replace(",", "")) for one in re.findall(r"KV cache size: ([\d,]+) tokens", text)]
     memory = re.search(r"Model loading took ([\d.]+) GiB(?: memory and ([\d.]+) seconds)?", text)
-    counted = int(tokens[1].replace(",", "")) if tokens else None
     gib, seconds = (float(one) if one else None for one in memory.groups()) if memory else (None, None)
     kernels = [f"{kernel} for {layer}" for kernel, layer in _KERNEL.findall(text)]
-    return Reported(counted, gib, seconds, tuple(dict.fromkeys(kernels)))
+    return Reported(sum(tokens) or None, gib, seconds, tuple(dict.fromkeys(kernels)))
 
 
 def root_cause(text: str) -> tuple[list[str], str | None]:

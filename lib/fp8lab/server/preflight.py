@@ -67,46 +67,68 @@ def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
         return f"pid {pid} (not visible from here{held})"
 
 
-def take_gpu(what: str) -> Lock:
-    """The lock on the GPU, for a server called `what`. Raises InUse when another start holds it, or when anything
-    computes on the card or fills it: a server beside it would not be measured alone. BadInput for a card that is lost."""
-    uuid = gpu.gpu_uuid()
-    if uuid is None:
-        raise BadInput("the GPU cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
-    lock = machine_lock(uuid, f"the GPU (for {what})")
+def check_cards(what: str, cards: int) -> None:
+    """Raises BadInput unless this machine shows as many `cards`, of one kind, as a server called `what` takes."""
+    names = gpu.gpu_names()
+    if len(names) < cards:
+        shown = f"{len(names)} {'is' if len(names) == 1 else 'are'} visible here{gpu.hidden()}"
+        raise BadInput(
+            f"{what} takes {cards} GPUs (its parallel sizes multiplied), and {shown}; choose a variant for fewer"
+        )
+    if len(kinds := sorted(set(names[:cards]))) > 1:
+        raise BadInput(
+            f"{what} takes {cards} GPUs, and the first ones here are of different kinds ({', '.join(kinds)}): the slowest would "
+            "set the pace of all; name equal ones in CUDA_VISIBLE_DEVICES"
+        )
+
+
+def take_gpus(what: str, cards: int = 1) -> list[Lock]:
+    """The locks on the first `cards` GPUs, for a server called `what`. Raises InUse when another start holds one, or when
+    anything computes on them or fills them: a server beside it would not be measured alone. BadInput for a card that is
+    lost."""
+    uuids, locks = gpu.gpu_uuids(cards), []
+    if len(uuids) < cards or None in uuids:
+        one = "the GPU" if cards == 1 else f"one of the {cards} GPUs"
+        raise BadInput(f"{one} cannot be read: the card or its driver is lost; see `nvidia-smi` and `dmesg`")
     try:
-        check_gpu()
+        # In one order for all, so that two starts cannot each hold what the other waits for.
+        for uuid in sorted(uuids):
+            locks.append(machine_lock(uuid, f"the GPU (for {what})"))
+        check_gpus(cards)
     except BaseException:
-        lock.release()
+        for lock in locks:
+            lock.release()
         raise
-    return lock
+    return locks
 
 
-def check_gpu() -> None:
-    """Raises InUse, with pid, owner and memory, when the GPU that a server would take is not idle."""
+def check_gpus(cards: int = 1) -> None:
+    """Raises InUse, with pid, owner and memory, when a GPU that a server would take is not idle."""
     mine = {pid: server for server in orphans.servers() for pid in server.pids}
-    busy = [o for o in gpu.occupants() if o.memory_gib is None or o.memory_gib > _IDLE_GIB]
+    busy = [o for o in gpu.occupants(cards) if o.memory_gib is None or o.memory_gib > _IDLE_GIB]
     if busy:
         holders = "; ".join(describe(o.pid, o.memory_gib) for o in busy)
         ours = any(o.pid in mine for o in busy)
         remedy = "end it with `fp8lab stop --all`" if ours else "wait, or choose another card (CUDA_VISIBLE_DEVICES)"
         raise InUse(f"the GPU is in use by {holders}; {remedy}")
-    if (used := gpu.memory_used_gib() or 0.0) > _IDLE_GIB:
+    if (used := gpu.memory_used_gib(cards) or 0.0) > cards * _IDLE_GIB:
         raise InUse(
             f"{used:.1f} GiB of the GPU's memory are held by processes that cannot be seen from here; "
             "see `nvidia-smi` on the host, or choose another card (CUDA_VISIBLE_DEVICES)"
         )
 
 
-def others_on_gpu(mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0) -> tuple:
-    """(who beside a server computes on the GPU, in words; the pids there that are the server's; why that is not
+def others_on_gpu(
+    mine: Collection[int], idle: Collection[int], before_gib: float | None, nameless: int = 0, cards: int = 1
+) -> tuple:
+    """(who beside a server computes on its `cards`, in words; the pids there that are the server's; why that is not
     certain, or "").
 
     `mine` are the server's processes, `idle` the pids that were on the card before it and held next to nothing, beside
     `before_gib` of memory in use. NVML names a process by its pid here, or, in a container under an older driver, by
     the host's: of those, up to `nameless` may be the server's. Or it names none.
     """
-    there = [o for o in gpu.occupants() if o.pid not in idle or (o.memory_gib or 0.0) > _IDLE_GIB]
+    there = [o for o in gpu.occupants(cards) if o.pid not in idle or (o.memory_gib or 0.0) > _IDLE_GIB]
     ours = [o for o in there if o.pid in mine]
     # Pids of the host are large numbers: that one of them is by chance another process's here is next to impossible.
     others = [o for o in there if o.pid not in mine and psutil.pid_exists(o.pid)]
@@ -118,8 +140,8 @@ def others_on_gpu(mine: Collection[int], idle: Collection[int], before_gib: floa
         ours = unknown
         doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
     said = [describe(o.pid, o.memory_gib) for o in others]
-    used, held = gpu.memory_used_gib(), [o.memory_gib for o in (*ours, *others)]
-    if ours and None not in (used, before_gib, *held) and (hidden := used - before_gib - sum(held)) > _IDLE_GIB:
+    used, held = gpu.memory_used_gib(cards), [o.memory_gib for o in (*ours, *others)]
+    if ours and None not in (used, before_gib, *held) and (hidden := used - before_gib - sum(held)) > cards * _IDLE_GIB:
         said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
     return said, {o.pid for o in ours}, doubt
 

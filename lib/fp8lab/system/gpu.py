@@ -1,6 +1,8 @@
 """The NVIDIA GPUs of this machine, through NVML. No GPU, no driver, or a card that went lost is an ordinary answer."""
 
 import contextlib
+import functools
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -48,13 +50,13 @@ def visible() -> list[str]:
         return list(_handles(nvml)) if nvml else []
 
 
-def server_environment() -> dict[str, str]:
-    """The variables with which a server sees the GPUs that are read here, in the same order: by their place in the
-    machine, as NVML numbers them. CUDA's own order is by speed, and vLLM takes no shortened UUID."""
+def server_environment(cards: int = 1) -> dict[str, str]:
+    """The variables with which a server sees its `cards`, the first of those that are read here, in the same order: by their
+    place in the machine, as NVML numbers them. CUDA's own order is by speed, and vLLM takes no shortened UUID."""
     with _nvml() as nvml:
-        chosen = [str(index) for index in _places(nvml).values()] if nvml else []
-    named = {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen and "CUDA_VISIBLE_DEVICES" in os.environ else {}
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | named
+        places = [str(index) for index in _places(nvml).values()] if nvml else []
+    named = len(places) > cards or (places and "CUDA_VISIBLE_DEVICES" in os.environ)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({"CUDA_VISIBLE_DEVICES": ",".join(places[:cards])} if named else {})
 
 
 def refusal() -> str | None:
@@ -95,11 +97,11 @@ def driver_version() -> str | None:
         return _answer(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
 
 
-def memory_used_gib() -> float | None:
-    """Memory in use on the first GPU, which a server would take, in GiB; None without one that can be read."""
+def memory_used_gib(cards: int = 1) -> float | None:
+    """Memory in use on the first `cards` GPUs, which a server would take, in GiB together; None when one cannot be read."""
     with _gpus() as (nvml, handles):
-        memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
-        return memory.used / 2**30 if memory else None
+        each = [_answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle) for handle in handles[:cards]]
+        return sum(memory.used for memory in each) / 2**30 if each and None not in each and len(each) == cards else None
 
 
 def memory_gib() -> float | None:
@@ -109,45 +111,72 @@ def memory_gib() -> float | None:
         return memory.total / 2**30 if memory else None
 
 
-def gpu_uuid() -> str | None:
-    """The name under which the first GPU is known everywhere; None without one that can be read."""
+def gpu_uuids(cards: int = 1) -> list[str | None]:
+    """The names under which the first `cards` GPUs are known everywhere; None for one that cannot be read."""
     with _gpus() as (nvml, handles):
-        return _answer(nvml, nvml.nvmlDeviceGetUUID, handles[0]) if handles else None
+        return [_answer(nvml, nvml.nvmlDeviceGetUUID, handle) for handle in handles[:cards]]
 
 
-def occupants() -> list[Occupant]:
-    """Who computes on the first GPU. In a container NVML may show none, or pids of the host."""
+def occupants(cards: int = 1) -> list[Occupant]:
+    """Who computes on the first `cards` GPUs, with what each holds of them together. In a container NVML may show none, or
+    pids of the host."""
     with _gpus() as (nvml, handles):
         # Some drivers do not tell; the memory in use still does.
-        listed = _answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handles[0]) if handles else None
-        found = {process.pid: process.usedGpuMemory for process in listed or []}
-        # All bits set is NVML's "not available".
-        known = {pid: used for pid, used in found.items() if used is not None and used < 2**60}
-        return [Occupant(pid, known[pid] / 2**30 if pid in known else None) for pid in sorted(found)]
+        listed = [_answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or [] for handle in handles[:cards]]
+        found: dict[int, float | None] = {}
+        for process in (process for each in listed for process in each):
+            # All bits set is NVML's "not available".
+            used = process.usedGpuMemory if (process.usedGpuMemory or 2**60) < 2**60 else None
+            held = found.get(process.pid, 0.0)
+            found[process.pid] = None if None in (used, held) else held + used / 2**30
+        return [Occupant(pid, found[pid]) for pid in sorted(found)]
 
 
 class GpuReader:
-    """Reads the server's GPU again and again, with NVML initialised once. Without a GPU it reads nothing."""
+    """Reads the server's `cards`, the first GPUs, again and again, with NVML initialised once: what they are together, and
+    of several cards each one's too. Without a GPU it reads nothing."""
 
     COLUMNS = ("gpu_util", "gpu_memory_util", "gpu_power_w", "gpu_sm_mhz", "gpu_clock_reasons")
     COLUMNS += ("gpu_energy_j", "gpu_memory_gib", "gpu_power_limit_w")
+    _SUMS = frozenset({"gpu_power_w", "gpu_energy_j", "gpu_memory_gib", "gpu_power_limit_w"})
+
+    def __init__(self, cards: int = 1):
+        self.cards = cards
+
+    @property
+    def columns(self) -> list[str]:
+        """`COLUMNS`, and behind them those of each of several cards: "gpu_util 0", "gpu_util 1", …"""
+        each = [f"{column} {card}" for card in range(self.cards) for column in self.COLUMNS] if self.cards > 1 else []
+        return [*self.COLUMNS, *each]
 
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
         self._nvml = self._stack.enter_context(_nvml())
-        self._handle = next(iter(_handles(self._nvml).values()), None) if self._nvml else None
+        self._chosen = list(_handles(self._nvml).values())[: self.cards] if self._nvml else []
         return self
 
     def __exit__(self, *exc) -> None:
         self._stack.close()
 
     def read(self, slow: bool = True) -> dict[str, float]:
-        """`COLUMNS` that this card answers: shares 0 to 1, W, MHz, the reasons for the clock (bits, see
-        `metrics.resources.clock`), J since the driver was loaded, GiB, the enforced power limit in W. Without `slow` only what
-        changes quickly, the first five: each question costs the driver's time."""
-        nvml, handle, row = self._nvml, self._handle, {}
-        if handle is None:
-            return row
+        """`COLUMNS` that all cards answer: shares 0 to 1, W, MHz, the reasons for the clock (bits, see
+        `metrics.resources.clock`), J since the driver was loaded, GiB, the enforced power limit in W. Of several cards W, J
+        and GiB are sums, shares and MHz means, and a reason is one that any of them has. Without `slow` only what changes
+        quickly, the first five: each question costs the driver's time."""
+        each = [self._card(handle, slow) for handle in self._chosen]
+        if len(each) < 2:
+            return each[0] if each else {}
+        together = {}
+        for column in each[0].keys() & set.intersection(*(set(one) for one in each)):
+            values = [one[column] for one in each]
+            if column == "gpu_clock_reasons":
+                together[column] = functools.reduce(operator.or_, values)
+            else:
+                together[column] = sum(values) / (1 if column in self._SUMS else len(values))
+        return together | {f"{column} {card}": value for card, one in enumerate(each) for column, value in one.items()}
+
+    def _card(self, handle, slow: bool) -> dict[str, float]:
+        nvml, row = self._nvml, {}
         if util := _answer(nvml, nvml.nvmlDeviceGetUtilizationRates, handle):
             row |= {"gpu_util": util.gpu / 100, "gpu_memory_util": util.memory / 100}
         row["gpu_power_w"] = _answer(nvml, nvml.nvmlDeviceGetPowerUsage, handle, per=1e3)

@@ -2,8 +2,10 @@
 
 import math
 
-from ...config.dimensions import fp8_kv, most_running
-from ...config.profile import Profile, interpreter, level_id
+from ...config.dimensions import ModelShape, fp8_kv, most_running
+from ...config.profile import Card, Profile, interpreter, level_id
+from ...config.recipes import BF16, FORMATS, FP8
+from ...metrics.fit import fit
 from ...metrics.performance import paging_waste, reserving_waste
 from ...metrics.resources import MOST, Clock
 from ...paths import repository_relative
@@ -122,6 +124,31 @@ def memory_table(run: Run) -> Table:
             rows.append((variant, *held, shown(kib, ".0f"), shown(gib, ".1f")))
     columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
     caption = f"{card_note(run)}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
+    return Table(caption, columns, rows)
+
+
+def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, most: int = 8) -> Table:
+    """Which number formats of a model fit on how many of a card, before anything is started: weights a card, room for KV
+    cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4, up to `most`."""
+    rows = []
+    for weights, kv in ((BF16, 2), (FP8, 1), (FORMATS["int8"], 1), (FORMATS["int4"], 1)):
+        for count in (n for n in (1, 2, 4, 8, 16) if n <= most):
+            found = fit(shape, weights, kv, card, count)
+            room = (
+                (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}") if found.kv_tokens else ("does not fit", "–")
+            )
+            rows.append((weights.name, "FP8" if kv == 1 else "BF16", f"{count}", f"{found.weights_gib:.1f}", *room))
+    columns = (
+        "weights",
+        "KV cache",
+        "cards",
+        "weights a card, GiB",
+        "KV cache, tokens",
+        f"requests of {tokens:,} tokens",
+    )
+    caption = (
+        f"PREDICTED by arithmetic: {name} on {card.name}, {card.memory_gib:g} GiB a card, of which vLLM takes 90 %"
+    )
     return Table(caption, columns, rows)
 
 
