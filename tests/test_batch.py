@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -14,9 +15,11 @@ import pytest
 
 from conftest import marked, nothing_left, wait_for
 from fp8lab import batch as batches
-from fp8lab.batch import _Queue, _run, load_matrix, write_pages
+from fp8lab import hosts
+from fp8lab.batch import _Queue, load_matrix, write_pages
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
+from fp8lab.hosts import Job, Place
 from fp8lab.paths import DATA
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
@@ -69,10 +72,22 @@ def matrix(tmp_path, short):
     return tmp_path / "matrix.toml"
 
 
+PLACE = Place("", 1)
+
+
+def jobs(*names: str) -> list[Job]:
+    return [Job(name, Path(name), ()) for name in names]
+
+
+def taken(queue: _Queue) -> tuple[str, int]:
+    job, number = queue.take(PLACE)
+    return job.name, number
+
+
 def test_pages_that_fail_do_not_end_the_queue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batches, "write_pages", lambda _folder: 1 / 0)
-    queue = _Queue(tmp_path, ["one", "two"])
-    assert queue.take() == ("one", 1) and queue.finish("one", 0) == 1 and queue.take() == ("two", 2)
+    queue = _Queue(tmp_path, jobs("one", "two"))
+    assert taken(queue) == ("one", 1) and queue.finish("one", 0) == 1 and taken(queue) == ("two", 2)
     assert "the pages of" in capsys.readouterr().err
 
 
@@ -166,11 +181,11 @@ def test_the_pages_name_the_job_and_link_the_log_of_one_that_failed(tmp_path):
 
 
 def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
-    queue = _Queue(tmp_path, ["a", "b", "c"])
-    assert queue.take() == ("a", 1) and queue.take() == ("b", 2)  # two GPUs
+    queue = _Queue(tmp_path, jobs("a", "b", "c"))
+    assert taken(queue) == ("a", 1) and taken(queue) == ("b", 2)  # two GPUs
     assert queue.finish("b", 1) == 1
     assert "failed" in (tmp_path / "index.html").read_text()  # the pages follow each job
-    assert queue.take() == ("c", 3) and queue.take() is None
+    assert taken(queue) == ("c", 3) and queue.take(PLACE) is None
     assert queue.finish("a", 0) == 2
 
 
@@ -214,19 +229,17 @@ def test_a_failed_job_wins_over_an_invalid_one(tmp_path):
     summary = tmp_path / "odd" / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
     summary.write_text(summary.read_text().replace('"valid": true', '"valid": false'))
     for held, expected in ((["good"], 0), (["good", "odd"], 3), (["good", "odd", "bad"], 1)):
-        jobs = {name: {"state": states[name]} for name in held}
-        write_json(tmp_path / "queue.json", {"jobs": jobs})
-        queue = _Queue(tmp_path, held)
-        while taken := queue.take():  # what failed is tried again; here it fails again
-            queue.finish(taken[0], 1)
+        write_json(tmp_path / "queue.json", {"jobs": {name: {"state": states[name]} for name in held}})
+        queue = _Queue(tmp_path, jobs(*held))
+        while again := queue.take(PLACE):  # what failed is tried again; here it fails again
+            queue.finish(again[0].name, 1)
         assert queue.exit_code() == expected
 
 
 def test_a_jobs_output_is_in_its_log_and_in_the_terminal(tmp_path, capfd):
     command = [sys.executable, "-c", "import sys; print('out', flush=True); sys.exit('why it failed')"]
     (tmp_path / "log.txt").write_text("an earlier try\n")
-    queue = _Queue(tmp_path, ["a"])
-    assert _run(queue, command, os.environ, tmp_path / "log.txt", shown=True) == 1
+    assert hosts._run(command, tmp_path / "log.txt", os.environ, lambda: False, shown=True) == 1
     assert (tmp_path / "log.txt").read_text() == "an earlier try\nout\nwhy it failed\n"
     assert capfd.readouterr().err == "out\nwhy it failed\n"
 

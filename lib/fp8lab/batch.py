@@ -1,6 +1,6 @@
-"""A matrix of runs, one after the other on each GPU, as a queue that survives a crash.
+"""A matrix of runs, one after the other on each GPU, of this machine or of a Ray cluster, as a queue that survives a crash.
 
-<batch folder>/queue.json           every job and its state: waiting, running, done, invalid (done, with INVALID levels), failed
+<batch folder>/queue.json           every job, its host and its state: waiting, running, done, invalid (done, with INVALID levels), failed
 <batch folder>/<job>/profile.toml   what the job runs
 <batch folder>/<job>/run/           its run folder, which resumes by itself
 <batch folder>/<job>/log.txt        what its process said
@@ -10,22 +10,22 @@
 import contextlib
 import html
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
 
-from .config.profile import Level
+from . import hosts
+from .config.dimensions import cards
+from .config.flags import joined
+from .config.profile import Level, Profile
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_workload
 from .errors import INVALID, BadInput, Fp8labError
+from .hosts import Job, Lost, Place
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
 from .report.claims import claims_table
 from .report.notebooks import check_parameters, find
@@ -34,11 +34,8 @@ from .report.verdict import card_mark, card_note
 from .results.evidence import evidence
 from .results.files import write_json
 from .results.run_folder import Run, open_run
-from .system.gpu import visible
 from .ui.table import COUNTS, LEVEL, Column, Table, view
 
-# Set for a job's process: its standard input is a pipe that ends with the batch.
-TIED = "FP8LAB_TIED_TO_STDIN"
 _LOOK_S = 0.5
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
@@ -109,20 +106,26 @@ def load_matrix(path: Path) -> Matrix:
     return matrix
 
 
-def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
-    """Runs what is not done yet; returns 0 when every job is done, 1 when one failed, 3 when none did but a level is
-    INVALID. Raises KeyboardInterrupt. A job with INVALID levels is not run again: what they need is told by its page.
-    Once they are measured again and valid, the next call draws its pages anew."""
+def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> int:
+    """Runs what is not done yet, on this machine or, with the address `ray`, on the hosts of that Ray cluster; returns 0 when
+    every job is done, 1 when one failed, 3 when none did but a level is INVALID. Raises KeyboardInterrupt; BadInput when a job
+    takes more cards than a host has. A job with INVALID levels is not run again: what they need is told by its page. Once they
+    are measured again and valid, the next call draws its pages anew. What a lost host was running is run again on another."""
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
-    queue = _Queue(folder, [name for name, _, _ in matrix.jobs()])
-    for name, profile, workload in matrix.jobs():
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
-    # Without a GPU there is one machine to share; with several each takes the next job.
-    places = visible() or [None]
-    arguments = [(queue, matrix, place, len(places) > 1) for place in places]
-    workers = [threading.Thread(target=_work, args=each, daemon=True) for each in arguments]
+    places = hosts.ray_hosts(ray, folder) if ray else [hosts.ThisMachine()]
+    jobs = [
+        _job(matrix, folder / name, name, profile, workload, whole=bool(ray))
+        for name, profile, workload in matrix.jobs()
+    ]
+    most = max(place.cards for place in places)
+    if large := [job for job in jobs if job.cards > most]:
+        raise BadInput(f"job {large[0].name} takes {large[0].cards} GPUs on one host, and none has more than {most}")
+    queue = _Queue(folder, jobs)
+    # As many jobs at a time as a host has cards; without a GPU it is one.
+    workers = [
+        threading.Thread(target=_work, args=(queue, place), daemon=True) for place in places for _ in range(place.cards)
+    ]
     _draw(folder)
     try:
         for worker in workers:
@@ -139,40 +142,65 @@ def run_batch(matrix: Matrix, folder: Path | None = None) -> int:
     return queue.exit_code()
 
 
+def _job(matrix: Matrix, folder: Path, name: str, profile: str, workload: Mapping, *, whole: bool) -> Job:
+    """A job with its folder and, in it, its profile: one that extends another or, `whole`, one that needs no other file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
+    read = read_profile(str(folder / "profile.toml"))
+    if whole:
+        (folder / "profile.toml").write_text(_whole_text(read))
+    variants = {level.variant for levels in read.protocols.values() for level in levels}
+    flags = [joined(read.server.flags, read.variant(variant).flags) for variant in variants]
+    most = max(map(cards, flags), default=1) if read.device == "cuda" else 1
+    return Job(
+        name,
+        folder,
+        ("reproduce", "--notebook", matrix.notebook, "-p", "protocols", _toml(list(matrix.protocols))),
+        most,
+    )
+
+
 class _Queue:
     """The jobs and their states; every change is on disk before it counts."""
 
-    def __init__(self, folder: Path, names: list[str]):
+    def __init__(self, folder: Path, jobs: Sequence[Job]):
         self.folder = folder
+        self.asked = {job.name: job for job in jobs}
         self._lock = threading.Lock()
-        self._closed = False
-        self._running: set[subprocess.Popen] = set()
+        self.closed = False
         held = {}
         with contextlib.suppress(OSError, ValueError):
             held = json.loads((folder / "queue.json").read_text())["jobs"]
         # What was running when the last batch ended is run again: its run folder knows how far it came.
         # What has INVALID levels is not, unless they have been measured again since: its pages are then drawn anew.
-        self.jobs = {name: held.get(name, {}) for name in names}
+        self.jobs = {name: held.get(name, {}) for name in self.asked}
         for name, job in self.jobs.items():
             state = job.get("state")
             if state != "done" and not (state == "invalid" and has_invalid(folder / name / "run")):
                 self.jobs[name] = {"state": "waiting"}
         self._store()
 
-    def take(self) -> tuple[str, int] | None:
-        """The next job, and its place in the order of beginning; None when none is left."""
+    def take(self, place: Place) -> tuple[Job, int] | None:
+        """The next job that `place` has cards for, and its place in the order of beginning; None when none is left for it."""
         with self._lock:
             waiting = [name for name, job in self.jobs.items() if job["state"] == "waiting"]
-            if self._closed or not waiting:
+            fitting = [name for name in waiting if self.asked[name].cards <= place.cards]
+            if self.closed or not fitting or not place.alive:
                 return None
-            self._set(waiting[0], state="running")
-            return waiting[0], len(self.jobs) - len(waiting) + 1
+            self._set(fitting[0], state="running", **({"host": place.name} if place.name else {}))
+            return self.asked[fitting[0]], len(self.jobs) - len(waiting) + 1
+
+    def put_back(self, name: str) -> None:
+        """A job whose host was lost waits again."""
+        with self._lock:
+            self._set(name, state="waiting")
 
     def finish(self, name: str, exit_code: int) -> int:
         """Notes how a job ended, in the pages too; returns how many have."""
         # Within the lock: jobs that end together write the same pages.
         with self._lock:
-            self._set(name, state={0: "done", INVALID: "invalid"}.get(exit_code, "failed"), exit_code=exit_code)
+            state = {0: "done", INVALID: "invalid"}.get(exit_code, "failed")
+            self._set(name, **self.jobs[name] | {"state": state, "exit_code": exit_code})
             _draw(self.folder)
             return sum(job["state"] in ("done", "invalid", "failed") for job in self.jobs.values())
 
@@ -183,20 +211,13 @@ class _Queue:
 
     def close(self) -> None:
         """No job is taken any more; those that run are asked to end."""
-        self._closed = True
-        for process in list(self._running):
-            process.terminate()
+        self.closed = True
 
-    @contextlib.contextmanager
-    def running(self, process: subprocess.Popen) -> Iterator[None]:
-        """Knows of a job's process while the block runs."""
-        self._running.add(process)
-        try:
-            if self._closed:
-                process.terminate()
-            yield
-        finally:
-            self._running.discard(process)
+    @property
+    def unfinished(self) -> bool:
+        """Whether a job waits, or runs and may yet have to be run again."""
+        with self._lock:
+            return any(job["state"] in ("waiting", "running") for job in self.jobs.values()) and not self.closed
 
     def _set(self, name: str, **job) -> None:
         self.jobs[name] = job
@@ -214,57 +235,29 @@ def _draw(folder: Path) -> None:
         print(f"the pages of {folder.name} were not written: {error!r}", file=sys.stderr, flush=True)
 
 
-def _work(queue: _Queue, matrix: Matrix, gpu: str | None, several: bool) -> None:
-    """Takes jobs until none is left. A job is a process of its own, so that its end leaves nothing behind."""
-    environment = dict(os.environ)
-    if gpu is not None and several:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    while taken := queue.take():
-        name, place = taken
-        job = queue.folder / name
-        command = [sys.executable, "-m", "fp8lab.cli", "reproduce", "--notebook", matrix.notebook]
-        command += ["-p", "protocols", _toml(list(matrix.protocols))]
-        command += ["--profile", str(job / "profile.toml"), "--run", str(job / "run")]
-        print(f"[{place}/{len(queue.jobs)}] {name}", file=sys.stderr, flush=True)
-        exit_code = _run(queue, command, environment, job / "log.txt", shown=not several)
-        ended = queue.finish(name, exit_code)
+def _work(queue: _Queue, place: Place) -> None:
+    """Takes jobs for a host until none is left. A job is a process of its own, so that its end leaves nothing behind."""
+    while queue.unfinished and place.alive:
+        if not (taken := queue.take(place)):
+            time.sleep(_LOOK_S)  # what others run may come back
+            continue
+        job, number = taken
+        on = f" on {place.name}" if place.name else ""
+        with place.taken(job.cards) as mine:
+            print(f"[{number}/{len(queue.jobs)}] {job.name}{on}", file=sys.stderr, flush=True)
+            try:
+                exit_code = place.run(job, mine, lambda: queue.closed)
+            except Lost as lost:
+                queue.put_back(job.name)
+                print(f"{job.name}: {lost}; it runs again on another host", file=sys.stderr, flush=True)
+                continue
+            except Fp8labError as error:
+                print(f"{job.name}: {error}", file=sys.stderr, flush=True)
+                exit_code = 1
+        ended = queue.finish(job.name, exit_code)
         how = {0: "done", INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
-        how = how.get(exit_code, f"FAILED with exit code {exit_code}; its log: {job / 'log.txt'}")
-        print(f"{name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
-
-
-def _run(queue: _Queue, command: list[str], environment: Mapping[str, str], log: Path, *, shown: bool) -> int:
-    """Runs a job whose output goes into `log`, and with `shown` to this terminal too; returns its exit code. The job
-    holds the end of a pipe from this process and ends when that does, however it does."""
-    # Read back from the file: a pipe would stay open for as long as anything that the job leaves behind.
-    with open(log, "ab") as output, open(log, encoding="utf-8", errors="replace") as said:
-        said.seek(0, os.SEEK_END)
-        tied = {**environment, TIED: "1"}
-        job = subprocess.Popen(command, env=tied, stdin=subprocess.PIPE, stdout=output, stderr=output)
-        with queue.running(job), job.stdin:
-            while (exit_code := job.poll()) is None:
-                time.sleep(_LOOK_S)
-                _show(said, shown)
-        _show(said, shown)
-    return exit_code
-
-
-def end_with_owner() -> None:
-    """Lets this process end, as by SIGTERM, when the batch that started it is gone; does nothing in any other."""
-    if os.environ.pop(TIED, None):
-        threading.Thread(target=_wait_for_the_owners_end, daemon=True).start()
-
-
-def _wait_for_the_owners_end() -> None:
-    with contextlib.suppress(OSError):
-        while os.read(0, 1):
-            pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _show(said: TextIO, shown: bool) -> None:
-    if shown:
-        print(said.read(), end="", file=sys.stderr, flush=True)
+        how = how.get(exit_code, f"FAILED with exit code {exit_code}; its log: {job.folder / 'log.txt'}")
+        print(f"{job.name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)
 
 
 def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
@@ -292,7 +285,21 @@ def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) ->
 
 
 def _toml(value) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """A value as TOML writes it within a line; what is None is left out."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_toml(key)} = {_toml(one)}' for key, one in value.items() if one is not None)} }}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    return f"{value}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _whole_text(profile: Profile) -> str:
+    """A profile as TOML that needs no other file; the files that it names (traces, models) have to be where it is read."""
+    values = profile.as_dict()
+    levels = {name: {"levels": body["levels"]} for name, body in values.pop("protocols").items()}
+    values.pop("name")
+    kept = {key: value for key, value in values.items() if value is not None}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in (kept | {"protocols": levels}).items())
 
 
 def has_invalid(run_dir: Path) -> bool:
@@ -308,10 +315,14 @@ def write_pages(folder: Path) -> None:
     levels side by side)."""
     jobs = json.loads((folder / "queue.json").read_text())["jobs"]
     items, rows, verdicts, remedies = [], [], [], []
+    several = any("host" in job for job in jobs.values())
     for name, job in jobs.items():
         links = ", ".join(_links(folder, name, job["state"]))
         state = _STATES.get(job["state"], job["state"])
-        items.append(f"<tr><th scope='row'>{html.escape(name)}</th><td>{state}</td><td>{links or '–'}</td></tr>")
+        cells = [state, *([job.get("host", "–")] if several else []), links or "–"]
+        items.append(
+            f"<tr><th scope='row'>{html.escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
         if not (folder / name / "run" / "run.json").is_file():
             continue
         try:
@@ -323,7 +334,8 @@ def write_pages(folder: Path) -> None:
         except Fp8labError as error:  # one damaged run must not end the others
             told = f"<p>Its run cannot be read: {html.escape(str(error))}</p>"
         verdicts.append(f"<h2>{html.escape(name)}</h2>{told}")
-    head = "<tr><th scope='col'>job</th><th scope='col'>state</th><th scope='col'>pages</th></tr>"
+    titles = ("job", "state", *(["host"] if several else []), "pages")
+    head = f"<tr>{''.join(f'<th scope=col>{title}</th>' for title in titles)}</tr>"
     table = f"<table>{head}{''.join(items)}</table>"
     scrolling = f"<div role='group' aria-label='Jobs' tabindex='0' style='overflow-x:auto'>{table}</div>"
     index = f"<p><a href='comparison.html'>All levels side by side</a></p>{scrolling}{''.join(remedies)}"

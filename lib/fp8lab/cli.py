@@ -64,6 +64,7 @@ EXAMPLES = {
         fp8lab batch matrix.toml                         all of it; again: goes on where it stopped
         fp8lab batch matrix.toml --out runs/overnight
         fp8lab batch data/batches/two-workloads.toml     an example that runs without a GPU
+        fp8lab batch matrix.toml --ray 10.0.0.1:6379     on the hosts of a Ray cluster
 
         matrix.toml:
           profiles  = ["h200-80gb", "mine.toml"]
@@ -271,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     batch.add_argument("matrix", metavar="MATRIX.toml", help="what to run (see below)")
     batch.add_argument("--out", default="", metavar="DIR", help="batch folder (default: runs/batch-<matrix's name>)")
+    said = "run on the hosts of this Ray cluster (auto: the one of this machine), each job where its cards are"
+    batch.add_argument("--ray", default="", metavar="ADDRESS", help=said)
 
     text = "Keep a run in data/recorded, trimmed: no logs, few token timestamps."
     record = command("record", text, "RUN")

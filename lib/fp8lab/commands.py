@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 from . import batch as batches
+from . import hosts
 from . import share as sharing
 from .config.dimensions import ModelShape, model_shape
 from .config.profile import dimensions_at, rate_name
@@ -38,7 +39,7 @@ from .ui.status import StatusLine
 
 
 def reproduce(args) -> int:
-    batches.end_with_owner()
+    hosts.end_with_owner()
     notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
     chosen = {name: _value(text) for name, text in args.parameter}
     for notebook in notebooks:
@@ -148,7 +149,8 @@ def share(args) -> None:
 
 
 def batch(args) -> int:
-    return batches.run_batch(batches.load_matrix(Path(args.matrix)), Path(args.out) if args.out else None)
+    out = Path(args.out) if args.out else None
+    return batches.run_batch(batches.load_matrix(Path(args.matrix)), out, ray=args.ray)
 
 
 def record(args) -> None:

@@ -59,7 +59,7 @@ def one_round(profile, number: int, run: lab.Run, requests: int) -> dict:
         "start_s": ready - began,
         "load_s": loaded - ready,
         "stop_s": time.monotonic() - loaded,
-        "failed": sum(level.summary["failed"] for level in levels),
+        "failed": sum(level.summary.failed for level in levels),
     }
 
 

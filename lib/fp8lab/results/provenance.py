@@ -37,7 +37,7 @@ def collect() -> dict:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "kernel": platform.release(),
         },
-        "software": {"python": platform.python_version(), "packages": _versions()},
+        "software": {"python": platform.python_version(), "packages": versions()},
         "source": _git_state(),
     }
 
@@ -69,7 +69,8 @@ def software_of(python: str) -> Mapping[str, str]:
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages of this environment that matter to a measurement, with their versions."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

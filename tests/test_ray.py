@@ -1,0 +1,190 @@
+"""A batch on the hosts of a Ray cluster: two raylets on this machine, each with a folder and a (made-up) card of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from conftest import marked, nothing_left, wait_for
+from fp8lab import hosts
+from fp8lab.batch import load_matrix, run_batch
+from fp8lab.errors import BadInput
+from fp8lab.results.files import write_json
+from fp8lab.results.run_folder import open_run
+from test_batch import short  # noqa: F401 - a fixture
+
+ray = pytest.importorskip("ray", reason="the gpu environment does without")
+
+
+@pytest.fixture
+def cluster(fake_vllm, tmp_path, monkeypatch):
+    """A cluster whose two hosts start the stand-in for vLLM; `cluster(0)` and `cluster(1)` are their raylets' pids."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = []
+    for number in range(2):
+        own = {"XDG_CACHE_HOME": str(tmp_path / f"host-{number}")}
+        nodes.append(made.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20, env_vars=own))
+
+    def raylet(number: int) -> int:
+        return nodes[number].all_processes["raylet"][0].process.pid
+
+    raylet.address = made.address
+    try:
+        yield raylet
+    finally:
+        ray.shutdown()
+        with contextlib.suppress(Exception):
+            made.shutdown()
+
+
+@pytest.fixture
+def matrix(tmp_path, fake_vllm, short):  # noqa: F811
+    """Four jobs of a level each."""
+    profile = fake_vllm(requests=60, dilation=8)
+    loads = "".join(f"[workloads.w{n}]\nseed = {n}\n" for n in range(4))
+    text = f'profiles = ["{profile}"]\nvariants = ["bf16"]\nprotocols = ["as published"]\nnotebook = "{short}"\n{loads}'
+    (tmp_path / "matrix.toml").write_text(text)
+    return tmp_path / "matrix.toml"
+
+
+def states(out: Path) -> dict[str, dict]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((out / "queue.json").read_text())["jobs"]
+    return {}
+
+
+def start(matrix: Path, address: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "fp8lab.cli",
+        "batch",
+        str(matrix),
+        "--out",
+        str(matrix.parent / "out"),
+        "--ray",
+        address,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_all_measured_once(out: Path) -> None:
+    for name, job in states(out).items():
+        assert job["state"] == "done", (name, job, (out / name / "log.txt").read_text()[-2000:])
+        run = open_run(source=out / name / "run")
+        assert list(run.summaries()) == ["bf16-50rps-r1"] and run.summaries()["bf16-50rps-r1"].completed == 60
+
+
+@pytest.mark.servers
+def test_a_lost_hosts_jobs_run_again_elsewhere_and_nothing_is_left(cluster, matrix):
+    out = matrix.parent / "out"
+    batch = start(matrix, cluster.address)
+    try:
+        running = lambda: [job for job in states(out).values() if job["state"] == "running"]  # noqa: E731
+        wait_for(lambda: len(running()) == 2 and len(marked("profile")) >= 2, 120, "both hosts run a job")
+        assert {job["host"] for job in running()} == {"host 1", "host 2"}
+        os.kill(cluster(1), signal.SIGKILL)
+        _, said = batch.communicate(timeout=240)
+    finally:
+        batch.kill()
+    assert batch.returncode == 0, said
+    assert (
+        "was lost" in said and "it runs again on another host" in said and "its runs lie in the shared folder" in said
+    )
+    assert_all_measured_once(out)
+    assert "host 1" in (out / "index.html").read_text() and "host 2" in (out / "index.html").read_text()
+    nothing_left("profile", [])
+
+
+@pytest.mark.servers
+def test_runs_come_back_from_hosts_that_share_no_folder(cluster, matrix, monkeypatch):
+    shared = hosts.ray_hosts
+
+    def apart(address: str, folder: Path):
+        found = shared(address, folder)
+        for host in found:
+            host.shared = False
+        return found
+
+    monkeypatch.setattr(hosts, "ray_hosts", apart)
+    out = matrix.parent / "out"
+    assert run_batch(load_matrix(matrix), out, ray=cluster.address) == 0
+    assert_all_measured_once(out)
+    assert all((out / name / "log.txt").stat().st_size for name in states(out))
+    assert not list(matrix.parent.glob("host-*/fp8lab/batches/*/*"))  # nothing is kept there of what came back
+
+
+@pytest.mark.servers
+def test_an_interrupted_batch_leaves_no_server_on_any_host(cluster, matrix):
+    batch = start(matrix, cluster.address)
+    wait_for(lambda: len(marked("profile")) >= 2, 120, "servers on both hosts")
+    batch.send_signal(signal.SIGINT)
+    batch.communicate(timeout=120)
+    assert batch.returncode == 130
+    nothing_left("profile", [], within=60)
+
+
+@pytest.mark.servers
+def test_a_host_with_other_software_is_refused_before_the_first_job(cluster, matrix, monkeypatch):
+    monkeypatch.setattr(hosts, "_software", lambda: {"fp8lab": "another", "vllm": "0.99"})
+    with pytest.raises(
+        BadInput, match=r"host 1 has other software: fp8lab \w+ here, another there; .*vllm none here, 0.99 there"
+    ):
+        _with_mine(hosts, matrix, cluster.address)
+
+
+def _with_mine(module, matrix: Path, address: str) -> None:
+    """Asks hosts that say of themselves what the test has replaced, beside what is really here."""
+    theirs, mine = module._software, {"fp8lab": module.digest(), **module.versions()}
+    calls = iter([mine])
+    module._software = lambda: next(calls, None) or theirs()
+    try:
+        module.ray_hosts(address, matrix.parent)
+    finally:
+        module._software = theirs
+
+
+def test_no_cluster_and_no_ray_are_clear_errors(tmp_path, monkeypatch):
+    for address in ("127.0.0.1:1", "127.0.0.1:port"):
+        with pytest.raises(BadInput, match=f"no Ray cluster at '{address}': .*`ray start --head` there"):
+            hosts.ray_hosts(address, tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BadInput, match="Ray is not installed here"):
+        hosts.ray_hosts("auto", tmp_path)
+
+
+def test_jobs_take_as_many_cards_as_they_need_at_once():
+    place, held = hosts.Place("host", 2), []
+    with place.taken(1) as first, place.taken(1) as second:
+        assert sorted([*first, *second]) == [0, 1]
+        waiting = threading.Thread(target=lambda: held.append(place.taken(2).__enter__()), daemon=True)
+        waiting.start()
+        assert not held
+    waiting.join(10)
+    assert held == [[0, 1]] or sorted(held[0]) == [0, 1]
+
+
+def test_a_job_for_more_cards_than_any_host_has_is_refused(tmp_path):
+    (tmp_path / "m.toml").write_text(
+        'profiles = ["h100-x2-8b"]\nvariants = ["fp8-dp2"]\nprotocols = ["the same load a card"]\n'
+    )
+    with pytest.raises(BadInput, match="job h100-x2-8b takes 2 GPUs on one host, and none has more than 1"):
+        run_batch(load_matrix(tmp_path / "m.toml"), tmp_path / "out")
+
+
+def test_a_run_that_comes_back_replaces_what_was_there_whole(tmp_path):
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / f"{name}.json", {})
+    hosts._unpack(hosts._packed(tmp_path / "there"), tmp_path / "here")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["there.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
