@@ -72,21 +72,19 @@ def matrix(tmp_path, short):
     return tmp_path / "matrix.toml"
 
 
-PLACE = Place("", 1)
-
-
 def jobs(*names: str) -> list[Job]:
     return [Job(name, Path(name), ()) for name in names]
 
 
 def taken(queue: _Queue) -> tuple[str, int]:
-    job, number = queue.take(PLACE)
+    job, number, mine = queue.take(queue.places[0])
+    assert len(mine) == 1
     return job.name, number
 
 
 def test_pages_that_fail_do_not_end_the_queue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batches, "write_pages", lambda _folder: 1 / 0)
-    queue = _Queue(tmp_path, jobs("one", "two"))
+    queue = _Queue(tmp_path, jobs("one", "two"), [Place("", 3)])
     assert taken(queue) == ("one", 1) and queue.finish("one", 0) == 1 and taken(queue) == ("two", 2)
     assert "the pages of" in capsys.readouterr().err
 
@@ -181,11 +179,11 @@ def test_the_pages_name_the_job_and_link_the_log_of_one_that_failed(tmp_path):
 
 
 def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
-    queue = _Queue(tmp_path, jobs("a", "b", "c"))
+    queue = _Queue(tmp_path, jobs("a", "b", "c"), [Place("", 3)])
     assert taken(queue) == ("a", 1) and taken(queue) == ("b", 2)  # two GPUs
     assert queue.finish("b", 1) == 1
     assert "failed" in (tmp_path / "index.html").read_text()  # the pages follow each job
-    assert taken(queue) == ("c", 3) and queue.take(PLACE) is None
+    assert taken(queue) == ("c", 3) and queue.take(queue.places[0]) is None
     assert queue.finish("a", 0) == 2
 
 
@@ -230,9 +228,9 @@ def test_a_failed_job_wins_over_an_invalid_one(tmp_path):
     summary.write_text(summary.read_text().replace('"valid": true', '"valid": false'))
     for held, expected in ((["good"], 0), (["good", "odd"], 3), (["good", "odd", "bad"], 1)):
         write_json(tmp_path / "queue.json", {"jobs": {name: {"state": states[name]} for name in held}})
-        queue = _Queue(tmp_path, jobs(*held))
-        while again := queue.take(PLACE):  # what failed is tried again; here it fails again
-            queue.finish(again[0].name, 1)
+        queue = _Queue(tmp_path, jobs(*held), [Place("", 3)])
+        while again := queue.take(queue.places[0]):  # what failed is tried again; here it fails again
+            queue.finish(again[0].name, 1, queue.places[0], again[2])
         assert queue.exit_code() == expected
 
 

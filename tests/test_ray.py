@@ -13,8 +13,9 @@ import pytest
 
 from conftest import marked, nothing_left, wait_for
 from fp8lab import hosts
-from fp8lab.batch import load_matrix, run_batch
+from fp8lab.batch import _Queue, _work, load_matrix, run_batch
 from fp8lab.errors import BadInput
+from fp8lab.hosts import Job, Lost, Place
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 from test_batch import short  # noqa: F401 - a fixture
@@ -153,15 +154,46 @@ def test_no_cluster_and_no_ray_are_clear_errors(tmp_path, monkeypatch):
         hosts.ray_hosts("auto", tmp_path)
 
 
-def test_jobs_take_as_many_cards_as_they_need_at_once():
-    place, held = hosts.Place("host", 2), []
-    with place.taken(1) as first, place.taken(1) as second:
-        assert sorted([*first, *second]) == [0, 1]
-        waiting = threading.Thread(target=lambda: held.append(place.taken(2).__enter__()), daemon=True)
-        waiting.start()
-        assert not held
-    waiting.join(10)
-    assert held == [[0, 1]] or sorted(held[0]) == [0, 1]
+def job(tmp_path, name: str, cards: int) -> Job:
+    return Job(name, tmp_path / name, (), cards)
+
+
+def test_cards_are_taken_at_once_and_in_order(tmp_path):
+    place = Place("host 1", 2)
+    queue = _Queue(tmp_path, [job(tmp_path, *one) for one in (("a", 1), ("large", 2), ("b", 1))], [place])
+    first = queue.take(place)
+    assert first[0].name == "a" and len(first[2]) == 1
+    assert queue.take(place) is None  # `b` does not overtake what waits for both
+    queue.finish("a", 0, place, first[2])
+    assert queue.take(place)[0].name == "large" and not place.free
+
+
+class Trouble(Place):
+    """A host that is lost, or fails, at every job."""
+
+    def __init__(self, name: str, cards: int, error: Exception, *, dies: bool):
+        super().__init__(name, cards)
+        self.error, self.dies, self.asked = error, dies, 0
+
+    def run(self, job, cards, closed):
+        self.asked, self.alive = self.asked + 1, not self.dies
+        raise self.error
+
+
+@pytest.mark.parametrize("error, dies, asked, states", [
+    (Lost("host 1 was lost"), True, 1, ["waiting", "waiting"]),  # no host is left
+    (Lost("its worker died"), False, 6, ["failed", "failed"]),  # the host lives: not for ever
+    (OSError(28, "No space left on device"), False, 2, ["failed", "failed"]),
+])  # fmt: skip
+def test_a_batch_ends_whatever_becomes_of_its_hosts(tmp_path, capsys, error, dies, asked, states):
+    place = Trouble("host 1", 1, error, dies=dies)
+    queue = _Queue(tmp_path, [job(tmp_path, "a", 1), job(tmp_path, "b", 1)], [place])
+    worker = threading.Thread(target=_work, args=(queue, place), daemon=True)
+    worker.start()
+    worker.join(20)
+    assert not worker.is_alive() and place.asked == asked
+    assert [one["state"] for one in queue.jobs.values()] == states and queue.exit_code() == 1
+    assert error.args[-1] in capsys.readouterr().err
 
 
 def test_a_job_for_more_cards_than_any_host_has_is_refused(tmp_path):
@@ -179,3 +211,5 @@ def test_a_run_that_comes_back_replaces_what_was_there_whole(tmp_path):
     hosts._unpack(hosts._packed(tmp_path / "there"), tmp_path / "here")
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["there.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
+    hosts._unpack(hosts._packed(tmp_path / "none"), tmp_path / "here")  # a job that had no run yet
+    assert (tmp_path / "here" / "there.json").exists()

@@ -58,12 +58,26 @@ def test_what_is_served_is_made_of_the_model_and_read_from_disk():
         make_checkpoint(hub, "int8")
 
 
+def test_made_up_weights_of_a_quantised_checkpoint_are_refused():
+    """Zeros run faster."""
+    profile = read_profile(PROFILE)
+    variants = profile.variants | {
+        "int8": dataclasses.replace(profile.variant("int8"), flags=("--load-format", "dummy"))
+    }
+    with pytest.raises(
+        BadInput, match="variant int8: --load-format dummy makes up zeros, or nothing, for int8 weights"
+    ):
+        build_command(dataclasses.replace(profile, variants=variants), "int8")
+
+
 def test_an_emulated_card_is_told_the_format_and_reads_no_weights(monkeypatch):
     profile = read_profile("emulated-recipes")
     assert served_model(profile, "int4") == str(model_folder("llama-3-8b"))
     make_checkpoint(profile, "int4")  # nothing to make
     named = {v: build_environment(profile, v)["FP8LAB_EMULATED_GPU"] for v in profile.variants}
-    assert all(f'"weights": "{name}"' in named[v] for v, name in (("bf16", "bf16"), ("fp8", "fp8"), ("w4a8", "w4a8")))
+    assert all(
+        f'"weights": "{name}"' in named[v] for v, name in (("bf16", "bf16"), ("fp8-online", "fp8"), ("w4a8", "w4a8"))
+    )
 
 
 @pytest.mark.parametrize("variant", read_profile(PROFILE).variants)
@@ -83,7 +97,7 @@ def test_weights_that_are_served_in_bf16_all_the_same_are_doubted():
     def doubt(variant: str, gib: float | None) -> str:
         return Server._weights_doubt(SimpleNamespace(profile=profile, variant=variant), gib)
 
-    assert not any((doubt("int4-gptq", 5.7), doubt("fp8", 8.5), doubt("bf16", 15.0), doubt("int8", None)))
+    assert not any((doubt("int4-gptq", 5.7), doubt("fp8-online", 8.5), doubt("bf16", 15.0), doubt("int8", None)))
     assert doubt("int4-gptq", 14.96) == (
         "its weights take 14.96 GiB, int4 ones 5.31: vLLM serves another format than was asked for"
     )
@@ -140,13 +154,13 @@ def _limited_by_the_card(request, monkeypatch):
     monkeypatch.setattr(Evidence, "limit", lambda _seen, _level: Limit(cause, "as the test has it"))
 
 
-BURST = {"fp8-kv": 12_000, "fp8": 17_000, "int8": 16_500, "int4": 11_500}
+BURST = {"fp8-kv": 12_000, "fp8-channel": 17_000, "fp8-online": 17_000, "int8": 16_500, "int4": 11_500}
 
 
 def test_int8_that_is_faster_where_the_card_is_the_limit_contradicts_the_claim(run):
     found = fill(run, BURST)["B4"]
     assert found.verdict == "not reproduced" and found.measured == pytest.approx(16_500 / 12_000, rel=0.01)
-    assert "int8 1.37×" in found.reason and "int4 0.96×" in found.reason and "fp8 1.42×" in found.reason
+    assert "int8 1.37×" in found.reason and "int4 0.96×" in found.reason and "fp8-channel 1.42×" in found.reason
     assert found.levels[:3] == ["fp8-kv-infrps-r1", "fp8-kv-infrps-r2", "fp8-kv-infrps-r3"]
 
 
@@ -161,22 +175,24 @@ def test_where_the_card_was_not_the_limit_no_format_can_show(run):
 
 
 def test_without_every_format_nothing_is_judged(run):
-    found = fill(run, {"fp8-kv": 1, "fp8": 1, "int8": 1})
+    found = fill(run, {"fp8-kv": 1, "fp8-channel": 1, "fp8-online": 1, "int8": 1})
     assert found["B4"].verdict == "not run" and "int4-infrps-r1" in found["B4"].reason
     assert found["R4"].verdict == "not run" and "fp8-static-infrps-r1" in found["R4"].reason
 
 
 def test_a_checkpoint_that_loads_sooner_and_serves_as_much_is_preferred(run):
-    told = {"fp8": 20.0, "fp8-static": 6.0}
+    told = {"fp8-online": 20.0, "fp8-static": 6.0}
     found = fill(run, BURST | {"fp8-static": 17_000}, load_s=told)["R4"]
     assert (
         found.verdict == "reproduced"
         and found.measured == 6.0
-        and found.measured_parts == {"fp8": 20.0, "fp8-static": 6.0}
+        and found.measured_parts == {"fp8-online": 20.0, "fp8-static": 6.0}
     )
-    assert f"{four_digits(6.0)} s (fp8-static) against {four_digits(20.0)} s (fp8" in found.reason
+    assert f"{four_digits(6.0)} s (fp8-static) against {four_digits(20.0)} s (fp8-online" in found.reason
     assert fill(run, {"fp8-static": 15_000}, load_s=told)["R4"].verdict == "not reproduced"  # it serves less
-    assert fill(run, BURST | {"fp8-static": 17_000}, load_s=told | {"fp8": 6.0})["R4"].verdict == "not reproduced"
+    assert (
+        fill(run, BURST | {"fp8-static": 17_000}, load_s=told | {"fp8-online": 6.0})["R4"].verdict == "not reproduced"
+    )
 
 
 def test_schemes_are_those_whose_kernels_vllm_names(run):
@@ -192,7 +208,7 @@ def test_schemes_are_those_whose_kernels_vllm_names(run):
 def test_the_tables_hold_each_format_from_the_largest_to_the_smallest(run):
     fill(run, BURST, load_s={"int8": 5.0}, kernels={"int8": ("K for L",)})
     took = lab.checkpoints_table(run)
-    assert [row[0] for row in took.rows] == ["fp8-kv", "fp8", "int8", "int4"]
+    assert [row[0] for row in took.rows] == ["fp8-kv", "fp8-online", "fp8-channel", "int8", "int4"]
     int8 = next(row for row in took.rows if row[0] == "int8")
     assert int8[1:4] == ("int8", "8.46", "8.50") and int8[5] == "5.0" and int8[7] == "K for L"
     served = lab.recipes_table(run, beside="fp8-kv")

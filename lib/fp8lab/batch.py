@@ -37,6 +37,8 @@ from .results.run_folder import Run, open_run
 from .ui.table import COUNTS, LEVEL, Column, Table, view
 
 _LOOK_S = 0.5
+# How often a job's host may be lost before the job is what ends them.
+_LOSSES = 3
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
 _STATES = {"invalid": "done, with INVALID levels"}
@@ -121,7 +123,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
     most = max(place.cards for place in places)
     if large := [job for job in jobs if job.cards > most]:
         raise BadInput(f"job {large[0].name} takes {large[0].cards} GPUs on one host, and none has more than {most}")
-    queue = _Queue(folder, jobs)
+    queue = _Queue(folder, jobs, places)
     # As many jobs at a time as a host has cards; without a GPU it is one.
     workers = [
         threading.Thread(target=_work, args=(queue, place), daemon=True) for place in places for _ in range(place.cards)
@@ -138,6 +140,8 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
         for worker in workers:
             worker.join()
         raise
+    if left := [name for name, job in queue.jobs.items() if job["state"] == "waiting"]:
+        print(f"not run, no host that could is left: {', '.join(left)}", file=sys.stderr, flush=True)
     print(repository_relative(folder / "index.html"))
     return queue.exit_code()
 
@@ -163,8 +167,8 @@ def _job(matrix: Matrix, folder: Path, name: str, profile: str, workload: Mappin
 class _Queue:
     """The jobs and their states; every change is on disk before it counts."""
 
-    def __init__(self, folder: Path, jobs: Sequence[Job]):
-        self.folder = folder
+    def __init__(self, folder: Path, jobs: Sequence[Job], places: Sequence[Place]):
+        self.folder, self.places = folder, places
         self.asked = {job.name: job for job in jobs}
         self._lock = threading.Lock()
         self.closed = False
@@ -180,25 +184,36 @@ class _Queue:
                 self.jobs[name] = {"state": "waiting"}
         self._store()
 
-    def take(self, place: Place) -> tuple[Job, int] | None:
-        """The next job that `place` has cards for, and its place in the order of beginning; None when none is left for it."""
+    def take(self, place: Place) -> tuple[Job, int, list[int]] | None:
+        """The next job for `place`, its place in the order of beginning, and the cards that it has; None as long as there is
+        none, or while the next one's cards are not free: smaller ones do not overtake it for ever."""
         with self._lock:
             waiting = [name for name, job in self.jobs.items() if job["state"] == "waiting"]
             fitting = [name for name in waiting if self.asked[name].cards <= place.cards]
-            if self.closed or not fitting or not place.alive:
+            if self.closed or not fitting or not place.alive or self.asked[fitting[0]].cards > len(place.free):
                 return None
-            self._set(fitting[0], state="running", **({"host": place.name} if place.name else {}))
-            return self.asked[fitting[0]], len(self.jobs) - len(waiting) + 1
+            job = self.asked[fitting[0]]
+            mine, place.free = place.free[: job.cards], place.free[job.cards :]
+            self._set(
+                job.name, **self.jobs[job.name] | {"state": "running"} | ({"host": place.name} if place.name else {})
+            )
+            return job, len(self.jobs) - len(waiting) + 1, mine
 
-    def put_back(self, name: str) -> None:
-        """A job whose host was lost waits again."""
+    def put_back(self, name: str, place: Place, mine: Sequence[int]) -> bool:
+        """A job whose host was lost waits again; False when that has happened too often."""
         with self._lock:
-            self._set(name, state="waiting")
+            place.free += mine
+            lost = self.jobs[name].get("lost", 0) + 1
+            if lost < _LOSSES:
+                self._set(name, state="waiting", lost=lost)
+            return lost < _LOSSES
 
-    def finish(self, name: str, exit_code: int) -> int:
+    def finish(self, name: str, exit_code: int, place: Place | None = None, mine: Sequence[int] = ()) -> int:
         """Notes how a job ended, in the pages too; returns how many have."""
         # Within the lock: jobs that end together write the same pages.
         with self._lock:
+            if place:
+                place.free += mine
             state = {0: "done", INVALID: "invalid"}.get(exit_code, "failed")
             self._set(name, **self.jobs[name] | {"state": state, "exit_code": exit_code})
             _draw(self.folder)
@@ -215,9 +230,12 @@ class _Queue:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a job waits, or runs and may yet have to be run again."""
+        """Whether a job runs, and may yet have to be run again, or waits for a host that there is."""
         with self._lock:
-            return any(job["state"] in ("waiting", "running") for job in self.jobs.values()) and not self.closed
+            most = max((place.cards for place in self.places if place.alive), default=0)
+            states = ((name, job["state"]) for name, job in self.jobs.items())
+            left = [s == "running" or (s == "waiting" and self.asked[name].cards <= most) for name, s in states]
+            return any(left) and not self.closed
 
     def _set(self, name: str, **job) -> None:
         self.jobs[name] = job
@@ -241,20 +259,24 @@ def _work(queue: _Queue, place: Place) -> None:
         if not (taken := queue.take(place)):
             time.sleep(_LOOK_S)  # what others run may come back
             continue
-        job, number = taken
+        job, number, mine = taken
         on = f" on {place.name}" if place.name else ""
-        with place.taken(job.cards) as mine:
-            print(f"[{number}/{len(queue.jobs)}] {job.name}{on}", file=sys.stderr, flush=True)
-            try:
-                exit_code = place.run(job, mine, lambda: queue.closed)
-            except Lost as lost:
-                queue.put_back(job.name)
-                print(f"{job.name}: {lost}; it runs again on another host", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(queue.jobs)}] {job.name}{on}", file=sys.stderr, flush=True)
+        try:
+            exit_code = place.run(job, mine, lambda: queue.closed)
+        except Lost as lost:
+            again = queue.put_back(job.name, place, mine)
+            said = "it runs again on another host" if again else f"and was {_LOSSES} times: it is not run again"
+            print(f"{job.name}: {lost}; {said}", file=sys.stderr, flush=True)
+            if again:
                 continue
-            except Fp8labError as error:
-                print(f"{job.name}: {error}", file=sys.stderr, flush=True)
-                exit_code = 1
-        ended = queue.finish(job.name, exit_code)
+            exit_code, mine = 1, []
+        except Exception as error:  # one job's trouble must not end the others
+            print(
+                f"{job.name}: {error if isinstance(error, Fp8labError) else repr(error)}", file=sys.stderr, flush=True
+            )
+            exit_code = 1
+        ended = queue.finish(job.name, exit_code, place, mine)
         how = {0: "done", INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
         how = how.get(exit_code, f"FAILED with exit code {exit_code}; its log: {job.folder / 'log.txt'}")
         print(f"{job.name} {how} ({ended} of {len(queue.jobs)} ended)", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -44,25 +43,11 @@ class Lost(Exception):
 
 
 class Place:
-    """A host: `name` for people, `cards` that it has (1 without a GPU). Jobs take them and give them back."""
+    """A host: `name` for people, `cards` that it has (1 without a GPU)."""
 
     def __init__(self, name: str, cards: int):
         self.name, self.cards, self.alive = name, cards, True
-        self._free = list(range(cards))
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def taken(self, cards: int) -> Iterator[list[int]]:
-        """The places of so many cards, as soon as they are free all at once."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._free) >= cards)
-            mine, self._free = self._free[:cards], self._free[cards:]
-        try:
-            yield mine
-        finally:
-            with self._changed:
-                self._free += mine
-                self._changed.notify_all()
+        self.free = list(range(cards))  # the queue's to take and give back
 
     def run(self, job: Job, cards: Sequence[int], closed: Callable[[], bool]) -> int:
         """Runs a job on these cards to its end and returns its exit code; asks it to end once `closed()`. Raises Lost."""
@@ -102,11 +87,12 @@ def _run(
     with open(log, "ab") as output, open(log, encoding="utf-8", errors="replace") as said:
         said.seek(0, os.SEEK_END)
         tied = {**environment, TIED: "1"}
-        process = subprocess.Popen(command, env=tied, stdin=subprocess.PIPE, stdout=output, stderr=output)
+        process, asked = subprocess.Popen(command, env=tied, stdin=subprocess.PIPE, stdout=output, stderr=output), False
         try:
             with process.stdin:
                 while (exit_code := process.poll()) is None:
-                    if closed():
+                    if closed() and not asked:  # once: a second signal would end what it does to end well
+                        asked = True
                         process.terminate()
                     time.sleep(_LOOK_S)
                     _show(said, shown)
@@ -138,7 +124,7 @@ def _wait_for_the_owners_end() -> None:
 
 class RayHost(Place):
     """A node of a Ray cluster. Its jobs write into the batch's folder where the node sees that, or into a folder of its own
-    there, from which the run comes back whole when the job ends."""
+    there, to which the run travels, and from which it comes back whole when the job ends."""
 
     def __init__(self, ray, node: Mapping, number: int):
         self._ray, self._node = ray, node["NodeID"]
@@ -158,7 +144,10 @@ class RayHost(Place):
         ray, asked = self._ray, len(cards) if self._gpus else 0
         profile = (job.folder / _PROFILE).read_text()
         folder = str(job.folder) if self.shared else ""
-        running = self.ask(_on_a_node, job.folder.parent.name, job.name, profile, job.arguments, folder, gpus=asked)
+        held = None if self.shared else _packed(job.folder / _RUN)
+        running = self.ask(
+            _on_a_node, job.name, profile, job.arguments, folder, held, "OMP_NUM_THREADS" in os.environ, gpus=asked
+        )
         cancelled = False
         try:
             while not ray.wait([running], timeout=_LOOK_S)[0]:
@@ -180,20 +169,25 @@ class RayHost(Place):
 
 
 def _on_a_node(
-    batch: str, name: str, profile: str, arguments: Sequence[str], folder: str
+    name: str, profile: str, arguments: Sequence[str], folder: str, held: bytes | None, threads: bool
 ) -> tuple[int, bytes, bytes | None]:
-    """What Ray runs on a node: the job, in `folder`, which the driver sees too, or ("") in one of this node's own; then also
-    the log and the packed run folder. A job that ran here before goes on where it was."""
-    own = Path(folder) if folder else cache_dir() / "batches" / batch / name
-    own.mkdir(parents=True, exist_ok=True)
-    (own / _PROFILE).write_text(profile)
-    exit_code = run_job(own, arguments, dict(os.environ), lambda: False)
+    """What Ray runs on a node: the job, in `folder`, which the driver sees too, or ("") in one of this node's own, which begins
+    as the driver's run folder, `held`; then also the log and the packed run folder. Nothing of that stays here. `threads`:
+    OMP_NUM_THREADS is the driver's wish."""
+    environment = dict(os.environ)
+    if not threads:
+        environment.pop("OMP_NUM_THREADS", None)  # Ray's, for a task without CPUs of its own
     if folder:
-        return exit_code, b"", None
-    log, packed = (own / _LOG).read_bytes(), _packed(own / _RUN)
-    if exit_code == 0:
-        shutil.rmtree(own, ignore_errors=True)
-    return exit_code, log, packed
+        return run_job(Path(folder), arguments, environment, lambda: False), b"", None
+    (cache_dir() / "batches").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=cache_dir() / "batches") as scratch:
+        own = Path(scratch)
+        (own / _PROFILE).write_text(profile)
+        _unpack(held, own / _RUN)
+        exit_code = 128 + signal.SIGINT
+        with contextlib.suppress(KeyboardInterrupt):  # cancelled: what it has measured goes back all the same
+            exit_code = run_job(own, arguments, environment, lambda: False)
+        return exit_code, (own / _LOG).read_bytes(), _packed(own / _RUN)
 
 
 def _packed(folder: Path) -> bytes:
@@ -205,10 +199,12 @@ def _packed(folder: Path) -> bytes:
 
 
 def _unpack(packed: bytes, target: Path) -> None:
-    """Puts a run folder in the place of what is there, whole or not at all."""
+    """Puts a packed run folder, if it holds one, in the place of what is there, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
             archive.extractall(f"{scratch}/run", filter="data")
+        if not os.path.isdir(f"{scratch}/run"):
+            return  # there was none
         if target.exists():
             os.rename(target, f"{scratch}/before")
         os.rename(f"{scratch}/run", target)
@@ -243,6 +239,8 @@ def ray_hosts(address: str, folder: Path) -> list[Place]:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"no Ray cluster at {address!r}: {first[:200]}; {remedy}") from None
     hosts = [RayHost(ray, node, number) for number, node in enumerate(_alive(ray), start=1)]
+    if not hosts:
+        raise BadInput(f"no host of the Ray cluster at {address!r} takes work: none has a CPU or a GPU to give")
     token = folder / f".seen-{os.getpid()}"
     token.write_text(digest())
     try:

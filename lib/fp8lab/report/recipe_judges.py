@@ -32,11 +32,11 @@ def _found(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
 def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """B4: is a model with INT8 weights, or with INT4 ones, no faster than with BF16 ones, where the card is the limit? What
     they do to answers another run says (`fp8lab quality`): a model with random weights has none."""
-    under, others = claim["beside"], claim["formats"]
-    ids = [level for variant in (under, *others, "fp8") for level in _levels(seen, variant)]
+    under, others, fp8 = claim["beside"], claim["formats"], claim["fp8_format"]
+    ids = [level for variant in (under, *others, fp8) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
         return _found(claim, seen, ids, verdict=unjudged[0], reason=unjudged[1])
-    ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, "fp8")}
+    ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, fp8)}
     words = [by_interval(claim, 1.0, ratios[v].value, ratios[v].low, ratios[v].high)[0] for v in others]
     # The claim is about both: one of them that is faster is enough to contradict it.
     word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)

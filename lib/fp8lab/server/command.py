@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Mapping
 
 from ..config.dimensions import cards, weight_format
-from ..config.flags import joined
+from ..config.flags import flag_of, joined
 from ..config.profile import Profile, is_hub_name
+from ..config.recipes import BF16
 from ..errors import BadInput
 from ..models.checkpoints import model_folder, packaged_model
 from ..paths import cache_dir, with_home, with_library
@@ -81,8 +82,15 @@ def make_checkpoint(profile: Profile, variant: str) -> None:
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
     """The vLLM command line of `variant`: what all variants share, the variant's own flags, which win, and what this
     kit sets. Emulated, it is the GPU's command plus one executor flag. A server of one start has a `served_name` of its
-    own and wants a key (VLLM_API_KEY) on every path; see `guard`."""
+    own and wants a key (VLLM_API_KEY) on every path; see `guard`. Raises BadInput for made-up weights
+    of a quantised checkpoint."""
     flags = joined(profile.server.flags, profile.variant(variant).flags)
+    shape = profile.shape(variant)
+    if flag_of(flags, "--load-format") == "dummy" and shape and shape.weights is not BF16:
+        raise BadInput(
+            f"variant {variant}: --load-format dummy makes up zeros, or nothing, for {shape.weights.name} weights, and zeros "
+            "draw less power and run faster than any model; leave it out (`fp8lab quantize` draws real ones)"
+        )
     model = served_model(profile, variant)
     made = profile.variant(variant).recipe and not profile.emulated
     load = ["--load-format", "dummy"] if profile.model.weights == "random" and not made else []
