@@ -235,7 +235,7 @@ def test_an_emulated_card_that_loses_nothing_is_at_its_roof(monkeypatch, cache):
         "time_dilation": 1,
     }
     fp8 = cache == "fp8"
-    lost["weights"] = "fp8" if fp8 else "bf16"
+    lost |= {"weights": "fp8" if fp8 else "bf16", "all_reduce_us": 0, "link_bytes_per_s": 1}
     monkeypatch.setenv(SETTINGS_VARIABLE, json.dumps(dataclasses.asdict(card) | lost))
     executor = EmulatedGpuExecutor.__new__(EmulatedGpuExecutor)
     executor.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(**config))

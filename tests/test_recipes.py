@@ -97,7 +97,8 @@ def test_weights_that_are_served_in_bf16_all_the_same_are_doubted():
     def doubt(variant: str, gib: float | None) -> str:
         return Server._weights_doubt(SimpleNamespace(profile=profile, variant=variant), gib)
 
-    assert not any((doubt("int4-gptq", 5.7), doubt("fp8-online", 8.5), doubt("bf16", 15.0), doubt("int8", None)))
+    assert not any((doubt("int4-gptq", 5.45), doubt("fp8-online", 8.5), doubt("bf16", 15.0), doubt("int8", None)))
+    assert doubt("fp8-head", 8.46)  # its head stayed in BF16
     assert doubt("int4-gptq", 14.96) == (
         "its weights take 14.96 GiB, int4 ones 5.31: vLLM serves another format than was asked for"
     )
@@ -175,9 +176,9 @@ def test_where_the_card_was_not_the_limit_no_format_can_show(run):
 
 
 def test_without_every_format_nothing_is_judged(run):
-    found = fill(run, {"fp8-kv": 1, "fp8-channel": 1, "fp8-online": 1, "int8": 1})
+    found = fill(run, {"fp8-kv": 1, "fp8-channel": 1, "int8": 1})
     assert found["B4"].verdict == "not run" and "int4-infrps-r1" in found["B4"].reason
-    assert found["R4"].verdict == "not run" and "fp8-static-infrps-r1" in found["R4"].reason
+    assert found["R4"].verdict == "not run" and "fp8-online-infrps-r1" in found["R4"].reason
 
 
 def test_a_checkpoint_that_loads_sooner_and_serves_as_much_is_preferred(run):

@@ -110,7 +110,7 @@ EXAMPLES = {
         fp8lab quantize smollm2-135m-instruct --recipe fp8-channel    the trained model that the environment brings
     """,
     "fit": """
-        fp8lab fit llama-3-70b                                        on H100s: BF16 takes four, FP8 two
+        fp8lab fit llama-3-70b                                        on H100s, in BF16, FP8, INT8 and INT4
         fp8lab fit /path/to/a/model --card h200-80gb --tokens 2000    a checkpoint of your own, longer requests
     """,
     "claims": """

@@ -166,11 +166,17 @@ def replicas(command: Sequence[str]) -> int:
     return int(value) if value.isdecimal() else 1
 
 
+def pipeline_stages(command: Sequence[str]) -> int:
+    """In how many stages, each on cards of its own, a vLLM command puts the layers (pipeline parallel)."""
+    value = flag_of(command, "--pipeline-parallel-size")
+    return int(value) if value.isdecimal() else 1
+
+
 def cards(command: Sequence[str]) -> int:
     """How many cards a vLLM command takes: those that share each layer, times those that share the layers, times its
     replicas."""
-    shared = [flag_of(command, name) for name in ("--tensor-parallel-size", "--pipeline-parallel-size")]
-    return replicas(command) * math.prod(int(value) for value in shared if value.isdecimal())
+    shared = [flag_of(command, name) for name in ("--tensor-parallel-size", "--prefill-context-parallel-size")]
+    return replicas(command) * pipeline_stages(command) * math.prod(int(value) for value in shared if value.isdecimal())
 
 
 def most_running(command: Sequence[str]) -> int | None:

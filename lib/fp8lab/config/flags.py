@@ -24,8 +24,8 @@ ALIASES = {
 # What this kit reads or sets itself. vLLM takes each cut short, too, as far as no other flag begins so.
 _KNOWN = (
     "--api-key", "--config", "--distributed-executor-backend", "--dtype", "--gpu-memory-utilization", "--hf-token", "--host", "--kv-cache-dtype",
-    "--load-format", "--max-num-batched-tokens", "--max-num-seqs", "--model", "--port", "--quantization",
-    "--served-model-name", "--uds",
+    "--load-format", "--max-num-batched-tokens", "--max-num-seqs", "--model", "--pipeline-parallel-size", "--port",
+    "--quantization", "--served-model-name", "--tensor-parallel-size", "--uds",
 )  # fmt: skip
 # Each of these adds to the ones before it.
 _ADDING = {"--middleware"}

@@ -151,7 +151,12 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
-    most = most_running(joined(profile.server.flags, profile.variant(variant).flags))
+    flags = joined(profile.server.flags, profile.variant(variant).flags)
+    if (copies := replicas(flags)) > 1:
+        raise BadInput(
+            f"{variant} serves {copies} copies, each with steps of its own: take apart a variant that serves one"
+        )
+    most = most_running(flags)
     if most is not None and max(batches) > most:
         raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -159,6 +164,8 @@ def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], f
         watched = _profiled(profile, traces) if profile.device == "cuda" else profile
         log = run.log_path(f"{variant}-anatomy")
         with launch.start_server(watched, variant, log_path=log) as server:
+            if server.info.weights_doubt:
+                raise LevelFailed(f"{variant}: {server.info.weights_doubt}")
             for batch in sorted(batches):
                 found.append(_batch(server, batch, Path(traces)))
                 values = {"started": started, "server": dataclasses.asdict(server.info)}

@@ -21,7 +21,7 @@ import pandas as pd
 
 from ..config.flags import joined
 from ..config.profile import Profile
-from ..errors import BadInput, RunMismatch
+from ..errors import BadInput, LevelFailed, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
 from ..load.endpoint import Endpoint
 from ..metrics.quality import Comparison, Estimate, Reading, compare, position_table
@@ -214,6 +214,8 @@ def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]
 def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text, asked: dict, reference: str) -> None:
     endpoint = Endpoint(server.base_url, server.model, server.api_key)
     status, started = StatusLine(), datetime.datetime.now(datetime.UTC)
+    if server.info.weights_doubt:
+        raise LevelFailed(f"{server.variant}: {server.info.weights_doubt}")
 
     def shown(what: str):
         return lambda done, of: status.update(f"{name}: {what}", f"{done} of {of}")

@@ -14,13 +14,15 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.recipes import RECIPES, Recipe, recipe
-from ..errors import BadInput, NotWritten
-from ..paths import DATA
+from ..errors import BadInput, InUse, NotWritten
+from ..paths import DATA, cache_dir
+from ..system.locks import Lock
 from ..ui.status import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model
 
@@ -54,7 +56,7 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     """Writes the checkpoint in `source` (safetensors, BF16; with `drawn` only its configuration is read, the weights are
     drawn) into the folder `target` by a recipe, and returns that.
 
-    A target that is whole is returned as it is. An interrupted call leaves whole files in `TARGET.partial`, from which the
+    A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves whole files in `TARGET.partial`, from which the
     next one goes on; `target` itself is there only when it is whole. Raises BadInput for what cannot be quantised so or has
     no room, NotWritten when the disk fills up meanwhile, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
@@ -65,6 +67,29 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
             raise BadInput(f"{target} holds another checkpoint: choose another folder, or remove it")
         return target
     shards = _plan(how, weights)
+    lock = _alone(target)
+    try:
+        if not (target / "config.json").is_file():
+            _write(source, target, how, weights, made, shards)
+    finally:
+        lock.release()
+    return target
+
+
+def _alone(target: Path) -> Lock:
+    """The lock on making `target`, as soon as no other process has it."""
+    status, name = StatusLine(), hashlib.sha256(os.fsencode(target.absolute())).hexdigest()[:16]
+    while True:
+        try:
+            return Lock(cache_dir() / "locks" / f"quantize-{name}.lock", f"checkpoint {target.name}")
+        except InUse:
+            status.update(f"{target.name}: another process is making it")
+            time.sleep(1.0)
+
+
+def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list) -> None:
+    import torch
+
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
     key = hashlib.sha256(json.dumps([made, weights.key, [list(shard) for shard in shards]]).encode()).hexdigest()
@@ -83,8 +108,12 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise NotWritten(f"{target} cannot be written: {error.strerror or error}; nothing of it is left") from None
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            "the GPU has no room to round weights on: another process holds it; wait, or set CUDA_VISIBLE_DEVICES= (empty) to "
+            "round on the CPU"
+        ) from None
     StatusLine().done(f"{target.name}: {sum(sizes) / 2**30:.2f} GiB of weights, {how.says}")
-    return target
 
 
 def checkpoint_bytes(source: Path, recipe_name: str, *, drawn: bool = False) -> int:

@@ -73,11 +73,10 @@ def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     others = [variant for variant in named if held[variant] != claim["per_tensor"]]
     reason = "; ".join(f"{variant} ({recipe(held[variant]).says}): {kernel}" for variant, kernel in named.items())
     word = "not reproduced" if others else "undecided"
-    said = (
-        "schemes other than one scale a tensor are served by kernels of their own"
-        if others
-        else "no other scheme was tried"
-    )
+    own = {kernel for v in named if v not in others for kernel in served[v]}
+    apart = [v for v in others if set(served[v]) - own]
+    how = f"with kernels of their own ({', '.join(apart)})" if apart else "with the same kernels"
+    said = f"schemes other than one scale a tensor are served too, {how}" if others else "no other scheme was tried"
     return _found(claim, seen, ids, protocol="one start each", verdict=word, reason=f"{said}: {reason}")
 
 

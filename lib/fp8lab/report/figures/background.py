@@ -28,7 +28,9 @@ def memory_figure(axes, run: Run) -> str:
     axes.grid(axis="y", visible=False)
     for y, variant in enumerate(names):
         server, shape, used = held[variant].server, run.profile.shape(variant), held[variant].gpu_memory_gib_max
-        kv = server.kv_cache_tokens * shape.kv_bytes_per_token(1 if fp8_kv(server.command, shape) else 2) / 2**30
+        used = used and used / server.cards
+        token = shape.kv_bytes_per_token(1 if fp8_kv(server.command, shape) else 2)
+        kv = server.kv_cache_tokens * token / server.cards / 2**30
         sizes = [server.model_memory_gib or 0.0, kv]
         sizes.append(max(0.0, used - sum(sizes)) if used else 0.0)
         left = 0.0
@@ -143,15 +145,19 @@ def roofline_figure(axes, run: Run) -> str:
         offset, side = ((4, -9), "left") if at < card.bf16_flops / 1e12 else ((0, -13), "center")
         note(axes, name, (intensity, at), offset, ha=side, fontsize=7.5)
     drawn, points = set(), []
+    cards = max((s.cards for s in seen.summaries.values()), default=1)
     for name, s in seen.summaries.items():
         one = seen.roofline(name)
         if one is not None and s.level.repeat == 1:
-            variant, at = s.level.variant, (one.intensity, one.flops_per_s / 1e12)
+            variant, at = s.level.variant, (one.intensity, one.flops_per_s / s.cards / 1e12)
             style = style_of(run.profile, variant) | {"ls": ""}
             axes.plot(*at, label=None if variant in drawn else variant, **style)
             drawn.add(variant)
             points.append((rate_name(s.level.rate).removesuffix(" req/s"), *at))
-    axes.set(xlabel="FLOP for each byte that must be read", ylabel="TFLOP/s needed, estimated")
+    axes.set(
+        xlabel="FLOP for each byte that must be read",
+        ylabel="TFLOP/s a card needed, estimated" if cards > 1 else "TFLOP/s needed, estimated",
+    )
     axes.set(xscale="log", yscale="log", xlim=_XS)
     axes.xaxis.set_major_formatter(plainly)
     axes.yaxis.set_major_formatter(plainly)

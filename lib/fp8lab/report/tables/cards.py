@@ -42,6 +42,8 @@ def _each_card(seen: Evidence, level_id: str, cards: int) -> str:
     level = seen.level(level_id)
     if cards < 2 or level is None or level.telemetry is None or "gpu_util 0" not in level.telemetry:
         return "–"
+    if level.telemetry["gpu_util 0"].isna().all():
+        return "–"
     inside = level.telemetry[level.telemetry["at_s"].between(*level.summary.window)]
     each = [
         [inside[f"{name} {card}"].mean() for name in ("gpu_util", "gpu_power_w", "gpu_sm_mhz")] for card in range(cards)

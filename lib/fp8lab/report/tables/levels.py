@@ -124,8 +124,8 @@ def slo_table(run: Run, objectives=OBJECTIVES) -> Table:
 
 
 def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2) -> Table:
-    """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free. Planned with the
-    highest rate that was shown to meet the objective; tokens a joule are those measured at that rate. Raises BadInput
+    """Cards for `target_rate` requests/s under `slo`, keeping `headroom` (0 to 1) of each card free, in servers of as many as
+    a variant takes. Planned with the highest rate that was shown to meet the objective; tokens a joule are those measured at that rate. Raises BadInput
     for a rate or a headroom that cannot be."""
     if not (target_rate > 0 and math.isfinite(target_rate) and 0 <= headroom < 1):
         needed = f"target_rate {target_rate} must be a number of requests/s above 0"
@@ -136,12 +136,13 @@ def capacity_plan(run: Run, slo: SLO, target_rate: float, headroom: float = 0.2)
         if low == 0:
             rows.append((variant, "none shown", *["–"] * 4))
             continue
-        usable = low * (1 - headroom)
-        tokens = fmean(s.output_tokens / s.completed for s in seen.levels((variant,), low).values() if s.completed)
+        usable, held = low * (1 - headroom), list(seen.levels((variant,), low).values())
+        cards = held[0].cards
+        tokens = fmean(s.output_tokens / s.completed for s in held if s.completed)
         joules = seen.seeds(variant, low, "joules_per_output_token")
         rows.append((
-            variant, f"{low:g}", f"{usable:.1f}", f"{math.ceil(target_rate / usable)}",
-            f"{tokens * usable * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
+            variant, f"{low:g}", f"{usable / cards:.1f}", f"{math.ceil(target_rate / usable) * cards}",
+            f"{tokens * usable / cards * 3600 / 1e6:.1f}", f"{1 / fmean(joules.values()):.1f}" if joules else "–",
         ))  # fmt: skip
     columns = ("variant", "shown to meet it, req/s", "planned, req/s a card", "cards", "million tokens a card-hour")
     caption = f"Cards for {target_rate:g} req/s, {slo}, {headroom:.0%} of each kept free; run {run.path.name}"

@@ -81,7 +81,8 @@ def roofline_table(run: Run) -> Table:
 def kv_table(run: Run) -> Table:
     """What the KV cache can hold of this trace, against what ever ran at once and what vLLM's seats allow."""
     seen = evidence(run)
-    seats = {s.level.variant: most_running(s.command) for s in seen.summaries.values()}
+    own = {s.level.variant: (most_running(s.command), s.replicas) for s in seen.summaries.values()}
+    seats = {variant: seats and seats * replicas for variant, (seats, replicas) in own.items()}
     rows = [
         (variant, f"{tokens:,}", f"{room:,.0f}", shown(seats[variant]), f"{most:,.0f}", shown(fullest, ".0%"))
         for variant, tokens, room, most, fullest in seen.kv_room()
@@ -119,10 +120,13 @@ def memory_table(run: Run) -> Table:
         if server and server.kv_cache_tokens:
             shape = run.profile.shape(variant)
             token = shape and shape.kv_bytes_per_token(1 if fp8_kv(server.command, shape) else 2)
-            kib, gib = (token / 1024, server.kv_cache_tokens * token / 2**30) if token else (None, None)
+            # All replicas' tokens, and of each token what each of the cards that share it holds.
+            kib, gib = (token / 1024, server.kv_cache_tokens * token / server.cards / 2**30) if token else (None, None)
             held = (shown(server.model_memory_gib, ".2f"), f"{server.kv_cache_tokens:,}")
             rows.append((variant, *held, shown(kib, ".0f"), shown(gib, ".1f")))
     columns = ("variant", "model GiB", "KV cache, tokens", "KiB a token", "KV cache, GiB")
+    if any(server.cards > 1 for server in servers.values()):
+        columns = ("variant", "model GiB, each card", "KV cache, tokens", "KiB a token", "KV cache GiB, each card")
     caption = f"{card_note(run)}Memory as vLLM reports it; KiB a token by arithmetic: 2 x layers x KV heads x head size x bytes"
     return Table(caption, columns, rows)
 
