@@ -223,8 +223,20 @@ def _converted(how: Recipe, name: str, weight: torch.Tensor) -> dict[str, torch.
             f"{name} is {out:,} x {into:,}: {how.says} takes multiples of {how.divisor}; choose another recipe "
             f"(those that take it: {', '.join(k for k, r in RECIPES.items() if not (out % r.divisor or into % r.divisor)) or 'none'})"
         )
-    parts = (_packed if how.scheme is None else _compressed)(how, weight)
+    parts = _planned(how, out, into) if weight.is_meta else _parts(how, weight)
     return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+
+
+def _parts(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return (_packed if how.scheme is None else _compressed)(how, weight)
+
+
+@functools.cache
+def _planned(how: Recipe, out: int, into: int) -> dict[str, torch.Tensor]:
+    """The parts of a matrix of this shape on no device; a model has a few shapes, each in every layer."""
+    import torch
+
+    return _parts(how, torch.empty(out, into, dtype=torch.bfloat16, device="meta"))
 
 
 @functools.cache
