@@ -74,7 +74,7 @@ def test_a_server_of_one_card_leaves_the_others_alone(card, tmp_path):
 
 @pytest.mark.parametrize("second, said, error", [
     ({"used_gib": 40.0, "processes": [[1, 40.0]]}, "the GPU is in use by pid 1", InUse),
-    ({"lost": True}, "takes 2 GPUs .*, and 1 is visible here", BadInput),
+    ({"lost": True}, "one of the 2 GPUs cannot be read: the card or its driver is lost", BadInput),
     ({"name": "NVIDIA L40S"}, "of different kinds .NVIDIA H100 80GB HBM3, NVIDIA L40S.: the slowest would set the pace", BadInput),
 ])  # fmt: skip
 def test_two_cards_of_which_one_cannot_be_had(card, tmp_path, second, said, error):

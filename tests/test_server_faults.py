@@ -542,9 +542,12 @@ def test_the_server_sees_the_gpus_in_nvmls_order(card, monkeypatch):
     profile = read_profile(str(path))
     says(cards=[L40S, H100])
     assert command.build_environment(profile, "bf16")["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert command.build_environment(profile, "bf16")["CUDA_VISIBLE_DEVICES"] == "0"  # its one card, and no other
+    says(cards=[H100])
     assert "CUDA_VISIBLE_DEVICES" not in command.build_environment(profile, "bf16")
+    says(cards=[L40S, H100])
     # vLLM itself takes neither a shortened UUID nor one that is not there.
-    for chosen, seen in (("GPU-fake-bbbb", "1"), ("1,0", "1,0"), ("1,7", "1")):
+    for chosen, seen in (("GPU-fake-bbbb", "1"), ("1,0", "1"), ("1,7", "1")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert command.build_environment(profile, "bf16")["CUDA_VISIBLE_DEVICES"] == seen
         assert gpu.gpu_names()[0] == "NVIDIA H100 80GB HBM3"

@@ -68,15 +68,18 @@ def describe(pid: int, gpu_memory_gib: float | None = None) -> str:
 
 
 def check_cards(what: str, cards: int) -> None:
-    """Raises BadInput unless this machine shows as many `cards`, of one kind, as a server called `what` takes."""
-    names = gpu.gpu_names()
-    if len(names) < cards:
+    """Raises BadInput unless this machine shows as many `cards`, of one kind, as a server called `what` takes. (Whether a
+    single one can be read is `take_gpus`'s question.)"""
+    if cards == 1:
+        return
+    if (count := len(gpu.visible())) < cards:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         left = f" (CUDA_VISIBLE_DEVICES={chosen!r} may hide others)" if chosen is not None else ""
-        shown = f"{len(names)} {'is' if len(names) == 1 else 'are'} visible here{left}"
+        shown = f"{count} {'is' if count == 1 else 'are'} visible here{left}"
         raise BadInput(
             f"{what} takes {cards} GPUs (its parallel sizes multiplied), and {shown}; choose a variant for fewer"
         )
+    names = gpu.gpu_names()
     if len(kinds := sorted(set(names[:cards]))) > 1:
         raise BadInput(
             f"{what} takes {cards} GPUs, and the first ones here are of different kinds ({', '.join(kinds)}): the slowest would "
