@@ -465,7 +465,7 @@ def test_a_gpu_that_is_lost_during_a_level_makes_it_invalid(card, tmp_path, loss
     seen = result.telemetry
     assert seen["gpu_memory_gib"].notna().any() and seen["gpu_memory_gib"].isna().iloc[-1]
     assert seen["at_s"].max() > seen.loc[seen["gpu_memory_gib"].notna(), "at_s"].max() + 0.3
-    assert seen["frontend_cpu"].iloc[-3:].notna().any()
+    assert seen["frontend_cpu"].iloc[-6:].notna().any()
     with pytest.warns(UserWarning, match="whether its memory is free again is unknown"):
         server.stop()
     assert marked(profile.name) == []
