@@ -219,7 +219,7 @@ def main() -> None:
     print("INFO 01-01 00:00:00 [model.py:1] Starting to load model", flush=True)
     if FAULT == "never-ready":
         time.sleep(600)
-    print("INFO 01-01 00:00:00 [model.py:2] Model loading took 14.96 GiB memory", flush=True)
+    print("INFO 01-01 00:00:00 [model.py:2] Model loading took 0.02 GiB memory", flush=True)
     tokens = KV_CACHE_TOKENS[options.kv_cache_dtype]
     print(f"INFO 01-01 00:00:00 [kv.py:1] GPU KV cache size: {tokens:,} tokens, Maximum concurrency 52x", flush=True)
     uvloop.run(serve(options, tokens))
