@@ -72,6 +72,13 @@ def matrix(tmp_path, short):
     return tmp_path / "matrix.toml"
 
 
+class ThisHost(Place):
+    """A host whose jobs the tests end themselves."""
+
+    def run(self, job, cards, closed):
+        raise AssertionError("no job is run here")
+
+
 def jobs(*names: str) -> list[Job]:
     return [Job(name, Path(name), ()) for name in names]
 
@@ -84,7 +91,7 @@ def taken(queue: _Queue) -> tuple[str, int]:
 
 def test_pages_that_fail_do_not_end_the_queue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batches, "write_pages", lambda _folder: 1 / 0)
-    queue = _Queue(tmp_path, jobs("one", "two"), [Place("", 3)])
+    queue = _Queue(tmp_path, jobs("one", "two"), [ThisHost("", 3)])
     assert taken(queue) == ("one", 1) and queue.finish("one", 0) == 1 and taken(queue) == ("two", 2)
     assert "the pages of" in capsys.readouterr().err
 
@@ -179,7 +186,7 @@ def test_the_pages_name_the_job_and_link_the_log_of_one_that_failed(tmp_path):
 
 
 def test_jobs_are_counted_by_what_has_begun_and_what_has_ended(tmp_path):
-    queue = _Queue(tmp_path, jobs("a", "b", "c"), [Place("", 3)])
+    queue = _Queue(tmp_path, jobs("a", "b", "c"), [ThisHost("", 3)])
     assert taken(queue) == ("a", 1) and taken(queue) == ("b", 2)  # two GPUs
     assert queue.finish("b", 1) == 1
     assert "failed" in (tmp_path / "index.html").read_text()  # the pages follow each job
@@ -228,7 +235,7 @@ def test_a_failed_job_wins_over_an_invalid_one(tmp_path):
     summary.write_text(summary.read_text().replace('"valid": true', '"valid": false'))
     for held, expected in ((["good"], 0), (["good", "odd"], 3), (["good", "odd", "bad"], 1)):
         write_json(tmp_path / "queue.json", {"jobs": {name: {"state": states[name]} for name in held}})
-        queue = _Queue(tmp_path, jobs(*held), [Place("", 3)])
+        queue = _Queue(tmp_path, jobs(*held), [ThisHost("", 3)])
         while again := queue.take(queue.places[0]):  # what failed is tried again; here it fails again
             queue.finish(again[0].name, 1, queue.places[0], again[2])
         assert queue.exit_code() == expected
@@ -256,18 +263,18 @@ def _queue(out):
 
 
 def test_the_profile_of_a_job_is_one_that_users_could_write(matrix, tmp_path):
-    from fp8lab.batch import _profile_text
+    from fp8lab.batch import _profile, _text
 
     read = load_matrix(matrix)
     name, profile, workload = read.jobs()[1]
     path = tmp_path / "job.toml"
-    path.write_text(_profile_text(read, profile, workload, name))
+    path.write_text(_text(_profile(read, profile, workload, name)))
     made = read_profile(str(path))
     assert made.workload.input_tokens == 16 and list(made.protocols) == ["as published"]
 
 
 def test_a_workloads_trace_is_relative_to_the_matrix(matrix, tmp_path, monkeypatch):
-    from fp8lab.batch import _profile_text
+    from fp8lab.batch import _profile, _text
 
     (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens\n" + "8,8\n" * 20)
     matrix.write_text('profiles = ["small.toml"]\nprotocols = ["as published"]\n[workloads.mine]\ntrace = "mine.csv"\n')
@@ -275,18 +282,18 @@ def test_a_workloads_trace_is_relative_to_the_matrix(matrix, tmp_path, monkeypat
     read = load_matrix(matrix)
     (name, profile, workload), path = read.jobs()[0], tmp_path / "job" / "profile.toml"
     path.parent.mkdir()
-    path.write_text(_profile_text(read, profile, workload, name))
+    path.write_text(_text(_profile(read, profile, workload, name)))
     assert read_profile(str(path)).workload.trace == str(tmp_path / "mine.csv")
 
 
 def test_a_job_keeps_the_starts_that_its_profile_asks_for(tmp_path):
-    from fp8lab.batch import _profile_text
+    from fp8lab.batch import _profile, _text
 
     (tmp_path / "small.toml").write_text(PROFILE.replace("levels", "starts = 2\nlevels", 1))
     (tmp_path / "m.toml").write_text('profiles = ["small.toml"]\nprotocols = ["as published"]')
     read = load_matrix(tmp_path / "m.toml")
     name, profile, workload = read.jobs()[0]
-    (tmp_path / "job.toml").write_text(_profile_text(read, profile, workload, name))
+    (tmp_path / "job.toml").write_text(_text(_profile(read, profile, workload, name)))
     made = read_profile(str(tmp_path / "job.toml")).levels("as published")
     assert [(level.repeat, level.start) for level in made] == [(1, 1), (2, 2)]
 

@@ -201,7 +201,7 @@ def test_what_fits_is_what_vllm_made_of_the_card(name):
 def test_what_fits_is_told_before_anything_starts(capsys):
     assert cli.main(["fit", "llama-3-70b"]) == 0
     said = capsys.readouterr().out
-    rows = [line.split() for line in said.splitlines() if line.startswith("bf16")]
+    rows = [line.split() for line in said.splitlines() if line.startswith("BF16")]
     assert (
         "PREDICTED by arithmetic" in said and "does not fit" in said.splitlines()[3] and rows[2][2:4] == ["4", "32.9"]
     )

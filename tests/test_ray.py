@@ -18,7 +18,7 @@ from fp8lab.errors import BadInput
 from fp8lab.hosts import Job, Lost, Place
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
-from test_batch import short  # noqa: F401 - a fixture
+from test_batch import ThisHost, short  # noqa: F401 - a fixture
 
 ray = pytest.importorskip("ray", reason="the gpu environment does without")
 
@@ -159,7 +159,7 @@ def job(tmp_path, name: str, cards: int) -> Job:
 
 
 def test_cards_are_taken_at_once_and_in_order(tmp_path):
-    place = Place("host 1", 2)
+    place = ThisHost("host 1", 2)
     queue = _Queue(tmp_path, [job(tmp_path, *one) for one in (("a", 1), ("large", 2), ("b", 1))], [place])
     first = queue.take(place)
     assert first[0].name == "a" and len(first[2]) == 1

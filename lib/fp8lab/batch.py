@@ -20,7 +20,6 @@ from pathlib import Path
 
 from . import hosts
 from .config.dimensions import cards
-from .config.flags import joined
 from .config.profile import Level, Profile
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_workload
@@ -116,10 +115,7 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
     places = hosts.ray_hosts(ray, folder) if ray else [hosts.ThisMachine()]
-    jobs = [
-        _job(matrix, folder / name, name, profile, workload, whole=bool(ray))
-        for name, profile, workload in matrix.jobs()
-    ]
+    jobs = [_job(matrix, folder / name, name, profile, workload) for name, profile, workload in matrix.jobs()]
     most = max(place.cards for place in places)
     if large := [job for job in jobs if job.cards > most]:
         raise BadInput(f"job {large[0].name} takes {large[0].cards} GPUs on one host, and none has more than {most}")
@@ -146,22 +142,15 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
     return queue.exit_code()
 
 
-def _job(matrix: Matrix, folder: Path, name: str, profile: str, workload: Mapping, *, whole: bool) -> Job:
-    """A job with its folder and, in it, its profile: one that extends another or, `whole`, one that needs no other file."""
+def _job(matrix: Matrix, folder: Path, name: str, profile: str, workload: Mapping) -> Job:
+    """A job with its folder and, in it, its profile."""
+    changed = _profile(matrix, profile, workload, name)
     folder.mkdir(exist_ok=True)
-    (folder / "profile.toml").write_text(_profile_text(matrix, profile, workload, name))
-    read = read_profile(str(folder / "profile.toml"))
-    if whole:
-        (folder / "profile.toml").write_text(_whole_text(read))
-    variants = {level.variant for levels in read.protocols.values() for level in levels}
-    flags = [joined(read.server.flags, read.variant(variant).flags) for variant in variants]
-    most = max(map(cards, flags), default=1) if read.device == "cuda" else 1
-    return Job(
-        name,
-        folder,
-        ("reproduce", "--notebook", matrix.notebook, "-p", "protocols", _toml(list(matrix.protocols))),
-        most,
-    )
+    (folder / "profile.toml").write_text(_text(changed))
+    variants = {level.variant for levels in changed.protocols.values() for level in levels}
+    most = max((cards(changed.flags(variant)) for variant in variants), default=1) if changed.device == "cuda" else 1
+    arguments = ("reproduce", "--notebook", matrix.notebook, "-p", "protocols", _toml(list(matrix.protocols)))
+    return Job(name, folder, arguments, most)
 
 
 class _Queue:
@@ -290,20 +279,14 @@ def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
     return {name: [level for level in read.levels(name) if level.variant in chosen] for name in matrix.protocols}
 
 
-def _profile_text(matrix: Matrix, profile: str, workload: Mapping, name: str) -> str:
-    """A profile that extends `profile` by the job's workload and levels, as TOML."""
-    title = f"{read_profile(profile).title} ({name})"
-    lines = [f"extends = {_toml(profile)}", 'replaces = ["protocols"]', f"title = {_toml(title)}"]
-    if workload:
-        lines += ["", "[workload]", *(f"{key} = {_toml(value)}" for key, value in workload.items())]
-    for protocol, levels in _levels(matrix, profile).items():
-        rows = [
-            f"  {{ variant = {_toml(level.variant)}, rate = {level.rate:g}, requests = {level.requests}, "
-            f"repeat = {level.repeat}, start = {level.start} }},"
-            for level in levels
-        ]
-        lines += ["", f"[protocols.{_toml(protocol)}]", "levels = [", *rows, "]"]
-    return "\n".join(lines) + "\n"
+def _profile(matrix: Matrix, profile: str, workload: Mapping, name: str) -> Profile:
+    """`profile` with the job's workload and levels."""
+    changed = read_changed(profile, {"workload": dict(workload)}, "matrix", "workloads")
+    levels = {
+        protocol: tuple(replace(level, cross_check=False) for level in levels)
+        for protocol, levels in _levels(matrix, profile).items()
+    }
+    return replace(changed, title=f"{changed.title} ({name})", protocols=levels)
 
 
 def _toml(value) -> str:
@@ -315,8 +298,8 @@ def _toml(value) -> str:
     return f"{value}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def _whole_text(profile: Profile) -> str:
-    """A profile as TOML that needs no other file; the files that it names (traces, models) have to be where it is read."""
+def _text(profile: Profile) -> str:
+    """A profile as TOML that needs no other profile; the files that it names (traces, models) have to be where it is read."""
     values = profile.as_dict()
     levels = {name: {"levels": body["levels"]} for name, body in values.pop("protocols").items()}
     values.pop("name")

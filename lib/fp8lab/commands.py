@@ -13,7 +13,7 @@ from pathlib import Path
 from . import batch as batches
 from . import hosts
 from . import share as sharing
-from .config.dimensions import ModelShape, model_shape
+from .config.dimensions import ModelShape, model_names, model_shape
 from .config.profile import dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
 from .config.recipes import recipe
@@ -23,7 +23,7 @@ from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
 from .models import quantize as making
-from .paths import DATA, RUNS, cache_dir, repository_relative
+from .paths import RUNS, cache_dir, repository_relative
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, execute, find
 from .report.tables.anatomy import host_table, kernels_table, steps_table
@@ -125,9 +125,8 @@ def fit(args) -> None:
     known = dimensions_at(folder) if (folder / "config.json").is_file() else None
     shape = ModelShape.of(known) if known else model_shape(args.model)
     if shape is None:
-        names = ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
         raise BadInput(
-            f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {names}"
+            f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {model_names()}"
         )
     print(fit_table(args.model if known is None else folder.name, shape, card, tokens=args.tokens))
 

@@ -1,5 +1,6 @@
 """Where a batch's jobs run: on this machine's GPUs, or on the hosts of a Ray cluster. A job is the same process on both."""
 
+import abc
 import contextlib
 import io
 import os
@@ -42,16 +43,16 @@ class Lost(Exception):
     """The host of a job is gone, or its process there: the job is to be run again."""
 
 
-class Place:
+class Place(abc.ABC):
     """A host: `name` for people, `cards` that it has (1 without a GPU)."""
 
     def __init__(self, name: str, cards: int):
         self.name, self.cards, self.alive = name, cards, True
         self.free = list(range(cards))  # the queue's to take and give back
 
+    @abc.abstractmethod
     def run(self, job: Job, cards: Sequence[int], closed: Callable[[], bool]) -> int:
         """Runs a job on these cards to its end and returns its exit code; asks it to end once `closed()`. Raises Lost."""
-        raise NotImplementedError
 
 
 class ThisMachine(Place):
@@ -152,7 +153,8 @@ class RayHost(Place):
         try:
             while not ray.wait([running], timeout=_LOOK_S)[0]:
                 if closed() and not cancelled:
-                    cancelled = bool(ray.cancel(running, force=False) or True)
+                    ray.cancel(running, force=False)
+                    cancelled = True
             exit_code, log, packed = ray.get(running)
         except (ray.exceptions.TaskCancelledError, KeyboardInterrupt):
             return 128 + signal.SIGINT

@@ -140,6 +140,11 @@ class ModelShape:
         return 2.0 * tokens * self.layer_parameters, 2.0 * emitted * self.vocabulary_parameters
 
 
+def model_names() -> str:
+    """The models in `data/models/`, for a message."""
+    return ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
+
+
 def model_shape(name: str, weights: WeightFormat = BF16) -> ModelShape | None:
     """The shape of a model in `data/models/`, with its weights in this format; None when there is no such model."""
     path = DATA / "models" / name / "config.json"
@@ -162,26 +167,28 @@ def fp8_kv(command: Sequence[str], shape: ModelShape | None = None) -> bool:
 
 def replicas(command: Sequence[str]) -> int:
     """How many copies of the model a vLLM command serves side by side (data parallel), each with an EngineCore of its own."""
-    value = flag_of(command, "--data-parallel-size")
-    return int(value) if value.isdecimal() else 1
+    return _count(command, "--data-parallel-size") or 1
 
 
 def pipeline_stages(command: Sequence[str]) -> int:
     """In how many stages, each on cards of its own, a vLLM command puts the layers (pipeline parallel)."""
-    value = flag_of(command, "--pipeline-parallel-size")
-    return int(value) if value.isdecimal() else 1
+    return _count(command, "--pipeline-parallel-size") or 1
 
 
 def cards(command: Sequence[str]) -> int:
     """How many cards a vLLM command takes: those that share each layer, times those that share the layers, times its
     replicas."""
-    shared = [flag_of(command, name) for name in ("--tensor-parallel-size", "--prefill-context-parallel-size")]
-    return replicas(command) * pipeline_stages(command) * math.prod(int(value) for value in shared if value.isdecimal())
+    shared = [_count(command, name) or 1 for name in ("--tensor-parallel-size", "--prefill-context-parallel-size")]
+    return replicas(command) * pipeline_stages(command) * math.prod(shared)
 
 
 def most_running(command: Sequence[str]) -> int | None:
     """How many requests a vLLM command lets run at once; None when it leaves that to vLLM."""
-    value = flag_of(command, "--max-num-seqs")
+    return _count(command, "--max-num-seqs")
+
+
+def _count(command: Sequence[str], name: str) -> int | None:
+    value = flag_of(command, name)
     return int(value) if value.isdecimal() else None
 
 

@@ -127,7 +127,7 @@ class Emulation(ProfileTable):
     step_overhead_us: Cost
     frontend_us_per_token: Cost
     reserved_gib: Cost
-    # NVLink of an H100, one way, and what an all-reduce costs however small it is.
+    # NVLink of an H100, one way (datasheet), and what an all-reduce costs however small it is (assumed).
     link_bytes_per_s: Positive = 450e9
     all_reduce_us: Cost = 10.0
     time_dilation: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] = 1.0
@@ -252,6 +252,10 @@ class Profile(ProfileTable):
             raise BadInput(f"no variant {name!r} in profile {self.name} (there are: {', '.join(self.variants)})")
         return self.variants[name]
 
+    def flags(self, variant: str) -> list[str]:
+        """All flags of a variant's server: those that all share, then its own, which win."""
+        return joined(self.server.flags, self.variant(variant).flags)
+
     def base(self, name: str) -> str:
         """The variant that `name` derives from, or itself; also for a variant that the profile no longer names."""
         return (self.variants[name].base if name in self.variants else "") or name
@@ -320,7 +324,7 @@ class Profile(ProfileTable):
 
     def context(self) -> int | None:
         """The most tokens, in and out together, that every variant takes in a request; None where none is known."""
-        known = [context(joined(self.server.flags, v.flags), self.shape(name)) for name, v in self.variants.items()]
+        known = [context(self.flags(name), self.shape(name)) for name in self.variants]
         return min(filter(None, known), default=None)
 
     def levels(self, protocol: str) -> tuple[Level, ...]:

@@ -23,7 +23,6 @@ from statistics import fmean
 import psutil
 
 from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
-from ..config.flags import joined
 from ..config.profile import Level, Profile
 from ..errors import BadInput, LevelFailed
 from ..load.telemetry import parse_metrics
@@ -135,7 +134,7 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
     """By kind the least milliseconds that the profile's card allows a step with `work`, or, not `moved`, its matrix units
     alone; empty without the card's datasheet or the model's sizes."""
     profile, card = run.profile, run.profile.gpu
-    shape, flags = profile.shape(variant), joined(profile.server.flags, profile.variant(variant).flags)
+    shape, flags = profile.shape(variant), profile.flags(variant)
     if card is None or shape is None:
         return {}
     if not moved:
@@ -151,7 +150,7 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
-    flags = joined(profile.server.flags, profile.variant(variant).flags)
+    flags = profile.flags(variant)
     if (copies := replicas(flags)) > 1:
         raise BadInput(
             f"{variant} serves {copies} copies, each with steps of its own: take apart a variant that serves one"

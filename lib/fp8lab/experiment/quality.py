@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config.flags import joined
 from ..config.profile import Profile
 from ..errors import BadInput, LevelFailed, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
@@ -173,7 +172,7 @@ def default_variants(profile: Profile) -> list[str]:
     """One variant for each checkpoint and choice of number formats; others with the same numbers answer the same."""
     kept: dict[tuple, str] = {}
     for variant, one in profile.variants.items():
-        whole = dataclasses.replace(one, flags=tuple(joined(profile.server.flags, one.flags)))
+        whole = dataclasses.replace(one, flags=tuple(profile.flags(variant)))
         kept.setdefault((profile.served(variant), *whole.formats), variant)
     return list(kept.values())
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.dimensions import model_names
 from ..errors import BadInput
 from ..paths import DATA, cache_dir
 from ..ui.status import StatusLine
@@ -63,8 +64,7 @@ def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -
     """The cached `folder` of the model `name`, made by `build` unless its file `last` is there; config always fresh."""
     config = DATA / "models" / name / "config.json"
     if not config.is_file():
-        known = ", ".join(sorted(p.name for p in (DATA / "models").iterdir()))
-        raise BadInput(f"no model {name!r} in data/models (there are: {known})")
+        raise BadInput(f"no model {name!r} in data/models (there are: {model_names()})")
     target = cache_dir() / "models" / folder
     if not (target / last).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

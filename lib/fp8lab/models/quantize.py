@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.dimensions import model_names
 from ..config.recipes import RECIPES, Recipe, recipe
 from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, cache_dir
@@ -45,9 +46,8 @@ def source_of(model: str) -> tuple[Path, bool]:
     if (Path(model) / "config.json").is_file():
         return Path(model), False
     if os.sep in model or not (DATA / "models" / model).is_dir():
-        known = ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
         raise BadInput(
-            f"no model at {model!r}: expected a folder with a config.json and safetensors, or one of {known}"
+            f"no model at {model!r}: expected a folder with a config.json and safetensors, or one of {model_names()}"
         )
     return (packaged_model(model), False) if model in PACKAGED else (model_folder(model), True)
 

@@ -17,7 +17,7 @@ from ..metrics.summary import Summary
 from ..results.evidence import Evidence
 from ..results.run_folder import Run, other_card, unmeasured
 from ..ui.text import four_digits
-from .recipe_judges import integer_formats, quantised_before, schemes
+from .burst_judges import integer_formats, quantised_before, scaling, schemes
 from .verdict import Verdict, allowed, by_interval, left_out, near, not_judged, verdict, without_gpu
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
@@ -352,42 +352,10 @@ def _sum(step: StepAnatomy, kinds: Collection[str]) -> float:
     return sum(step.times.get(kind, 0.0) for kind in kinds)
 
 
-def _scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
-    """R5: do two cards deliver twice as much as one, at the same load a card? Judged is the better way of using two."""
-    metric, burst = "output_token_throughput", math.inf
-    one = next((v for v in claim["one"] if seen.levels((v,), burst)), claim["one"][0])
-    two = [v for v in claim["two"] if seen.levels((v,), burst)] or claim["two"][:1]
-    ids = [level for v in (one, *two) for level in seen.levels((v,), burst, valid=False) or [level_id(v, burst)]]
-    found = {"protocol": "all at once, the same load a card"}
-    if unjudged := not_judged(seen, ids):
-        said = f"{unjudged[1]}; profile h100-x2-8b has them" if unjudged[0] == "not run" else unjudged[1]
-        return verdict(claim, seen, ids, **found, verdict=unjudged[0], reason=said)
-    loads = {v: {s.requests / s.cards for s in seen.levels((v,), burst).values()} for v in (one, *two)}
-    if len(set.union(*loads.values())) > 1:
-        each = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in sorted(held))}" for v, held in loads.items())
-        return verdict(
-            claim, seen, ids, **found, verdict="undecided", reason=f"the load a card differs: {each} requests"
-        )
-    ratios = {v: seen.compare(v, one, burst, metric) for v in two}
-    best = max(ratios, key=lambda v: ratios[v].value)
-    value, low, high = ratios[best].value, ratios[best].low, ratios[best].high
-    word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
-    told = ", ".join(f"{v} {ratio}" for v, ratio in ratios.items())
-    joules = {v: seen.compare(v, one, burst, "joules_per_output_token") for v in two}
-    told += "".join(f"; joules a token, {v} {ratio}" for v, ratio in joules.items() if ratio)
-    reason = f"{how_near}; tokens/s over {one}: {told}"
-    if why := without_gpu(seen):
-        word, reason = "not run", f"{why}; {reason}"
-    found |= {"measured": value, "interval": None if math.isnan(low) else (low, high)}
-    return verdict(
-        claim, seen, ids, **found, verdict=word, reason=reason, measured_parts={v: r.value for v, r in ratios.items()}
-    )
-
-
 JUDGES = {
     "ratio": judge_values, "fp8": judge_values, "memory risk": _memory_risk,
     "service line": _judge_with(_one_level, _service_line), "paging waste": _judge_with(_one_level, _paging_waste),
     "default flags": _judge_with(_four_variants, _default_flags), "quality": _quality,
-    "compute use": _compute_use, "twice the data": _twice_the_data, "scaling": _scaling, "integer formats": integer_formats, "schemes": schemes,
+    "compute use": _compute_use, "twice the data": _twice_the_data, "scaling": scaling, "integer formats": integer_formats, "schemes": schemes,
     "quantised before": quantised_before,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..config.dimensions import cards, weight_format
-from ..config.flags import flag_of, joined
+from ..config.flags import flag_of
 from ..config.profile import Profile, is_hub_name
 from ..config.recipes import BF16
 from ..errors import BadInput
@@ -64,7 +64,7 @@ def served_model(profile: Profile, variant: str) -> str:
 
 def make_checkpoint(profile: Profile, variant: str) -> None:
     """Makes the checkpoint of a variant that has a recipe, unless it is there: in a process of its own, which leaves nothing
-    on the GPU (8 billion weights: half a minute there, a quarter of an hour on two cores). Raises BadInput when it cannot."""
+    on the GPU. Raises BadInput when it cannot."""
     folder, one = served_model(profile, variant), profile.variant(variant)
     if not one.recipe or profile.emulated or os.path.isfile(os.path.join(folder, "config.json")):
         return
@@ -89,8 +89,7 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     kit sets. Emulated, it is the GPU's command plus one executor flag. A server of one start has a `served_name` of its
     own and wants a key (VLLM_API_KEY) on every path; see `guard`. Raises BadInput for made-up weights
     of a quantised checkpoint."""
-    flags = joined(profile.server.flags, profile.variant(variant).flags)
-    shape = profile.shape(variant)
+    flags, shape = profile.flags(variant), profile.shape(variant)
     if flag_of(flags, "--load-format") == "dummy" and shape and shape.weights is not BF16:
         raise BadInput(
             f"variant {variant}: --load-format dummy makes up zeros, or nothing, for {shape.weights.name} weights, and zeros "
@@ -114,11 +113,10 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     if profile.model.weights != "checkpoint":
         environment["HF_HUB_OFFLINE"] = "1"
     if profile.device == "cuda":
-        environment |= gpu.server_environment(cards(joined(profile.server.flags, profile.variant(variant).flags)))
+        environment |= gpu.server_environment(cards(profile.flags(variant)))
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
-        flags, shape = joined(profile.server.flags, profile.variant(variant).flags), profile.shape(variant)
-        settings["weights"] = weight_format(flags, shape).name
+        settings["weights"] = weight_format(profile.flags(variant), profile.shape(variant)).name
         environment[SETTINGS_VARIABLE] = json.dumps(settings)
     return environment
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
-from ..config.flags import joined
 from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
@@ -54,7 +53,7 @@ class Server:
         self.info: ServerInfo | None = None
         self._watchdog: subprocess.Popen | None = None
         self._gpu_locks: list[Lock] = []
-        self.cards = cards(joined(profile.server.flags, profile.variant(variant).flags))
+        self.cards = cards(profile.flags(variant))
         self._gpu_pids: set[int] = set()
         self._idle_pids: set[int] = set()
         self._processes: list[psutil.Process] = []
@@ -254,10 +253,10 @@ class Server:
     def _weights_doubt(self, gib: float | None) -> str:
         """Why weights that take so much of the card are not in the variant's format, or "": vLLM serves a checkpoint whose
         quantisation it does not apply in BF16, and says nothing."""
-        shape, one = self.profile.shape(self.variant), self.profile.variant(self.variant)
+        shape = self.profile.shape(self.variant)
         if self.profile.device != "cuda" or gib is None or shape is None:
             return ""
-        flags = joined(self.profile.server.flags, one.flags)
+        flags = self.profile.flags(self.variant)
         asked = weight_format(flags, shape)
         # A card of several stages (pipeline parallel) has its layers, and the first or the last one the whole vocabulary.
         shared, stages = cards(flags) // replicas(flags), pipeline_stages(flags)

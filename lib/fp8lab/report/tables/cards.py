@@ -1,14 +1,12 @@
 """Several cards: what each adds, alone and together."""
 
-from statistics import fmean
-
 from ...config.profile import rate_name
 from ...results.evidence import Evidence, evidence
 from ...results.run_folder import Run
 from ...ui.table import Table
 from ...ui.text import shown
 from ..verdict import card_note
-from .comparison import causes
+from .comparison import causes, mean_of
 
 
 def cards_table(run: Run, *, price: float | None = None) -> Table:
@@ -21,10 +19,13 @@ def cards_table(run: Run, *, price: float | None = None) -> Table:
             if not held:
                 continue
             cards = held[0][1].cards
-            tokens, steady, joules, tpot = (
-                fmean(known) if (known := [v for _, s in held if (v := getattr(s, name)) is not None]) else None
-                for name in ("output_token_throughput", "steady_output_token_throughput", "joules_per_output_token", "mean_tpot_ms")
-            )  # fmt: skip
+            names = (
+                "output_token_throughput",
+                "steady_output_token_throughput",
+                "joules_per_output_token",
+                "mean_tpot_ms",
+            )
+            tokens, steady, joules, tpot = (mean_of(seen, variant, name, rate) for name in names)
             cost = price * cards / (tokens * 3600 / 1e6) if price and tokens else None
             rows.append((
                 rate_name(rate), variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards), shown(steady),
@@ -32,7 +33,7 @@ def cards_table(run: Run, *, price: float | None = None) -> Table:
                 _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)),
             ))  # fmt: skip
     columns = ("offered", "variant", "cards", "tok/s, whole run", "tok/s a card", "tok/s, steady", "TPOT ms", "J/token",
-               *(["a million tokens cost"] if price else []), "each card, steady", "limited by")  # fmt: skip
+               *(["a million tokens cost"] if price else []), "each card, steady, first seed", "limited by")  # fmt: skip
     caption = f"{card_note(run)}By cards, run {run.path.name}" + (f"; {price:g} an hour and card" if price else "")
     return Table(caption, columns, rows)
 

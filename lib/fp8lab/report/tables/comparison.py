@@ -110,9 +110,9 @@ def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
     return found
 
 
-def mean_of(seen: Evidence, variant: str, metric: str) -> float | None:
-    """The mean of a variant's seeds with all requests at once; None without one."""
-    values = seen.seeds(variant, math.inf, metric).values()
+def mean_of(seen: Evidence, variant: str, metric: str, rate: float = math.inf) -> float | None:
+    """The mean of a variant's seeds at a rate, by default with all requests at once; None without one."""
+    values = seen.seeds(variant, rate, metric).values()
     return fmean(values) if values else None
 
 

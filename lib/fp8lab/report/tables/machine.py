@@ -135,13 +135,13 @@ def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, mo
     """Which number formats of a model fit on how many of a card, before anything is started: weights a card, room for KV
     cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4, up to `most`."""
     rows = []
-    for weights, kv in ((BF16, 2), (FP8, 1), (FORMATS["int8"], 1), (FORMATS["int4"], 1)):
+    for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
         for count in (n for n in (1, 2, 4, 8, 16) if n <= most):
             found = fit(shape, weights, kv, card, count)
             room = (
                 (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}") if found.kv_tokens else ("does not fit", "–")
             )
-            rows.append((weights.name, "FP8" if kv == 1 else "BF16", f"{count}", f"{found.weights_gib:.1f}", *room))
+            rows.append((name_of, "FP8" if kv == 1 else "BF16", f"{count}", f"{found.weights_gib:.1f}", *room))
     columns = (
         "weights",
         "KV cache",

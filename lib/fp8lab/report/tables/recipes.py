@@ -54,18 +54,13 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
         for variant in formats_of(seen):
             if not seen.levels((variant,), rate):
                 continue
-
-            def mean(metric: str, variant: str = variant, rate: float = rate) -> float | None:
-                values = seen.seeds(variant, rate, metric).values()
-                return fmean(values) if values else None
-
             ratios = [
                 str(seen.compare(variant, beside, rate, m) or "–") if variant != beside else "–"
                 for m in (_TOKENS, _JOULES)
             ]
             rows.append((
-                rate_name(rate), variant, shown(mean("mean_ttft_ms")), shown(mean("mean_tpot_ms"), ",.2f"), shown(mean(_TOKENS)),
-                ratios[0], shown(mean(_JOULES), ".4f"), ratios[1], shown(mean("gpu_sm_mhz_steady")),
+                rate_name(rate), variant, shown(mean_of(seen, variant, "mean_ttft_ms", rate)), shown(mean_of(seen, variant, "mean_tpot_ms", rate), ",.2f"), shown(mean_of(seen, variant, _TOKENS, rate)),
+                ratios[0], shown(mean_of(seen, variant, _JOULES, rate), ".4f"), ratios[1], shown(mean_of(seen, variant, "gpu_sm_mhz_steady", rate)),
                 " or the ".join(causes(seen, variant, rate)),
             ))  # fmt: skip
     columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",

@@ -1,5 +1,5 @@
-"""Judges of the published claims about number formats: INT8 and INT4 beside FP8 (B4), the schemes that vLLM serves (B3),
-quantising beforehand (R4). They rest on a run of variants with recipes (profile `h100-80gb-recipes`)."""
+"""Judges of claims that rest on several servers with all requests at once: number formats (B3, B4, R4; profile
+`h100-80gb-recipes`) and cards (R5; `h100-x2-8b`)."""
 
 import math
 from statistics import fmean
@@ -18,9 +18,12 @@ def _levels(seen: Evidence, variant: str) -> list[str]:
     return list(seen.levels((variant,), _BURST, valid=False)) or [f"{variant}-infrps-r1"]
 
 
-def _unjudged(seen: Evidence, ids: list[str]) -> tuple[str, str] | None:
-    found = not_judged(seen, ids)
-    return (found[0], f"{found[1]}; profile h100-80gb-recipes has them") if found and found[0] == "not run" else found
+def _unjudged(seen: Evidence, ids: list[str], profile: str = "h100-80gb-recipes") -> dict[str, str] | None:
+    """Verdict and reason when these levels carry none; `profile` is the one that has them."""
+    if not (found := not_judged(seen, ids)):
+        return None
+    said = f"; profile {profile} has them" if found[0] == "not run" else ""
+    return {"verdict": found[0], "reason": f"{found[1]}{said}"}
 
 
 def _found(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
@@ -35,7 +38,7 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     under, others, fp8 = claim["beside"], claim["formats"], claim["fp8_format"]
     ids = [level for variant in (under, *others, fp8) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
-        return _found(claim, seen, ids, verdict=unjudged[0], reason=unjudged[1])
+        return _found(claim, seen, ids, **unjudged)
     ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, fp8)}
     words = [by_interval(claim, 1.0, ratios[v].value, ratios[v].low, ratios[v].high)[0] for v in others]
     # The claim is about both: one of them that is faster is enough to contradict it.
@@ -50,7 +53,7 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     first = ratios[others[0]]
     return _found(
         claim, seen, ids, verdict=word, reason=f"{reason}; answers are another run's (`fp8lab quality`)", measured=first.value,
-        interval=None if math.isnan(first.low) else (first.low, first.high),
+        interval=_interval(first),
         measured_parts={variant: one.value for variant, one in ratios.items()},
     )  # fmt: skip
 
@@ -88,7 +91,7 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     )
     ids = [level for variant in (online, before) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
-        return _found(claim, seen, ids, verdict=unjudged[0], reason=unjudged[1])
+        return _found(claim, seen, ids, **unjudged)
     starts = {v: [s.server for s in seen.levels((v,), _BURST).values()] for v in (online, before)}
     loads = {v: [one.load_s for one in each if one.load_s] for v, each in starts.items()}
     ratio = seen.compare(before, online, _BURST, _TOKENS)
@@ -108,3 +111,32 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         claim, seen, ids, verdict="reproduced" if sooner and not slower else "not reproduced", reason=reason,
         measured=load[before], measured_parts=load,
     )  # fmt: skip
+
+
+def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """R5: do two cards deliver twice as much as one, at the same load a card? Judged is the better way of using two."""
+    one = next((v for v in claim["one"] if seen.levels((v,), _BURST)), claim["one"][0])
+    two = [v for v in claim["two"] if seen.levels((v,), _BURST)] or claim["two"][:1]
+    ids = [level for variant in (one, *two) for level in _levels(seen, variant)]
+    common = {"protocol": "all at once, the same load a card"}
+    if unjudged := _unjudged(seen, ids, "h100-x2-8b"):
+        return _found(claim, seen, ids, **common | unjudged)
+    loads = {v: {s.requests / s.cards for s in seen.levels((v,), _BURST).values()} for v in (one, *two)}
+    if len(set.union(*loads.values())) > 1:
+        each = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in sorted(held))}" for v, held in loads.items())
+        reason = f"the load a card differs: {each} requests"
+        return _found(claim, seen, ids, **common, verdict="undecided", reason=reason)
+    ratios = {v: seen.compare(v, one, _BURST, _TOKENS) for v in two}
+    joules = {v: seen.compare(v, one, _BURST, "joules_per_output_token") for v in two}
+    best = max(ratios.values(), key=lambda ratio: ratio.value)
+    word, how_near = by_interval(claim, claim["fp8"]["value"], best.value, best.low, best.high)
+    reason = f"{how_near}; tokens/s over {one}: {', '.join(f'{v} {ratio}' for v, ratio in ratios.items())}"
+    reason += "".join(f"; joules a token, {v} {ratio}" for v, ratio in joules.items() if ratio)
+    return _found(
+        claim, seen, ids, **common, verdict=word, reason=reason, measured=best.value, interval=_interval(best),
+        measured_parts={v: ratio.value for v, ratio in ratios.items()},
+    )  # fmt: skip
+
+
+def _interval(one: Ratio) -> tuple[float, float] | None:
+    return None if math.isnan(one.low) else (one.low, one.high)
