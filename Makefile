@@ -64,7 +64,6 @@ nightly: test
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
-	$(BIN)/python tests/bench/bench_scheduler.py
 
 bench-servers: $(STAMP)
 	$(BIN)/python tests/bench/bench_servers.py $(ARGS)

@@ -152,7 +152,7 @@ def _equal_load(seen: Evidence) -> tuple[str, str]:
 
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
-    """How far each base came with all changes, and what FP8 is worth then. An experimental scheduler takes no part."""
+    """How far each base came with all changes, and what FP8 is worth then. Another scheduler than vLLM's takes no part."""
     told, last, profile = [], {}, seen.run.profile
     for variant, _, change in unsealing_steps(seen):
         if change and flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
