@@ -11,7 +11,7 @@ from ..errors import BadInput
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the matrices of a model's layers are held and multiplied. `weight_bytes`: a weight's, with its share of scales;
+    """How the matrices of a model's layers are held and multiplied. `weight_bytes`: a weight's on the card, with its share of scales;
     `eight_bit`: products run at the card's FP8 peak, which on Hopper is INT8's too (NVIDIA's datasheets), and their inputs
     are quantised step by step; `head`: the output head is held and multiplied so too."""
 
@@ -34,7 +34,8 @@ _ALL = [
     WeightFormat("int8", 1.0, eight_bit=True),
     WeightFormat("int4", _GROUPS),
     WeightFormat("int4-64", 0.5 + 2 / 64),
-    WeightFormat("w4a8", _GROUPS, eight_bit=True),
+    # Its kernel wants each group's FP8 scale eight times over (vLLM's cutlass_pack_scale_fp8): on the card, not in the file.
+    WeightFormat("w4a8", 0.5 + 8 / 128, eight_bit=True),
 ]
 FORMATS: Mapping[str, WeightFormat] = {one.name: one for one in _ALL}
 BF16, FP8 = FORMATS["bf16"], FORMATS["fp8"]

