@@ -207,7 +207,7 @@ def test_kinds_follow_todays_names_and_the_head_stays():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-fast-path"])
+@pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-unsealed"])
 def test_the_recorded_steps_add_up_and_are_judged(name):
     run = lab.open_run(source=name)
     for batches in experiment.anatomies(run).values():
@@ -241,18 +241,6 @@ def test_each_change_stands_beside_what_it_adds_to():
     assert [row["beside"] for row in rows.values()] == ["–", *list(rows)[:-1]]
     assert rows["fp8-rust"]["changes"] == "API server: Rust" and rows["fp8-unsealed"]["changes"] == "max-num-seqs 2048"
     assert "fp8-unsealed over fp8: 1.43×" in str(lab.conclusion(run, "unsealing"))
-
-
-def test_a_schedulers_fast_path_is_no_change_to_the_card():
-    run = lab.open_run(source="h100-80gb-fast-path")
-    table = lab.unsealing_table(run)
-    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert rows["fp8-2048"]["beside"] == "fp8" and rows["fp8-2048-fast"]["beside"] == "fp8-2048"
-    assert rows["fp8-2048"]["changes"].startswith("API server: Rust, distributed-executor-backend mp")
-    assert rows["fp8-2048-fast"]["changes"] == "scheduler-cls fp8lab.server.fast_scheduler.FastScheduler"
-    assert rows["bf16-2048"]["beside"] == "–" and "max-num-seqs 2048" in rows["bf16-2048"]["changes"]
-    said = str(lab.conclusion(run, "unsealing"))
-    assert "fp8-2048 over fp8: 1.13×" in said and "fast" not in said
 
 
 @pytest.mark.servers

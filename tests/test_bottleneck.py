@@ -14,10 +14,18 @@ from fp8lab.config.dimensions import fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.recipes import BF16, FP8
 from fp8lab.config.trace import arrival_times, sharegpt_like
-from fp8lab.metrics.bottleneck import CAUSES, backlog_growth, held_by_api_server, keeps_up, lasted, what_limited
+from fp8lab.metrics.bottleneck import (
+    CAUSES,
+    backlog_growth,
+    growth_by_chance,
+    held_by_api_server,
+    keeps_up,
+    lasted,
+    what_limited,
+)
 from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
 from fp8lab.metrics.resources import POWER, clock, roofline
-from fp8lab.metrics.summary import Summary
+from fp8lab.metrics.summary import ServerInfo, Summary
 from fp8lab.paths import DATA
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
@@ -66,6 +74,21 @@ def test_a_ramp_is_no_backlog(seed):
     assert backlog_growth(make_records(sent, sent + 0.02, sent + 0.02 * tokens, tokens)) < 0.05
 
 
+def test_a_growth_that_chance_makes_decides_nothing():
+    """Poisson arrivals at a server without any limit: how far the slopes scatter is foretold, and none counts as a backlog."""
+    slopes, foretold = [], []
+    for seed in range(200):
+        sent = arrival_times(200, 10, seed=seed)
+        stay = np.random.default_rng(seed).gamma(4.0, 0.25, sent.size)
+        records = make_records(sent, sent + 0.01, sent + stay, np.full(sent.size, 10))
+        slopes.append(backlog_growth(records))
+        foretold.append(growth_by_chance(records))
+    assert 2 * np.std(slopes) == pytest.approx(np.mean(foretold), rel=0.25)
+    grew = [slope > max(0.05, chance) for slope, chance in zip(slopes, foretold, strict=True)]
+    assert np.mean(grew) < 0.06 < np.mean(np.array(slopes) > 0.05)
+    assert keeps_up(served(100, 60)) is False  # long stays of its own backlog excuse nothing
+
+
 def test_failed_requests_are_no_backlog():
     records = served(50, 100)
     records.loc[::10, ["error", "last_token_s", "first_token_s"]] = ["HTTP 500", np.nan, np.nan]
@@ -96,6 +119,16 @@ def test_a_level_is_as_long_as_its_slow_requests():
 def test_constructed_levels_are_attributed(capacity, changed, cause, said):
     found = judged(served(100, capacity) if capacity < 100 else served(50, capacity), **changed)
     assert found.cause == cause and said in found.evidence
+
+
+def test_an_api_server_of_many_threads_is_not_full_at_one_core():
+    records = served(100, 60)
+    busy = {"frontend_cpu_max_steady": 1.09, "gpu_util_steady": 0.88}
+    rust = ServerInfo(variant="fp8", command=(), environment={"VLLM_USE_RUST_FRONTEND": "1"})
+    assert judged(records, sampled(records, 1.0), **busy).cause == "API server"
+    assert judged(records, sampled(records, 1.0), **busy, server=rust).cause == "GPU and EngineCore"
+    # What holds requests back is in the way, however many threads it has.
+    assert judged(records, sampled(records, 0.8), **busy, server=rust).cause == "API server"
 
 
 def test_waiting_for_kv_blocks_is_told_from_waiting_for_a_seat():

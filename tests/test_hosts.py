@@ -262,7 +262,10 @@ def test_committed_notebooks_hold_nothing_of_a_machine():
             assert place not in text, (path.name, place)
 
 
-def test_paths_are_shown_without_the_machine(tmp_path):
+@pytest.mark.parametrize("cache", [None, "elsewhere"])
+def test_paths_are_shown_without_the_machine(tmp_path, monkeypatch, cache):
+    if cache:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
     text = f"at {PROJECT}/lib/x.py, {sys.prefix}/bin/python, {cache_dir()}/y, '{PROJECT}' but {PROJECT}-2/z and /a{PROJECT}/b"
     shown = nameless(text)
     assert shown.startswith("at ./lib/x.py, PYTHON/bin/python, ~/.cache/fp8lab/y, '.' but ")

@@ -466,8 +466,10 @@ def test_a_stored_model_is_found_from_another_folder(tmp_path, monkeypatch):
 
 def test_a_command_is_shown_without_this_machines_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fast-disk"))
     shown = {
         f"{PROJECT}/data/x": "./data/x",
+        f"{tmp_path}/fast-disk/fp8lab/models/x": "~/.cache/fp8lab/models/x",
         f"{PROJECT}-models/x": f"{PROJECT}-models/x",
         f"{tmp_path}/x": "~/x",
         f"{tmp_path}-other/x": f"{tmp_path}-other/x",

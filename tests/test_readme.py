@@ -7,6 +7,7 @@ from statistics import fmean, geometric_mean
 
 import pytest
 
+import fp8lab as lab
 from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.quality import comparisons
@@ -143,9 +144,9 @@ def headline_numbers() -> list[str]:
 def unsealed_numbers() -> list[str]:
     """Those of the card with nothing in its way, and of a step taken apart."""
     metrics = "output_token_throughput", "steady_output_token_throughput"
-    seen, both, older, first, conv, code, short = (
+    seen, both, first, conv, code, short = (
         evidence(open_run(source=f"h100-80gb{name}"))
-        for name in ("-unseal", "-unsealed", "-fast-path", "", "-azure-conv", "-azure-code", "-128-128")
+        for name in ("-unseal", "-unsealed", "", "-azure-conv", "-azure-code", "-128-128")
     )
     told, limits = [], ["API server", "EngineCore", "GPU", "GPU", "GPU", "GPU"]
     steps = ("fp8", "fp8-rust", "fp8-rust-graphs", "fp8-mp", "fp8-mixed-graphs", "fp8-unsealed")
@@ -158,11 +159,8 @@ def unsealed_numbers() -> list[str]:
         both.compare("fp8-unsealed", "bf16-unsealed", rate, name) for rate in (math.inf, 100, 50) for name in names
     ]
     told += [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
-    fast = older.compare("fp8-2048-fast", "fp8-2048", math.inf, metrics[0])
-    told.append(f"(`h100-80gb-fast-path`: {fast.value:.2f}×")
-    last = [(both, "fp8-unsealed"), (seen, "fp8-unsealed"), (older, "fp8-2048")]
-    last = [mean_of(one, variant, metrics[0]) for one, variant in last]
-    told.append(f"{min(last):,.0f} to {max(last):,.0f} in three runs")
+    last = [mean_of(one, "fp8-unsealed", metrics[0]) for one in (both, seen)]
+    told.append(f"{min(last):,.0f} and {max(last):,.0f} in two runs")
     assert {both.limit(level).cause for level in both.levels(("bf16-unsealed",), math.inf)} == {"GPU power limit"}
     told += held_back(both, "-unsealed", 3)[1:]
     named = ("request_throughput", "mean_tpot_ms")
@@ -174,7 +172,6 @@ def unsealed_numbers() -> list[str]:
     told.append("within {:.0f} ms in FP8 and {:.0f} in BF16. On".format(*at60))
     for one, words in (
         (seen, "{:,.0f} tokens/s here, where its one Python API server needs {} to {} µs"),
-        (older, "{:,.0f} in run `h100-80gb-fast-path` ({} to {} µs)"),
         (first, "{:,.0f} in `h100-80gb` ({} µs)"),
     ):
         costs = [round(s.frontend_us_per_token) for s in one.levels(("fp8",), math.inf).values()]
@@ -204,16 +201,15 @@ def unsealed_numbers() -> list[str]:
     told += [f"meet it at {bf16.high:g};"]
     assert {short.limit(level).cause for level in short.summaries} == {"GPU power limit"}
     told.append(f"delivers {mean_of(short, 'fp8-unsealed', metrics[1]):,.0f} tokens/s in the steady state")
-    run = older.run
+    run = both.run
     bf16, fp8 = (anatomies(run)[variant][-1] for variant in ("bf16", "fp8"))
     reached = [
         floors_of(run, v, one.decode.work)["attention"] / one.decode.times["attention"]
         for v, one in (("fp8", fp8), ("bf16", bf16))
     ]
     told += [
-        f"takes {fp8.wall_ms:.1f} ms, at a mean context of {fp8.context:.0f} tokens",
-        f"at {fp8.decode.context:.0f}, the GPU works for {fp8.decode.busy_ms:.1f} ms",
-        f"at least {float(host_adds(fp8).removeprefix('≥ ')):.1f} ms",
+        f"takes {fp8.wall_ms:.1f} ms, of which the GPU works for {fp8.decode.busy_ms:.1f}:",
+        f"The host adds {float(host_adds(fp8)):.1f} ms",
     ]
     told += [
         f"{fp8.decode.times['attention']:.1f} on attention, at {100 * reached[0]:.0f} % of",
@@ -227,7 +223,49 @@ def unsealed_numbers() -> list[str]:
     assert b1.verdict == b2.verdict == "not reproduced"
     each = [re.findall(r"([\d.]+)×", part) for part in b2.reason.split(";")]
     told += [f"{min(each[1])} to {max(each[1])} times as fast", f"{min(each[3])} to {max(each[3])} times (B2)"]
-    return [*told, f"need {b1.measured:.0f} % of the matrix peak"]
+    return [*told, f"need {b1.measured:.0f} % of the matrix peak", *recipe_numbers(), *card_numbers()]
+
+
+def recipe_numbers() -> list[str]:
+    """Those of the number formats side by side."""
+    seen = evidence(open_run(source="h200-80gb-recipes"))
+    tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
+    took = {row[0]: row[3] for row in lab.checkpoints_table(seen.run).rows}
+    told = [f"| `bf16` | {took['bf16']} | {mean_of(seen, 'bf16', tokens):,.0f} tokens/s | {mean_of(seen, 'bf16', joules):.4f} J | "
+            f"{mean_of(seen, 'bf16', tpot, 0.5):.2f} ms | {mean_of(seen, 'bf16', tpot, 25):.2f} ms |"]  # fmt: skip
+    for variant in took.keys() - {"bf16"}:
+        worth, cost = (seen.compare(variant, "bf16", math.inf, metric) for metric in (tokens, joules))
+        assert worth.starts == worth.pairs == 3
+        alone, at25 = (mean_of(seen, variant, tpot, rate) for rate in (0.5, 25))
+        told.append(f"| `{variant}` | {took[variant]} | {worth} | {cost} | {alone:.2f} | {at25:.2f} |")
+    found = {one.id: one for one in judge(seen.run)}
+    assert (found["B4"].verdict, found["R4"].verdict) == ("not reproduced", "undecided")
+    assert seen.compare("int8", "fp8-channel", math.inf, joules).high < 1
+    told.append(f"the same KV cache is {seen.compare('int8', 'fp8-kv', math.inf, tokens)}.")
+    loads = re.search(r"quantised\), (.*?×.*?\)); a whole start takes (\d+)", found["R4"].reason)
+    return [*told, f"loads in {loads[1]} of the time, about a second of a start of {loads[2]}."]
+
+
+def card_numbers() -> list[str]:
+    """Those of one card and two, and of whose weights take how many joules."""
+    seen, formats = (evidence(open_run(source=f"h200-80gb-{name}")) for name in ("x2-8b", "recipes"))
+    tokens, steady, joules = "output_token_throughput", "steady_output_token_throughput", "joules_per_output_token"
+    own = [mean_of(seen, "fp8-unsealed", m) / mean_of(formats, "fp8-online", m) for m in (joules, steady, tokens)]
+    told = [
+        f"take {own[0]:.2f} of the joules",
+        f"for {own[1]:.2f} times the tokens/s",
+        f"and {own[2]:.2f} of the whole run",
+    ]
+    for variant in ("fp8-dp2", "fp8-tp2"):
+        worth, cost, then = (seen.compare(variant, "fp8-unsealed", math.inf, m) for m in (tokens, joules, steady))
+        told += [f"{worth}", f"{then} in the steady state"]
+        told += (
+            [f"{worth} the tokens/s of one for {cost} the joules"] if variant == "fp8-dp2" else [f"{worth} for {cost},"]
+        )
+    idle = [1 - s.gpu_util_steady for s in seen.levels(("fp8-tp2",), math.inf).values()]
+    assert all("EngineCore" in seen.limit(level).cause for level in seen.levels(("fp8-tp2",), math.inf))
+    assert next(one for one in judge(seen.run) if one.id == "R5").verdict == "undecided"
+    return [*told, f"end {100 * min(idle):.0f} to {100 * max(idle):.0f} % of the time"]
 
 
 def test_headline_numbers_are_those_of_the_recorded_run():

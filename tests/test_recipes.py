@@ -129,6 +129,8 @@ def test_the_log_tells_kernels_and_how_long_the_weights_took():
         "MacheteLinearKernel for CompressedTensorsWNA16",
         "CutlassInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8",
     )
+    # Two of vLLM's model runners word it in two ways.
+    assert log.reported("INFO Model loading took 5.35 GiB and 3.662403 seconds").load_s == 3.662403
     assert log.reported("Model loading took 8.49 GiB").load_s is None and log.reported("").kernels == ()
 
 
@@ -138,14 +140,15 @@ def run(tmp_path):
     return open_run(tmp_path / "run", read_profile(PROFILE))
 
 
-def fill(run, tokens: dict[str, float], *, load_s=None, kernels=None, limit=None, **common):
-    """A burst of three seeds of each variant, 1 % apart."""
+def fill(run, tokens: dict[str, float], *, load_s=None, kernels=None, spread=0.0, starts=1, **common):
+    """A burst of three seeds of each variant, 1 % apart, on a start each (`starts` 0: on one); loads `spread` apart."""
     for (variant, value), seed in ((item, seed) for item in tokens.items() for seed in (1, 2, 3)):
         folder = run.path / "levels" / f"{variant}-infrps-r{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         server = {
-            "variant": variant, "command": ["vllm", *run.profile.variant(variant).flags], "startup_s": 100.0,
-            "load_s": (load_s or {}).get(variant), "kernels": (kernels or {}).get(variant, ()), "model_memory_gib": 8.5,
+            "variant": variant, "startup_s": 100.0,
+            "command": ["vllm", *run.profile.variant(variant).flags, "--served-model-name", f"{variant}-{seed * starts}"],
+            "load_s": (load_s or {}).get(variant) and load_s[variant] * (1 + spread * (seed - 2) * (variant == "fp8-online")), "kernels": (kernels or {}).get(variant, ()), "model_memory_gib": 8.5,
         }  # fmt: skip
         summary = {
             "valid": True, "invalid_reason": None, "emulated": False, "requests": 2000, "completed": 2000, "failed": 0,
@@ -205,9 +208,11 @@ def test_a_checkpoint_that_loads_sooner_and_serves_as_much_is_preferred(run):
     )
     assert f"{four_digits(6.0)} s (fp8-static) against {four_digits(20.0)} s (fp8-online" in found.reason
     assert fill(run, {"fp8-static": 15_000}, load_s=told)["R4"].verdict == "not reproduced"  # it serves less
-    assert (
-        fill(run, BURST | {"fp8-static": 17_000}, load_s=told | {"fp8-online": 6.0})["R4"].verdict == "not reproduced"
-    )
+    both = BURST | {"fp8-static": 17_000}
+    assert fill(run, both, load_s=told | {"fp8-online": 6.0})["R4"].verdict == "not reproduced"
+    # A second sooner, with starts that differ by as much; and one start of each.
+    assert fill(run, both, load_s=told | {"fp8-online": 7.0}, spread=0.15)["R4"].verdict == "undecided"
+    assert fill(run, both, load_s=told, starts=0)["R4"].verdict == "undecided"
 
 
 def test_schemes_are_those_whose_kernels_vllm_names(run):

@@ -24,6 +24,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Where programs write for a user: in the folder that the variable names, else below the home folder.
 _BELOW_HOME = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".local/share"}
 
+# The cache folder's name where no variable moves it.
+_CACHE = "~/.cache/fp8lab"
+
 
 def cache_dir() -> Path:
     """The folder for things that are built once for a user (model folders, locks)."""
@@ -96,8 +99,8 @@ def repository_relative(path: Path) -> str:
 
 def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
-    inside = _below(argument, PROJECT, ".")
-    return without_home(argument) if inside is None else inside
+    named = (_below(argument, folder, name) for folder, name in ((PROJECT, "."), (cache_dir(), _CACHE)))
+    return next((path for path in named if path), None) or without_home(argument)
 
 
 def without_home(path: str) -> str:
@@ -108,7 +111,12 @@ def without_home(path: str) -> str:
 
 def nameless(text: str) -> str:
     """`text` without where things lie on this machine: a page of it may be shared."""
-    named = {str(RUNS): "runs", with_home(os.environ)["HOME"]: "~", tempfile.gettempdir(): "TMPDIR"}
+    named = {
+        str(RUNS): "runs",
+        str(cache_dir()): _CACHE,
+        with_home(os.environ)["HOME"]: "~",
+        tempfile.gettempdir(): "TMPDIR",
+    }
     named |= {sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(PROJECT): "."}
     # The innermost first, each only where a path begins and a folder's name ends.
     for folder in sorted(named.keys() - {"/"}, key=len, reverse=True):

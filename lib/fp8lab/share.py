@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA, PLAIN_NAME, made, repository_relative, writing
+from .results.files import read_parquet, to_the_microsecond, write_tables
 from .results.run_folder import Run
 
 
@@ -39,8 +40,8 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
 
 
 def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
-    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`; an earlier one is
-    replaced once the copy is whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten,
+    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`, times to the
+    microsecond; an earlier one is replaced once the copy is whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten,
     with the earlier one as it was, when the disk is full."""
     if not PLAIN_NAME.fullmatch(name):
         raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
@@ -56,7 +57,10 @@ def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
         for file in copied:
             copy = whole / file.relative_to(run.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            if file.suffix == ".parquet":
+                write_tables(copy.parent, **{file.stem: to_the_microsecond(read_parquet(file, "record another run"))})
+            else:
+                shutil.copyfile(file, copy)
         if target.exists():
             target.rename(Path(scratch, "earlier"))
         whole.rename(target)

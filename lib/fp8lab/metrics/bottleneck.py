@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..config.profile import RUST
 from .performance import completed, concurrency_over_time
 from .resources import Clock, Roofline, Window, clock
 from .summary import Summary
@@ -22,6 +23,8 @@ CAUSES = (
 
 # In flight may grow by this share of the offered rate and still count as keeping up: Poisson arrivals do that much.
 _GROWTH = 0.05
+# So many times as long as the slow requests take, a level goes on for long enough that the ramp lies in its first half.
+RAMP_OVER = 2.0
 # One process can use one core; a sample of half a second is a little off.
 _FULL = 0.95
 _CLIENT_FULL = 0.90
@@ -61,11 +64,28 @@ def backlog_growth(records: pd.DataFrame) -> float:
     in_flight = np.searchsorted(arrivals, at, side="right") - np.searchsorted(left, at, side="right")
     slope = float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
     # In flight after t seconds of a stationary server: rate x integral of P(stay > u), u up to t. Its slope is what a
-    # ramp alone would give; stays are taken from requests that came early, before a backlog lengthened them.
-    early = done["scheduled_s"] <= duration / 3
-    stay = np.sort((done["last_token_s"] - done["sent_s"])[early].to_numpy(float))
+    # ramp alone would give.
+    stay = np.sort(_early_stays(done))
     ramp = float((1 - np.searchsorted(stay, at, side="right") / stay.size).mean()) if stay.size else 0.0
     return slope - ramp
+
+
+def growth_by_chance(records: pd.DataFrame) -> float:
+    """What `backlog_growth` may be of a server that keeps up, by the chance of its arrivals: two standard errors of the slope.
+
+    Of Poisson arrivals at a rate r that stay for S the number in flight has autocovariances that sum to r E[S²] (M/G/∞), so
+    that a slope over w seconds has the variance 12 r E[S²] / w³. 0 for all at once."""
+    done = completed(records)
+    duration = done["scheduled_s"].max() if len(done) else 0.0
+    stays = _early_stays(done)
+    if not duration or not stays.size:
+        return 0.0
+    return 2 * math.sqrt(12 * float((stays**2).mean()) / (len(done) / duration * (duration / 2) ** 3))
+
+
+def _early_stays(done: pd.DataFrame) -> np.ndarray:
+    """How long (s) requests stayed that came in the first third, before a backlog lengthened it."""
+    return (done["last_token_s"] - done["sent_s"])[done["scheduled_s"] <= done["scheduled_s"].max() / 3].to_numpy(float)
 
 
 def lasted(records: pd.DataFrame) -> float:
@@ -75,9 +95,14 @@ def lasted(records: pd.DataFrame) -> float:
     return float(done["scheduled_s"].max() / np.quantile(stay, 0.99)) if stay.size else 0.0
 
 
-def keeps_up(records: pd.DataFrame) -> bool:
-    """Whether the server kept up with the offered load: its backlog did not grow. False for all at once."""
-    return backlog_growth(records) <= _GROWTH
+def keeps_up(records: pd.DataFrame) -> bool | None:
+    """Whether the server kept up with the offered load: its backlog did not grow. None where it grew no more than chance makes
+    it in a level so short. False for all at once."""
+    growth = backlog_growth(records)
+    if growth <= _GROWTH:
+        return True
+    # Where requests stay nearly as long as the level lasts, a backlog has lengthened the early ones too.
+    return None if lasted(records) >= RAMP_OVER and growth <= growth_by_chance(records) else False
 
 
 def held_by_api_server(records: pd.DataFrame, telemetry: pd.DataFrame | None, window: Window) -> float | None:
@@ -106,17 +131,18 @@ def what_limited(
     if not summary.valid:
         return Limit("unknown", f"the level is invalid: {summary.invalid_reason}")
     growth = backlog_growth(records)
+    kept_up = keeps_up(records) is not False
     window = summary.window
     held = held_by_api_server(records, telemetry, window)
     ran = clock(telemetry, window, power_limit_w) if telemetry is not None else None
     used = _Used(summary, held, ran)
     if (summary.client_busiest_core or 0) > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary.client_busiest_core:.2f} of a core")
-    if growth <= _GROWTH and not used.full("frontend"):
+    if kept_up and not used.full("frontend"):
         return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
     if kv := _kv_full(summary, telemetry):
         return Limit("KV capacity", kv)
-    trend = "it just kept up" if growth <= _GROWTH else f"in flight grew by {growth:.0%} of the offered rate"
+    trend = "it just kept up" if kept_up else f"in flight grew by {growth:.0%} of the offered rate"
     trend = "all were sent at once" if math.isnan(growth) else trend
     evidence = f"{trend}; {used}{_distance(roofline)}"
     gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
@@ -145,8 +171,12 @@ class _Used:
         self.held = held
         self.clock = str(ran) if ran else ""
         self.cores = {role: getattr(summary, f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
+        self.threads = summary.server is not None and summary.server.environment.get(RUST, "0") != "0"
 
     def full(self, role: str) -> bool:
+        # vLLM's API server in Rust computes on many threads: that it is full shows in what it holds back alone.
+        if role == "frontend" and self.threads and self.held is not None and self.held < _HELD:
+            return False
         return (self.cores[role] or 0) >= _FULL
 
     def __str__(self) -> str:

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..errors import BadInput
-from .bottleneck import keeps_up, lasted
+from .bottleneck import RAMP_OVER, keeps_up, lasted
 from .performance import latencies
 
 CONFIDENCE = 0.99
 # Whether a backlog grows is seen in the second half of the arrivals. That it does not is shown when the slow requests of
-# the ramp have left by then; that it stays, when they had as long again.
-_RAMP_OVER, _STAYS = 2.0, 3.0
+# the ramp have left by then (RAMP_OVER); that it stays, when they had as long again.
+_STAYS = 3.0
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,12 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
         at_limit = requests >= probe_requests(slo)
         return Attainment("undecided", close + ", so not shown to be met" * at_limit, violations, requests, at_limit)
     kept, times = keeps_up(records), lasted(records)
-    if kept and times >= _RAMP_OVER:
+    if kept and times >= RAMP_OVER:
         return Attainment("met", counted, violations, requests)
-    if not kept and times >= _STAYS:
+    if kept is False and times >= _STAYS:
         return Attainment("missed", f"{counted}, but the backlog grew to the end", violations, requests)
     why = (
-        "the backlog still grew when arrivals ended"
-        if not kept
-        else "slow requests took over half as long as all arrivals"
+        "slow requests took over half as long as all arrivals" if kept else "the backlog still grew when arrivals ended"
     )
     return Attainment("undecided", f"{counted}, but {why}: it takes a longer level", violations, requests)
 

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from ..config.recipes import FORMATS, recipe
 from ..metrics.statistics import Ratio
+from ..metrics.statistics import ratio as paired
 from ..results.evidence import Evidence
 from ..ui.text import four_digits
 from .verdict import Verdict, by_interval, not_judged, verdict, without_gpu
@@ -84,7 +85,8 @@ def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
 
 
 def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
-    """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?"""
+    """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?
+    The loads of each start are compared, with their interval."""
     online, before = (
         claim["online"],
         next((v for v in claim["before"] if seen.levels((v,), _BURST)), claim["before"][0]),
@@ -92,25 +94,27 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     ids = [level for variant in (online, before) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
         return _found(claim, seen, ids, **unjudged)
-    starts = {v: [s.server for s in seen.levels((v,), _BURST).values()] for v in (online, before)}
-    loads = {v: [one.load_s for one in each if one.load_s] for v, each in starts.items()}
-    ratio = seen.compare(before, online, _BURST, _TOKENS)
-    if not all(loads.values()):
+    starts = {v: list({s.start: s for s in seen.levels((v,), _BURST).values()}.values()) for v in (online, before)}
+    loads = {v: {s.level.repeat: s.server.load_s for s in each if s.server.load_s} for v, each in starts.items()}
+    served = seen.compare(before, online, _BURST, _TOKENS)
+    if not all(loads.values()) or (took := paired(loads[before], loads[online])) is None:
         return _found(
             claim, seen, ids, verdict="undecided", reason="vLLM did not say how long it took to load the weights"
         )
-    load = {v: fmean(each) for v, each in loads.items()}
-    sooner = load[before] < (1 - claim["tolerance"]) * load[online]
-    slower = not math.isnan(ratio.high) and ratio.high < 1 - claim["tolerance"]
-    whole = {v: fmean(one.startup_s for one in each) for v, each in starts.items()}
+    least = 1 - claim["tolerance"]
+    word = "undecided"  # with one start of each nothing says how much starts differ
+    if served.high < least or took.low > least:
+        word = "not reproduced"
+    elif took.high < least:
+        word = "reproduced"
+    load = {v: fmean(each.values()) for v, each in loads.items()}
+    whole = {v: fmean(s.server.startup_s for s in each) for v, each in starts.items()}
     reason = (
         f"weights are loaded in {four_digits(load[before])} s ({before}) against {four_digits(load[online])} s ({online}, read in "
-        f"BF16 and quantised), a whole start takes {whole[before]:.0f} and {whole[online]:.0f} s; tokens/s, {before} over {online}: {ratio}"
+        f"BF16 and quantised), {took}; a whole start takes {whole[before]:.0f} and {whole[online]:.0f} s; tokens/s, {before} over "
+        f"{online}: {served}"
     )
-    return _found(
-        claim, seen, ids, verdict="reproduced" if sooner and not slower else "not reproduced", reason=reason,
-        measured=load[before], measured_parts=load,
-    )  # fmt: skip
+    return _found(claim, seen, ids, verdict=word, reason=reason, measured=load[before], measured_parts=load)
 
 
 def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:

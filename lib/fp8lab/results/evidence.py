@@ -166,7 +166,9 @@ class Evidence:
 
         def kept_up(level_id: str) -> bool:
             cause, level = self.limit(level_id).cause, self.level(level_id)
-            return cause == "offered load" or (cause == "unknown" and (level is None or keeps_up(level.records)))
+            return cause == "offered load" or (
+                cause == "unknown" and (level is None or keeps_up(level.records) is not False)
+            )
 
         return not all(kept_up(level_id) for level_id in self.levels(variants, rate))
 

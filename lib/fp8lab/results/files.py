@@ -30,13 +30,23 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
             with writing(path):
                 # Whole numbers by their differences, floats by their bytes' place: the recorded levels take 0.69 of what
                 # they take with zstd alone, and nothing is lost.
-                encodings = {column: "DELTA_BINARY_PACKED" for column in table.select_dtypes("integer")}
+                whole = table.select_dtypes(["integer", "timedelta"])
+                encodings = dict.fromkeys(whole, "DELTA_BINARY_PACKED")
                 encodings |= {column: "BYTE_STREAM_SPLIT" for column in table.select_dtypes("floating")}
                 table.to_parquet(
                     path, compression="zstd", compression_level=19, index=False, column_encoding=encodings,
                     use_dictionary=[column for column in table if column not in encodings], write_page_checksum=True,
                 )  # fmt: skip
                 sync(path)
+
+
+def to_the_microsecond(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with its times (columns in seconds, `..._s`) as durations of whole microseconds, finer than any clock here is
+    read: on disk they take less than half. `read_parquet` gives seconds again."""
+    times = [column for column in table.select_dtypes("floating") if column.endswith("_s")]
+    return table.assign(**{
+        column: pd.to_timedelta((1e6 * table[column]).round(), unit="us").astype("timedelta64[us]") for column in times
+    })  # fmt: skip
 
 
 def write_json(path: Path, value) -> None:
@@ -87,6 +97,8 @@ def read_parquet(path: Path, remedy: str, columns: Sequence[str] = (), most_rows
             if rows > most_rows or size > _MOST_BYTES_A_ROW * (rows + 1):
                 raise ValueError(f"it holds {rows:,} rows, {size:,} bytes: more than there can be")
             table = file.read().to_pandas()
+        for column in table.select_dtypes("timedelta"):  # `to_the_microsecond`
+            table[column] = table[column].dt.total_seconds()
         if lacking := sorted(set(columns) - set(table)):
             raise ValueError(f"it lacks {', '.join(lacking)}")
         return table

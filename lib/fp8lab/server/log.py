@@ -83,7 +83,7 @@ def phase(text: str) -> str:
 def reported(text: str) -> Reported:
     # Each EngineCore tells of its own.
     tokens = [int(one.replace(",", "")) for one in re.findall(r"KV cache size: ([\d,]+) tokens", text)]
-    memory = re.search(r"Model loading took ([\d.]+) GiB(?: memory and ([\d.]+) seconds)?", text)
+    memory = re.search(r"Model loading took ([\d.]+) GiB(?:(?: memory)? and ([\d.]+) seconds)?", text)
     gib, seconds = (float(one) if one else None for one in memory.groups()) if memory else (None, None)
     kernels = [f"{kernel} for {layer}" for kernel, layer in _KERNEL.findall(text)]
     return Reported(sum(tokens) or None, gib, seconds, tuple(dict.fromkeys(kernels)))
