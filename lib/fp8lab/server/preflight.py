@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import socket
+import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,8 @@ from .command import HOST
 # An idle card holds up to about 1 GiB for its driver; a process needs more than this to matter.
 _IDLE_GIB = 2.0
 _LISTEN = "0A"
+# A server that another process is just starting, or ending, is without its watchdog for an instant.
+_SETTLE_S = 0.5
 
 
 def free_port() -> int:
@@ -168,12 +171,18 @@ def cuda_processes(pids: Collection[int]) -> int:
 
 def warn_of_leftovers() -> None:
     """Warns of every server whose owner or watchdog is gone."""
-    for other in orphans.servers():
-        if not (other.owned and other.watched):
-            gone, option = ("its watchdog was killed", " --all") if other.owned else ("its owner is gone", "")
-            what = f"{other.variant}, pids {', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB"
-            said = f"a server of an earlier start is still there, {gone} ({what}); end it with `fp8lab stop{option}`"
-            warnings.warn(said, stacklevel=3)
+    found = _leftovers()
+    if found:
+        time.sleep(_SETTLE_S)
+    for other in filter(None, map(_leftovers().get, found)):
+        gone, option = ("its watchdog was killed", " --all") if other.owned else ("its owner is gone", "")
+        what = f"{other.variant}, pids {', '.join(map(str, other.pids))}, {other.memory_gib:.1f} GiB"
+        said = f"a server of an earlier start is still there, {gone} ({what}); end it with `fp8lab stop{option}`"
+        warnings.warn(said, stacklevel=3)
+
+
+def _leftovers() -> dict[str, orphans.Leftover]:
+    return {other.id: other for other in orphans.servers() if not (other.owned and other.watched)}
 
 
 def _user(uid: int) -> str:
