@@ -241,10 +241,11 @@ def test_the_tables_hold_each_format_from_the_largest_to_the_smallest(run):
     )
 
 
-def test_a_format_without_answers_is_named_and_not_drawn(run):
-    fill(run, BURST)
+def test_without_answers_a_format_is_drawn_by_what_it_costs(run):
+    fill(run, {v: n for v, n in BURST.items() if v != "int4"}, joules_per_output_token=0.05)
+    fill(run, {"int4": 11_500}, joules_per_output_token=None)
     figure = lab.recipes_figure(run)
-    assert "Not drawn, their answers were not measured: fp8-kv, " in figure.caption
+    assert "Not drawn, theirs was not measured: int4. " in figure.caption and "a joule" in figure.caption
 
 
 @pytest.mark.servers

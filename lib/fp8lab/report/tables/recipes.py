@@ -48,40 +48,51 @@ def checkpoints_table(run: Run) -> Table:
 
 
 def recipes_table(run: Run, beside: str = "bf16") -> Table:
-    """Every format at each rate: the time a token takes, throughput and energy over those of `beside`, with 95 % intervals."""
+    """Every format at each rate: the time a token takes, throughput and energy over those of `beside`, with 95 % intervals
+    where there are several seeds."""
     seen, rows = evidence(run), []
+    formats = formats_of(seen)
     for rate in sorted({rate for variant in seen.variants() for rate in seen.rates(variant)}):
-        for variant in formats_of(seen):
-            if not seen.levels((variant,), rate):
-                continue
-            ratios = [
-                str(seen.compare(variant, beside, rate, m) or "–") if variant != beside else "–"
-                for m in (_TOKENS, _JOULES)
-            ]
+        for variant in (v for v in formats if seen.levels((v,), rate)):
+            tokens, joules = (_over(seen, variant, beside, rate, metric) for metric in (_TOKENS, _JOULES))
+            names = ("mean_ttft_ms", "mean_tpot_ms", _TOKENS, _JOULES, "gpu_sm_mhz_steady")
+            ttft, tpot, served, cost, mhz = (mean_of(seen, variant, name, rate) for name in names)
             rows.append((
-                rate_name(rate), variant, shown(mean_of(seen, variant, "mean_ttft_ms", rate)), shown(mean_of(seen, variant, "mean_tpot_ms", rate), ",.2f"), shown(mean_of(seen, variant, _TOKENS, rate)),
-                ratios[0], shown(mean_of(seen, variant, _JOULES, rate), ".4f"), ratios[1], shown(mean_of(seen, variant, "gpu_sm_mhz_steady", rate)),
-                " or the ".join(causes(seen, variant, rate)),
+                rate_name(rate), variant, shown(ttft), shown(tpot, ",.2f"), shown(served), tokens, shown(cost, ".4f"), joules,
+                shown(mhz), " or the ".join(causes(seen, variant, rate)),
             ))  # fmt: skip
     columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",
                "steady MHz", "limited by")  # fmt: skip
-    return Table(
-        f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals", columns, rows
-    )
+    starts = min((seen.starts((variant,), _BURST) for variant in formats if seen.levels((variant,), _BURST)), default=0)
+    over = f", all at once over {starts} start{'s' * (starts > 1)} of each" if starts else ""
+    caption = f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals over seeds{over}; a ratio "
+    return Table(f"{caption}without one is a single seed's", columns, rows)
 
 
-def chosen(run: Run, answers: Run | None) -> list[tuple[str, float, float | None, float | None, Comparison | None]]:
+def _over(seen: Evidence, variant: str, beside: str, rate: float, metric: str) -> str:
+    found = seen.compare(variant, beside, rate, metric) if variant != beside else None
+    if found is None:
+        return "–"
+    return f"{found.value:.2f}×" if math.isnan(found.low) else str(found)
+
+
+def chosen(
+    run: Run, answers: Run | None
+) -> list[tuple[str, float, float | None, float | None, float | None, Comparison | None]]:
     """(variant, tokens/s with all at once or the most that was delivered, tokens/s of one request at the lowest rate, GiB of
-    weights, its answers beside the reference's) of every format."""
+    weights, tokens a joule at the first, its answers beside the reference's) of every format."""
     seen, held = evidence(run), comparisons(answers) if answers and answers.read_parts("quality") else {}
     rows = []
     for variant in formats_of(seen):
-        tokens = mean_of(seen, variant, _TOKENS) or max(
-            (fmean(values) for values in seen.by_rate(variant, _TOKENS).values()), default=None
-        )
+        by_rate = {rate: fmean(values) for rate, values in seen.by_rate(variant, _TOKENS).items()}
+        rate = _BURST if mean_of(seen, variant, _TOKENS) else max(by_rate, key=by_rate.get, default=None)
+        tokens = rate and mean_of(seen, variant, _TOKENS, rate)
+        joules = rate and mean_of(seen, variant, _JOULES, rate)
         alone = seen.by_rate(variant, "mean_tpot_ms")
         servers = [s.server for s in seen.levels((variant,)).values()]
         if tokens and servers:
             slowest = 1e3 / fmean(alone[min(alone)]) if alone else None
-            rows.append((variant, tokens, slowest, servers[0].model_memory_gib, held.get(variant)))
+            rows.append(
+                (variant, tokens, slowest, servers[0].model_memory_gib, joules and 1 / joules, held.get(variant))
+            )
     return rows
