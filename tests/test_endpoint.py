@@ -133,7 +133,7 @@ def test_the_path_that_is_asked(base, more, asked):
     endpoint = Endpoint(f"http://h:1{base}", "m", **more)
     assert endpoint.path == asked and endpoint.chat == ("/chat/" in asked)
     assert endpoint.url == f"http://h:1{asked.partition('?')[0]}" and endpoint.origin == "http://h:1"
-    head, _, body = endpoint.request_bytes(" hi", 3).partition(b"\r\n\r\n")
+    head, body = endpoint.head, endpoint.body(" hi", 3)
     assert head.startswith(f"POST {asked} HTTP/1.1\r\nHost: h:1\r\n".encode())
     assert ("messages" in json.loads(body)) == endpoint.chat
 
@@ -240,7 +240,7 @@ def test_a_field_that_is_no_length_is_refused(field):
 
 def test_the_extra_body_replaces_and_leaves_out():
     extra = {"temperature": 0.7, "stream_options": None, "guided": None, "top_k": 1}
-    body = json.loads(Endpoint("http://h", "m", extra_body=extra).request_bytes(" hi", 3).partition(b"\r\n\r\n")[2])
+    body = json.loads(Endpoint("http://h", "m", extra_body=extra).body(" hi", 3))
     assert body == {"model": "m", "prompt": " hi", "max_tokens": 3, "temperature": 0.7, "ignore_eos": True, "stream": True,
                     "guided": None, "top_k": 1}  # fmt: skip
 

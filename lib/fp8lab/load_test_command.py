@@ -35,7 +35,10 @@ _GROUPS = (
 What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands for
 its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that is pasted
 (…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.""", (
-        ("--base-url", "URL", "http(s)://HOST[:PORT][/PATH][?QUERY]", {"required": True}),
+        ("--base-url", "URL", "http(s)://HOST[:PORT][/PATH][?QUERY]; several of them (the option repeated) are a fleet, among which "
+         "the load is shared out", {"action": "append", "required": True}),
+        ("--balance", None, "whom of a fleet a request goes to: each in its turn (default), or the one with the fewest in flight",
+         {"choices": ("round-robin", "least-in-flight"), "default": "round-robin"}),
         ("--endpoint", "PATH", "this path behind the base URL instead", {"default": ""}),
         ("--api-key-env", "VAR", "environment variable that holds the key (Authorization: Bearer)", {}),
         ("--header", "'NAME: VALUE'", "sent with each request; repeatable", _REPEATED),
@@ -105,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures a level or searches the limit; the exit code."""
     from .metrics.slo import SLO
 
-    endpoint, out = _endpoint(args), Path(args.out)
+    endpoint, *args.others = _endpoints(args)
+    out = Path(args.out)
     slo = SLO.parse(args.slo) if args.slo else None
     if args.warmup < 0:
         raise BadInput(f"--warmup {args.warmup} is below 0")
@@ -233,10 +237,10 @@ _SHOWN = ("requests", "failed", "request_throughput", "request_goodput", "slo_sh
 _SHOWN += ("p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")
 
 
-def _endpoint(args: argparse.Namespace) -> "Endpoint":
+def _endpoints(args: argparse.Namespace) -> "list[Endpoint]":
     import orjson
 
-    from .load.endpoint import Endpoint
+    from .load.endpoint import Endpoint, check_fleet
 
     key = _variable("--api-key-env", args.api_key_env) if args.api_key_env else None
     headers = []
@@ -254,10 +258,15 @@ def _endpoint(args: argparse.Namespace) -> "Endpoint":
         extra = orjson.loads(args.extra_body)
     except ValueError as error:  # what it holds may be a secret
         raise BadInput(f"--extra-body is not JSON: {error}") from None
-    return Endpoint(
-        args.base_url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop, endpoint=args.endpoint,
-        headers=tuple(headers), extra_body=extra, max_tokens_field=args.max_tokens_field, insecure=args.insecure,
-    )  # fmt: skip
+    fleet = [
+        Endpoint(
+            url, args.model, key, chat=args.chat, ignore_eos=not args.natural_stop, endpoint=args.endpoint,
+            headers=tuple(headers), extra_body=extra, max_tokens_field=args.max_tokens_field, insecure=args.insecure,
+        )
+        for url in args.base_url
+    ]  # fmt: skip
+    check_fleet(fleet, args.balance)
+    return fleet
 
 
 def _variable(option: str, name: str) -> str:
@@ -290,6 +299,8 @@ def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
 def _options(args: argparse.Namespace) -> dict:
     """What a level's load is sent with."""
     return {
+        "others": args.others,
+        "balance": args.balance,
         "workers": args.workers,
         "max_concurrency": args.max_concurrency,
         "connections_ahead": args.connections_ahead,
@@ -303,7 +314,9 @@ def _warm_up(args: argparse.Namespace, endpoint: "Endpoint") -> None:
     from .load.level import warm_up
 
     if args.warmup:
-        warm_up(endpoint, _drawn(args, args.warmup, args.seed + _WARM_UP_SEED), **_options(args))
+        count = max(args.warmup, 1 + len(args.others))  # each of a fleet is asked
+        options = _options(args) | {"balance": "round-robin"}
+        warm_up(endpoint, _drawn(args, count, args.seed + _WARM_UP_SEED), **options)
 
 
 def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
@@ -321,7 +334,8 @@ def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
     )
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
-    return {"endpoint": endpoint.url, "extra_body": body} | {name: getattr(args, name) for name in kept}
+    fleet = {"others": [one.url for one in args.others], "balance": args.balance} if args.others else {}
+    return {"endpoint": endpoint.url, "extra_body": body} | fleet | {name: getattr(args, name) for name in kept}
 
 
 def _check_same(path: Path, asked: dict) -> None:

@@ -1,7 +1,7 @@
 """Where a load goes and what is written there: the URL, the path, the headers, the bytes of a request."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from urllib.parse import parse_qsl, urlsplit
@@ -31,6 +31,10 @@ _OWN_KEYS = {
 }
 # A shorter piece of a header that names no secret is a word, which an error holds anyway.
 _MIN_SECRET, _MIN_WORD = 4, 8
+
+
+# How a fleet's next endpoint is chosen: each in its turn, or the one with the fewest requests in flight of a load worker's.
+BALANCES = ("round-robin", "least-in-flight")
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,17 @@ class Endpoint:
         """For the header Host: without an IPv6 scope, which is this machine's own name for a link (RFC 6874)."""
         return re.sub("%.*]", "]", urlsplit(self.base_url).netloc)
 
-    def request_bytes(self, prompt: str, output_tokens: int) -> bytes:
-        """The whole HTTP request; sampling is greedy unless the extra body says otherwise."""
+    @cached_property
+    def head(self) -> bytes:
+        """What an HTTP request begins with, but for the length of its body, an empty line and that body."""
+        headers = "".join(f"{name}: {value}\r\n" for name, value in self.all_headers())
+        return (
+            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}\r\n{headers}"
+            "Content-Type: application/json\r\nContent-Length: "
+        ).encode()
+
+    def body(self, prompt: str, output_tokens: int) -> bytes:
+        """What a request asks; sampling is greedy unless the extra body says otherwise."""
         content = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         ours = (
             {"model": self.model, **content, self.max_tokens_field: output_tokens, "temperature": 0.0}
@@ -160,13 +173,7 @@ class Endpoint:
             | {"stream": True, "stream_options": {"include_usage": True}}
         )
         merged = ours | self.extra_body
-        body = orjson.dumps({key: value for key, value in merged.items() if value is not None or key not in ours})
-        head = (
-            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}\r\n"
-            + "".join(f"{name}: {value}\r\n" for name, value in self.all_headers())
-            + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
+        return orjson.dumps({key: value for key, value in merged.items() if value is not None or key not in ours})
 
     def all_headers(self) -> list[tuple[str, str]]:
         """What is asked to be sent with each request, the key among it."""
@@ -194,6 +201,19 @@ class Endpoint:
         found |= {value: name for name, value in named if is_secret(name) and len(value) >= _MIN_SECRET}
         found |= {orjson.dumps(secret).decode()[1:-1]: name for secret, name in found.items()}
         return sorted(found.items(), key=lambda pair: -len(pair[0]))
+
+
+def check_fleet(endpoints: Sequence[Endpoint], balance: str) -> None:
+    """Raises BadInput for endpoints that cannot be asked the same, and a `balance` that is none of `BALANCES`."""
+    urls = [one.url for one in endpoints]
+    if twice := next((url for url in urls if urls.count(url) > 1), None):
+        raise BadInput(f"the endpoint {twice} is named twice; name each of a fleet once")
+    if len({one.chat for one in endpoints}) > 1:
+        raise BadInput(
+            f"of a fleet some endpoints are chats and some are not ({', '.join(urls)}): they are asked the same"
+        )
+    if balance not in BALANCES:
+        raise BadInput(f"balance {balance!r} is none of {', '.join(BALANCES)}")
 
 
 def _sendable(url: str) -> bool:

@@ -16,7 +16,7 @@ from ..config.trace import Trace
 from ..errors import BadInput
 from ..system.locks import Scratch
 from ..ui.text import shown
-from .endpoint import Endpoint
+from .endpoint import BALANCES, Endpoint, check_fleet
 from .pool import ClientReport, Team
 from .stream import Outcome
 
@@ -60,12 +60,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Sent:
-    """All outcomes of a level, in order of `index`, with the shared start instant (CLOCK_MONOTONIC)."""
+    """All outcomes of a level, in order of `index`, with the shared start instant (CLOCK_MONOTONIC), and how many endpoints
+    were asked."""
 
     start: float
     due_s: np.ndarray
     outcomes: list[Outcome]
     client: ClientReport
+    endpoints: int = 1
 
 
 def default_workers(expected_chunks_per_s: float) -> int:
@@ -79,6 +81,8 @@ def send_load(
     trace: Trace,
     due_s: Sequence[float],
     *,
+    others: Sequence[Endpoint] = (),
+    balance: str = BALANCES[0],
     workers: int | None = None,
     max_concurrency: int | None = None,
     connections_ahead: int | None = None,
@@ -91,7 +95,8 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot.
+    With `others` the load is shared out among a fleet, all of which are asked the same: by `balance` each in its turn, or
+    the one of which a worker has the fewest requests in flight. `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot.
     `connections_ahead` are opened before the start (None: as many as may be needed in the first second); what is needed
     beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or
     a byte, and all that still run do `drain_timeout_s` after the last one was sent; while some wait for a slot, after as
@@ -101,6 +106,8 @@ def send_load(
     after ending the workers.
     """
     began = time.monotonic()
+    endpoints = (endpoint, *others)
+    check_fleet(endpoints, balance)
     due = np.asarray(due_s, dtype=float)
     if due.shape != (len(trace),):
         raise BadInput(f"{due.size} arrival times for {len(trace)} requests")
@@ -124,7 +131,7 @@ def send_load(
         workers = default_workers(expected / time_dilation)
     workers = min(workers, len(trace), max_concurrency or len(trace))
     with Scratch() as scratch:
-        team = Team(endpoint, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
+        team = Team(endpoints, balance, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, drain_timeout_s * time_dilation, connections_ahead)  # fmt: skip
         with team:
             team.wait_until_ready()
@@ -136,7 +143,7 @@ def send_load(
             )
         outcomes = team.outcomes()
     client = team.report(start - began)
-    return Sent(start, due, outcomes, client)
+    return Sent(start, due, outcomes, client, len(endpoints))
 
 
 def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) -> list[str]:

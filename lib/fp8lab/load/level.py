@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,10 +90,13 @@ def measure_level(
 
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
-    problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, endpoint)
+    fleet = [endpoint, *options.get("others", ())]
+    problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, fleet)
     problems += _in_one_piece(sent) + clock_problems(clocks, Clocks.now())
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
     fields = summarize(records, tokens) | _client(sent, len(tokens))
+    if len(fleet) > 1:
+        fields["endpoints"] = _by_endpoint(fleet, records, tokens, fields["duration_s"])
     if slo:
         from ..metrics.slo import goodput
 
@@ -115,6 +118,8 @@ def measure_level(
         time_dilation=time_dilation,
     )  # fmt: skip
     status.done(one_line(name, summary), chart.picture())
+    for one in summary.endpoints:
+        status.done(endpoint_line(one))
     return Measured(summary, records, tokens, sampled)
 
 
@@ -127,11 +132,13 @@ def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = N
         endpoint, trace, [0.0] * len(trace), max_concurrency=in_flight,
         on_progress=lambda progress: status.update("warm-up", str(progress)), **options,
     )  # fmt: skip
-    failed = [outcome.error for outcome in sent.outcomes if outcome.error]
+    failed = [outcome for outcome in sent.outcomes if outcome.error]
     if failed:
+        first = failed[0]
+        asked = [endpoint, *options.get("others", ())][first.endpoint]
         raise LevelFailed(
-            f"the warm-up of {endpoint.url} failed ({len(failed)} of {len(trace)} requests), so nothing was measured: "
-            f"{failed[0]}{remedy(failed[0], endpoint)}"
+            f"the warm-up of {asked.url} failed ({len(failed)} of {len(trace)} requests), so nothing was measured: "
+            f"{first.error}{remedy(first.error, asked)}"
         )
     status.done(f"warm-up: {len(trace)} requests, not counted")
 
@@ -162,16 +169,57 @@ def _peak(summary: "Summary") -> str:
     return str(exact) if summary.closed_loop or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
 
 
-def _too_many(failures: Counter, sent: Sent, endpoint: Endpoint) -> list[str]:
+def _too_many(failures: Counter, sent: Sent, fleet: Sequence[Endpoint]) -> list[str]:
     failed, requests = failures.total(), len(sent.outcomes)
     if failed == requests:
         first = sent.outcomes[0].error
-        return [f"no request completed; the first failed with: {first}{remedy(first, endpoint)}"]
+        return [f"no request completed; the first failed with: {first}{remedy(first, fleet[0])}"]
     if failed > _FAILED_SHARE * requests:
         most, _ = failures.most_common(1)[0]
         told = f"{failed} of {requests} requests failed, above {_FAILED_SHARE:.0%}; most often with: {most}"
-        return [told + remedy(most, endpoint)]
+        where = Counter(outcome.endpoint for outcome in sent.outcomes if outcome.error)
+        if len(fleet) > 1:
+            told += (
+                f" (failed at {', '.join(f'{fleet[number].url}: {count}' for number, count in sorted(where.items()))})"
+            )
+        return [told + remedy(most, fleet[0])]
     return []
+
+
+_OF_AN_ENDPOINT = ("requests", "completed", "failed", "output_tokens", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms",
+                   "peak_concurrent_requests")  # fmt: skip
+
+
+def _by_endpoint(
+    fleet: Sequence[Endpoint], records: "pd.DataFrame", tokens: "pd.DataFrame", duration_s: float | None
+) -> list[dict]:
+    """What each endpoint of a fleet did of a level."""
+    from ..metrics.performance import summarize
+
+    found = []
+    for number, one in enumerate(fleet):
+        mine = records[records["endpoint"] == number]
+        if mine.empty:
+            found.append({"url": one.url, "requests": 0, "completed": 0, "failed": 0})
+            continue
+        fields = summarize(mine, tokens[tokens["request"].isin(mine["request"])])
+        served = fields["output_tokens"] / duration_s if duration_s else None
+        found.append(
+            {"url": one.url} | {name: fields[name] for name in _OF_AN_ENDPOINT} | {"output_token_throughput": served}
+        )
+    return found
+
+
+def endpoint_line(one: Mapping) -> str:
+    """An endpoint's part of a level in one line."""
+    failed = f", {one['failed']} FAILED" if one["failed"] else ""
+    if not one["completed"]:
+        return f"  {one['url']}: {one['requests']:,} requests{failed}, none completed"
+    tpot = f", TPOT {one['mean_tpot_ms']:.1f} ms" if one["mean_tpot_ms"] is not None else ""
+    return (
+        f"  {one['url']}: {one['requests']:,} requests{failed}, {one['output_token_throughput']:,.0f} tok/s, peak "
+        f"{one['peak_concurrent_requests']:,} in flight, TTFT {one['mean_ttft_ms']:.0f} ms{tpot}"
+    )
 
 
 def _in_one_piece(sent: Sent) -> list[str]:
@@ -226,7 +274,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
     last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
     the slot that it took had become free (nan: it always was); where some output was reasoning also first_answer_s, when
-    the first came that was not (nan: never).
+    the first came that was not (nan: never); of a fleet also endpoint, the number of the one that was asked.
     tokens: request, at_s.
     """
     import pandas as pd
@@ -251,6 +299,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
         }
         | ({"slot_s": model_time(o.slot)} if sent.client.closed_loop else {})
         | ({"first_answer_s": model_time(o.first_answer)} if reasoned else {})
+        | ({"endpoint": o.endpoint} if sent.endpoints > 1 else {})
         for o in sent.outcomes
     ]
     records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})

@@ -40,8 +40,9 @@ class Team:
     """The worker processes of one level."""
 
     def __init__(
-        self, endpoint, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, drain_timeout, ahead
-    ):
+        self, endpoints, balance, trace, due_wall, workers, max_concurrency, scratch, exact, idle_timeout, drain_timeout,
+        ahead,
+    ):  # fmt: skip
         self.requests = len(trace)
         self.max_concurrency = max_concurrency
         self.processes: list[subprocess.Popen] = []
@@ -51,7 +52,7 @@ class Team:
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
         self.troubles: dict[int, str] = {}
         self.drain = _Drain(len(trace), float(due_wall[-1]), drain_timeout)
-        self.address = find_address(endpoint)
+        self.addresses = tuple(map(find_address, endpoints))
         # In a closed loop each slot gets as many requests as any other: a worker with two gets twice as many.
         slots = max_concurrency or workers
         self.indices = [[i for i in range(len(trace)) if i % slots % workers == worker] for worker in range(workers)]
@@ -67,10 +68,11 @@ class Team:
             mine = self.indices[worker]
             spool = Path(scratch) / f"worker-{worker}.spool"
             job = Job(
-                endpoint=endpoint,
-                address=self.address,
+                endpoints=endpoints,
+                addresses=self.addresses,
+                balance=balance,
                 indices=mine,
-                requests=[endpoint.request_bytes(trace.prompts[i], trace.output_tokens[i]) for i in mine],
+                bodies=[endpoints[0].body(trace.prompts[i], trace.output_tokens[i]) for i in mine],
                 asked_tokens=[trace.output_tokens[i] for i in mine],
                 due_s=due[worker],
                 max_concurrency=shares[worker],
@@ -184,7 +186,7 @@ class Team:
             stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
-            address=self.address.host if self.address.of > 1 else None,
+            address=", ".join(one.host for one in self.addresses if one.of > 1) or None,
         )
 
 

@@ -36,12 +36,14 @@ RAISE_IDLE_TIMEOUT = "; to wait longer: load-test --idle-timeout"
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's share. `due_s` are wall seconds from the shared start; `requests` the bytes to send."""
+    """A worker's share. `due_s` are wall seconds from the shared start; `bodies` what is asked of one of the `endpoints`,
+    each of which is at its address."""
 
-    endpoint: Endpoint
-    address: Address
+    endpoints: tuple[Endpoint, ...]
+    addresses: tuple[Address, ...]
+    balance: str
     indices: list[int]
-    requests: list[bytes]
+    bodies: list[bytes]
     asked_tokens: list[int]
     due_s: list[float]
     max_concurrency: int | None
@@ -54,8 +56,15 @@ class Job:
 class Worker:
     def __init__(self, job: Job):
         self.job = job
-        self.connector = Connector(job.endpoint, job.address, self.on_end)
-        self.idle: list[Connection] = []
+        self.connectors = [
+            Connector(endpoint, address, self.on_end)
+            for endpoint, address in zip(job.endpoints, job.addresses, strict=True)
+        ]
+        # By endpoint: what is sent before a body, idle connections, requests in flight.
+        self.heads = [endpoint.head for endpoint in job.endpoints]
+        self.idle: list[list[Connection]] = [[] for _ in self.connectors]
+        self.flying = [0] * len(self.connectors)
+        self.turn = 0
         self.busy: set[Connection] = set()
         self.opening: set[asyncio.Task] = set()
         self.ended: list[Outcome] = []
@@ -94,7 +103,7 @@ class Worker:
                 self.spool.close()
             end = {"trouble": self.trouble, "cpu_s": time.process_time() - cpu, "stall_s": self.stall_s}
             tell("end", **self.counts, **end)
-            for connection in self.idle:
+            for connection in (connection for idle in self.idle for connection in idle):
                 connection.close()
 
     async def fail_unfinished(self) -> None:
@@ -109,10 +118,14 @@ class Worker:
         """Opens what the level will need at once; a refusal here shows again at the first request."""
         ahead, within = self.job.connections_ahead, min(_OPEN_AHEAD_S, self.job.idle_timeout_s)
         for begin in range(0, ahead, 128):
-            batch = range(begin, min(begin + 128, ahead))
-            opened = await asyncio.gather(*(self.connector.connect(within) for _ in batch), return_exceptions=True)
-            self.idle += [connection for connection in opened if isinstance(connection, Connection)]
-            if len(self.idle) < begin + len(batch):
+            numbers = [number % len(self.connectors) for number in range(begin, min(begin + 128, ahead))]
+            opened = await asyncio.gather(
+                *(self.connectors[number].connect(within) for number in numbers), return_exceptions=True
+            )
+            for number, connection in zip(numbers, opened, strict=True):
+                if isinstance(connection, Connection):
+                    self.idle[number].append(connection)
+            if not all(isinstance(connection, Connection) for connection in opened):
                 return
 
     async def wait_for_start(self) -> float | None:
@@ -134,7 +147,7 @@ class Worker:
     async def send_all(self, start: float) -> None:
         job, limit = self.job, self.job.max_concurrency
         burst = 0
-        for index, request, asked, due in zip(job.indices, job.requests, job.asked_tokens, job.due_s, strict=True):
+        for index, body, asked, due in zip(job.indices, job.bodies, job.asked_tokens, job.due_s, strict=True):
             while (wait := start + due - monotonic()) > _EARLY_S and not self.stopping.is_set():
                 await self.first_of(self.stopping, timeout=wait) if wait > 1.0 else await asyncio.sleep(wait)
                 burst = 0
@@ -144,7 +157,8 @@ class Worker:
             if self.stopping.is_set():
                 self.finish_unsent(index)
                 return
-            self.start_request(request, Outcome(index, asked, slot=self.slots.popleft() if limit else 0.0))
+            slot = self.slots.popleft() if limit else 0.0
+            self.start_request(body, Outcome(index, asked, endpoint=self.choose(index), slot=slot))
             burst += 1
             if burst % 64 == 0:
                 await asyncio.sleep(0)  # a burst must not keep the answers waiting
@@ -154,10 +168,21 @@ class Worker:
         for unsent in self.job.indices[self.job.indices.index(index) :]:
             self.record(Outcome(unsent, 0, error=f"not sent: the level {why}"))
 
-    def start_request(self, request: bytes, outcome: Outcome) -> None:
+    def choose(self, index: int) -> int:
+        """The endpoint of a request, by its number."""
+        if self.job.balance == "round-robin":
+            return index % len(self.flying)
+        # Of equals the next one: all would go to the first else, where none is slow.
+        self.turn += 1
+        return min(range(len(self.flying)), key=lambda e: (self.flying[e], (e - self.turn) % len(self.flying)))
+
+    def start_request(self, body: bytes, outcome: Outcome) -> None:
         self.counts["sent"] += 1
-        while self.idle:
-            connection = self.idle.pop()
+        self.flying[outcome.endpoint] += 1
+        request = b"%b%d\r\n\r\n%b" % (self.heads[outcome.endpoint], len(body), body)
+        idle = self.idle[outcome.endpoint]
+        while idle:
+            connection = idle.pop()
             if connection.usable:
                 self.busy.add(connection)
                 connection.send(request, outcome, stale=True)
@@ -172,7 +197,7 @@ class Worker:
     async def open_and_send(self, request: bytes, outcome: Outcome) -> None:
         within = self.job.idle_timeout_s
         try:
-            connection = await self.connector.connect(within)
+            connection = await self.connectors[outcome.endpoint].connect(within)
         except OSError as error:
             late = f"not accepted within {within:g} s{RAISE_IDLE_TIMEOUT}"
             outcome.error = f"no connection: {said(error) or late}"
@@ -192,19 +217,22 @@ class Worker:
             self.send_on_new(retry, outcome)
             return
         if connection.usable:
-            self.idle.append(connection)
+            self.idle[outcome.endpoint].append(connection)
         self.record(outcome)
 
     def record(self, outcome: Outcome) -> None:
         outcome.error = outcome.verdict(self.job.exact_tokens)
         if outcome.error:
-            outcome.error = self.job.endpoint.without_secrets(outcome.error)  # some servers quote them in their refusal
+            said_by = self.job.endpoints[outcome.endpoint]
+            outcome.error = said_by.without_secrets(outcome.error)  # some servers quote them in their refusal
         self.ended.append(outcome)
         self.counts["failed" if outcome.error else "done"] += 1
         self.counts["tokens"] += max(outcome.output_tokens, len(outcome.chunks))
         if outcome.chunks:
             self.counts["first_tokens"] += 1
             self.ttft_sum += outcome.chunks[0] - outcome.sent
+        if outcome.sent:
+            self.flying[outcome.endpoint] -= 1
         if self.job.max_concurrency and outcome.sent:
             self.slots.append(monotonic())
             self.slot.set()

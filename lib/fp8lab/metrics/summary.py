@@ -14,7 +14,7 @@ from typing import Any
 from ..config.flags import flag_of
 from ..config.profile import Level
 
-_NO_NUMBERS = {"level", "server", "started", "invalid_reason", "failures", "notes", "slo", "address"}
+_NO_NUMBERS = {"level", "server", "started", "invalid_reason", "failures", "notes", "slo", "address", "endpoints"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ class Summary:
     # The client, which must not be the limit.
     workers: int = 0  # processes
     address: str | None = None  # the IP address that the load went to; None: the endpoint's host has one alone
+    endpoints: Sequence[Mapping] = ()  # of a fleet: each one's url and its part of the fields above, under their names
     closed_loop: bool = False  # whether a cap held requests back
     schedule_lag_p99_ms: float | None = None  # ms between the instant when a request could be sent and when it was
     client_busiest_core: float | None = None  # 0 to 1; of the busiest process, in its busiest second; None: under 1 s
