@@ -21,6 +21,7 @@ _HOMES = {
     ),
     "experiment.anatomy": ("measure_anatomy",),
     "experiment.max_rate": ("find_max_rate",),
+    "experiment.predict": ("drawing", "highest_rate", "predict", "step_models"),
     "experiment.quality": (
         "QualityTask", "check_weights", "checkpoint_folder", "measure_quality", "quality_profile", "read_text",
     ),
@@ -49,6 +50,7 @@ _HOMES = {
         "bottlenecks_table", "environment_table", "fit_table", "flags_table", "kv_table", "memory_table", "paging_table",
         "resources_table", "roofline_table",
     ),
+    "report.tables.predicted": ("cards_plan_table", "foretold_table", "models_table", "predicted_table", "what_if_table"),
     "report.tables.quality": (
         "answers_table", "asked_table", "formats_table", "kv_rounding_table", "published_table", "quality_table",
         "weights_table",

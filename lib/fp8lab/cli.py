@@ -113,6 +113,17 @@ EXAMPLES = {
         fp8lab fit llama-3-70b                                        on H100s, in BF16, FP8, INT8 and INT4
         fp8lab fit /path/to/a/model --card h200-80gb --tokens 2000    a checkpoint of your own, longer requests
     """,
+    "fit-model": """
+        fp8lab fit-model h100-80gb-unsealed                           every variant of a recorded run, into data/fits/
+        fp8lab fit-model runs/latest --variant fp8-unsealed --out mine.toml
+    """,
+    "predict": """
+        fp8lab predict h100-80gb-unsealed --rate 50 --rate 100        both variants of the fit, on requests like ShareGPT's
+        fp8lab predict h100-80gb-unsealed --variant fp8-unsealed --trace azure-conv --rate 20 --slo ttft=500,tpot=50
+        fp8lab predict h100-80gb-unsealed --trace random --input-tokens 2048 --output-tokens 512 --requests 300
+        fp8lab predict h100-80gb-unsealed --card h200-80gb            on another card, by the datasheets alone
+        fp8lab predict h100-80gb-unsealed --against h100-80gb-azure-conv    beside what was measured
+    """,
     "claims": """
         fp8lab claims runs/latest
         fp8lab claims runs/latest --brief --markdown     for a README
@@ -258,6 +269,48 @@ def _parser() -> argparse.ArgumentParser:
     fits.add_argument("model", metavar="MODEL", help="a model of data/models, or a checkpoint's folder")
     fits.add_argument("--card", default="h100-80gb", metavar="P", help="a profile that holds the card (h100-80gb)")
     fits.add_argument("--tokens", type=int, default=400, metavar="N", help="of a request, in and out (400)")
+
+    models = command("fit-model", (
+        "Fit a step model to each variant of a run: a few numbers that say how long a step takes. Levels that data/fits/held_out.toml "
+        "names are kept from the fit, and judge it."
+    ), "RUN")  # fmt: skip
+    models.add_argument("--variant", **repeated("V", "which variant (default: all that were measured)"))
+    models.add_argument("--out", default="", metavar="FILE", help="the .toml to write (default: data/fits/RUN.toml)")
+
+    foretold = command("predict", (
+        "Say what a server would do under a load that nobody measured: vLLM's scheduling played in virtual time, with steps that "
+        "take what a fit says. PREDICTED, in seconds, on any machine."
+    ))  # fmt: skip
+    foretold.add_argument("fit", metavar="FIT", help="a fit of data/fits, or a .toml that fit-model made")
+    foretold.add_argument("--variant", **repeated("V", "which variant (default: all of the fit)"))
+    foretold.add_argument(
+        "--rate",
+        type=float,
+        action="append",
+        default=[],
+        metavar="R",
+        help="requests/s; repeatable (default: all at once)",
+    )
+    foretold.add_argument("--requests", type=int, default=2000, metavar="N", help="how many (2000)")
+    foretold.add_argument(
+        "--trace", default="sharegpt-like", metavar="T", help="whose lengths, as in load-test (sharegpt-like)"
+    )
+    foretold.add_argument("--input-tokens", type=int, default=1024, metavar="N", help="with --trace random (1024)")
+    foretold.add_argument("--output-tokens", type=int, default=128, metavar="N", help="with --trace random (128)")
+    foretold.add_argument(
+        "--max-context", type=int, metavar="N", help="leave out requests of a file with more tokens in and out together"
+    )
+    foretold.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count the tokens of conversations")
+    foretold.add_argument("--seed", type=int, default=0, metavar="S", help="of lengths and arrivals (0)")
+    foretold.add_argument(
+        "--slo", default="", metavar="LIMITS", help="ttft=200,tpot=50: also the highest rate that meets it"
+    )
+    foretold.add_argument(
+        "--card", default="", metavar="P", help="on the card of this profile instead, by the datasheets"
+    )
+    foretold.add_argument(
+        "--against", default="", metavar="RUN", help="every level of a run beside what is foretold of it; nothing else"
+    )
 
     share = command("share", "Make one page and one archive of a run, to be sent to someone.", "RUN")
     share.add_argument("--out", default="shared", metavar="DIR", help="folder that takes them (default: shared/)")

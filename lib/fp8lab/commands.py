@@ -5,6 +5,7 @@ commands is run: `--help` answers at once, and `load-test`, which has a module o
 """
 
 import contextlib
+import math
 import sys
 import time
 import tomllib
@@ -23,9 +24,9 @@ from .experiment import anatomy as decoding
 from .experiment import quality as answers
 from .experiment import speed
 from .models import quantize as making
-from .paths import RUNS, cache_dir, repository_relative
+from .paths import RUNS, cache_dir, repository_relative, writing
 from .report.claims import claims_across, claims_table
-from .report.notebooks import check_parameters, execute, find
+from .report.notebooks import check_parameters, declared, execute, find
 from .report.tables.anatomy import host_table, kernels_table, steps_table
 from .report.tables.levels import levels_table, validity_table
 from .report.tables.machine import fit_table
@@ -44,6 +45,11 @@ def reproduce(args) -> int:
     chosen = {name: _value(text) for name, text in args.parameter}
     for notebook in notebooks:
         check_parameters(notebook, chosen)
+    # What measures nothing and reads no run of its own needs none.
+    for notebook in (alone := [one for one in notebooks if "run_dir" not in declared(one)]):
+        print(repository_relative(execute(notebook, RUNS / "predicted" / notebook.name, chosen)))
+    if not (notebooks := [one for one in notebooks if one not in alone]):
+        return 0
     profile = args.profile
     if args.weights or args.model:
         profile = load_profile(args.profile, weights=args.weights, model=args.model)
@@ -133,6 +139,53 @@ def fit(args) -> None:
             args.model if known is None else folder.name, shape, card, tokens=args.tokens, flags=profile.server.flags
         )
     )
+
+
+def fit_model(args) -> None:
+    from .experiment.step_fit import fit as fit_steps
+    from .metrics.step_model import FITS
+    from .report.tables.predicted import errors_of
+
+    run = open_run(source=args.run)
+    measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
+    path = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
+    models = {variant: fit_steps(run, variant) for variant in args.variant or measured}
+    head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`: what each number means stands in metrics/step_model.py.\n\n"
+    with writing(path):
+        path.write_text(head + "\n".join(model.as_toml(variant) for variant, model in models.items()))
+    for variant, model in models.items():
+        print(f"{variant}: {errors_of(model)}")
+    print(repository_relative(path))
+
+
+def predict(args) -> None:
+    from .experiment.predict import drawing, highest_rate, step_models
+    from .experiment.predict import predict as play
+    from .metrics.slo import SLO
+    from .report.tables.predicted import foretold_table, predicted_table
+
+    models = step_models(args.fit, args.variant, card=args.card)
+    if args.against:
+        print(foretold_table(open_run(source=args.against), models))
+        return
+    if any(not rate > 0 for rate in args.rate) or args.requests < 1:
+        raise BadInput(f"--rate {args.rate} must be above 0, --requests {args.requests} at least 1")
+    slo = SLO.parse(args.slo) if args.slo else None
+    draw = drawing(
+        args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,
+        max_context=args.max_context,
+    )  # fmt: skip
+    status, trace, levels = StatusLine(), draw(args.requests), []
+    for variant, model in models.items():
+        for rate in args.rate or [math.inf]:
+            status.update(f"{variant} at {rate_name(rate)}")
+            levels.append(play(variant, model, trace, rate, seed=args.seed))
+    print(predicted_table(levels, models))
+    for variant, model in models.items() if slo else ():
+        status.update(f"{variant}: the highest rate that meets {slo}")
+        print(
+            f"PREDICTED, {variant}: the highest rate that meets {slo}: {highest_rate(variant, model, draw, slo, seed=args.seed)} req/s"
+        )
 
 
 def plan(args) -> None:

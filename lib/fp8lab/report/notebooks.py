@@ -16,8 +16,8 @@ from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
 
 FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"
-# Run by their names only: they need a trained model, the others the shapes of a large one.
-_APART = ("07_quality", "08_unseal", "09_recipes", "10_more_cards", "appendix_number_formats")
+# Run by their names only: they need a trained model, the shapes of a large one, or another card; the planner needs nothing.
+_APART = ("07_quality", "08_unseal", "09_recipes", "10_more_cards", "11_planner", "appendix_number_formats")
 # nbconvert's page without its scripts: neither formulas nor diagrams are used.
 _PAGE = """{%- extends "index.html.j2" -%}
 {%- block html_head_js -%}{%- endblock -%}
@@ -87,15 +87,19 @@ def _import_nbformat() -> None:
         del sys.modules["rfc3987_syntax"]
 
 
-def check_parameters(notebook: Path, parameters: Mapping) -> None:
-    """Raises BadInput for a parameter that the notebook does not declare, and for a value of another kind than its default;
-    papermill itself only warns of the one and takes the other."""
+def declared(notebook: Path) -> dict:
+    """The parameters that a notebook declares, with their defaults."""
     _import_nbformat()
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
-    declared = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), "")
-    _refuse(notebook.name, assigned(declared), parameters)
+    return assigned(next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), ""))
+
+
+def check_parameters(notebook: Path, parameters: Mapping) -> None:
+    """Raises BadInput for a parameter that the notebook does not declare, and for a value of another kind than its default;
+    papermill itself only warns of the one and takes the other."""
+    _refuse(notebook.name, declared(notebook), parameters)
 
 
 def check_injected() -> None:
@@ -103,9 +107,9 @@ def check_injected() -> None:
     own, right before) that the notebook does not declare, or of another kind than declared."""
     from IPython import get_ipython
 
-    *_, declared, injected, _current = ["", "", "", *(get_ipython().user_ns["In"] if get_ipython() else ())]
+    *_, own, injected, _current = ["", "", "", *(get_ipython().user_ns["In"] if get_ipython() else ())]
     if injected.startswith("# Parameters\n"):
-        _refuse("this notebook", assigned(declared), assigned(injected))
+        _refuse("this notebook", assigned(own), assigned(injected))
 
 
 def assigned(source: str) -> dict:

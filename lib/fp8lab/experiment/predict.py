@@ -1,0 +1,101 @@
+"""What a server would do under a load that nobody measured: played in virtual time with a fitted step model. PREDICTED."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..config.profile_file import read_profile
+from ..config.trace import Trace, arrival_times, named_trace
+from ..errors import BadInput
+from ..metrics.slo import SLO, Bracket, attains, probe_requests, search
+from ..metrics.step_model import StepModel, read_fits
+from .step_fit import Played, play_level
+
+# A level goes on for so long that what is slow shows, and a backlog.
+_LEVEL_S = 60.0
+_PROBES = 16
+# The bracket of a highest rate is this narrow.
+_NARROW = 0.02
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A variant under a load: `rate` in requests/s (inf: all at once), how many, and what comes of it."""
+
+    variant: str
+    rate: float
+    requests: int
+    played: Played
+
+
+def predict(variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0) -> Predicted:
+    """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
+    hold."""
+    longest = max(p + a for p, a in zip(trace.prompt_tokens, trace.output_tokens, strict=True))
+    if longest > model.kv_tokens:
+        raise BadInput(f"a request of {longest:,} tokens does not fit in {variant}'s KV cache of {model.kv_tokens:,}")
+    due = arrival_times(len(trace), rate, seed=seed)
+    return Predicted(variant, rate, len(trace), play_level(model, trace.prompt_tokens, trace.output_tokens, due))
+
+
+def highest_rate(
+    variant: str, model: StepModel, draw: Callable[[int], Trace], slo: SLO, *, start: float = 10.0, seed: int = 0
+) -> Bracket:
+    """The rates between which the highest one lies that meets `slo`, each level a minute of arrivals or more. `draw` gives so
+    many requests."""
+
+    def probe(rate: float) -> str:
+        requests = max(probe_requests(slo), math.ceil(rate * _LEVEL_S))
+        return attains(predict(variant, model, draw(requests), rate, seed=seed).played.records, slo).bound
+
+    return search(probe, start, tolerance=_NARROW, max_probes=_PROBES)[0]
+
+
+def step_models(fit: str, variants: Sequence[str] | None = None, *, card: str = "") -> dict[str, StepModel]:
+    """The step models of a fit in `data/fits` (or a .toml file) for these variants, or for all; with a `card`, a profile's name,
+    as they would be there by the datasheets. Raises BadInput for a fit, variant or card that there is not."""
+    fits = read_fits(fit)
+    if unknown := [one for one in variants or () if one not in fits]:
+        raise BadInput(f"the fit holds no variant {', '.join(unknown)} (it holds: {', '.join(fits)})")
+    models = {one: fits[one] for one in variants or fits}
+    if not card:
+        return models
+    other, known = read_profile(card).gpu, {variant: read_profile(model.card).gpu for variant, model in models.items()}
+    if other is None or None in known.values():
+        raise BadInput(f"card {card}: it, or the fit's own card, has no datasheet ([gpu]); name a profile of a card")
+    return {variant: model.on(known[variant], other, card) for variant, model in models.items()}
+
+
+def drawing(
+    trace: str = "sharegpt-like", *, input_tokens: int = 1024, output_tokens: int = 128, seed: int = 0,
+    tokenizer: str | None = None, max_context: int | None = None,
+) -> Callable[[int], Trace]:  # fmt: skip
+    """What draws so many requests of a trace; its arrival times are left out. Raises BadInput, when it draws, for one that
+    cannot be read."""
+    return lambda requests: named_trace(
+        trace, requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens, tokenizer=tokenizer,
+        times="dropped", max_context=max_context, fewer=True,
+    )  # fmt: skip
+
+
+def what_if(model: StepModel) -> dict[str, StepModel]:
+    """The model as it would be with something twice as fast, by what that is."""
+    halves = {
+        "what each step costs, batch or not": ("base_ms", "mixed_ms"),
+        "memory": ("weights_ms", "context_ns", "mixed_context_ns"),
+        "matrix products": ("token_us",),
+        "what each token costs beside them": ("request_us",),
+    }
+    return {
+        f"{what}: half the time": dataclasses.replace(model, **{name: getattr(model, name) / 2 for name in names})
+        for what, names in halves.items()
+    }
+
+
+def longer(trace: Trace, *, prompts: int = 1, answers: int = 1) -> Trace:
+    """The same requests with so many times the tokens."""
+    return dataclasses.replace(
+        trace, prompt_tokens=tuple(prompts * n for n in trace.prompt_tokens),
+        output_tokens=tuple(answers * n for n in trace.output_tokens),
+    )  # fmt: skip

@@ -1,0 +1,213 @@
+"""Fits a step model to the levels of a recorded run, and plays a level in virtual time with it.
+
+Two passes of least squares. First over telemetry: between two samples so many tokens came and so much context was read,
+which says how many steps there were and how long they took. Then over the levels themselves: what they delivered, played in
+virtual time, against what was measured. Levels that `data/fits/held_out.toml` names are never seen by a fit.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..config.dimensions import most_running
+from ..config.flags import flag_of
+from ..config.profile import RUST
+from ..errors import BadInput
+from ..metrics.performance import latencies
+from ..metrics.step_model import FITS, FITTED, StepModel
+from ..metrics.virtual import Course, Limits, play
+from ..results.run_folder import LevelResult, Run
+from ..ui.status import StatusLine
+
+# What is judged of a level, and how much each counts in a fit: latencies of a saturated level are many times as sensitive to
+# a step's length as what it delivers.
+JUDGED = {
+    "output_token_throughput": 2.0,
+    "mean_tpot_ms": 1.0,
+    "p99_tpot_ms": 0.5,
+    "mean_ttft_ms": 0.5,
+    "p99_ttft_ms": 0.5,
+}
+# vLLM's default of --max-num-batched-tokens on a Hopper card.
+_STEP_TOKENS = 8192
+_START = (2.0, 3.0, 15.0, 2.0, 40.0, 1.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Played:
+    """A level in virtual time: its course, its records as a run's, and what is `JUDGED` of it."""
+
+    course: Course
+    records: pd.DataFrame
+    found: dict[str, float]
+
+
+def held_out(run: Run) -> list[str]:
+    """The levels of a run that no fit may see."""
+    patterns = tomllib.loads((FITS / "held_out.toml").read_text())
+    mine = [*patterns.get("every run", []), *patterns.get(run.path.name, [])]
+    return [level for level in run.summaries() if any(fnmatch.fnmatch(level, pattern) for pattern in mine)]
+
+
+def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None = None) -> Played:
+    """A load, each shape (requests,), in virtual time. A request's way through the API server comes before its first token."""
+    due = np.asarray(due_s, dtype=float)
+    course = play(prompts, answers, due + 1e-3 * model.api_ms, limits or model.limits, model.seconds)
+    records = pd.DataFrame({
+        "request": np.arange(due.size), "prompt_tokens": prompts, "output_tokens_asked": answers, "output_tokens": answers,
+        "chunks": answers, "scheduled_s": due, "sent_s": due, "first_token_s": course.first_s, "last_token_s": course.last_s,
+        "finish_reason": "length", "error": None,
+    }).astype({"error": "object"})  # fmt: skip
+    each = latencies(records)
+    found = {"output_token_throughput": float(np.sum(answers)) / float(np.nanmax(course.last_s) - due.min())}
+    for name in ("tpot", "ttft"):
+        values = each[f"{name}_ms"].dropna()
+        found |= {f"mean_{name}_ms": float(values.mean()), f"p99_{name}_ms": float(values.quantile(0.99))}
+    return Played(course, records, found)
+
+
+def replay(model: StepModel, level: LevelResult) -> Played:
+    """A measured level in virtual time: the same requests at the same instants, on a server with as much KV cache."""
+    records, kv_tokens = level.records, level.summary.kv_cache_tokens
+    return play_level(
+        model, records["prompt_tokens"].to_numpy(), records["output_tokens"].to_numpy(), records["scheduled_s"].to_numpy(),
+        dataclasses.replace(model, kv_tokens=kv_tokens).limits,
+    )  # fmt: skip
+
+
+def apart(model: StepModel, level: LevelResult) -> dict[str, float]:
+    """How far off (a share: 0.1 is 10 % too much) what is foretold of a level is, by metric."""
+    found = replay(model, level).found
+    return {name: found[name] / getattr(level.summary, name) - 1 for name in JUDGED}
+
+
+def fit(run: Run, variant: str, *, refine: bool = True) -> StepModel:
+    """The step model of a variant, from the levels of `run` that are not held out. Raises BadInput without two of them, or
+    without telemetry."""
+    from scipy.optimize import least_squares
+
+    kept = set(run.summaries()) - set(held_out(run))
+    summaries = {k: s for k, s in run.summaries().items() if k in kept and s.level.variant == variant and s.valid}
+    levels = {level_id: run.read(s.level) for level_id, s in summaries.items() if s.kv_cache_tokens}
+    if one := next((k for k, level in levels.items() if _one_python_process(level)), None):
+        raise BadInput(
+            f"{variant}: one Python process is its API server ({one}), which is full before the card is: how its queue grows is not "
+            "modelled; fit a variant with the Rust API server or several"
+        )
+    spans = [_spans(level) for level in levels.values() if level.telemetry is not None]
+    if len(levels) < 2 or not (rows := [span for span in spans if len(span)]):
+        raise BadInput(
+            f"run {run.path.name} holds {len(levels)} levels of {variant!r} with telemetry that a fit may see; two at least are "
+            "needed, one of them with the card full"
+        )
+    rows, server = np.vstack(rows), next(iter(levels.values())).summary
+    taken = {
+        "requests": most_running(server.command) or 1024, "step_tokens": _most_tokens(server.command),
+        "kv_tokens": server.kv_cache_tokens, "card": run.profile.name, "run": run.path.name, "levels": tuple(levels),
+    }  # fmt: skip
+    status = StatusLine()
+    status.update(f"{variant}: {len(rows):,} intervals of {len(levels)} levels")
+
+    def of_spans(logs: np.ndarray) -> np.ndarray:
+        return _foretold(np.exp(logs), rows) / rows[:, 0] - 1
+
+    first = least_squares(of_spans, np.log(_START), loss="soft_l1", f_scale=0.1)
+    begin = np.append(first.x, math.log(2.0))
+
+    def model_of(logs: np.ndarray) -> StepModel:
+        # As a file holds them: near saturation a level turns on the last digit.
+        values = {name: float(f"{value:.6g}") for name, value in zip(FITTED, np.exp(logs), strict=True)}
+        return StepModel(**values, **taken)
+
+    def of_levels(logs: np.ndarray) -> np.ndarray:
+        model, apart = model_of(logs), []
+        for level in levels.values():
+            found = replay(model, level).found
+            apart += [weight * math.log(found[name] / getattr(level.summary, name)) for name, weight in JUDGED.items()]
+        # The first pass keeps its say, as much as one level has.
+        spans = of_spans(logs[:-1]) / math.sqrt(len(rows))
+        return np.concatenate([apart, 2 * spans])
+
+    found = first
+    if refine:
+        status.update(f"{variant}: playing {len(levels)} levels again and again")
+        found = least_squares(of_levels, begin, diff_step=0.02, max_nfev=25)
+    else:
+        found.x = begin
+    model = model_of(found.x)
+    status.done(f"{variant}: fitted to {', '.join(levels)}")
+    if not refine:
+        return model
+    unseen = [
+        run.read(s.level)
+        for k, s in run.summaries().items()
+        if k not in kept and s.level.variant == variant and s.valid
+    ]
+    off = [{name: abs(value) for name, value in apart(model, level).items()} for level in unseen]
+    seen = {
+        "median": {name: float(np.median([one[name] for one in off])) for name in JUDGED} if off else {},
+        "worst": {name: max(one[name] for one in off) for name in JUDGED} if off else {},
+    }
+    return dataclasses.replace(model, **_intervals(found, model), **seen)
+
+
+def _spans(level: LevelResult) -> np.ndarray:
+    """(seconds, steps, decoding, prompt tokens, context tokens, steps with prompts) between each two samples while requests
+    ran, shape (spans, 6). A request that decodes gets a token a step, so that tokens over requests are steps; prompts come
+    into as many as their arrival by chance makes likely, or as the tokens of a step allow."""
+    columns = ["at_s", "running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]
+    samples = level.telemetry[columns].dropna().to_numpy(float)
+    prompt, most = float(level.records["prompt_tokens"].mean()), _most_tokens(level.summary.command)
+    found = []
+    for before, after in itertools.pairwise(samples):
+        running, tokens = (before[1] + after[1]) / 2, after[4] - before[4]
+        if min(before[1], after[1]) < 1 or tokens <= 0 or after[0] <= before[0]:
+            continue
+        steps, read = tokens / running, after[3] - before[3]
+        mixed = max(read / max(1.0, most - running), steps * -math.expm1(-read / prompt / steps)) if read > 0 else 0.0
+        context = level.summary.kv_cache_tokens * (before[2] + after[2]) / 2
+        found.append((after[0] - before[0], max(steps, mixed), running, read, context, mixed))
+    return np.array(found).reshape(-1, 6)
+
+
+def _foretold(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The seconds that steps take which so much was done in; `StepModel.seconds` for many at a time."""
+    base, weights, token, request, context, mixed, mixed_context = values
+    _, steps, running, read, held, with_prompts = rows.T
+
+    def products(tokens):
+        return (weights**4 + (1e-3 * token * tokens) ** 4) ** 0.25
+
+    alone = (steps - with_prompts) * (products(running) + 1e-6 * context * held)
+    together = products(running + read / np.maximum(with_prompts, 1e-9)) + mixed + 1e-6 * mixed_context * held
+    return 1e-3 * (steps * (base + 1e-3 * request * running) + alone + with_prompts * together)
+
+
+def _most_tokens(command: Sequence[str]) -> int:
+    asked = flag_of(command, "--max-num-batched-tokens")
+    return int(asked) if asked.isdecimal() else _STEP_TOKENS
+
+
+def _one_python_process(level: LevelResult) -> bool:
+    server = level.summary.server
+    several = flag_of(server.command, "--api-server-count") not in ("auto", "1")
+    return not several and server.environment.get(RUST, "0") == "0"
+
+
+def _intervals(found, model: StepModel) -> dict[str, dict[str, float]]:
+    """95 % intervals from the curvature at the best fit: of the logarithms of what was fitted."""
+    freedom = max(1, len(found.fun) - len(found.x))
+    spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
+    half = np.minimum(1.96 * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
+    ends = {
+        sign: {name: getattr(model, name) * math.exp(sign * h) for name, h in zip(FITTED, half, strict=True)}
+        for sign in (-1, 1)
+    }
+    return {"low": ends[-1], "high": ends[1]}

@@ -1,0 +1,124 @@
+"""How long a step takes, from what it computes: a few numbers with a meaning, fitted to recorded levels (`experiment.fit`).
+
+    base + (weights^4 + (token x tokens)^4)^(1/4) + request x requests that get a token
+         + context x tokens of context, in a step that only decodes
+         + mixed + mixed_context x tokens of context, in one that reads prompts too
+
+Weights have to be read whatever the batch; once it is large, products take longer than that: whichever is longer counts, with
+a smooth passage. In a step with prompts attention reads the contexts of those that decode less well. The API server is a wait
+before the first token: one Python process that is full itself is no such server, and no model of this kind is fitted to it.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config.profile import Card
+from ..errors import BadInput
+from ..paths import DATA
+from .virtual import Limits, Step
+
+FITS = DATA / "fits"
+_SMOOTH, _BLOCK = 4, 16
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Of one variant on one card and host. `low` and `high` are 95 % intervals of the fitted numbers by name; `levels` those
+    that they come from, of the recorded `run`."""
+
+    base_ms: float  # each step: what neither batch nor context changes, on the card and on the host
+    weights_ms: float  # to read the weights once
+    token_us: float  # a token's matrix products, where they take longer than that
+    request_us: float  # a request that gets a token: head, sampling, bookkeeping
+    context_ns: float  # a token of context, read by a step that only decodes
+    mixed_ms: float  # a step that reads prompts too
+    mixed_context_ns: float  # a token of context in such a step
+    api_ms: float  # a request's way through the API server
+    requests: int  # most that run at once (--max-num-seqs)
+    step_tokens: int  # most tokens of a step (--max-num-batched-tokens)
+    kv_tokens: int  # room in the KV cache
+    card: str  # the profile that has the card's datasheet
+    run: str  # recorded, to whose `levels` it was fitted
+    levels: tuple[str, ...]
+    low: Mapping[str, float] = field(default_factory=dict)
+    high: Mapping[str, float] = field(default_factory=dict)
+    median: Mapping[str, float] = field(
+        default_factory=dict
+    )  # how far off what is foretold of levels that were held out:
+    worst: Mapping[str, float] = field(default_factory=dict)  # shares (0 to 1) by metric; empty without any
+    note: str = ""  # what else is to be said where it is shown
+
+    def seconds(self, step: Step) -> float:
+        """How long a step takes (s)."""
+        tokens = step.decoding + step.prompt
+        products = (self.weights_ms**_SMOOTH + (1e-3 * self.token_us * tokens) ** _SMOOTH) ** (1 / _SMOOTH)
+        read = (
+            self.mixed_ms + 1e-6 * self.mixed_context_ns * step.context
+            if step.prompt
+            else 1e-6 * self.context_ns * step.context
+        )
+        gpu = self.base_ms + products + 1e-3 * self.request_us * step.emitted + read
+        return 1e-3 * gpu
+
+    @property
+    def limits(self) -> Limits:
+        """What its server takes on; asynchronous scheduling is vLLM's default."""
+        return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK)
+
+    def on(self, card: Card, other: Card, name: str) -> "StepModel":
+        """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
+        is multiplied that of its matrix units. The host stays as it was."""
+        read, products = card.hbm_bytes_per_s / other.hbm_bytes_per_s, card.bf16_flops / other.bf16_flops
+        scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
+        note = f"scaled from {card.name} to {other.name} by the datasheets, not fitted there"
+        return dataclasses.replace(
+            self,
+            **scaled,
+            token_us=self.token_us * products,
+            card=name,
+            low={},
+            high={},
+            median={},
+            worst={},
+            note=note,
+        )
+
+    def as_toml(self, variant: str) -> str:
+        """Its table of a fit's file, six digits a number."""
+        lines = [f"[{variant}]"]
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name != "note":
+                lines.append(f"{one.name} = {_toml(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }" if value else "{}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# The fitted numbers, in order.
+FITTED = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "api_ms")
+
+
+def read_fits(name: str) -> dict[str, StepModel]:
+    """The models of a fit in `data/fits/` (or of a .toml file), by variant. Raises BadInput where there is none."""
+    path = Path(name) if name.endswith(".toml") else FITS / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(one.stem for one in FITS.glob("*.toml") if one.stem != "held_out")) or "none"
+        raise BadInput(f"no fit {name!r} (there are: {known}); `fp8lab fit-model RUN` makes one of a run")
+    try:
+        tables = tomllib.loads(path.read_text())
+        return {
+            variant: StepModel(**values | {"levels": tuple(values["levels"])}) for variant, values in tables.items()
+        }
+    except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+        raise BadInput(f"{path} is no fit of step models: {error}; make it again with `fp8lab fit-model`") from None

@@ -1,0 +1,137 @@
+"""What was foretold: of loads that nobody measured, and of levels that were measured, beside them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ...config.profile import rate_name
+from ...config.trace import Trace
+from ...errors import BadInput
+from ...experiment.predict import Predicted, highest_rate, longer, predict, what_if
+from ...experiment.step_fit import JUDGED, held_out, replay
+from ...metrics.slo import SLO
+from ...metrics.step_model import FITTED, StepModel
+from ...results.run_folder import Run
+from ...ui.status import StatusLine
+from ...ui.table import Table
+from ...ui.text import shown
+
+_WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
+          "p99_ttft_ms": "TTFT p99"}  # fmt: skip
+_MEANS = {
+    "base_ms": "ms, each step, whatever it computes", "weights_ms": "ms, to read the weights once",
+    "token_us": "µs, a token's matrix products, where they take longer than that", "request_us": "µs, a request that gets a token",
+    "context_ns": "ns, a token of context, in a step that only decodes", "mixed_ms": "ms, a step that reads prompts too",
+    "mixed_context_ns": "ns, a token of context in such a step", "api_ms": "ms, a request's way through the API server",
+}  # fmt: skip
+
+
+def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]) -> Table:
+    """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get."""
+    rows = []
+    for level in levels:
+        model, course, found = models[level.variant], level.played.course, level.played.found
+        rows.append((
+            level.variant, rate_name(level.rate), f"{level.requests:,}", shown(found["output_token_throughput"]),
+            f"{found['mean_ttft_ms']:,.0f} / {found['p99_ttft_ms']:,.0f}", f"{found['mean_tpot_ms']:,.1f} / {found['p99_tpot_ms']:,.1f}",
+            f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}",
+            f"{course.preemptions:,}",
+        ))  # fmt: skip
+    columns = ("variant", "offered", "requests", "tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "running at most",
+               "KV cache at most", "preempted")  # fmt: skip
+    told = "; ".join(f"{variant}: {errors_of(model)}" for variant, model in models.items())
+    return Table(f"PREDICTED, nothing was measured. {told}", columns, rows)
+
+
+def models_table(models: Mapping[str, StepModel]) -> Table:
+    """What each number of a step model is, with its 95 % interval where it was fitted."""
+    rows = []
+    for name in FITTED:
+        cells = []
+        for model in models.values():
+            ends = f" ({model.low[name]:.3g} to {model.high[name]:.3g})" if model.low else ""
+            cells.append(f"{getattr(model, name):.3g}{ends}")
+        rows.append((name, _MEANS[name], *cells))
+    fitted = "; ".join(dict.fromkeys(model.note or f"fitted to run {model.run}" for model in models.values()))
+    return Table(f"Step models: {fitted}", ("number", "what it is", *models), rows)
+
+
+def cards_plan_table(
+    models: Mapping[str, StepModel],
+    draw: Callable[[int], Trace],
+    objective: str,
+    *,
+    load: float,
+    price: float | None = None,
+) -> Table:
+    """PREDICTED: the highest rate at which each variant meets the objective (`ttft=200,tpot=50`), and the cards that a `load` in
+    requests/s takes then, with the price of a card's hour what they cost. Raises BadInput for a load that is none."""
+    if not 0 < load < math.inf:
+        raise BadInput(f"load {load} is no number of requests/s above 0")
+    slo, rows, status = SLO.parse(objective), [], StatusLine()
+    for variant, model in models.items():
+        status.update(f"{variant}: the highest rate that meets {slo}")
+        limit = highest_rate(variant, model, draw, slo)
+        cards = math.ceil(load / limit.low) if limit.low else None
+        cost = [shown(cards and price and cards * price, ",.2f")] if price else []
+        rows.append((variant, f"{limit}", shown(cards), shown(cards and load / cards, ",.1f"), *cost))
+    status.done(f"{len(models)} variants searched")
+    columns = ("variant", "meets it up to, req/s a card", "cards", "req/s each", *(["an hour costs"] if price else []))
+    return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
+
+
+def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> Table:
+    """PREDICTED: what a change would be worth, beside the same load without it."""
+    rows = []
+    for variant, model in models.items():
+        now = predict(variant, model, trace, rate).played.found
+        changed = {what: (one, trace) for what, one in what_if(model).items()}
+        changed |= {
+            "prompts twice as long": (model, longer(trace, prompts=2)),
+            "answers twice as long": (model, longer(trace, answers=2)),
+        }
+        for what, (one, load) in changed.items():
+            then = predict(variant, one, load, rate).played.found
+            ratios = [
+                f"{then[name] / now[name]:.2f}×" for name in ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
+            ]
+            rows.append((variant, what, shown(then["output_token_throughput"]), *ratios))
+    columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
+    return Table(f"PREDICTED: what if, {len(trace):,} requests, {rate_name(rate)}", columns, rows)
+
+
+def errors_of(model: StepModel) -> str:
+    """How far a model may be off, in a sentence."""
+    if model.note:
+        return f"{model.note}: how far off that is, nothing here says"
+    if not model.worst:
+        return f"fitted to run {model.run}, with no level held out to judge it by"
+    told = ", ".join(f"{_WORDS[name]} {model.median[name]:.1%} ({model.worst[name]:.0%})" for name in JUDGED)
+    return f"levels of run {model.run} that the fit never saw are foretold within, in the median (at worst), {told}"
+
+
+def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bool = False) -> Table:
+    """Every valid level of a run beside what its variant's model says of it: measured values, and how far off."""
+    unseen, rows, off = set(held_out(run)), [], []
+    for level_id, summary in run.summaries().items():
+        model = models.get(summary.level.variant)
+        if model is None or not summary.valid:
+            continue
+        seen = run.path.name == model.run and level_id in model.levels
+        if seen and unseen_only:
+            continue
+        played = replay(model, run.read(summary.level))
+        apart = [played.found[name] / getattr(summary, name) - 1 for name in JUDGED]
+        off += [] if seen else [np.abs(apart)]
+        cells = [
+            f"{shown(getattr(summary, name), ',.1f' if 'tpot' in name else ',.0f')} {one:+.1%}"
+            for name, one in zip(JUDGED, apart, strict=True)
+        ]
+        preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
+        rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
+    columns = ("level", "by the fit", *(f"{_WORDS[name]}, off by" for name in JUDGED), "preempted, PREDICTED")
+    within = zip(_WORDS.values(), np.median(off, 0), np.max(off, 0), strict=True) if off else ()
+    told = ", ".join(f"{word} {median:.1%} ({worst:.0%})" for word, median, worst in within)
+    judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
+    return Table(f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows)

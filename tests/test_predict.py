@@ -1,0 +1,191 @@
+"""Step models: how they are fitted, what they foretell, and how far off that is from levels that no fit has seen."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import fp8lab as lab
+from fp8lab.config.profile_file import read_profile
+from fp8lab.config.trace import fixed_length, sharegpt_like
+from fp8lab.errors import BadInput
+from fp8lab.experiment.predict import highest_rate, predict
+from fp8lab.experiment.step_fit import JUDGED, apart, fit, held_out, play_level
+from fp8lab.metrics.slo import SLO
+from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
+from fp8lab.metrics.virtual import Step, play
+from fp8lab.results.run_folder import open_run
+from test_cli import fp8lab
+
+FIT = "h100-80gb-unsealed"
+MODEL = StepModel(
+    base_ms=3.0, weights_ms=2.0, token_us=15.0, request_us=2.0, context_ns=40.0, mixed_ms=1.0, mixed_context_ns=60.0,
+    api_ms=4.0, requests=64, step_tokens=512, kv_tokens=64_000, card="h100-80gb", run="made-up", levels=("x",),
+)  # fmt: skip
+
+
+def test_a_step_takes_what_its_parts_take():
+    idle = MODEL.seconds(Step(1, 0, 1, 100))
+    assert idle == pytest.approx(1e-3 * (3.0 + 2.0 + 0.002 + 0.004), rel=1e-3)
+    # Twice the tokens take twice as long once products take longer than reading the weights does.
+    large, twice = (MODEL.seconds(Step(0, n, 0, 0)) - 1e-3 * (3.0 + 1.0) for n in (4096, 8192))
+    assert twice == pytest.approx(2 * large, rel=1e-3)
+    read, mixed = (MODEL.seconds(Step(64, p, 64, 10**6)) - MODEL.seconds(Step(64, p, 64, 0)) for p in (0, 1))
+    assert (read, mixed) == (pytest.approx(0.04), pytest.approx(0.06))
+
+
+def test_another_card_reads_and_multiplies_as_its_datasheet_says():
+    h100, h200 = (read_profile(name).gpu for name in ("h100-80gb", "h200-80gb"))
+    there = MODEL.on(h100, h200, "h200-80gb")
+    assert there.context_ns == pytest.approx(40.0 * 3.35 / 4.8) and there.token_us == 15.0 and there.base_ms == 3.0
+    assert there.worst == {} and "not fitted there" in there.note
+
+
+def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch):
+    """Levels played with a known model, and sampled as a server's are, give the model back."""
+    found = fit(_as_if_measured(monkeypatch), "fp8-unsealed")
+    truth = _truth()
+    # Two levels do not tell every number from every other; how long steps like theirs take they do.
+    for step in (Step(800, 0, 800, 300_000), Step(100, 0, 100, 30_000), Step(100, 400, 102, 30_000)):
+        assert found.seconds(step) == pytest.approx(truth.seconds(step), rel=0.15)
+    assert found.worst["output_token_throughput"] < 0.02 and found.worst["mean_tpot_ms"] < 0.05
+    assert set(found.levels) == {"fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1"}
+    assert all(found.low[name] <= getattr(found, name) <= found.high[name] for name in FITTED)
+
+
+def _truth() -> StepModel:
+    return dataclasses.replace(read_fits(FIT)["fp8-unsealed"], base_ms=2.0, token_us=18.0, context_ns=25.0)
+
+
+def _as_if_measured(monkeypatch):
+    """The recorded run, three levels of which are what `_truth` makes of their requests."""
+    from fp8lab.results.run_folder import LevelResult, Run
+
+    run, truth = open_run(source=FIT), _truth()
+    names = ("fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1", "fp8-unsealed-infrps-r2")
+    made = {}
+    for name in names:
+        level = run.read(run.summaries()[name].level)
+        records = level.records
+        due = records["scheduled_s"].to_numpy()
+        prompts, answers = records["prompt_tokens"].to_numpy(), records["output_tokens"].to_numpy()
+        played = play_level(truth, prompts, answers, due)
+        telemetry = _sampled(truth, prompts, answers, due)
+        summary = dataclasses.replace(level.summary, **played.found)
+        made[name] = LevelResult(level.level, summary, records, None, telemetry)
+    monkeypatch.setattr(Run, "summaries", lambda _run: {name: one.summary for name, one in made.items()})
+    monkeypatch.setattr(Run, "read", lambda _run, level: made[level.id])
+    return run
+
+
+def _sampled(truth, prompts, answers, due):
+    """What a server's metrics say five times a second, of each step by itself: no idle moment lies between these."""
+    steps, held = [], []
+
+    def seconds(step):
+        steps.append((truth.seconds(step), step))
+        return steps[-1][0]
+
+    play(
+        prompts,
+        answers,
+        due,
+        truth.limits,
+        seconds,
+        watch=lambda _step, seats, blocks: held.append((len(seats), blocks)),
+    )
+    ends = np.cumsum([took for took, _ in steps])
+    at = np.arange(0.0, ends[-1], 0.2)
+    step = np.minimum(np.searchsorted(ends, at), len(ends) - 1)
+    read, came = (np.cumsum([getattr(one, name) for _, one in steps]) for name in ("prompt", "emitted"))
+    return pd.DataFrame({
+        "at_s": at, "running": np.array([seats for seats, _ in held], float)[step],
+        "kv_cache_usage": np.array([blocks for _, blocks in held])[step] / truth.limits.blocks,
+        "prompt_tokens": read[step].astype(float), "generation_tokens": np.interp(at, ends, came),
+    })  # fmt: skip
+
+
+def test_the_recorded_fits_never_saw_what_they_are_judged_by():
+    for path in (path for path in FITS.glob("*.toml") if path.stem != "held_out"):
+        for variant, model in read_fits(path.stem).items():
+            run = open_run(source=model.run)
+            unseen = set(held_out(run))
+            assert not unseen & set(model.levels) and len(model.levels) >= 2
+            for name in JUDGED:
+                off = [
+                    abs(apart(model, run.read(s.level))[name])
+                    for level, s in run.summaries().items()
+                    if level in unseen and s.level.variant == variant
+                ]
+                assert np.median(off) == pytest.approx(model.median[name], abs=2e-3), (variant, name)
+                assert max(off) == pytest.approx(model.worst[name], abs=2e-3), (variant, name)
+
+
+def test_a_load_in_virtual_time_costs_what_its_steps_do():
+    trace = fixed_length(10, input_tokens=100, output_tokens=20)
+    level = predict("x", MODEL, trace, math.inf)
+    course, records = level.played.course, level.played.records
+    # All are read in two steps of 512 tokens at most; then 19 tokens each, one step a token.
+    assert course.steps == 21 and course.running_max == 10 and course.preemptions == 0
+    assert records["first_token_s"].min() == pytest.approx(4e-3 + MODEL.seconds(Step(0, 512, 5, 512)), rel=0.01)
+    assert course.busy_s == pytest.approx(records["last_token_s"].max() - 4e-3)
+    assert level.played.found["output_token_throughput"] == pytest.approx(200 / records["last_token_s"].max())
+
+
+def test_the_highest_rate_is_where_the_objective_is_lost():
+    limit = highest_rate("x", MODEL, lambda n: sharegpt_like(n, 1), SLO.parse("tpot=20,ttft=500,p90"))
+    assert 0 < limit.low < limit.high < limit.low * 1.03
+    better = dataclasses.replace(MODEL, base_ms=1.5)
+    assert highest_rate("x", better, lambda n: sharegpt_like(n, 1), SLO.parse("tpot=20,ttft=500,p90")).low > limit.high
+
+
+def test_a_request_that_cannot_fit_is_refused():
+    with pytest.raises(BadInput, match="does not fit in x's KV cache of 64,000"):
+        predict("x", MODEL, fixed_length(3, input_tokens=70_000, output_tokens=2), 1.0)
+
+
+def test_one_python_api_server_is_not_modelled():
+    with pytest.raises(BadInput, match="one Python process is its API server"):
+        fit(open_run(source="h100-80gb"), "fp8")
+    with pytest.raises(BadInput, match="two at least are needed"):
+        fit(open_run(source="h100-80gb-unseal"), "bf16-unsealed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-unsealed"),
+        ([FIT, "--variant", "fp4"], "the fit holds no variant fp4 (it holds: bf16-unsealed, fp8-unsealed)"),
+        ([FIT, "--rate", "0"], "--rate [0.0] must be above 0"),
+        ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
+        ([FIT, "--trace", "no.csv"], "no.csv"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, said):
+    done = fp8lab("predict", *arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_from_the_command_line(tmp_path):
+    done = fp8lab(
+        "predict", FIT, "--variant", "fp8-unsealed", "--rate", "50", "--requests", "500", "--slo", "ttft=200,tpot=50"
+    )
+    assert done.returncode == 0 and done.stdout.startswith("PREDICTED, nothing was measured."), done.stderr
+    assert re.search(r"fp8-unsealed +50 req/s +500 ", done.stdout)
+    assert re.search(r"the highest rate that meets TTFT ≤ 200 ms .*: [\d.]+ to [\d.]+ req/s", done.stdout)
+    beside = fp8lab("predict", FIT, "--against", "h100-80gb-azure-conv")
+    assert "fp8-unsealed-16rps-r1" in beside.stdout and "held out" in beside.stdout
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[fp8]\nbase_ms = 1\n")
+    assert "is no fit of step models" in fp8lab("predict", str(broken)).stderr
+
+
+def test_a_fit_is_written_and_read_back(tmp_path):
+    model = read_fits(FIT)["fp8-unsealed"]
+    path = tmp_path / "again.toml"
+    path.write_text(model.as_toml("fp8-unsealed"))
+    assert read_fits(str(path)) == {"fp8-unsealed": model}
+    assert "PREDICTED" in repr(lab.foretold_table(open_run(source="h100-80gb-128-128"), {"fp8-unsealed": model}))
