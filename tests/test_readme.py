@@ -3,14 +3,16 @@
 import math
 import re
 import shlex
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median
 
 import pytest
 
 import fp8lab as lab
 from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
+from fp8lab.experiment.predict import step_models
 from fp8lab.experiment.quality import comparisons
+from fp8lab.experiment.step_fit import apart
 from fp8lab.metrics.anatomy import LAYERS
 from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
@@ -271,6 +273,36 @@ def card_numbers() -> list[str]:
 def test_headline_numbers_are_those_of_the_recorded_run():
     missing = [told for told in headline_numbers() if told not in " ".join(DATA_README.split())]
     assert not missing
+
+
+def test_what_is_foretold_is_as_far_off_as_is_said():
+    there = step_models("h100-80gb-unsealed", card="h200-80gb")
+    fits = {name: step_models(name) for name in ("h100-80gb-unsealed", "h200-80gb-recipes")}
+    by_datasheet = {"bf16": there["bf16-unsealed"], "fp8-online": there["fp8-unsealed"]}
+    rows = re.findall(
+        r"^\| `([\w-]+)`(, by the datasheets)? \| (the same run|`[\w-]+`): .*? \| (\d+) \| (.*) \|$", DATA_README, re.M
+    )
+    assert len(rows) == 7
+    for fitted, scaled, of, count, told in rows:
+        models = by_datasheet if scaled else fits[fitted]
+        run = open_run(source=fitted if of == "the same run" else of.strip("`"))
+        off = [
+            {name: abs(value) for name, value in apart(models[s.level.variant], run.read(s.level)).items()}
+            for level, s in run.summaries().items()
+            if s.level.variant in models and not (run.path.name == fitted and level in models[s.level.variant].levels)
+        ]
+        metrics = ("output_token_throughput", "mean_tpot_ms", "p99_ttft_ms")
+        each = [sorted(one[name] for one in off) for name in metrics]
+        if of == "the same run" and fitted == "h100-80gb-unsealed":
+            assert (
+                f"within {100 * median(each[0]):.1f} % of the\ntokens/s and {100 * median(each[1]):.1f} % of the TPOT"
+                in README
+            )
+            assert f"tokens/s {100 * median(each[0]):.1f} %、TPOT {100 * median(each[1]):.1f} %" in CHINESE
+        assert (count, told) == (
+            f"{len(off)}",
+            " | ".join(f"{100 * median(v):.1f} % ({100 * v[-1]:.0f} %)" for v in each),
+        ), of
 
 
 @pytest.fixture(scope="module")
