@@ -189,3 +189,36 @@ def test_a_fit_is_written_and_read_back(tmp_path):
     path.write_text(model.as_toml("fp8-unsealed"))
     assert read_fits(str(path)) == {"fp8-unsealed": model}
     assert "PREDICTED" in repr(lab.foretold_table(open_run(source="h100-80gb-128-128"), {"fp8-unsealed": model}))
+
+
+def test_the_planner_says_predicted_and_what_a_load_takes():
+    models = lab.step_models(FIT, ["fp8-unsealed"])
+    draw = lab.drawing("random", input_tokens=200, output_tokens=20)
+    plan = lab.cards_plan_table(models, draw, "ttft=500,p90", load=1000, price=2.5)
+    (variant, bracket, cards, each, cost) = plan.rows[0]
+    low = float(bracket.split()[0])
+    assert variant == "fp8-unsealed" and int(cards) == math.ceil(1000 / low) and float(cost) == 2.5 * int(cards)
+    assert float(each) <= low and plan.caption.startswith("PREDICTED")
+    what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
+    assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
+    assert float(what["prompts twice as long"][3].strip("×")) < 0.95
+    figure = lab.predicted_figure(models, draw, [20, 60], requests=200)
+    assert figure.svg.count("PREDICTED") or "PREDICTED" in figure.alt
+    assert not {"#0072B2", "#D55E00"} & set(re.findall(r"#[0-9A-Fa-f]{6}", figure.svg.upper()))
+    with pytest.raises(BadInput, match="load 0 is no number of requests/s above 0"):
+        lab.cards_plan_table(models, draw, "ttft=500", load=0)
+    with pytest.raises(BadInput, match="the fit holds no variant fp4"):
+        lab.step_models(FIT, ["fp4"])
+
+
+@pytest.mark.servers
+def test_the_planners_page(tmp_path, monkeypatch):
+    """Headless, with a load of its own, and without a run."""
+    monkeypatch.setenv("FP8LAB_RUNS", str(tmp_path))
+    done = fp8lab(
+        "reproduce", "--notebook", "11_planner", "-p", "trace", "random", "-p", "requests", "200", "-p", "objective", "ttft=500,p90",
+        "-p", "card", "h200-80gb",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "predicted" / "11_planner.html").read_text()
+    assert "PREDICTED" in page and "by the datasheets, not fitted there" in page and "Traceback" not in page

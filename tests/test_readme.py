@@ -12,7 +12,7 @@ from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.predict import step_models
 from fp8lab.experiment.quality import comparisons
-from fp8lab.experiment.step_fit import apart
+from fp8lab.experiment.step_fit import apart, replay
 from fp8lab.metrics.anatomy import LAYERS
 from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
@@ -283,6 +283,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
         r"^\| `([\w-]+)`(, by the datasheets)? \| (the same run|`[\w-]+`): .*? \| (\d+) \| (.*) \|$", DATA_README, re.M
     )
     assert len(rows) == 7
+    named = []
     for fitted, scaled, of, count, told in rows:
         models = by_datasheet if scaled else fits[fitted]
         run = open_run(source=fitted if of == "the same run" else of.strip("`"))
@@ -291,6 +292,11 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
             for level, s in run.summaries().items()
             if s.level.variant in models and not (run.path.name == fitted and level in models[s.level.variant].levels)
         ]
+        seen = evidence(run)
+        for level, s in () if scaled else run.summaries().items():
+            if s.level.variant in models and not (run.path.name == fitted and level in models[s.level.variant].levels):
+                foretold, cause = replay(models[s.level.variant], run.read(s.level)).limit, seen.limit(level).cause
+                named.append(foretold == cause or (foretold == "GPU" and ("GPU" in cause or cause == "EngineCore")))
         metrics = ("output_token_throughput", "mean_tpot_ms", "p99_ttft_ms")
         each = [sorted(one[name] for one in off) for name in metrics]
         if of == "the same run" and fitted == "h100-80gb-unsealed":
@@ -303,6 +309,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
             f"{len(off)}",
             " | ".join(f"{100 * median(v):.1f} % ({100 * v[-1]:.0f} %)" for v in each),
         ), of
+    assert f"is named rightly in {sum(named)} of the {len(named)} that" in " ".join(DATA_README.split())
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ _HOMES = {
         "littles_law_figure", "objective_figure", "rate_figure", "saturation_figure", "throughput_figure", "tpot_figure",
         "unsealing_figure", "worth_figure",
     ),
+    "report.figures.predicted": ("predicted_figure",),
     "report.figures.quality": ("divergence_figure", "formats_figure", "parting_figure"),
     "report.figures.recipes": ("recipes_figure",),
     "report.notebooks": ("check_injected",),

@@ -20,6 +20,7 @@ from ..config.dimensions import most_running
 from ..config.flags import flag_of
 from ..config.profile import RUST
 from ..errors import BadInput
+from ..metrics.bottleneck import keeps_up
 from ..metrics.performance import latencies
 from ..metrics.step_model import FITS, FITTED, StepModel
 from ..metrics.virtual import Course, Limits, play
@@ -37,16 +38,29 @@ JUDGED = {
 }
 # vLLM's default of --max-num-batched-tokens on a Hopper card.
 _STEP_TOKENS = 8192
+# As `metrics.bottleneck` judges it: preempted requests, and how full the cache is where it holds others back.
+_PREEMPTED, _FULL = 0.01, 0.99
 _START = (2.0, 3.0, 15.0, 2.0, 40.0, 1.0, 60.0)
 
 
 @dataclass(frozen=True)
 class Played:
-    """A level in virtual time: its course, its records as a run's, and what is `JUDGED` of it."""
+    """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it, and how many blocks of KV cache
+    there were."""
 
     course: Course
     records: pd.DataFrame
     found: dict[str, float]
+    blocks: int
+
+    @property
+    def limit(self) -> str:
+        """What limits it: the "offered load", the "KV capacity", or the "GPU" with the EngineCore, whose parts of a step no
+        model of this kind tells apart."""
+        if keeps_up(self.records) is not False:
+            return "offered load"
+        full = self.course.preemptions > _PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
+        return "KV capacity" if full else "GPU"
 
 
 def held_out(run: Run) -> list[str]:
@@ -59,7 +73,8 @@ def held_out(run: Run) -> list[str]:
 def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None = None) -> Played:
     """A load, each shape (requests,), in virtual time. A request's way through the API server comes before its first token."""
     due = np.asarray(due_s, dtype=float)
-    course = play(prompts, answers, due + 1e-3 * model.api_ms, limits or model.limits, model.seconds)
+    limits = limits or model.limits
+    course = play(prompts, answers, due + 1e-3 * model.api_ms, limits, model.seconds)
     records = pd.DataFrame({
         "request": np.arange(due.size), "prompt_tokens": prompts, "output_tokens_asked": answers, "output_tokens": answers,
         "chunks": answers, "scheduled_s": due, "sent_s": due, "first_token_s": course.first_s, "last_token_s": course.last_s,
@@ -70,7 +85,7 @@ def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None 
     for name in ("tpot", "ttft"):
         values = each[f"{name}_ms"].dropna()
         found |= {f"mean_{name}_ms": float(values.mean()), f"p99_{name}_ms": float(values.quantile(0.99))}
-    return Played(course, records, found)
+    return Played(course, records, found, limits.blocks)
 
 
 def replay(model: StepModel, level: LevelResult) -> Played:

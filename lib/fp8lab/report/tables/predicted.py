@@ -36,10 +36,10 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
             level.variant, rate_name(level.rate), f"{level.requests:,}", shown(found["output_token_throughput"]),
             f"{found['mean_ttft_ms']:,.0f} / {found['p99_ttft_ms']:,.0f}", f"{found['mean_tpot_ms']:,.1f} / {found['p99_tpot_ms']:,.1f}",
             f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}",
-            f"{course.preemptions:,}",
+            f"{course.preemptions:,}", level.played.limit,
         ))  # fmt: skip
     columns = ("variant", "offered", "requests", "tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "running at most",
-               "KV cache at most", "preempted")  # fmt: skip
+               "KV cache at most", "preempted", "limited by")  # fmt: skip
     told = "; ".join(f"{variant}: {errors_of(model)}" for variant, model in models.items())
     return Table(f"PREDICTED, nothing was measured. {told}", columns, rows)
 
