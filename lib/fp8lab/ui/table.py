@@ -42,8 +42,14 @@ class Table:
         cells = [row[column] for row in self.rows if row[column] not in ("", "–")]
         return bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
 
+    def _names(self, column: int) -> bool:
+        """Whether its cells are single words, which do not break at a hyphen."""
+        return all(" " not in row[column] and len(row[column]) <= _NAME_LENGTH for row in self.rows)
+
     def _repr_html_(self) -> str:
-        styles = [_NUMERIC if self._numeric(i) else _TEXT for i in range(len(self.columns))]
+        styles = [
+            _NUMERIC if self._numeric(i) else _NAME if self._names(i) else _TEXT for i in range(len(self.columns))
+        ]
         longest = [max((len(row[i]) for row in self.rows), default=0) for i in range(len(self.columns))]
         name_style = _NAME if longest[0] <= _NAME_LENGTH else styles[0]
         heads = [s + _SENTENCE_WIDTH * (n > _SENTENCE) for s, n in zip(styles, longest, strict=True)]
