@@ -18,6 +18,7 @@ from fp8lab.metrics.slo import SLO
 from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
 from fp8lab.results.run_folder import open_run
+from fp8lab.server.command import build_environment
 from test_cli import fp8lab
 
 FIT = "h100-80gb-unsealed"
@@ -222,3 +223,36 @@ def test_the_planners_page(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "predicted" / "11_planner.html").read_text()
     assert "PREDICTED" in page and "by the datasheets, not fitted there" in page and "Traceback" not in page
+
+
+@pytest.mark.servers
+@pytest.mark.timing
+def test_an_emulated_card_steps_as_its_fit_says(tmp_path):
+    """Real vLLM, whose steps wait as long as the model says: what it delivers is what virtual time foretells."""
+    path = tmp_path / "stepping.toml"
+    path.write_text(
+        'extends = "emulated-h100-unsealed"\nreplaces = ["protocols"]\n[protocols.short]\n'
+        'levels = [{ variant = "fp8-unsealed", rate = inf, requests = 120 }]\n'
+    )
+    profile = read_profile(str(path))
+    run = open_run(tmp_path / "run", profile)
+    (level,) = lab.measure(run, profile, "short")
+    model = read_fits(FIT)["fp8-unsealed"]
+    records, summary = level.records, level.summary
+    # Emulated steps are put together one by one, and what the API server takes is real.
+    limits = dataclasses.replace(model, kv_tokens=summary.kv_cache_tokens).limits
+    foretold = play_level(
+        model, records["prompt_tokens"].to_numpy(), records["output_tokens"].to_numpy(), records["sent_s"].to_numpy(),
+        dataclasses.replace(limits, depth=1),
+    ).found  # fmt: skip
+    assert summary.valid and summary.emulated, summary.invalid_reason
+    assert summary.kv_cache_tokens == pytest.approx(model.kv_tokens, rel=0.001)
+    assert summary.output_token_throughput == pytest.approx(foretold["output_token_throughput"], rel=0.1)
+    assert summary.mean_tpot_ms == pytest.approx(foretold["mean_tpot_ms"], rel=0.1)
+
+
+def test_an_emulated_variant_that_the_fit_lacks_is_refused(tmp_path):
+    path = tmp_path / "lacking.toml"
+    path.write_text('extends = "emulated-h100-unsealed"\n[variants]\nint8 = { recipe = "int8" }\n')
+    with pytest.raises(BadInput, match="variant int8: fit h100-80gb-unsealed has no step model of that name"):
+        build_environment(read_profile(str(path)), "int8")

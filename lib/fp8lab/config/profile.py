@@ -120,7 +120,8 @@ def _words(card: str) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Emulation(ProfileTable):
-    """The emulated card: achieved fractions of the datasheet, fixed costs, the link between cards, and time dilation."""
+    """The emulated card: achieved fractions of the datasheet, fixed costs, the link between cards, and time dilation. With `fit`,
+    a file of `data/fits`, steps take what the step model of the variant's name says, and the KV cache is as large as there."""
 
     hbm_fraction: Share
     flops_fraction: Share
@@ -130,6 +131,7 @@ class Emulation(ProfileTable):
     # NVLink of an H100, one way (datasheet), and what an all-reduce costs however small it is (assumed).
     link_bytes_per_s: Positive = 450e9
     all_reduce_us: Cost = 10.0
+    fit: str = ""
     time_dilation: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] = 1.0
 
 

@@ -17,6 +17,7 @@ from ..config.flags import flag_of
 from ..config.profile import Profile, is_hub_name
 from ..config.recipes import BF16
 from ..errors import BadInput
+from ..metrics.step_model import read_fits
 from ..models.checkpoints import model_folder, packaged_model
 from ..paths import cache_dir, with_home, with_library
 from ..results.provenance import software_of
@@ -117,6 +118,13 @@ def build_environment(profile: Profile, variant: str) -> dict[str, str]:
     if profile.emulated:
         settings = dataclasses.asdict(profile.gpu) | dataclasses.asdict(profile.emulation)
         settings["weights"] = weight_format(profile.flags(variant), profile.shape(variant)).name
+        if profile.emulation.fit:
+            fits = read_fits(profile.emulation.fit)
+            if variant not in fits:
+                raise BadInput(
+                    f"variant {variant}: fit {profile.emulation.fit} has no step model of that name ({', '.join(fits)})"
+                )
+            settings["step_model"] = dataclasses.asdict(fits[variant])
         environment[SETTINGS_VARIABLE] = json.dumps(settings)
     return environment
 

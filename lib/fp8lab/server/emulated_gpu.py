@@ -9,7 +9,8 @@ What is modelled: the forward pass, as a wait. One step takes
 
 with the bytes and FLOPs that `fp8lab.metrics.resources` counts. Cards that share each layer (tensor parallel) do their part
 of them, and reduce their results twice a layer: 2 (n - 1) / n of the activations over the link, and a constant. A step takes
-never less than the tokens that it emits x the API server's serial cost a token. Overlap of scheduling
+never less than the tokens that it emits x the API server's serial cost a token. With a step model that was fitted to a real
+card (`metrics.step_model`) a step takes what that says instead. Overlap of scheduling
 and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
 last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU
 (see `settings`). Written against vLLM 0.32.0.
@@ -29,6 +30,8 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from ..config.dimensions import ModelShape
 from ..config.recipes import FORMATS
+from ..metrics.step_model import StepModel
+from ..metrics.virtual import Step
 
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 GIB = 2**30
@@ -62,6 +65,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
         peaks = [self.card["fp8_flops" if eight else "bf16_flops"] for eight in (weights.eight_bit, weights.head)]
         self.layer_flops, self.head_flops = (peak * self.card["flops_fraction"] * self.shared_by for peak in peaks)
         self.dilation = self.card["time_dilation"]
+        fitted = self.card.get("step_model")
+        self.model = StepModel(**fitted | {"levels": ()}) if fitted else None
         self.requests: dict[str, list[int]] = {}  # id -> [tokens it has, of those computed]
         self.free_at = 0.0
         logger.info("EMULATED GPU %s: Model loading took %.2f GiB", self.card["name"], self.weight_bytes / GIB)
@@ -94,6 +99,8 @@ class EmulatedGpuExecutor(UniProcExecutor):
         return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
 
     def _determine_available_memory(self) -> int:
+        if self.model:
+            return self.model.kv_tokens * self.kv_bytes_per_token
         budget = self.card["memory_gib"] * GIB * self.cache_config.gpu_memory_utilization
         available = budget - self.weight_bytes - self.card["reserved_gib"] * GIB
         if available <= 0:
@@ -110,9 +117,10 @@ class EmulatedGpuExecutor(UniProcExecutor):
         cached = scheduled.scheduled_cached_reqs
         for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             self.requests[request][1] = computed
-        context, tokens_of = 0, {}
+        context, decoding, tokens_of = 0, 0, {}
         for request, tokens in scheduled.num_scheduled_tokens.items():
             state = self.requests[request]
+            decoding += state[1] > 0 and state[0] - state[1] == 1
             state[1] += tokens
             context += state[1]
             # A request whose tokens are all computed gets another one; one that is only part of the way, through a long
@@ -121,7 +129,11 @@ class EmulatedGpuExecutor(UniProcExecutor):
             state[0] += len(tokens_of[request])
         if scheduled.num_scheduled_tokens:
             emitted = sum(map(len, tokens_of.values()))
-            self._wait(self.step_seconds(scheduled.total_num_scheduled_tokens, context, emitted))
+            tokens = scheduled.total_num_scheduled_tokens
+            if self.model:
+                self._wait(self.model.seconds(Step(decoding, tokens - decoding, emitted, context)))
+            else:
+                self._wait(self.step_seconds(tokens, context, emitted))
         places = {request: i for i, request in enumerate(tokens_of)}
         return ModelRunnerOutput(list(tokens_of), places, sampled_token_ids=list(tokens_of.values()))
 
