@@ -76,6 +76,25 @@ def test_one_that_is_down_is_named_and_the_others_are_kept():
         warm_up(Endpoint(one, "ok"), TRACE.head(4), others=[Endpoint(two.url, "ok")])
 
 
+def test_what_was_never_sent_is_nobodys_failure():
+    """One of the two hangs and takes every slot: what then waits for one fails, and neither endpoint is blamed for it."""
+
+    def hang(handler, _body):
+        time.sleep(30)
+
+    with streaming_server("--itl-ms", "1") as one, recording(hang) as two:
+        summary = level(one, two.url, rate=1e4, max_concurrency=4, workers=1, drain_timeout_s=2.0).summary
+    good, bad = summary.endpoints
+    assert good["failed"] == 0 and bad["failed"] >= 1 and summary.failed > bad["failed"]
+    assert f"(failed at {two.url}/v1/completions: {bad['failed']})" in summary.invalid_reason
+
+
+def test_the_remedy_is_about_the_one_that_failed():
+    with streaming_server() as one:
+        reason = level(one, "http://127.0.0.1:9").summary.invalid_reason
+    assert "is a server listening at http://127.0.0.1:9" in reason
+
+
 @pytest.mark.parametrize(
     ("first", "others", "balance", "said"),
     [
@@ -107,6 +126,10 @@ def test_a_fleet_from_the_command_line(tmp_path):
     assert {path for path, *_ in two.seen} == {"/b/completions"}
     assert f"  {two.url}/b/completions: " in done.stderr and "warm-up: 2 requests" in done.stderr
     assert set(pd.read_parquet(tmp_path / "fleet" / "records.parquet")["endpoint"]) == {0, 1}
+    alone = fp8lab(
+        "load-test", *urls[:2], *SHORT, "--find-max-rate", "--slo", "ttft=5000,p50", "--out", str(tmp_path / "search")
+    )
+    assert alone.returncode == 2 and "holds a search with others" in alone.stderr
     asked = json.loads((tmp_path / "search" / "search.json").read_text())["asked"]
     assert asked["balance"] == "least-in-flight" and asked["others"] == [f"{two.url}/b/completions"], searched.stderr
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 
 import nbformat
 import psutil
@@ -16,7 +17,7 @@ from jupyter_client import BlockingKernelClient, KernelManager
 
 import fp8lab as lab
 from conftest import marked, nothing_left, wait_for
-from fp8lab.server import orphans
+from fp8lab.server import orphans, preflight
 
 START = "import fp8lab as lab; server = lab.start_server(lab.load_profile({profile!r}), 'bf16', log_path={log!r})"
 FAMILY = 5  # watchdog, API server, EngineCore, child, grandchild
@@ -225,7 +226,15 @@ def test_a_clock_that_is_set_makes_no_server_look_left_over(fake_vllm, tmp_path,
         create_time = psutil.Process.create_time
         monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
         (mine,) = [server for server in orphans.servers() if server.profile == profile.name]
-        assert mine.owned
+        assert mine.owned and mine.watched
+
+
+def test_a_server_that_runs_as_it_should_is_no_leftover(fake_vllm, tmp_path):
+    profile = lab.load_profile(str(fake_vllm()))
+    with lab.serve(profile, "bf16", log_path=tmp_path / "server.log"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        preflight.warn_of_leftovers()
+        assert not [one for one in said if f"({profile.name}" in str(one.message) or "bf16, pids" in str(one.message)]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root sees other users' processes, and may start one")

@@ -115,14 +115,15 @@ def test_the_recorded_fits_never_saw_what_they_are_judged_by():
             run = open_run(source=model.run)
             unseen = set(held_out(run))
             assert not unseen & set(model.levels) and len(model.levels) >= 2
+            off = [
+                apart(model, run.read(s.level))
+                for level, s in run.summaries().items()
+                if level in unseen and s.level.variant == variant
+            ]
             for name in JUDGED:
-                off = [
-                    abs(apart(model, run.read(s.level))[name])
-                    for level, s in run.summaries().items()
-                    if level in unseen and s.level.variant == variant
-                ]
-                assert np.median(off) == pytest.approx(model.median[name], abs=2e-3), (variant, name)
-                assert max(off) == pytest.approx(model.worst[name], abs=2e-3), (variant, name)
+                each = [abs(one[name]) for one in off]
+                assert np.median(each) == pytest.approx(model.median[name], abs=2e-3), (variant, name)
+                assert max(each) == pytest.approx(model.worst[name], abs=2e-3), (variant, name)
 
 
 def test_a_load_in_virtual_time_costs_what_its_steps_do():
@@ -144,8 +145,28 @@ def test_the_highest_rate_is_where_the_objective_is_lost():
 
 
 def test_a_request_that_cannot_fit_is_refused():
-    with pytest.raises(BadInput, match="does not fit in x's KV cache of 64,000"):
+    with pytest.raises(BadInput, match="does not fit in a KV cache of 64,000"):
         predict("x", MODEL, fixed_length(3, input_tokens=70_000, output_tokens=2), 1.0)
+
+
+def test_a_file_of_few_requests_is_begun_anew(tmp_path):
+    few = tmp_path / "few.csv"
+    few.write_text("prompt_tokens,output_tokens\n" + "200,300\n" * 30)
+    assert len(lab.drawing(str(few))(700)) == 700
+    limit = highest_rate("x", MODEL, lab.drawing(str(few)), SLO.parse("tpot=20,ttft=500,p90"))
+    assert 0 < limit.low < limit.high < math.inf
+
+
+def test_a_level_that_ends_in_its_ramp_says_nothing_of_the_limit():
+    assert predict("x", MODEL, sharegpt_like(30, 1), 30.0).played.limit.startswith("not known")
+    assert predict("x", MODEL, sharegpt_like(2000, 1), math.inf).played.limit == "GPU"
+
+
+def test_only_what_it_is_a_model_of_is_fitted():
+    with pytest.raises(BadInput, match="is EMULATED: a fit of it would foretell the emulation"):
+        fit(open_run(source="emulated-h100"), "fp8")
+    with pytest.raises(BadInput, match="ran 2 replicas, each with a scheduler of its own"):
+        fit(open_run(source="h200-80gb-x2-8b"), "fp8-dp2")
 
 
 def test_one_python_api_server_is_not_modelled():
@@ -181,20 +202,27 @@ def test_from_the_command_line(tmp_path):
     assert "fp8-unsealed-16rps-r1" in beside.stdout and "held out" in beside.stdout
     broken = tmp_path / "broken.toml"
     broken.write_text("[fp8]\nbase_ms = 1\n")
-    assert "is no fit of step models" in fp8lab("predict", str(broken)).stderr
+    for text, said in (
+        ("[fp8]\nbase_ms = 1\n", "is no fit of step models"), ("", "it holds no variant"),
+        (read_fits(FIT)["fp8-unsealed"].as_toml("a.b").replace("base_ms = ", 'base_ms = "x" #', 1), "base_ms is 'x', expected a number"),
+    ):  # fmt: skip
+        broken.write_text(text)
+        assert said in (refused := fp8lab("predict", str(broken))).stderr and refused.returncode == 2, refused.stderr
+    none = fp8lab("predict", FIT, "--against", "h200-80gb-recipes")
+    assert none.returncode == 2 and "holds no level of bf16-unsealed, fp8-unsealed (it measured: bf16," in none.stderr
 
 
 def test_a_fit_is_written_and_read_back(tmp_path):
     model = read_fits(FIT)["fp8-unsealed"]
     path = tmp_path / "again.toml"
-    path.write_text(model.as_toml("fp8-unsealed"))
-    assert read_fits(str(path)) == {"fp8-unsealed": model}
+    path.write_text(model.as_toml("fp8.1"))
+    assert read_fits(str(path)) == {"fp8.1": model}
     assert "PREDICTED" in repr(lab.foretold_table(open_run(source="h100-80gb-128-128"), {"fp8-unsealed": model}))
 
 
 def test_the_planner_says_predicted_and_what_a_load_takes():
     models = lab.step_models(FIT, ["fp8-unsealed"])
-    draw = lab.drawing("random", input_tokens=200, output_tokens=20)
+    draw = lab.drawing("random", input_tokens=1000, output_tokens=200)
     plan = lab.cards_plan_table(models, draw, "ttft=500,p90", load=1000, price=2.5)
     (variant, bracket, cards, each, cost) = plan.rows[0]
     low = float(bracket.split()[0])
@@ -203,7 +231,7 @@ def test_the_planner_says_predicted_and_what_a_load_takes():
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95
-    figure = lab.predicted_figure(models, draw, [20, 60], requests=200)
+    figure = lab.predicted_figure(models, draw, [5, 10], requests=100)
     assert figure.svg.count("PREDICTED") or "PREDICTED" in figure.alt
     assert not {"#0072B2", "#D55E00"} & set(re.findall(r"#[0-9A-Fa-f]{6}", figure.svg.upper()))
     with pytest.raises(BadInput, match="load 0 is no number of requests/s above 0"):
@@ -221,7 +249,7 @@ def test_the_planners_page(tmp_path, monkeypatch):
         "-p", "card", "h200-80gb",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "predicted" / "11_planner.html").read_text()
+    page = (tmp_path / "pages" / "11_planner.html").read_text()
     assert "PREDICTED" in page and "by the datasheets, not fitted there" in page and "Traceback" not in page
 
 

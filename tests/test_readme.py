@@ -12,7 +12,7 @@ from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.predict import step_models
 from fp8lab.experiment.quality import comparisons
-from fp8lab.experiment.step_fit import apart, replay
+from fp8lab.experiment.step_fit import replay
 from fp8lab.metrics.anatomy import LAYERS
 from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
@@ -287,16 +287,13 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     for fitted, scaled, of, count, told in rows:
         models = by_datasheet if scaled else fits[fitted]
         run = open_run(source=fitted if of == "the same run" else of.strip("`"))
-        off = [
-            {name: abs(value) for name, value in apart(models[s.level.variant], run.read(s.level)).items()}
-            for level, s in run.summaries().items()
-            if s.level.variant in models and not (run.path.name == fitted and level in models[s.level.variant].levels)
-        ]
-        seen = evidence(run)
-        for level, s in () if scaled else run.summaries().items():
+        seen, off = evidence(run), []
+        for level, s in run.summaries().items():
             if s.level.variant in models and not (run.path.name == fitted and level in models[s.level.variant].levels):
-                foretold, cause = replay(models[s.level.variant], run.read(s.level)).limit, seen.limit(level).cause
-                named.append(foretold == cause or (foretold == "GPU" and ("GPU" in cause or cause == "EngineCore")))
+                played, cause = replay(models[s.level.variant], run.read(s.level)), seen.limit(level).cause
+                off.append({name: abs(value / getattr(s, name) - 1) for name, value in played.found.items()})
+                gpu = played.limit == "GPU" and ("GPU" in cause or cause == "EngineCore")
+                named += [] if scaled else [gpu or played.limit == cause]
         metrics = ("output_token_throughput", "mean_tpot_ms", "p99_ttft_ms")
         each = [sorted(one[name] for one in off) for name in metrics]
         if of == "the same run" and fitted == "h100-80gb-unsealed":

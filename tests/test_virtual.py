@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NIGHTLY
+from fp8lab.errors import BadInput
 from fp8lab.metrics.virtual import Limits, play
 from fp8lab.models.checkpoints import model_folder
 
@@ -140,3 +142,17 @@ def test_it_does_what_vllms_scheduler_does(vllm_scheduler, load, blocks, depth):
     assert mine.preemptions == real.preempted
     assert mine.first_s.tolist() == [real.first[i] for i in range(len(load))]
     assert mine.last_s.tolist() == [real.last[i] for i in range(len(load))]
+    # Steps that are alike taken together: the same, but for rounding.
+    fast = play(prompts, answers, due, limits, seconds)
+    assert (fast.steps, fast.preemptions) == (mine.steps, mine.preemptions)
+    assert np.allclose(fast.first_s, mine.first_s, rtol=0, atol=1e-6) and np.allclose(
+        fast.last_s, mine.last_s, rtol=0, atol=1e-6
+    )
+
+
+def test_what_can_never_run_is_refused():
+    limits = Limits(requests=4, step_tokens=64, blocks=6, block=16)
+    with pytest.raises(BadInput, match=r"request 1 of 98 \+ 2 tokens does not fit in a KV cache of 96"):
+        play([10, 98], [2, 2], [0.0, 0.0], limits, seconds)
+    with pytest.raises(BadInput, match="a server of 0 requests"):
+        play([10], [2], [0.0], Limits(0, 64, 6), seconds)

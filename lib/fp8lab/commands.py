@@ -47,7 +47,11 @@ def reproduce(args) -> int:
         check_parameters(notebook, chosen)
     # What measures nothing and reads no run of its own needs none.
     for notebook in (alone := [one for one in notebooks if "run_dir" not in declared(one)]):
-        print(repository_relative(execute(notebook, RUNS / "predicted" / notebook.name, chosen)))
+        if args.run or args.source or args.model or args.weights:
+            raise BadInput(
+                f"{notebook.name} is of no run, server or model: leave --run, --source, --model and --weights out"
+            )
+        print(repository_relative(execute(notebook, RUNS / "pages" / notebook.name, chosen)))
     if not (notebooks := [one for one in notebooks if one not in alone]):
         return 0
     profile = args.profile
@@ -141,21 +145,31 @@ def fit(args) -> None:
     )
 
 
-def fit_model(args) -> None:
+def fit_model(args) -> int:
     from .experiment.step_fit import fit as fit_steps
     from .metrics.step_model import FITS
     from .report.tables.predicted import errors_of
 
-    run = open_run(source=args.run)
+    path = Path(args.run).resolve()
+    run = open_run(source=path if path.is_dir() else args.run)
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
-    path = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
-    models = {variant: fit_steps(run, variant) for variant in args.variant or measured}
-    head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`: what each number means stands in metrics/step_model.py.\n\n"
-    with writing(path):
-        path.write_text(head + "\n".join(model.as_toml(variant) for variant, model in models.items()))
+    target = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
+    models, wrong = {}, []
+    for variant in args.variant or measured:
+        try:
+            models[variant] = fit_steps(run, variant)
+        except BadInput as error:
+            wrong.append(error)
+            print(f"fp8lab: {error}", file=sys.stderr)
+    if not models:
+        raise BadInput(f"run {run.path.name}: no variant can be fitted ({len(wrong)} tried)")
+    head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`; `fp8lab.metrics.step_model` says what each number is.\n\n"
+    with writing(target):
+        target.write_text(head + "\n".join(model.as_toml(variant) for variant, model in models.items()))
     for variant, model in models.items():
         print(f"{variant}: {errors_of(model)}")
-    print(repository_relative(path))
+    print(repository_relative(target))
+    return 0 if not (wrong and args.variant) else 2
 
 
 def predict(args) -> None:
@@ -180,12 +194,14 @@ def predict(args) -> None:
         for rate in args.rate or [math.inf]:
             status.update(f"{variant} at {rate_name(rate)}")
             levels.append(play(variant, model, trace, rate, seed=args.seed))
+    status.done(f"{len(levels)} levels played")
     print(predicted_table(levels, models))
     for variant, model in models.items() if slo else ():
         status.update(f"{variant}: the highest rate that meets {slo}")
-        print(
-            f"PREDICTED, {variant}: the highest rate that meets {slo}: {highest_rate(variant, model, draw, slo, seed=args.seed)} req/s"
-        )
+        limit = highest_rate(variant, model, draw, slo, seed=args.seed)
+        status.done(f"{variant}: searched")
+        unit = " req/s" * (limit != (0, math.inf))
+        print(f"PREDICTED, {variant}: the highest rate that meets {slo}: {limit}{unit}")
 
 
 def plan(args) -> None:

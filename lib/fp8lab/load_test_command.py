@@ -287,13 +287,9 @@ def _trace(args: argparse.Namespace, requests: int | None, seed: int, **options)
 def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
     """As many requests of the trace as asked for: a file that holds fewer is begun anew, with other prompts where those are
     drawn. Arrival times that it holds are left out."""
-    from .config.trace import Trace
+    from .config.trace import begun_anew
 
-    parts = [_trace(args, requests, seed, times="dropped", fewer=True)]
-    while lacking := requests - sum(map(len, parts)):
-        parts.append(_trace(args, lacking, seed + len(parts), times="dropped", fewer=True))
-    columns = ("prompts", "prompt_tokens", "output_tokens")
-    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
+    return begun_anew(lambda lacking, by: _trace(args, lacking, by, times="dropped", fewer=True), requests, seed)
 
 
 def _options(args: argparse.Namespace) -> dict:
@@ -334,7 +330,7 @@ def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
     )
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
-    fleet = {"others": [one.url for one in args.others], "balance": args.balance} if args.others else {}
+    fleet = {"others": [one.url for one in args.others], "balance": args.balance if args.others else ""}
     return {"endpoint": endpoint.url, "extra_body": body} | fleet | {name: getattr(args, name) for name in kept}
 
 
@@ -346,7 +342,8 @@ def _check_same(path: Path, asked: dict) -> None:
         return write_json(path, {"asked": asked})
     before = read_json(path, "choose another --out folder", ("asked",))["asked"]
     for name, value in plain(asked).items():
-        if before.get(name) != value:
+        # A search from before fleets asked one endpoint.
+        if before.get(name, {"others": [], "balance": ""}.get(name)) != value:
             raise BadInput(
                 f"{path.parent} holds a search with {name} {before.get(name)!r}, not {value!r}; choose another --out folder"
             )

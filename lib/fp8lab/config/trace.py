@@ -239,6 +239,16 @@ def _refuse_times(name: str) -> NoReturn:
     )
 
 
+def begun_anew(draw: Callable[[int, int], Trace], requests: int, seed: int) -> Trace:
+    """As many requests as asked for: what `draw` gives by (requests, seed), a file that holds fewer begun anew, with other
+    prompts where those are drawn. Arrival times are left out."""
+    parts = [draw(requests, seed)]
+    while lacking := requests - sum(map(len, parts)):
+        parts.append(draw(lacking, seed + len(parts)))
+    columns = ("prompts", "prompt_tokens", "output_tokens")
+    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
+
+
 def named_trace(
     trace: str,
     requests: int | None,

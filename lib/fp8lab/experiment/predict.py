@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config.profile_file import read_profile
-from ..config.trace import Trace, arrival_times, named_trace
+from ..config.trace import Trace, arrival_times, begun_anew, named_trace
 from ..errors import BadInput
 from ..metrics.slo import SLO, Bracket, attains, probe_requests, search
 from ..metrics.step_model import StepModel, read_fits
@@ -32,9 +32,6 @@ class Predicted:
 def predict(variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0) -> Predicted:
     """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
     hold."""
-    longest = max(p + a for p, a in zip(trace.prompt_tokens, trace.output_tokens, strict=True))
-    if longest > model.kv_tokens:
-        raise BadInput(f"a request of {longest:,} tokens does not fit in {variant}'s KV cache of {model.kv_tokens:,}")
     due = arrival_times(len(trace), rate, seed=seed)
     return Predicted(variant, rate, len(trace), play_level(model, trace.prompt_tokens, trace.output_tokens, due))
 
@@ -71,12 +68,16 @@ def drawing(
     trace: str = "sharegpt-like", *, input_tokens: int = 1024, output_tokens: int = 128, seed: int = 0,
     tokenizer: str | None = None, max_context: int | None = None,
 ) -> Callable[[int], Trace]:  # fmt: skip
-    """What draws so many requests of a trace; its arrival times are left out. Raises BadInput, when it draws, for one that
+    """What draws so many requests of a trace, a file that holds fewer begun anew; its arrival times are left out. Raises BadInput, when it draws, for one that
     cannot be read."""
-    return lambda requests: named_trace(
-        trace, requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens, tokenizer=tokenizer,
-        times="dropped", max_context=max_context, fewer=True,
-    )  # fmt: skip
+
+    def draw(requests: int, by: int) -> Trace:
+        return named_trace(
+            trace, requests, seed=by, input_tokens=input_tokens, output_tokens=output_tokens, tokenizer=tokenizer,
+            times="dropped", max_context=max_context, fewer=True,
+        )  # fmt: skip
+
+    return lambda requests: begun_anew(draw, requests, seed)
 
 
 def what_if(model: StepModel) -> dict[str, StepModel]:

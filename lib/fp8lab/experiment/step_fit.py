@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..config.dimensions import most_running
+from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
 from ..config.flags import flag_of
 from ..config.profile import RUST
 from ..errors import BadInput
-from ..metrics.bottleneck import keeps_up
+from ..metrics.bottleneck import early_stays, keeps_up
 from ..metrics.performance import latencies
+from ..metrics.statistics import student_t
 from ..metrics.step_model import FITS, FITTED, StepModel
+from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, play
 from ..results.run_folder import LevelResult, Run
 from ..ui.status import StatusLine
@@ -59,6 +61,8 @@ class Played:
         model of this kind tells apart."""
         if keeps_up(self.records) is not False:
             return "offered load"
+        if 0 < self.records["scheduled_s"].max() < 2 * early_stays(self.records).mean():
+            return "not known: it ends while its first requests still run"
         full = self.course.preemptions > _PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
         return "KV capacity" if full else "GPU"
 
@@ -103,13 +107,25 @@ def apart(model: StepModel, level: LevelResult) -> dict[str, float]:
     return {name: found[name] / getattr(level.summary, name) - 1 for name in JUDGED}
 
 
-def fit(run: Run, variant: str, *, refine: bool = True) -> StepModel:
+def judgeable(summary: Summary) -> bool:
+    """Whether a level holds all that a prediction is judged by."""
+    return summary.valid and bool(summary.kv_cache_tokens) and all(getattr(summary, name) for name in JUDGED)
+
+
+def fit(run: Run, variant: str) -> StepModel:
     """The step model of a variant, from the levels of `run` that are not held out. Raises BadInput without two of them, or
     without telemetry."""
     from scipy.optimize import least_squares
 
     kept = set(run.summaries()) - set(held_out(run))
-    summaries = {k: s for k, s in run.summaries().items() if k in kept and s.level.variant == variant and s.valid}
+    if run.emulated:
+        raise BadInput(f"run {run.path.name} is EMULATED: a fit of it would foretell the emulation")
+    mine = {k: s for k, s in run.summaries().items() if s.level.variant == variant and judgeable(s)}
+    summaries = {k: s for k, s in mine.items() if k in kept}
+    if one := next((k for k, s in summaries.items() if s.replicas > 1), None):
+        raise BadInput(
+            f"{variant}: {one} ran {summaries[one].replicas} replicas, each with a scheduler of its own: fit one of them"
+        )
     levels = {level_id: run.read(s.level) for level_id, s in summaries.items() if s.kv_cache_tokens}
     if one := next((k for k, level in levels.items() if _one_python_process(level)), None):
         raise BadInput(
@@ -133,8 +149,9 @@ def fit(run: Run, variant: str, *, refine: bool = True) -> StepModel:
     def of_spans(logs: np.ndarray) -> np.ndarray:
         return _foretold(np.exp(logs), rows) / rows[:, 0] - 1
 
-    first = least_squares(of_spans, np.log(_START), loss="soft_l1", f_scale=0.1)
-    begin = np.append(first.x, math.log(2.0))
+    lowest = _floors(run, variant)
+    start = np.maximum(np.log(_START), lowest + 0.05)
+    first = least_squares(of_spans, start, bounds=(lowest, np.inf), loss="soft_l1", f_scale=0.1)
 
     def model_of(logs: np.ndarray) -> StepModel:
         # As a file holds them: near saturation a level turns on the last digit.
@@ -150,27 +167,18 @@ def fit(run: Run, variant: str, *, refine: bool = True) -> StepModel:
         spans = of_spans(logs[:-1]) / math.sqrt(len(rows))
         return np.concatenate([apart, 2 * spans])
 
-    found = first
-    if refine:
-        status.update(f"{variant}: playing {len(levels)} levels again and again")
-        found = least_squares(of_levels, begin, diff_step=0.02, max_nfev=25)
-    else:
-        found.x = begin
+    status.update(f"{variant}: playing {len(levels)} levels again and again")
+    bounds = (np.append(lowest, -np.inf), np.inf)
+    found = least_squares(of_levels, np.append(first.x, math.log(2.0)), bounds=bounds, diff_step=0.02, max_nfev=25)
     model = model_of(found.x)
     status.done(f"{variant}: fitted to {', '.join(levels)}")
-    if not refine:
-        return model
-    unseen = [
-        run.read(s.level)
-        for k, s in run.summaries().items()
-        if k not in kept and s.level.variant == variant and s.valid
-    ]
+    unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
     off = [{name: abs(value) for name, value in apart(model, level).items()} for level in unseen]
     seen = {
         "median": {name: float(np.median([one[name] for one in off])) for name in JUDGED} if off else {},
         "worst": {name: max(one[name] for one in off) for name in JUDGED} if off else {},
     }
-    return dataclasses.replace(model, **_intervals(found, model), **seen)
+    return dataclasses.replace(model, **_intervals(found, model, len(levels)), **seen)
 
 
 def _spans(level: LevelResult) -> np.ndarray:
@@ -216,11 +224,24 @@ def _one_python_process(level: LevelResult) -> bool:
     return not several and server.environment.get(RUST, "0") == "0"
 
 
-def _intervals(found, model: StepModel) -> dict[str, dict[str, float]]:
-    """95 % intervals from the curvature at the best fit: of the logarithms of what was fitted."""
-    freedom = max(1, len(found.fun) - len(found.x))
+def _floors(run: Run, variant: str) -> np.ndarray:
+    """The logarithms that a fit may not go below: weights and contexts are read at the card's bandwidth at most."""
+    profile, low = run.profile, np.full(len(FITTED) - 1, -np.inf)
+    card, shape, flags = profile.gpu, profile.shape(variant), profile.flags(variant)
+    if card and shape:
+        weights = 1e3 * shape.weight_bytes_read(weight_format(flags, shape)) / card.hbm_bytes_per_s
+        token = 1e9 * shape.kv_bytes_per_token(1 if fp8_kv(flags, shape) else 2) / card.hbm_bytes_per_s
+        for name, value in (("weights_ms", weights), ("context_ns", token), ("mixed_context_ns", token)):
+            low[FITTED.index(name)] = math.log(value / (cards(flags) // replicas(flags)))
+    return low
+
+
+def _intervals(found, model: StepModel, levels: int) -> dict[str, dict[str, float]]:
+    """95 % intervals from the curvature at the best fit: of the logarithms of what was fitted. All intervals of telemetry
+    together count as one level does."""
+    freedom = max(1, (levels + 1) * len(JUDGED) - len(FITTED))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
-    half = np.minimum(1.96 * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
+    half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
     ends = {
         sign: {name: getattr(model, name) * math.exp(sign * h) for name, h in zip(FITTED, half, strict=True)}
         for sign in (-1, 1)

@@ -172,17 +172,20 @@ def _peak(summary: "Summary") -> str:
 def _too_many(failures: Counter, sent: Sent, fleet: Sequence[Endpoint]) -> list[str]:
     failed, requests = failures.total(), len(sent.outcomes)
     if failed == requests:
-        first = sent.outcomes[0].error
-        return [f"no request completed; the first failed with: {first}{remedy(first, fleet[0])}"]
+        first = sent.outcomes[0]
+        return [
+            f"no request completed; the first failed with: {first.error}{remedy(first.error, fleet[first.endpoint])}"
+        ]
     if failed > _FAILED_SHARE * requests:
         most, _ = failures.most_common(1)[0]
         told = f"{failed} of {requests} requests failed, above {_FAILED_SHARE:.0%}; most often with: {most}"
-        where = Counter(outcome.endpoint for outcome in sent.outcomes if outcome.error)
+        where = Counter(outcome.endpoint for outcome in sent.outcomes if outcome.error and outcome.endpoint >= 0)
+        asked = next(outcome.endpoint for outcome in sent.outcomes if outcome.error == most)
         if len(fleet) > 1:
             told += (
                 f" (failed at {', '.join(f'{fleet[number].url}: {count}' for number, count in sorted(where.items()))})"
             )
-        return [told + remedy(most, fleet[0])]
+        return [told + remedy(most, fleet[asked])]
     return []
 
 
@@ -274,7 +277,7 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
     last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
     the slot that it took had become free (nan: it always was); where some output was reasoning also first_answer_s, when
-    the first came that was not (nan: never); of a fleet also endpoint, the number of the one that was asked.
+    the first came that was not (nan: never); of a fleet also endpoint, the number of the one that was asked (-1: none was).
     tokens: request, at_s.
     """
     import pandas as pd

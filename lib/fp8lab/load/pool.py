@@ -171,7 +171,7 @@ class Team:
         for number, indices in enumerate(self.indices):
             lost = f"lost: load worker {number} {self.troubles.get(number, 'left no record of it')}"
             for index in indices:
-                found.setdefault(index, Outcome(index, 0, error=lost))
+                found.setdefault(index, Outcome(index, 0, endpoint=-1, error=lost))
         return [found[index] for index in sorted(found)]
 
     def report(self, start_delay_s: float) -> ClientReport:

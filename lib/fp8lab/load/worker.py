@@ -118,7 +118,8 @@ class Worker:
         """Opens what the level will need at once; a refusal here shows again at the first request."""
         ahead, within = self.job.connections_ahead, min(_OPEN_AHEAD_S, self.job.idle_timeout_s)
         for begin in range(0, ahead, 128):
-            numbers = [number % len(self.connectors) for number in range(begin, min(begin + 128, ahead))]
+            # To those that the first requests go to.
+            numbers = [self.choose(index) for index in self.job.indices[begin : min(begin + 128, ahead)]]
             opened = await asyncio.gather(
                 *(self.connectors[number].connect(within) for number in numbers), return_exceptions=True
             )
@@ -166,7 +167,7 @@ class Worker:
     def finish_unsent(self, index: int) -> None:
         why = f"ended before its turn{self.out_of_time}" if self.out_of_time else "was stopped"
         for unsent in self.job.indices[self.job.indices.index(index) :]:
-            self.record(Outcome(unsent, 0, error=f"not sent: the level {why}"))
+            self.record(Outcome(unsent, 0, endpoint=-1, error=f"not sent: the level {why}"))
 
     def choose(self, index: int) -> int:
         """The endpoint of a request, by its number."""

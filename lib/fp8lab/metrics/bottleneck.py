@@ -65,7 +65,7 @@ def backlog_growth(records: pd.DataFrame) -> float:
     slope = float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
     # In flight after t seconds of a stationary server: rate x integral of P(stay > u), u up to t. Its slope is what a
     # ramp alone would give.
-    stay = np.sort(_early_stays(done))
+    stay = np.sort(early_stays(done))
     ramp = float((1 - np.searchsorted(stay, at, side="right") / stay.size).mean()) if stay.size else 0.0
     return slope - ramp
 
@@ -77,13 +77,13 @@ def growth_by_chance(records: pd.DataFrame) -> float:
     that a slope over w seconds has the variance 12 r E[S²] / w³. 0 for all at once."""
     done = completed(records)
     duration = done["scheduled_s"].max() if len(done) else 0.0
-    stays = _early_stays(done)
+    stays = early_stays(done)
     if not duration or not stays.size:
         return 0.0
     return 2 * math.sqrt(12 * float((stays**2).mean()) / (len(done) / duration * (duration / 2) ** 3))
 
 
-def _early_stays(done: pd.DataFrame) -> np.ndarray:
+def early_stays(done: pd.DataFrame) -> np.ndarray:
     """How long (s) requests stayed that came in the first third, before a backlog lengthened it."""
     return (done["last_token_s"] - done["sent_s"])[done["scheduled_s"] <= done["scheduled_s"].max() / 3].to_numpy(float)
 
@@ -139,7 +139,8 @@ def what_limited(
     if (summary.client_busiest_core or 0) > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary.client_busiest_core:.2f} of a core")
     if kept_up and not used.full("frontend"):
-        return Limit("offered load", f"no backlog grew while {used}{_distance(roofline)}")
+        grew = "no backlog grew" if growth <= _GROWTH else "in flight grew no more than chance makes it"
+        return Limit("offered load", f"{grew} while {used}{_distance(roofline)}")
     if kv := _kv_full(summary, telemetry):
         return Limit("KV capacity", kv)
     trend = "it just kept up" if kept_up else f"in flight grew by {growth:.0%} of the offered rate"

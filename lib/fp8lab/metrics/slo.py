@@ -130,9 +130,11 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
         return Attainment("met", counted, violations, requests)
     if kept is False and times >= _STAYS:
         return Attainment("missed", f"{counted}, but the backlog grew to the end", violations, requests)
-    why = (
-        "slow requests took over half as long as all arrivals" if kept else "the backlog still grew when arrivals ended"
-    )
+    why = {
+        True: "slow requests took over half as long as all arrivals",
+        None: "the backlog grew no more than chance makes it in a level so short",
+        False: "the backlog still grew when arrivals ended",
+    }[kept]
     return Attainment("undecided", f"{counted}, but {why}: it takes a longer level", violations, requests)
 
 

@@ -1,16 +1,18 @@
-"""How long a step takes, from what it computes: a few numbers with a meaning, fitted to recorded levels (`experiment.fit`).
+"""How long a step takes, from what it computes: a few numbers with a meaning, fitted to recorded levels (`experiment.step_fit`).
 
     base + (weights^4 + (token x tokens)^4)^(1/4) + request x requests that get a token
          + context x tokens of context, in a step that only decodes
          + mixed + mixed_context x tokens of context, in one that reads prompts too
 
 Weights have to be read whatever the batch; once it is large, products take longer than that: whichever is longer counts, with
-a smooth passage. In a step with prompts attention reads the contexts of those that decode less well. The API server is a wait
+a smooth passage. In a step with prompts attention may read the contexts of those that decode less well. Neither weights nor
+contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell. The API server is a wait
 before the first token: one Python process that is full itself is no such server, and no model of this kind is fitted to it.
 """
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,10 +73,10 @@ class StepModel:
 
     def on(self, card: Card, other: Card, name: str) -> "StepModel":
         """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
-        is multiplied that of its matrix units. The host stays as it was."""
+        is multiplied that of its matrix units. Host and KV cache stay as they were."""
         read, products = card.hbm_bytes_per_s / other.hbm_bytes_per_s, card.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
-        note = f"scaled from {card.name} to {other.name} by the datasheets, not fitted there"
+        note = f"scaled from {card.name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
         return dataclasses.replace(
             self,
             **scaled,
@@ -89,7 +91,7 @@ class StepModel:
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
-        lines = [f"[{variant}]"]
+        lines = [f"[{json.dumps(variant)}]"]
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if one.name != "note":
@@ -117,8 +119,24 @@ def read_fits(name: str) -> dict[str, StepModel]:
         raise BadInput(f"no fit {name!r} (there are: {known}); `fp8lab fit-model RUN` makes one of a run")
     try:
         tables = tomllib.loads(path.read_text())
-        return {
+        models = {
             variant: StepModel(**values | {"levels": tuple(values["levels"])}) for variant, values in tables.items()
         }
-    except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+        for variant, model in models.items():
+            _check(variant, model)
+        if not models:
+            raise ValueError("it holds no variant")
+        return models
+    except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{path} is no fit of step models: {error}; make it again with `fp8lab fit-model`") from None
+
+
+def _check(variant: str, model: StepModel) -> None:
+    """Raises ValueError for what no fit has written."""
+    for name in (*FITTED, "requests", "step_tokens", "kv_tokens"):
+        value, whole = getattr(model, name), name not in FITTED
+        kind = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not whole <= value < math.inf:
+            raise ValueError(f"{variant}: {name} is {value!r}, expected a number of {int(whole)} or more")
+    if model.median.keys() != model.worst.keys():
+        raise ValueError(f"{variant}: median and worst are of other metrics")

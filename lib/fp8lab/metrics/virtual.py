@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import BadInput
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -101,7 +103,8 @@ def play(
 ) -> Course:  # fmt: skip
     """The course of requests with so many tokens of prompt and answer, each shape (requests,), that come at `due_s`, ascending.
 
-    `seconds` says how long a step takes; it grows by as much with each token of context. `watch`, for tests, is told the
+    Raises BadInput for a request that the cache cannot hold. `seconds` says how long a step takes; it grows by as much with
+    each token of context. `watch`, for tests, is told the
     number of each step, who is running, and how many blocks are held, and has every step taken by itself."""
     return _Play(prompts, answers, due_s, limits, seconds, watch).run()
 
@@ -121,6 +124,17 @@ class _Play:
         self.ended: deque[tuple[int, int]] = deque()
         # The step that is put together now, when that is, when it begins, and the last one whose tokens are known.
         self.step, self.made, self.begins, self.known = 1, 0.0, 0.0, 0
+        self.preempted = False  # while the coming step was put together
+        for one in self.all:
+            if self._blocks(one.prompt + one.answer - 1) > limits.blocks:
+                raise BadInput(
+                    f"request {one.index} of {one.prompt:,} + {one.answer:,} tokens does not fit in a KV cache of "
+                    f"{limits.blocks * limits.block:,}"
+                )
+        if limits.requests < 1 or limits.step_tokens < 1:
+            raise BadInput(
+                f"a server of {limits.requests} requests and {limits.step_tokens} tokens a step runs nothing"
+            )
 
     def run(self) -> Course:
         arrived = 0
@@ -157,10 +171,9 @@ class _Play:
 
     def _put_together(self) -> Step:
         """Gives the coming step its tokens; preempts and admits."""
-        limits, step, preempted = self.limits, self.step, False
+        limits, step, self.preempted = self.limits, self.step, False
         while self._held(step) > limits.blocks and self.seats:
             self._preempt()
-            preempted = True
         decoding = emitted = self.decoding.count
         left, prompt = limits.step_tokens - decoding, 0
         context = self.decoding.context(step)
@@ -169,7 +182,7 @@ class _Play:
             if began:
                 one = self.reading[-began]
                 began -= 1
-            elif self.waiting and not preempted and len(self.seats) < limits.requests:
+            elif self.waiting and not self.preempted and len(self.seats) < limits.requests:
                 one = self.waiting[0]
                 # The whole of it has to fit, though a step may read a part (scheduler_reserve_full_isl).
                 if self._held(step) + self._blocks(one.length) > limits.blocks:
@@ -182,7 +195,6 @@ class _Play:
             more = self._blocks(one.computed + take) - self._blocks(one.computed)
             if self._held(step) + more > limits.blocks:
                 self._preempt()
-                preempted = True
                 break
             one.computed += take
             left, prompt, context = left - take, prompt + take, context + one.computed
@@ -196,7 +208,7 @@ class _Play:
 
     def _preempt(self) -> None:
         """Takes the seat of the one admitted last; it waits first, with the tokens that it has or will have of what runs."""
-        one = self.seats.pop()
+        one, self.preempted = self.seats.pop(), True
         self.course.preemptions += 1
         if one.read >= 0 and one.last < self.step:  # it has ended, which is not known yet
             self.ended.remove((one.last, one.index))
@@ -235,6 +247,8 @@ class _Play:
     def _alike(self, now: Step, took: float, more: float, next_due: float) -> int:
         """How many steps from this one on decode the same requests, with nobody to admit in between."""
         step, depth = self.step, self.limits.depth
+        if self.preempted and self.waiting:
+            return 1  # it may have made room for the next step to admit
         most = self.ends[0][0] - step + 1
         if self.ended:
             most = min(most, max(1, self.ended[0][0] + depth - step))

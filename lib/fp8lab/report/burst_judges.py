@@ -98,9 +98,12 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     loads = {v: {s.level.repeat: s.server.load_s for s in each if s.server.load_s} for v, each in starts.items()}
     served = seen.compare(before, online, _BURST, _TOKENS)
     if not all(loads.values()) or (took := paired(loads[before], loads[online])) is None:
-        return _found(
-            claim, seen, ids, verdict="undecided", reason="vLLM did not say how long it took to load the weights"
+        why = (
+            "no two starts served the same seed"
+            if all(loads.values())
+            else "vLLM did not say how long weights took to load"
         )
+        return _found(claim, seen, ids, verdict="undecided", reason=why)
     least = 1 - claim["tolerance"]
     word = "undecided"  # with one start of each nothing says how much starts differ
     if served.high < least or took.low > least:

@@ -41,8 +41,8 @@ def write_tables(folder: Path, **tables: pd.DataFrame | None) -> None:
 
 
 def to_the_microsecond(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with its times (columns in seconds, `..._s`) as durations of whole microseconds, finer than any clock here is
-    read: on disk they take less than half. `read_parquet` gives seconds again."""
+    """`table` with its times (columns in seconds, `..._s`) as durations of whole microseconds, less than an event loop is
+    late by: on disk they take less than half. `read_parquet` gives seconds again."""
     times = [column for column in table.select_dtypes("floating") if column.endswith("_s")]
     return table.assign(**{
         column: pd.to_timedelta((1e6 * table[column]).round(), unit="us").astype("timedelta64[us]") for column in times

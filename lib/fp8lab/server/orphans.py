@@ -110,7 +110,7 @@ def _leftover(details: dict, processes: list[psutil.Process]) -> Leftover:
     memory, started, watched = 0, time.time(), False
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            watched = watched or any(Path(part).name == Path(watchdog.__file__).name for part in process.cmdline()[:3])
+            watched = watched or watchdog.is_one(process.cmdline())
             memory += process.memory_info().rss
             started = min(started, process.create_time())
     said = {key: details[key] for key in ("id", "variant", "profile", "port", "owner_pid")}

@@ -153,6 +153,15 @@ if __name__ == "__main__":
     sys.exit(main())
 
 
+# Nothing of the host's Python set-up (PYTHONPATH, sitecustomize) is in it.
+_ALONE = ("-I", "-S")
+
+
+def is_one(command: Sequence[str]) -> bool:
+    """Whether a process's command is that of a watchdog, of this checkout or another."""
+    return any(os.path.basename(part) == os.path.basename(__file__) for part in command[1 : len(_ALONE) + 2])
+
+
 def popen(
     command: Sequence[str], environment: Mapping[str, str], log: Path, *, grace_s: float, options: Sequence[str] = (),
     held: Sequence[int] = (),
@@ -161,8 +170,7 @@ def popen(
     tells. `options` are the watchdog's own; the file descriptors `held` stay open until all has ended."""
     from ..config.secrets import secrets_of
 
-    # Nothing of the host's Python set-up (PYTHONPATH, sitecustomize) is in it.
-    guard = [sys.executable, "-I", "-S", __file__, "--log", str(log), "--grace", str(grace_s), *options]
+    guard = [sys.executable, *_ALONE, __file__, "--log", str(log), "--grace", str(grace_s), *options]
     guard += [part for name in secrets_of(environment) for part in ("--secret", name)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": held}
     return subprocess.Popen([*guard, "--", *command], env=dict(environment), start_new_session=True, **pipes)

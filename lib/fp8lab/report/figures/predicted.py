@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from ...config.trace import Trace
+from ...errors import BadInput
 from ...experiment.predict import predict
 from ...metrics.step_model import StepModel
 from .drawing import INK, figure, plainly
 
 # Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
-_STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"))
+_STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"),
+           ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
 
 
 @figure("predicted", "PREDICTED: what a card would do, by the rate that is offered", columns=2)
@@ -34,5 +36,7 @@ def predicted_figure(
     for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
         ticks(plainly)
     axes[0].legend(frameon=False, fontsize=9)
+    if left_out := list(models)[len(_STYLES) :]:
+        raise BadInput(f"{len(models)} variants are more than {len(_STYLES)} lines; draw without {', '.join(left_out)}")
     scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
     return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")

@@ -9,13 +9,14 @@ from ...config.profile import rate_name
 from ...config.trace import Trace
 from ...errors import BadInput
 from ...experiment.predict import Predicted, highest_rate, longer, predict, what_if
-from ...experiment.step_fit import JUDGED, held_out, replay
+from ...experiment.step_fit import JUDGED, held_out, judgeable, replay
 from ...metrics.slo import SLO
 from ...metrics.step_model import FITTED, StepModel
 from ...results.run_folder import Run
 from ...ui.status import StatusLine
 from ...ui.table import Table
 from ...ui.text import shown
+from ..verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
           "p99_ttft_ms": "TTFT p99"}  # fmt: skip
@@ -73,7 +74,7 @@ def cards_plan_table(
     for variant, model in models.items():
         status.update(f"{variant}: the highest rate that meets {slo}")
         limit = highest_rate(variant, model, draw, slo)
-        cards = math.ceil(load / limit.low) if limit.low else None
+        cards = math.ceil(load / limit.low) if limit.low else None  # a dash where no rate was shown to meet it
         cost = [shown(cards and price and cards * price, ",.2f")] if price else []
         rows.append((variant, f"{limit}", shown(cards), shown(cards and load / cards, ",.1f"), *cost))
     status.done(f"{len(models)} variants searched")
@@ -104,11 +105,11 @@ def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = m
 def errors_of(model: StepModel) -> str:
     """How far a model may be off, in a sentence."""
     if model.note:
-        return f"{model.note}: how far off that is, nothing here says"
+        return f"{model.note}: how far off that is, `--against` a run there says"
     if not model.worst:
         return f"fitted to run {model.run}, with no level held out to judge it by"
     told = ", ".join(f"{_WORDS[name]} {model.median[name]:.1%} ({model.worst[name]:.0%})" for name in JUDGED)
-    return f"levels of run {model.run} that the fit never saw are foretold within, in the median (at worst), {told}"
+    return f"levels of run {model.run} that the fit never saw, of its own requests, are foretold within, in the median (at worst), {told}"
 
 
 def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bool = False) -> Table:
@@ -116,7 +117,7 @@ def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bo
     unseen, rows, off = set(held_out(run)), [], []
     for level_id, summary in run.summaries().items():
         model = models.get(summary.level.variant)
-        if model is None or not summary.valid:
+        if model is None or not judgeable(summary):
             continue
         seen = run.path.name == model.run and level_id in model.levels
         if seen and unseen_only:
@@ -131,7 +132,12 @@ def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bo
         preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
         rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
     columns = ("level", "by the fit", *(f"{_WORDS[name]}, off by" for name in JUDGED), "preempted, PREDICTED")
+    if not rows:
+        measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
+        raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
     within = zip(_WORDS.values(), np.median(off, 0), np.max(off, 0), strict=True) if off else ()
     told = ", ".join(f"{word} {median:.1%} ({worst:.0%})" for word, median, worst in within)
     judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
-    return Table(f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows)
+    return Table(
+        f"{card_note(run)}Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows
+    )
