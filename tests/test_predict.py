@@ -13,7 +13,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput
 from fp8lab.experiment.predict import highest_rate, predict
-from fp8lab.experiment.step_fit import JUDGED, apart, fit, held_out, play_level
+from fp8lab.experiment.step_fit import JUDGED, apart, fit, held_out, play_level, replay
 from fp8lab.metrics.slo import SLO
 from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
@@ -116,9 +116,10 @@ def test_the_recorded_fits_never_saw_what_they_are_judged_by():
             unseen = set(held_out(run))
             assert not unseen & set(model.levels) and len(model.levels) >= 2
             off = [
-                apart(model, run.read(s.level))
+                apart(replay(model, level_of), level_of.summary)
                 for level, s in run.summaries().items()
                 if level in unseen and s.level.variant == variant
+                for level_of in [run.read(s.level)]
             ]
             for name in JUDGED:
                 each = [abs(one[name]) for one in off]

@@ -21,11 +21,10 @@ _NARROW = 0.02
 
 @dataclass(frozen=True)
 class Predicted:
-    """A variant under a load: `rate` in requests/s (inf: all at once), how many, and what comes of it."""
+    """A variant under a load: `rate` in requests/s (inf: all at once), and what comes of it."""
 
     variant: str
     rate: float
-    requests: int
     played: Played
 
 
@@ -33,7 +32,7 @@ def predict(variant: str, model: StepModel, trace: Trace, rate: float, *, seed: 
     """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
     hold."""
     due = arrival_times(len(trace), rate, seed=seed)
-    return Predicted(variant, rate, len(trace), play_level(model, trace.prompt_tokens, trace.output_tokens, due))
+    return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due))
 
 
 def highest_rate(

@@ -20,7 +20,7 @@ from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_fo
 from ..config.flags import flag_of
 from ..config.profile import RUST
 from ..errors import BadInput
-from ..metrics.bottleneck import early_stays, keeps_up
+from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
 from ..metrics.step_model import FITS, FITTED, StepModel
@@ -40,8 +40,8 @@ JUDGED = {
 }
 # vLLM's default of --max-num-batched-tokens on a Hopper card.
 _STEP_TOKENS = 8192
-# As `metrics.bottleneck` judges it: preempted requests, and how full the cache is where it holds others back.
-_PREEMPTED, _FULL = 0.01, 0.99
+# How full the cache is where it holds others back.
+_FULL = 0.99
 _START = (2.0, 3.0, 15.0, 2.0, 40.0, 1.0, 60.0)
 
 
@@ -61,9 +61,9 @@ class Played:
         model of this kind tells apart."""
         if keeps_up(self.records) is not False:
             return "offered load"
-        if 0 < self.records["scheduled_s"].max() < 2 * early_stays(self.records).mean():
-            return "not known: it ends while its first requests still run"
-        full = self.course.preemptions > _PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
+        if backlog_growth(self.records) <= growth_by_chance(self.records):
+            return "not known: too short to tell a backlog from chance"
+        full = self.course.preemptions > PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
         return "KV capacity" if full else "GPU"
 
 
@@ -101,10 +101,9 @@ def replay(model: StepModel, level: LevelResult) -> Played:
     )  # fmt: skip
 
 
-def apart(model: StepModel, level: LevelResult) -> dict[str, float]:
+def apart(played: Played, measured: Summary) -> dict[str, float]:
     """How far off (a share: 0.1 is 10 % too much) what is foretold of a level is, by metric."""
-    found = replay(model, level).found
-    return {name: found[name] / getattr(level.summary, name) - 1 for name in JUDGED}
+    return {name: played.found[name] / getattr(measured, name) - 1 for name in JUDGED}
 
 
 def judgeable(summary: Summary) -> bool:
@@ -126,7 +125,7 @@ def fit(run: Run, variant: str) -> StepModel:
         raise BadInput(
             f"{variant}: {one} ran {summaries[one].replicas} replicas, each with a scheduler of its own: fit one of them"
         )
-    levels = {level_id: run.read(s.level) for level_id, s in summaries.items() if s.kv_cache_tokens}
+    levels = {level_id: run.read(s.level) for level_id, s in summaries.items()}
     if one := next((k for k, level in levels.items() if _one_python_process(level)), None):
         raise BadInput(
             f"{variant}: one Python process is its API server ({one}), which is full before the card is: how its queue grows is not "
@@ -173,7 +172,7 @@ def fit(run: Run, variant: str) -> StepModel:
     model = model_of(found.x)
     status.done(f"{variant}: fitted to {', '.join(levels)}")
     unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
-    off = [{name: abs(value) for name, value in apart(model, level).items()} for level in unseen]
+    off = [{name: abs(value) for name, value in apart(replay(model, level), level.summary).items()} for level in unseen]
     seen = {
         "median": {name: float(np.median([one[name] for one in off])) for name in JUDGED} if off else {},
         "worst": {name: max(one[name] for one in off) for name in JUDGED} if off else {},

@@ -96,7 +96,8 @@ def send_load(
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
     With `others` the load is shared out among a fleet, all of which are asked the same: by `balance` each in its turn, or
-    the one of which a worker has the fewest requests in flight. `max_concurrency` caps what is in flight, which makes the level closed-loop: what is due then waits for a slot.
+    the one of which a worker has the fewest requests in flight. `max_concurrency` caps what is in flight, which makes the level
+    closed-loop: what is due then waits for a slot.
     `connections_ahead` are opened before the start (None: as many as may be needed in the first second); what is needed
     beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or
     a byte, and all that still run do `drain_timeout_s` after the last one was sent; while some wait for a slot, after as

@@ -30,7 +30,7 @@ _FULL = 0.95
 _CLIENT_FULL = 0.90
 _ENGINE_WORKS = 0.5
 # A few preemptions at a peak do not make the KV cache the limit: more than this many a request do.
-_PREEMPTED = 0.01
+PREEMPTED = 0.01
 # An API server that is in the way holds requests back: this share of those in flight is not in the EngineCore. An API server
 # that merely streams what a full GPU makes is as busy and holds none.
 _HELD = 0.05
@@ -65,7 +65,7 @@ def backlog_growth(records: pd.DataFrame) -> float:
     slope = float(np.polyfit(at, in_flight, 1)[0] / (arrivals.size / duration))
     # In flight after t seconds of a stationary server: rate x integral of P(stay > u), u up to t. Its slope is what a
     # ramp alone would give.
-    stay = np.sort(early_stays(done))
+    stay = np.sort(_early_stays(done))
     ramp = float((1 - np.searchsorted(stay, at, side="right") / stay.size).mean()) if stay.size else 0.0
     return slope - ramp
 
@@ -77,13 +77,13 @@ def growth_by_chance(records: pd.DataFrame) -> float:
     that a slope over w seconds has the variance 12 r E[S²] / w³. 0 for all at once."""
     done = completed(records)
     duration = done["scheduled_s"].max() if len(done) else 0.0
-    stays = early_stays(done)
+    stays = _early_stays(done)
     if not duration or not stays.size:
         return 0.0
     return 2 * math.sqrt(12 * float((stays**2).mean()) / (len(done) / duration * (duration / 2) ** 3))
 
 
-def early_stays(done: pd.DataFrame) -> np.ndarray:
+def _early_stays(done: pd.DataFrame) -> np.ndarray:
     """How long (s) requests stayed that came in the first third, before a backlog lengthened it."""
     return (done["last_token_s"] - done["sent_s"])[done["scheduled_s"] <= done["scheduled_s"].max() / 3].to_numpy(float)
 
@@ -192,7 +192,7 @@ class _Used:
 def _kv_full(summary: Summary, telemetry: pd.DataFrame | None) -> str:
     """Evidence that the KV cache was full; empty when it was not."""
     preempted = summary.preemptions or 0
-    if preempted > _PREEMPTED * summary.requests:
+    if preempted > PREEMPTED * summary.requests:
         return f"{preempted:.0f} preemptions for want of KV blocks"
     if telemetry is not None:
         known = telemetry[["waiting", "kv_cache_usage"]].dropna()

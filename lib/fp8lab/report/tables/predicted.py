@@ -9,7 +9,7 @@ from ...config.profile import rate_name
 from ...config.trace import Trace
 from ...errors import BadInput
 from ...experiment.predict import Predicted, highest_rate, longer, predict, what_if
-from ...experiment.step_fit import JUDGED, held_out, judgeable, replay
+from ...experiment.step_fit import JUDGED, apart, held_out, judgeable, replay
 from ...metrics.slo import SLO
 from ...metrics.step_model import FITTED, StepModel
 from ...results.run_folder import Run
@@ -34,7 +34,7 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
     for level in levels:
         model, course, found = models[level.variant], level.played.course, level.played.found
         rows.append((
-            level.variant, rate_name(level.rate), f"{level.requests:,}", shown(found["output_token_throughput"]),
+            level.variant, rate_name(level.rate), f"{len(level.played.records):,}", shown(found["output_token_throughput"]),
             f"{found['mean_ttft_ms']:,.0f} / {found['p99_ttft_ms']:,.0f}", f"{found['mean_tpot_ms']:,.1f} / {found['p99_tpot_ms']:,.1f}",
             f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}",
             f"{course.preemptions:,}", level.played.limit,
@@ -112,7 +112,7 @@ def errors_of(model: StepModel) -> str:
     return f"levels of run {model.run} that the fit never saw, of its own requests, are foretold within, in the median (at worst), {told}"
 
 
-def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bool = False) -> Table:
+def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
     """Every valid level of a run beside what its variant's model says of it: measured values, and how far off."""
     unseen, rows, off = set(held_out(run)), [], []
     for level_id, summary in run.summaries().items():
@@ -120,14 +120,12 @@ def foretold_table(run: Run, models: Mapping[str, StepModel], *, unseen_only: bo
         if model is None or not judgeable(summary):
             continue
         seen = run.path.name == model.run and level_id in model.levels
-        if seen and unseen_only:
-            continue
         played = replay(model, run.read(summary.level))
-        apart = [played.found[name] / getattr(summary, name) - 1 for name in JUDGED]
-        off += [] if seen else [np.abs(apart)]
+        each = apart(played, summary)
+        off += [] if seen else [np.abs(list(each.values()))]
         cells = [
             f"{shown(getattr(summary, name), ',.1f' if 'tpot' in name else ',.0f')} {one:+.1%}"
-            for name, one in zip(JUDGED, apart, strict=True)
+            for name, one in each.items()
         ]
         preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
         rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
