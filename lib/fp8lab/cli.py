@@ -240,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--top", **number(20, "likeliest tokens kept at each position (20)"))
     quality.add_argument("--prompts", **number(64, "passages to be explained (64)"))
     quality.add_argument("--answer-tokens", **number(256, "longest answer (256)"))
+    quality.add_argument("--in-flight", **number(64, "requests at once (64)"))
 
     anatomy = command("anatomy", (
         "Take decode steps apart: GPU time by kind of kernel beside the datasheet's floor, wall time, what the host adds, and "

@@ -5,6 +5,7 @@ commands is run: `--help` answers at once, and `load-test`, which has a module o
 """
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -89,7 +90,7 @@ def quality(args) -> None:
     if args.source:
         print(quality_table(open_run(source=args.source)))
         return
-    named = ("text", "document_tokens", "documents", "top", "prompts", "answer_tokens")
+    named = [field.name for field in dataclasses.fields(answers.QualityTask)]
     task = answers.QualityTask(**{name: getattr(args, name) for name in named})
     profile = load_profile(answers.quality_profile(args.profile), weights=args.weights, model=args.model)
     answers.check_weights(profile)

@@ -74,15 +74,15 @@ def read_text(path: str | Path = "") -> Text:
 AGAIN = "-again"
 _FOLDER = "quality"
 MINIMUM_DOCUMENTS = 4
-# How many requests are in flight: as many as the server batches; and the second time, documents one by one.
-_IN_FLIGHT = {"": (64, 64), AGAIN: (1, 16)}
+# The second time the reference is asked, so many documents and prompts are in flight: other batches, other rounding.
+_AGAIN_IN_FLIGHT = (1, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityTask:
     """What every variant is asked: to read the text in documents of `document_tokens` tokens, `documents` of them at most (0:
     all), with the `top` likeliest tokens at every position, and to explain `prompts` passages of it in up to
-    `answer_tokens` tokens, greedily."""
+    `answer_tokens` tokens, greedily; `in_flight` requests at once."""
 
     text: str = ""
     document_tokens: int = 1024
@@ -90,9 +90,10 @@ class QualityTask:
     top: int = 20
     prompts: int = 64
     answer_tokens: int = 256
+    in_flight: int = 64
 
     def __post_init__(self):
-        lowest = {"document_tokens": 16, "documents": 0, "top": 1, "prompts": 2, "answer_tokens": 1}
+        lowest = {"document_tokens": 16, "documents": 0, "top": 1, "prompts": 2, "answer_tokens": 1, "in_flight": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name} {getattr(self, name)} is too small; it must be at least {least}")
@@ -219,7 +220,7 @@ def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text,
     def shown(what: str):
         return lambda done, of: status.update(f"{name}: {what}", f"{done} of {of}")
 
-    readers, answerers = _IN_FLIGHT[AGAIN if name.endswith(AGAIN) else ""]
+    readers, answerers = _AGAIN_IN_FLIGHT if name.endswith(AGAIN) else (task.in_flight, task.in_flight)
     begun = time.monotonic()
     tokens, before = tokenize(endpoint, text.content)
     documents = split(tokens, task.document_tokens, task.documents)
@@ -257,7 +258,7 @@ def _has(run: Run, name: str, asked: dict) -> bool:
     summary = run.read_parts(_FOLDER).get(name)
     if summary is None:
         return False
-    held = summary["asked"]
+    held = {"in_flight": 64} | summary["asked"]  # earlier runs held it fixed
     if differing := sorted(key for key in asked if held.get(key) != asked[key]):
         raise RunMismatch(
             f"run {run.path.name} holds {name} with another {', '.join(differing)} "
