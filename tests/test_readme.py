@@ -267,7 +267,25 @@ def card_numbers() -> list[str]:
     idle = [1 - s.gpu_util_steady for s in seen.levels(("fp8-tp2",), math.inf).values()]
     assert all("EngineCore" in seen.limit(level).cause for level in seen.levels(("fp8-tp2",), math.inf))
     assert next(one for one in judge(seen.run) if one.id == "R5").verdict == "undecided"
-    return [*told, f"end {100 * min(idle):.0f} to {100 * max(idle):.0f} % of the time"]
+    return [*told, *half_numbers(), f"end {100 * min(idle):.0f} to {100 * max(idle):.0f} % of the time"]
+
+
+def half_numbers() -> list[str]:
+    """Those of a model in BF16 on two cards and in FP8 on one."""
+    seen = evidence(open_run(source="h200-80gb-x2-32b"))
+    tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
+    assert {seen.limit(level).cause for level in seen.levels(("bf16-tp2",), math.inf)} == {"GPU power limit"}
+    two, one = (mean_of(seen, variant, tokens) for variant in ("bf16-tp2", "fp8"))
+    worth, cost = (seen.compare("fp8", "bf16-tp2", math.inf, name) for name in (tokens, joules))
+    told = [
+        f"serves {one:,.0f} tokens/s where BF16 on two serves {two:,.0f}, which is {worth.times(2)} a card for {cost}"
+    ]
+    for rate in (5, 10):
+        assert {seen.limit(level).cause for level in seen.levels(seen.variants(), rate)} == {"offered load"}
+        told.append(f"{seen.compare('fp8', 'bf16-tp2', rate, joules).value:.2f}×")
+        fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8", "bf16-tp2"))
+        told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
+    return told
 
 
 def test_headline_numbers_are_those_of_the_recorded_run():
@@ -339,6 +357,7 @@ def answer():
             f"{one.compare('fp8-unsealed', 'bf16-unsealed', math.inf, metric).value:.2f}" for one in unsealed
         ],
         "joules": f"{h100.compare('fp8', 'bf16', 50, 'joules_per_output_token').value:.2f}",
+        "half": f"{2 * evidence(open_run(source='h200-80gb-x2-32b')).compare('fp8', 'bf16-tp2', math.inf, metric).value:.2f}",
     }
 
 
@@ -361,6 +380,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"at once, where BF16 stands at the card's power limit; {a['joules']}× the joules a token at 50 req/s.",
         f"run at {a['unsealed'][0]} tokens/s in the steady state where the published command gives {a['unsealed'][1]} on the same "
         f"machine. FP8 is then worth {each[0]}× on them, {each[1]}× on the lengths of a real conversation service and {each[2]}×",
+        f"A 32 B model in FP8 on one card serves {a['half']}× the tokens/s a card of BF16 on two",
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -374,6 +394,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"每个 token 的能耗只有 {a['joules']} 倍。",
         f"从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}。 此时 FP8 是 BF16 的 {each[0]} 倍；"
         f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
+        f"平均每张卡的吞吐是 BF16 用两张卡时的 {a['half']} 倍",
     ):
         assert row in chinese
 

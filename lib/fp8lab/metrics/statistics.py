@@ -46,6 +46,10 @@ class Ratio:
         missing = "" if starts >= self.pairs else ": what differs from start to start is not in it"
         return dataclasses.replace(self, starts=starts, model=f"{self.model}, {each}{missing}")
 
+    def times(self, factor: float) -> "Ratio":
+        """This ratio and its interval times an exact number, such as that of cards."""
+        return dataclasses.replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
     def at_least(self, apart: float) -> "Ratio":
         """This ratio with an interval that reaches at least `apart`, a logarithm, to either side."""
         if math.isnan(self.low):

@@ -116,6 +116,16 @@ def mean_of(seen: Evidence, variant: str, metric: str, rate: float = math.inf) -
     return fmean(values) if values else None
 
 
+def over(seen: Evidence, variant: str, beside: str, rate: float, metric: str, factor: float = 1.0) -> str:
+    """A variant's metric over another's at a rate, times `factor`, with its interval where several seeds give one; a dash for
+    the variant itself and where one of the two is missing."""
+    found = seen.compare(variant, beside, rate, metric) if variant != beside else None
+    if found is None:
+        return "–"
+    found = found.times(factor)
+    return f"{found.value:.2f}×" if math.isnan(found.low) else str(found)
+
+
 def once(runs: Sequence[Run]) -> list[Run]:
     """The runs, one that is named twice only once."""
     return list({run.path.resolve(): run for run in runs}.values())

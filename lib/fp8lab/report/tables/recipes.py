@@ -12,7 +12,7 @@ from ...results.run_folder import Run
 from ...ui.table import Table
 from ...ui.text import shown
 from ..verdict import card_note
-from .comparison import causes, mean_of
+from .comparison import causes, mean_of, over
 
 _BURST, _TOKENS, _JOULES = math.inf, "output_token_throughput", "joules_per_output_token"
 
@@ -54,7 +54,7 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
     formats = formats_of(seen)
     for rate in sorted({rate for variant in seen.variants() for rate in seen.rates(variant)}):
         for variant in (v for v in formats if seen.levels((v,), rate)):
-            tokens, joules = (_over(seen, variant, beside, rate, metric) for metric in (_TOKENS, _JOULES))
+            tokens, joules = (over(seen, variant, beside, rate, metric) for metric in (_TOKENS, _JOULES))
             names = ("mean_ttft_ms", "mean_tpot_ms", _TOKENS, _JOULES, "gpu_sm_mhz_steady")
             ttft, tpot, served, cost, mhz = (mean_of(seen, variant, name, rate) for name in names)
             rows.append((
@@ -64,16 +64,9 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
     columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",
                "steady MHz", "limited by")  # fmt: skip
     starts = min((seen.starts((variant,), _BURST) for variant in formats if seen.levels((variant,), _BURST)), default=0)
-    over = f", all at once over {starts} start{'s' * (starts > 1)} of each" if starts else ""
-    caption = f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals over seeds{over}; a ratio "
+    spread = f", all at once over {starts} start{'s' * (starts > 1)} of each" if starts else ""
+    caption = f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals over seeds{spread}; a ratio "
     return Table(f"{caption}without one is a single seed's", columns, rows)
-
-
-def _over(seen: Evidence, variant: str, beside: str, rate: float, metric: str) -> str:
-    found = seen.compare(variant, beside, rate, metric) if variant != beside else None
-    if found is None:
-        return "–"
-    return f"{found.value:.2f}×" if math.isnan(found.low) else str(found)
 
 
 def chosen(
