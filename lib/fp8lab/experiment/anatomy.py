@@ -10,6 +10,7 @@ import gzip
 import http.client
 import json
 import math
+import select
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from statistics import fmean
 import psutil
 
 from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
-from ..config.profile import Level, Profile
+from ..config.profile import RUST, Level, Profile
 from ..errors import BadInput, LevelFailed
 from ..load.telemetry import parse_metrics
 from ..metrics.anatomy import Step, Work, by_kind, floors_ms, host_stages, kernel_times, read_steps
@@ -160,7 +161,8 @@ def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], f
         raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with Scratch() as traces:
-        watched = _profiled(profile, traces) if profile.device == "cuda" else profile
+        watched = _behind_python(profile, variant)
+        watched = _profiled(watched, traces) if profile.device == "cuda" else watched
         log = run.log_path(f"{variant}-anatomy")
         with launch.start_server(watched, variant, log_path=log) as server:
             if server.info.weights_doubt:
@@ -169,6 +171,15 @@ def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], f
                 found.append(_batch(server, batch, Path(traces)))
                 values = {"started": started, "server": dataclasses.asdict(server.info)}
                 run.write_part(_FOLDER, variant, values | {"batches": [dataclasses.asdict(one) for one in found]})
+
+
+def _behind_python(profile: Profile, variant: str) -> Profile:
+    """`profile` with vLLM's Python API server for `variant`: the Rust one takes no batch as one request."""
+    one = profile.variant(variant)
+    env = {key: value for key, value in one.env.items() if key != RUST}
+    return dataclasses.replace(
+        profile, variants={**profile.variants, variant: dataclasses.replace(one, env=env, api_server="python")}
+    )
 
 
 def _profiled(profile: Profile, folder: str) -> Profile:
@@ -236,7 +247,15 @@ def _held(server: Server, batch: int, status: StatusLine, what: str) -> Iterator
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         status.update(what, "reading the prompts")
         few = f"{batch} requests did not come to decode together; its KV cache may be too small: take smaller batches"
-        _wait(server, lambda seen: seen["running"] == batch and not seen["waiting"], few)
+
+        def together(seen: Mapping[str, float]) -> bool:
+            if select.select([connection.sock], [], [], 0)[0]:
+                answer = connection.getresponse()
+                said = answer.read(2000).decode(errors="replace")
+                raise LevelFailed(f"{what}: answered before they ran together, HTTP {answer.status}: {said[:300]}")
+            return seen["running"] == batch and not seen["waiting"]
+
+        _wait(server, together, few)
         yield
     finally:
         connection.close()
