@@ -2,6 +2,7 @@
 as it is told, a run made of whole cloth."""
 
 import contextlib
+import gc
 import inspect
 import json
 import os
@@ -27,6 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Once torch and vLLM are imported every full collection walks millions of objects that never go.
+gc.set_threshold(100_000, 50, 1000)
 
 # Rare events are looked for at length by `make nightly` alone.
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))

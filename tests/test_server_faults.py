@@ -333,7 +333,7 @@ def test_a_reply_that_is_none_is_an_oserror():
         with pytest.raises(OSError, match="no HTTP reply: BadStatusLine"):
             ask(port, "GET", "/health", key="k", within=4)
         talker.join()
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(OSError):  # refused; or another process has the port by now
         ask(port, "GET", "/health", key="k", within=4)
 
 
