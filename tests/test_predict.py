@@ -53,6 +53,7 @@ def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch):
     for step in (Step(800, 0, 800, 300_000), Step(100, 0, 100, 30_000), Step(100, 400, 102, 30_000)):
         assert found.seconds(step) == pytest.approx(truth.seconds(step), rel=0.15)
     assert found.worst["output_token_throughput"] < 0.02 and found.worst["mean_tpot_ms"] < 0.05
+    assert found.worst["joules_per_output_token"] < 0.05 and found.idle_w == pytest.approx(truth.idle_w, rel=0.3)
     assert set(found.levels) == {"fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1"}
     assert all(found.low[name] <= getattr(found, name) <= found.high[name] for name in FITTED)
 
@@ -102,10 +103,17 @@ def _sampled(truth, prompts, answers, due):
     at = np.arange(0.0, ends[-1], 0.2)
     step = np.minimum(np.searchsorted(ends, at), len(ends) - 1)
     read, came = (np.cumsum([getattr(one, name) for _, one in steps]) for name in ("prompt", "emitted"))
+    joules = np.cumsum([
+        truth.idle_w * took + truth.step_j + 1e-3 * truth.token_mj * (one.decoding + one.prompt) + 1e-6 * truth.context_uj * one.context
+        for took, one in steps
+    ])  # fmt: skip
+    before = np.maximum(at - 1.0, 0.0)  # NVML's mean over a second
+    power = (np.interp(at, ends, joules) - np.interp(before, ends, joules)) / np.maximum(at - before, 0.05)
     return pd.DataFrame({
         "at_s": at, "running": np.array([seats for seats, _ in held], float)[step],
         "kv_cache_usage": np.array([blocks for _, blocks in held])[step] / truth.limits.blocks,
         "prompt_tokens": read[step].astype(float), "generation_tokens": np.interp(at, ends, came),
+        "gpu_power_w": np.where(at > 0, power, truth.idle_w),
     })  # fmt: skip
 
 
@@ -121,7 +129,7 @@ def test_the_recorded_fits_never_saw_what_they_are_judged_by():
                 if level in unseen and s.level.variant == variant
                 for level_of in [run.read(s.level)]
             ]
-            for name in JUDGED:
+            for name in JUDGED if off else ():
                 each = [abs(one[name]) for one in off]
                 assert np.median(each) == pytest.approx(model.median[name], abs=2e-3), (variant, name)
                 assert max(each) == pytest.approx(model.worst[name], abs=2e-3), (variant, name)
@@ -136,6 +144,17 @@ def test_a_load_in_virtual_time_costs_what_its_steps_do():
     assert records["first_token_s"].min() == pytest.approx(4e-3 + MODEL.seconds(Step(0, 512, 5, 512)), rel=0.01)
     assert course.busy_s == pytest.approx(records["last_token_s"].max() - 4e-3)
     assert level.played.found["output_token_throughput"] == pytest.approx(200 / records["last_token_s"].max())
+
+
+def test_energy_is_what_steps_tokens_and_contexts_take():
+    model = dataclasses.replace(MODEL, idle_w=100.0, step_j=1.0, token_mj=2.0, context_uj=3.0)
+    played = predict("x", model, fixed_length(10, input_tokens=100, output_tokens=20), math.inf).played
+    # 1,000 tokens of prompts and 190 of answers are computed; contexts: 1,112 on average in the 19 steps that only decode.
+    course, span = played.course, played.records["last_token_s"].max()
+    assert course.tokens == 1190 and course.context == pytest.approx(19 * 10 * 110.5 + 1000, rel=0.02)
+    joules = 100 * span + course.steps + 2e-3 * 1190 + 3e-6 * course.context
+    assert played.found["joules_per_output_token"] == pytest.approx(joules / 200)
+    assert "joules_per_output_token" not in predict("x", MODEL, fixed_length(1), 1.0).played.found
 
 
 def test_the_highest_rate_is_where_the_objective_is_lost():
@@ -199,6 +218,9 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("PREDICTED, nothing was measured."), done.stderr
     assert re.search(r"fp8-unsealed +50 req/s +500 ", done.stdout)
     assert re.search(r"the highest rate that meets TTFT ≤ 200 ms .*: [\d.]+ to [\d.]+ req/s", done.stdout)
+    few = ["predict", FIT, "--variant", "fp8-unsealed", "--requests", "40"]
+    mine, vllms = (fp8lab(*few, "--scheduler", scheduler).stdout for scheduler in ("virtual", "vllm"))
+    assert mine == vllms and "fp8-unsealed" in mine
     beside = fp8lab("predict", FIT, "--against", "h100-80gb-azure-conv")
     assert "fp8-unsealed-16rps-r1" in beside.stdout and "held out" in beside.stdout
     broken = tmp_path / "broken.toml"
@@ -225,10 +247,10 @@ def test_the_planner_says_predicted_and_what_a_load_takes():
     models = lab.step_models(FIT, ["fp8-unsealed"])
     draw = lab.drawing("random", input_tokens=1000, output_tokens=200)
     plan = lab.cards_plan_table(models, draw, "ttft=500,p90", load=1000, price=2.5)
-    (variant, bracket, cards, each, cost) = plan.rows[0]
+    (variant, bracket, cards, each, joules, cost) = plan.rows[0]
     low = float(bracket.split()[0])
     assert variant == "fp8-unsealed" and int(cards) == math.ceil(1000 / low) and float(cost) == 2.5 * int(cards)
-    assert float(each) <= low and plan.caption.startswith("PREDICTED")
+    assert float(each) <= low and 0.02 < float(joules) < 0.2 and plan.caption.startswith("PREDICTED")
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95

@@ -312,7 +312,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
                 off.append({name: abs(value / getattr(s, name) - 1) for name, value in played.found.items()})
                 gpu = played.limit == "GPU" and ("GPU" in cause or cause == "EngineCore")
                 named += [] if scaled else [gpu or played.limit == cause]
-        metrics = ("output_token_throughput", "mean_tpot_ms", "p99_ttft_ms")
+        metrics = ("output_token_throughput", "mean_tpot_ms", "p99_ttft_ms", "joules_per_output_token")
         each = [sorted(one[name] for one in off) for name in metrics]
         if of == "the same run" and fitted == "h100-80gb-unsealed":
             assert (

@@ -303,6 +303,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     foretold.add_argument("--tokenizer", metavar="T", help="folder or hub name, to count the tokens of conversations")
     foretold.add_argument("--seed", type=int, default=0, metavar="S", help="of lengths and arrivals (0)")
+    said = (
+        "whose scheduling: its equal here (virtual), or the installed vLLM's own, in some seconds a thousand requests"
+    )
+    foretold.add_argument("--scheduler", choices=("virtual", "vllm"), default="virtual", help=said)
     foretold.add_argument(
         "--slo", default="", metavar="LIMITS", help="ttft=200,tpot=50: also the highest rate that meets it"
     )

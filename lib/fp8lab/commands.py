@@ -194,7 +194,7 @@ def predict(args) -> None:
     for variant, model in models.items():
         for rate in args.rate or [math.inf]:
             status.update(f"{variant} at {rate_name(rate)}")
-            levels.append(play(variant, model, trace, rate, seed=args.seed))
+            levels.append(play(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
     status.done(f"{len(levels)} levels played")
     print(predicted_table(levels, models))
     for variant, model in models.items() if slo else ():

@@ -13,7 +13,7 @@ from ..metrics.step_model import StepModel, read_fits
 from .step_fit import Played, play_level
 
 # A level goes on for so long that what is slow shows, and a backlog.
-_LEVEL_S = 60.0
+LEVEL_S = 60.0
 _PROBES = 16
 # The bracket of a highest rate is this narrow.
 _NARROW = 0.02
@@ -28,11 +28,23 @@ class Predicted:
     played: Played
 
 
-def predict(variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0) -> Predicted:
+# Whose scheduling is played: `metrics.virtual`, or the installed vLLM's own (`vllm_scheduler`), the same and slower.
+SCHEDULERS = ("virtual", "vllm")
+
+
+def predict(
+    variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0, scheduler: str = "virtual"
+) -> Predicted:
     """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
     hold."""
+    if scheduler == "vllm":
+        from .vllm_scheduler import play
+    elif scheduler == "virtual":
+        from ..metrics.virtual import play
+    else:
+        raise BadInput(f"scheduler {scheduler!r} is none of {', '.join(SCHEDULERS)}")
     due = arrival_times(len(trace), rate, seed=seed)
-    return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due))
+    return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due, by=play))
 
 
 def highest_rate(
@@ -42,7 +54,7 @@ def highest_rate(
     many requests."""
 
     def probe(rate: float) -> str:
-        requests = max(probe_requests(slo), math.ceil(rate * _LEVEL_S))
+        requests = max(probe_requests(slo), math.ceil(rate * LEVEL_S))
         return attains(predict(variant, model, draw(requests), rate, seed=seed).played.records, slo).bound
 
     return search(probe, start, tolerance=_NARROW, max_probes=_PROBES)[0]

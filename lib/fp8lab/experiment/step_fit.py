@@ -1,8 +1,8 @@
 """Fits a step model to the levels of a recorded run, and plays a level in virtual time with it.
 
-Two passes of least squares. First over telemetry: between two samples so many tokens came and so much context was read,
+Passes of least squares. First over telemetry: between two samples so many tokens came and so much context was read,
 which says how many steps there were and how long they took. Then over the levels themselves: what they delivered, played in
-virtual time, against what was measured. Levels that `data/fits/held_out.toml` names are never seen by a fit.
+virtual time, against what was measured. Last what they took of energy, and the power between samples. Levels that `data/fits/held_out.toml` names are never seen by a fit.
 """
 
 import dataclasses
@@ -23,21 +23,25 @@ from ..errors import BadInput
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
-from ..metrics.step_model import FITS, FITTED, StepModel
+from ..metrics.step_model import ENERGY, FITS, FITTED, StepModel
 from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, play
 from ..results.run_folder import LevelResult, Run
 from ..ui.status import StatusLine
 
-# What is judged of a level, and how much each counts in a fit: latencies of a saturated level are many times as sensitive to
+# What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as sensitive to
 # a step's length as what it delivers.
-JUDGED = {
+TIMES = {
     "output_token_throughput": 2.0,
     "mean_tpot_ms": 1.0,
     "p99_tpot_ms": 0.5,
     "mean_ttft_ms": 0.5,
     "p99_ttft_ms": 0.5,
 }
+JOULES = "joules_per_output_token"
+JUDGED = (*TIMES, JOULES)
+# Power is NVML's mean over the second before.
+_POWER_LATE_S = 0.5
 # vLLM's default of --max-num-batched-tokens on a Hopper card.
 _STEP_TOKENS = 8192
 # How full the cache is where it holds others back.
@@ -47,8 +51,8 @@ _START = (2.0, 3.0, 15.0, 2.0, 40.0, 1.0, 60.0)
 
 @dataclass(frozen=True)
 class Played:
-    """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it, and how many blocks of KV cache
-    there were."""
+    """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it (joules where the model has them), and
+    how many blocks of KV cache there were."""
 
     course: Course
     records: pd.DataFrame
@@ -74,22 +78,25 @@ def held_out(run: Run) -> list[str]:
     return [level for level in run.summaries() if any(fnmatch.fnmatch(level, pattern) for pattern in mine)]
 
 
-def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None = None) -> Played:
-    """A load, each shape (requests,), in virtual time. A request's way through the API server comes before its first token."""
+def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None = None, *, by=play) -> Played:
+    """A load, each shape (requests,), in virtual time, played `by` the fast scheduling or another like it. A request's way
+    through the API server comes before its first token."""
     due = np.asarray(due_s, dtype=float)
     limits = limits or model.limits
-    course = play(prompts, answers, due + 1e-3 * model.api_ms, limits, model.seconds)
+    course = by(prompts, answers, due + 1e-3 * model.api_ms, limits, model.seconds)
     records = pd.DataFrame({
         "request": np.arange(due.size), "prompt_tokens": prompts, "output_tokens_asked": answers, "output_tokens": answers,
         "chunks": answers, "scheduled_s": due, "sent_s": due, "first_token_s": course.first_s, "last_token_s": course.last_s,
         "finish_reason": "length", "error": None,
     }).astype({"error": "object"})  # fmt: skip
     each = latencies(records)
-    found = {"output_token_throughput": float(np.sum(answers)) / float(np.nanmax(course.last_s) - due.min())}
+    tokens, span = float(np.sum(answers)), float(np.nanmax(course.last_s) - due.min())
+    found = {"output_token_throughput": tokens / span}
     for name in ("tpot", "ttft"):
         values = each[f"{name}_ms"].dropna()
         found |= {f"mean_{name}_ms": float(values.mean()), f"p99_{name}_ms": float(values.quantile(0.99))}
-    return Played(course, records, found, limits.blocks)
+    joules = model.joules(course, span)
+    return Played(course, records, found | ({JOULES: joules / tokens} if joules else {}), limits.blocks)
 
 
 def replay(model: StepModel, level: LevelResult) -> Played:
@@ -102,13 +109,17 @@ def replay(model: StepModel, level: LevelResult) -> Played:
 
 
 def apart(played: Played, measured: Summary) -> dict[str, float]:
-    """How far off (a share: 0.1 is 10 % too much) what is foretold of a level is, by metric."""
-    return {name: played.found[name] / getattr(measured, name) - 1 for name in JUDGED}
+    """How far off (a share: 0.1 is 10 % too much) what is foretold of a level is, by metric; joules where both have them."""
+    return {
+        name: played.found[name] / value - 1
+        for name in JUDGED
+        if (value := getattr(measured, name)) and name in played.found
+    }
 
 
 def judgeable(summary: Summary) -> bool:
     """Whether a level holds all that a prediction is judged by."""
-    return summary.valid and bool(summary.kv_cache_tokens) and all(getattr(summary, name) for name in JUDGED)
+    return summary.valid and bool(summary.kv_cache_tokens) and all(getattr(summary, name) for name in TIMES)
 
 
 def fit(run: Run, variant: str) -> StepModel:
@@ -161,7 +172,7 @@ def fit(run: Run, variant: str) -> StepModel:
         model, apart = model_of(logs), []
         for level in levels.values():
             found = replay(model, level).found
-            apart += [weight * math.log(found[name] / getattr(level.summary, name)) for name, weight in JUDGED.items()]
+            apart += [weight * math.log(found[name] / getattr(level.summary, name)) for name, weight in TIMES.items()]
         # The first pass keeps its say, as much as one level has.
         spans = of_spans(logs[:-1]) / math.sqrt(len(rows))
         return np.concatenate([apart, 2 * spans])
@@ -170,22 +181,54 @@ def fit(run: Run, variant: str) -> StepModel:
     bounds = (np.append(lowest, -np.inf), np.inf)
     found = least_squares(of_levels, np.append(first.x, math.log(2.0)), bounds=bounds, diff_step=0.02, max_nfev=25)
     model = model_of(found.x)
+    model = dataclasses.replace(model, **_energy(model, list(levels.values()), rows))
     status.done(f"{variant}: fitted to {', '.join(levels)}")
     unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
-    off = [{name: abs(value) for name, value in apart(replay(model, level), level.summary).items()} for level in unseen]
+    each = [apart(replay(model, level), level.summary) for level in unseen]
+    off = {name: [abs(one[name]) for one in each if name in one] for name in JUDGED}
     seen = {
-        "median": {name: float(np.median([one[name] for one in off])) for name in JUDGED} if off else {},
-        "worst": {name: max(one[name] for one in off) for name in JUDGED} if off else {},
+        "median": {name: float(np.median(values)) for name, values in off.items() if values},
+        "worst": {name: max(values) for name, values in off.items() if values},
     }
     return dataclasses.replace(model, **_intervals(found, model, len(levels)), **seen)
 
 
+def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:
+    """What energy is made of: least squares over the spans with their power and, counting as much, over the levels as they are
+    played; nothing where power was not sampled. None is below nothing, and idle the card draws no more than the least that was
+    sampled."""
+    from scipy.optimize import lsq_linear
+
+    rows = rows[np.isfinite(rows[:, 6])]
+    measured = [level for level in levels if getattr(level.summary, JOULES)]
+    if not len(rows) or not measured:
+        return {}
+    seconds, steps, running, read, held, _, watts = rows.T
+    parts = [np.stack([seconds, steps, steps * running + read, steps * held], axis=1)]
+    joules, weights = [watts * seconds], [1 / (watts * seconds)]
+    for level in measured:
+        played = replay(model, level)
+        course, tokens = played.course, float(level.records["output_tokens"].sum())
+        span = tokens / played.found["output_token_throughput"]
+        parts.append(np.array([[span, course.steps, course.tokens, course.context]], float))
+        joules.append(np.array([tokens * getattr(level.summary, JOULES)]))
+        weights.append(math.sqrt(len(rows) / len(measured)) / joules[-1])
+    weighted = np.concatenate(parts) * np.concatenate(weights)[:, None]
+    scale = weighted.max(0)
+    least = min(float(level.telemetry["gpu_power_w"].min()) for level in measured if level.telemetry is not None)
+    most = np.array([least, np.inf, np.inf, np.inf]) * scale
+    found = lsq_linear(weighted / scale, np.concatenate(joules) * np.concatenate(weights), (0.0, most)).x / scale
+    units = (1.0, 1.0, 1e3, 1e6)
+    return {name: float(f"{one * unit:.6g}") for name, one, unit in zip(ENERGY, found, units, strict=True)}
+
+
 def _spans(level: LevelResult) -> np.ndarray:
-    """(seconds, steps, decoding, prompt tokens, context tokens, steps with prompts) between each two samples while requests
-    ran, shape (spans, 6). A request that decodes gets a token a step, so that tokens over requests are steps; prompts come
+    """(seconds, steps, decoding, prompt tokens, context tokens, steps with prompts, watts) between each two samples while
+    requests ran, shape (spans, 7), watts nan where none were sampled. A request that decodes gets a token a step, so that tokens over requests are steps; prompts come
     into as many as their arrival by chance makes likely, or as the tokens of a step allow."""
     columns = ["at_s", "running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]
     samples = level.telemetry[columns].dropna().to_numpy(float)
+    power = level.telemetry[["at_s", "gpu_power_w"]].dropna().to_numpy(float)
     prompt, most = float(level.records["prompt_tokens"].mean()), _most_tokens(level.summary.command)
     found = []
     for before, after in itertools.pairwise(samples):
@@ -195,14 +238,16 @@ def _spans(level: LevelResult) -> np.ndarray:
         steps, read = tokens / running, after[3] - before[3]
         mixed = max(read / max(1.0, most - running), steps * -math.expm1(-read / prompt / steps)) if read > 0 else 0.0
         context = level.summary.kv_cache_tokens * (before[2] + after[2]) / 2
-        found.append((after[0] - before[0], max(steps, mixed), running, read, context, mixed))
-    return np.array(found).reshape(-1, 6)
+        at = np.linspace(before[0], after[0], 5) + _POWER_LATE_S
+        watts = float(np.interp(at, *power.T).mean()) if len(power) else math.nan
+        found.append((after[0] - before[0], max(steps, mixed), running, read, context, mixed, watts))
+    return np.array(found).reshape(-1, 7)
 
 
 def _foretold(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The seconds that steps take which so much was done in; `StepModel.seconds` for many at a time."""
     base, weights, token, request, context, mixed, mixed_context = values
-    _, steps, running, read, held, with_prompts = rows.T
+    _, steps, running, read, held, with_prompts, _ = rows.T
 
     def products(tokens):
         return (weights**4 + (1e-3 * token * tokens) ** 4) ** 0.25
@@ -238,7 +283,7 @@ def _floors(run: Run, variant: str) -> np.ndarray:
 def _intervals(found, model: StepModel, levels: int) -> dict[str, dict[str, float]]:
     """95 % intervals from the curvature at the best fit: of the logarithms of what was fitted. All intervals of telemetry
     together count as one level does."""
-    freedom = max(1, (levels + 1) * len(JUDGED) - len(FITTED))
+    freedom = max(1, (levels + 1) * len(TIMES) - len(FITTED))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
     half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
     ends = {

@@ -8,6 +8,8 @@ Weights have to be read whatever the batch; once it is large, products take long
 a smooth passage. In a step with prompts attention may read the contexts of those that decode less well. Neither weights nor
 contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell. The API server is a wait
 before the first token: one Python process that is full itself is no such server, and no model of this kind is fitted to it.
+
+What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from pathlib import Path
 from ..config.profile import Card
 from ..errors import BadInput
 from ..paths import DATA
-from .virtual import Limits, Step
+from .virtual import Course, Limits, Step
 
 FITS = DATA / "fits"
 _SMOOTH, _BLOCK = 4, 16
@@ -46,6 +48,10 @@ class StepModel:
     card: str  # the profile that has the card's datasheet
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
+    idle_w: float = 0.0  # what the card draws whatever it does
+    step_j: float = 0.0  # a step: reading the weights, and launching
+    token_mj: float = 0.0  # a token's matrix products
+    context_uj: float = 0.0  # a token of context, read
     low: Mapping[str, float] = field(default_factory=dict)
     high: Mapping[str, float] = field(default_factory=dict)
     median: Mapping[str, float] = field(
@@ -65,6 +71,13 @@ class StepModel:
         )
         gpu = self.base_ms + products + 1e-3 * self.request_us * step.emitted + read
         return 1e-3 * gpu
+
+    def joules(self, course: Course, span_s: float) -> float | None:
+        """What the card takes for a load that was played, in so many seconds from its first request to its last token; None
+        where the levels that were fitted had no power."""
+        found = self.idle_w * span_s + self.step_j * course.steps
+        found += 1e-3 * self.token_mj * course.tokens + 1e-6 * self.context_uj * course.context
+        return found or None
 
     @property
     def limits(self) -> Limits:
@@ -109,6 +122,7 @@ def _toml(value) -> str:
 
 # The fitted numbers, in order.
 FITTED = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "api_ms")
+ENERGY = ("idle_w", "step_j", "token_mj", "context_uj")
 
 
 def read_fits(name: str) -> dict[str, StepModel]:
@@ -133,8 +147,8 @@ def read_fits(name: str) -> dict[str, StepModel]:
 
 def _check(variant: str, model: StepModel) -> None:
     """Raises ValueError for what no fit has written."""
-    for name in (*FITTED, "requests", "step_tokens", "kv_tokens"):
-        value, whole = getattr(model, name), name not in FITTED
+    for name in (*FITTED, *ENERGY, "requests", "step_tokens", "kv_tokens"):
+        value, whole = getattr(model, name), name not in (*FITTED, *ENERGY)
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not whole <= value < math.inf:
             raise ValueError(f"{variant}: {name} is {value!r}, expected a number of {int(whole)} or more")

@@ -45,12 +45,15 @@ class Step(NamedTuple):
 @dataclass
 class Course:
     """How a load went: for each request when its first and its last token came (s; nan: never); how many steps, in how many
-    seconds of them, how many requests ran and blocks were held at most, and how many were preempted."""
+    seconds of them, the tokens that they computed and the tokens of context that they read, how many requests ran and blocks
+    were held at most, and how many were preempted."""
 
     first_s: np.ndarray
     last_s: np.ndarray
     steps: int = 0
     busy_s: float = 0.0
+    tokens: int = 0
+    context: int = 0
     running_max: int = 0
     blocks_max: int = 0
     preemptions: int = 0
@@ -240,6 +243,8 @@ class _Play:
         course.blocks_max = max(course.blocks_max, self._held(self.step - 1))
         course.steps += taken
         course.busy_s += spent
+        course.tokens += taken * (now.decoding + now.prompt)
+        course.context += taken * now.context + now.decoding * taken * (taken - 1) // 2
         self.made = end if self.limits.depth == 1 else self.begins + before
         self.begins, self.known = end, max(self.known, self.step - self.limits.depth)
         self._tokens_come(step, end)

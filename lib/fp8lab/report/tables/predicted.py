@@ -8,10 +8,10 @@ import numpy as np
 from ...config.profile import rate_name
 from ...config.trace import Trace
 from ...errors import BadInput
-from ...experiment.predict import Predicted, highest_rate, longer, predict, what_if
-from ...experiment.step_fit import JUDGED, apart, held_out, judgeable, replay
-from ...metrics.slo import SLO
-from ...metrics.step_model import FITTED, StepModel
+from ...experiment.predict import LEVEL_S, Predicted, highest_rate, longer, predict, what_if
+from ...experiment.step_fit import JOULES, JUDGED, apart, held_out, judgeable, replay
+from ...metrics.slo import SLO, probe_requests
+from ...metrics.step_model import ENERGY, FITTED, StepModel
 from ...results.run_folder import Run
 from ...ui.status import StatusLine
 from ...ui.table import Table
@@ -19,12 +19,15 @@ from ...ui.text import shown
 from ..verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
-          "p99_ttft_ms": "TTFT p99"}  # fmt: skip
+          "p99_ttft_ms": "TTFT p99", JOULES: "J/token"}  # fmt: skip
+_DIGITS = {"mean_tpot_ms": ",.1f", "p99_tpot_ms": ",.1f", JOULES: ".4f"}
 _MEANS = {
     "base_ms": "ms, each step, whatever it computes", "weights_ms": "ms, to read the weights once",
     "token_us": "µs, a token's matrix products, where they take longer than that", "request_us": "µs, a request that gets a token",
     "context_ns": "ns, a token of context, in a step that only decodes", "mixed_ms": "ms, a step that reads prompts too",
     "mixed_context_ns": "ns, a token of context in such a step", "api_ms": "ms, a request's way through the API server",
+    "idle_w": "W, whatever it computes", "step_j": "J, each step", "token_mj": "mJ, a token's matrix products",
+    "context_uj": "µJ, a token of context, read",
 }  # fmt: skip
 
 
@@ -37,10 +40,10 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
             level.variant, rate_name(level.rate), f"{len(level.played.records):,}", shown(found["output_token_throughput"]),
             f"{found['mean_ttft_ms']:,.0f} / {found['p99_ttft_ms']:,.0f}", f"{found['mean_tpot_ms']:,.1f} / {found['p99_tpot_ms']:,.1f}",
             f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}",
-            f"{course.preemptions:,}", level.played.limit,
+            f"{course.preemptions:,}", shown(found.get(JOULES), ".4f"), level.played.limit,
         ))  # fmt: skip
     columns = ("variant", "offered", "requests", "tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "running at most",
-               "KV cache at most", "preempted", "limited by")  # fmt: skip
+               "KV cache at most", "preempted", "J/token", "limited by")  # fmt: skip
     told = "; ".join(f"{variant}: {errors_of(model)}" for variant, model in models.items())
     return Table(f"PREDICTED, nothing was measured. {told}", columns, rows)
 
@@ -48,7 +51,7 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
 def models_table(models: Mapping[str, StepModel]) -> Table:
     """What each number of a step model is, with its 95 % interval where it was fitted."""
     rows = []
-    for name in FITTED:
+    for name in (*FITTED, *ENERGY):
         cells = []
         for model in models.values():
             ends = f" ({model.low[name]:.3g} to {model.high[name]:.3g})" if model.low else ""
@@ -76,9 +79,19 @@ def cards_plan_table(
         limit = highest_rate(variant, model, draw, slo)
         cards = math.ceil(load / limit.low) if limit.low else None  # a dash where no rate was shown to meet it
         cost = [shown(cards and price and cards * price, ",.2f")] if price else []
-        rows.append((variant, f"{limit}", shown(cards), shown(cards and load / cards, ",.1f"), *cost))
+        each = load / cards if cards else None
+        trace = draw(max(probe_requests(slo), math.ceil(each * LEVEL_S))) if each else None
+        joules = predict(variant, model, trace, each).played.found.get(JOULES) if each else None
+        rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
     status.done(f"{len(models)} variants searched")
-    columns = ("variant", "meets it up to, req/s a card", "cards", "req/s each", *(["an hour costs"] if price else []))
+    columns = (
+        "variant",
+        "meets it up to, req/s a card",
+        "cards",
+        "req/s each",
+        "J/token then",
+        *(["an hour costs"] if price else []),
+    )
     return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
 
 
@@ -108,7 +121,7 @@ def errors_of(model: StepModel) -> str:
         return f"{model.note}: how far off that is, `--against` a run there says"
     if not model.worst:
         return f"fitted to run {model.run}, with no level held out to judge it by"
-    told = ", ".join(f"{_WORDS[name]} {model.median[name]:.1%} ({model.worst[name]:.0%})" for name in JUDGED)
+    told = ", ".join(f"{_WORDS[name]} {model.median[name]:.1%} ({model.worst[name]:.0%})" for name in model.worst)
     return f"levels of run {model.run} that the fit never saw, of its own requests, are foretold within, in the median (at worst), {told}"
 
 
@@ -122,19 +135,27 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
         seen = run.path.name == model.run and level_id in model.levels
         played = replay(model, run.read(summary.level))
         each = apart(played, summary)
-        off += [] if seen else [np.abs(list(each.values()))]
+        off += [] if seen else [{name: abs(one) for name, one in each.items()}]
         cells = [
-            f"{shown(getattr(summary, name), ',.1f' if 'tpot' in name else ',.0f')} {one:+.1%}"
-            for name, one in each.items()
+            f"{shown(getattr(summary, name), _DIGITS.get(name, ',.0f'))} {each[name]:+.1%}" if name in each else "–"
+            for name in JUDGED
         ]
+        most = played.course.blocks_max / played.blocks
+        cells.append(f"{shown(summary.kv_cache_usage_max, '.0%')}, {most:.0%}")
         preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
         rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
-    columns = ("level", "by the fit", *(f"{_WORDS[name]}, off by" for name in JUDGED), "preempted, PREDICTED")
+    columns = (
+        "level",
+        "by the fit",
+        *(f"{_WORDS[name]}, off by" for name in JUDGED),
+        "KV cache at most, PREDICTED",
+        "preempted, PREDICTED",
+    )
     if not rows:
         measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
         raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
-    within = zip(_WORDS.values(), np.median(off, 0), np.max(off, 0), strict=True) if off else ()
-    told = ", ".join(f"{word} {median:.1%} ({worst:.0%})" for word, median, worst in within)
+    within = {name: held for name in JUDGED if (held := [one[name] for one in off if name in one])}
+    told = ", ".join(f"{_WORDS[name]} {np.median(held):.1%} ({max(held):.0%})" for name, held in within.items())
     judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
     return Table(
         f"{card_note(run)}Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows
