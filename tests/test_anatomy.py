@@ -180,7 +180,8 @@ def test_tables_and_figures_show_what_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wall_ms", "context", "told"), [(12.0, 300, "2.00"), (9.5, 300, "0.00"), (12.0, 200, "≥ 2.00"), (9.5, 200, "–")]
+    ("wall_ms", "context", "told"),
+    [(12.0, 300, "2.00"), (9.5, 300, "0.00"), (12.0, 200, "≥ 2.00"), (9.5, 200, "–"), (12.0, 320, "≤ 2.00")],
 )
 def test_what_the_host_adds_is_told_as_far_as_it_is_known(wall_ms, context, told):
     one = _measured(256, wall_ms, {anatomy.LAYERS: {"nvjet": 10.0}})  # profiled at 300 tokens of context

@@ -9,7 +9,7 @@ import pytest
 import fp8lab as lab
 from conftest import wait_for
 from fp8lab import cli
-from fp8lab.config.dimensions import cards, fp8_kv, memory_share, replicas, weight_format
+from fp8lab.config.dimensions import cards, fp8_kv, memory_share, model_shape, replicas, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse
 from fp8lab.load.telemetry import Telemetry, parse_metrics
@@ -194,6 +194,11 @@ def test_what_fits_is_what_vllm_made_of_the_card(name):
         )  # fmt: skip
         assert found.kv_tokens == pytest.approx(s.kv_cache_tokens, rel=0.01), variant
         assert found.weights_gib == pytest.approx(s.server.model_memory_gib, rel=0.01), variant
+
+
+def test_cards_that_cannot_share_the_heads_out_are_left_out():
+    table = lab.fit_table("x", model_shape("smollm2-135m-instruct"), read_profile("h100-80gb").gpu)
+    assert {row[2] for row in table.rows} == {"1"}  # 9 heads
 
 
 def test_what_fits_is_told_before_anything_starts(capsys):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import fp8lab as lab
+from fp8lab import cli, experiment
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput
@@ -40,8 +41,12 @@ def test_a_step_takes_what_its_parts_take():
 
 def test_another_card_reads_and_multiplies_as_its_datasheet_says():
     h100, h200 = (read_profile(name).gpu for name in ("h100-80gb", "h200-80gb"))
-    there = MODEL.on(h100, h200, "h200-80gb")
+    here = {"card_name": h100.name, "hbm_bytes_per_s": h100.hbm_bytes_per_s, "bf16_flops": h100.bf16_flops}
+    there = dataclasses.replace(MODEL, idle_w=100.0, **here).on(h200, "h200-80gb")
     assert there.context_ns == pytest.approx(40.0 * 3.35 / 4.8) and there.token_us == 15.0 and there.base_ms == 3.0
+    assert there.idle_w == 0.0 and there.joules(play([10], [2], [0.0], there.limits, there.seconds), 1.0) is None
+    with pytest.raises(BadInput, match="the fit of run made-up has no datasheet of its card"):
+        MODEL.on(h200, "h200-80gb")
     assert there.worst == {} and "not fitted there" in there.note
 
 
@@ -154,14 +159,22 @@ def test_energy_is_what_steps_tokens_and_contexts_take():
     assert course.tokens == 1190 and course.context == pytest.approx(19 * 10 * 110.5 + 1000, rel=0.02)
     joules = 100 * span + course.steps + 2e-3 * 1190 + 3e-6 * course.context
     assert played.found["joules_per_output_token"] == pytest.approx(joules / 200)
+    limited = predict(
+        "x", dataclasses.replace(model, limit_w=150.0), fixed_length(10, input_tokens=100, output_tokens=20), math.inf
+    )
+    assert limited.played.found["joules_per_output_token"] == pytest.approx(150 * span / 200)
     assert "joules_per_output_token" not in predict("x", MODEL, fixed_length(1), 1.0).played.found
 
 
-def test_the_highest_rate_is_where_the_objective_is_lost():
-    limit = highest_rate("x", MODEL, lambda n: sharegpt_like(n, 1), SLO.parse("tpot=20,ttft=500,p90"))
-    assert 0 < limit.low < limit.high < limit.low * 1.03
+def test_the_highest_rate_is_where_the_objective_is_lost(monkeypatch):
+    monkeypatch.setattr(experiment.predict, "_SEARCHED_S", 60.0)
+    draw = lab.drawing()
+    limit = highest_rate("x", MODEL, draw, SLO.parse("tpot=20,ttft=500,p90"))
+    assert 0 < limit.low < limit.high < limit.low * 1.2  # of three seeds
+    none = highest_rate("x", MODEL, draw, SLO.parse("tpot=1"))
+    assert none == (0, 0) and str(none) == "none: one request alone misses it"
     better = dataclasses.replace(MODEL, base_ms=1.5)
-    assert highest_rate("x", better, lambda n: sharegpt_like(n, 1), SLO.parse("tpot=20,ttft=500,p90")).low > limit.high
+    assert highest_rate("x", better, draw, SLO.parse("tpot=20,ttft=500,p90")).low > limit.high
 
 
 def test_a_request_that_cannot_fit_is_refused():
@@ -169,7 +182,8 @@ def test_a_request_that_cannot_fit_is_refused():
         predict("x", MODEL, fixed_length(3, input_tokens=70_000, output_tokens=2), 1.0)
 
 
-def test_a_file_of_few_requests_is_begun_anew(tmp_path):
+def test_a_file_of_few_requests_is_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.predict, "_SEARCHED_S", 60.0)
     few = tmp_path / "few.csv"
     few.write_text("prompt_tokens,output_tokens\n" + "200,300\n" * 30)
     assert len(lab.drawing(str(few))(700)) == 700
@@ -201,8 +215,13 @@ def test_one_python_api_server_is_not_modelled():
     [
         (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-unsealed"),
         ([FIT, "--variant", "fp4"], "the fit holds no variant fp4 (it holds: bf16-unsealed, fp8-unsealed)"),
-        ([FIT, "--rate", "0"], "--rate [0.0] must be above 0"),
+        ([FIT, "--rate", "0"], "--rate [0.0] must be 0.001 to 1e+06 or inf"),
+        ([FIT, "--rate", "1e300"], "--rate [1e+300] must be 0.001 to 1e+06 or inf"),
+        ([FIT, "--seed", "-1"], "--seed -1 is below 0"),
         ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
+        ([FIT, "--trace", "random", "--input-tokens", "10000000"], "at most 134,217,728 are sent"),
+        ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
+        ([FIT, "--slo", "tpot=50", "--scheduler", "vllm"], "too many for vLLM's own scheduler"),
         ([FIT, "--trace", "no.csv"], "no.csv"),
     ],
 )
@@ -211,28 +230,60 @@ def test_bad_input_is_one_clear_error(arguments, said):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_from_the_command_line(tmp_path):
-    done = fp8lab(
-        "predict", FIT, "--variant", "fp8-unsealed", "--rate", "50", "--requests", "500", "--slo", "ttft=200,tpot=50"
-    )
-    assert done.returncode == 0 and done.stdout.startswith("PREDICTED, nothing was measured."), done.stderr
-    assert re.search(r"fp8-unsealed +50 req/s +500 ", done.stdout)
-    assert re.search(r"the highest rate that meets TTFT ≤ 200 ms .*: [\d.]+ to [\d.]+ req/s", done.stdout)
-    few = ["predict", FIT, "--variant", "fp8-unsealed", "--requests", "40"]
-    mine, vllms = (fp8lab(*few, "--scheduler", scheduler).stdout for scheduler in ("virtual", "vllm"))
-    assert mine == vllms and "fp8-unsealed" in mine
-    beside = fp8lab("predict", FIT, "--against", "h100-80gb-azure-conv")
-    assert "fp8-unsealed-16rps-r1" in beside.stdout and "held out" in beside.stdout
-    broken = tmp_path / "broken.toml"
-    broken.write_text("[fp8]\nbase_ms = 1\n")
+def test_from_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(experiment.predict, "_SEARCHED_S", 60.0)
+
+    def said(*arguments):
+        assert cli.main(["predict", FIT, *arguments]) == 0
+        return capsys.readouterr().out
+
+    found = said("--variant", "fp8-unsealed", "--rate", "50", "--requests", "500", "--slo", "ttft=500,tpot=20,p90")
+    assert found.startswith("PREDICTED, nothing was measured.")
+    assert re.search(r"fp8-unsealed +50 req/s +500 ", found)
+    assert re.search(r"the highest rate that meets TTFT ≤ 500 ms .*: [\d.]+ to [\d.]+ req/s", found)
+    beside = said("--against", "h100-80gb-azure-conv")
+    assert "fp8-unsealed-16rps-r1" in beside and "held out" in beside
+    renamed = ("--variant", "bf16-unsealed=bf16", "--card", "h200-80gb", "--against", "h200-80gb-recipes")
+    assert "bf16-50rps-r1" in said(*renamed)
+    assert cli.main(["predict", FIT, "--against", "h200-80gb-recipes"]) == 2
+    assert "holds no level of bf16-unsealed, fp8-unsealed (it measured: bf16," in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_fit_is_one_clear_error(tmp_path):
+    broken, whole = tmp_path / "broken.toml", read_fits(FIT)["fp8-unsealed"].as_toml("a.b")
     for text, said in (
         ("[fp8]\nbase_ms = 1\n", "is no fit of step models"), ("", "it holds no variant"),
-        (read_fits(FIT)["fp8-unsealed"].as_toml("a.b").replace("base_ms = ", 'base_ms = "x" #', 1), "base_ms is 'x', expected a number"),
+        (whole.replace("base_ms = ", 'base_ms = "x" #', 1), "base_ms is 'x', expected a number"),
+        (whole.replace("base_ms = ", "base_ms = 0.0 #", 1), "base_ms is 0.0, expected a number from 0.0001"),
+        (whole.replace("weights_ms = ", "weights_ms = 1e100 #", 1), "weights_ms is 1e+100, expected a number from 0 to 10000"),
+        (whole.replace("median = {", 'median = { tea = "x",', 1), "{'tea': 'x'} is none of output_token_throughput"),
     ):  # fmt: skip
         broken.write_text(text)
-        assert said in (refused := fp8lab("predict", str(broken))).stderr and refused.returncode == 2, refused.stderr
-    none = fp8lab("predict", FIT, "--against", "h200-80gb-recipes")
-    assert none.returncode == 2 and "holds no level of bf16-unsealed, fp8-unsealed (it measured: bf16," in none.stderr
+        with pytest.raises(BadInput, match=re.escape(said)):
+            read_fits(str(broken))
+
+
+def test_a_models_numbers_are_told_with_how_well_they_are_known():
+    rows = {row[0]: row[2:] for row in lab.models_table(lab.step_models(FIT)).rows}
+    assert all(re.fullmatch(r"[\d.]+ \((at its bound|[\d.]+ to [\d.]+)\)", cell) for cell in rows["weights_ms"])
+    assert all(float(cell) > 0 for cell in rows["step_j"])
+    there = {row[0]: row[2:] for row in lab.models_table(lab.step_models(FIT, card="h200-80gb")).rows}
+    assert set(there["step_j"]) == {"–"}
+
+
+def test_a_minute_at_each_rate():
+    models = lab.step_models(FIT, ["fp8-unsealed=mine"])
+    levels = lab.predict_rates(models, lab.drawing(), [0.01, 2, 1000])
+    assert [(one.variant, len(one.played.records)) for one in levels] == [("mine", 10), ("mine", 120), ("mine", 10_000)]
+    with pytest.raises(BadInput, match=r"rates \[0\] are not above 0"):
+        lab.predict_rates(models, lab.drawing(), [0])
+
+
+def test_a_fit_of_one_variant_leaves_the_others_in_the_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(read_fits(FIT)["bf16-unsealed"].as_toml("mine"))
+    done = fp8lab("fit-model", "h200-80gb-x2-32b", "--variant", "fp8", "--out", str(tmp_path / "mine"))
+    assert done.returncode == 0 and set(read_fits(str(path))) == {"mine", "fp8"}, done.stderr
 
 
 def test_a_fit_is_written_and_read_back(tmp_path):
@@ -243,7 +294,8 @@ def test_a_fit_is_written_and_read_back(tmp_path):
     assert "PREDICTED" in repr(lab.foretold_table(open_run(source="h100-80gb-128-128"), {"fp8-unsealed": model}))
 
 
-def test_the_planner_says_predicted_and_what_a_load_takes():
+def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
+    monkeypatch.setattr(experiment.predict, "_SEARCHED_S", 60.0)
     models = lab.step_models(FIT, ["fp8-unsealed"])
     draw = lab.drawing("random", input_tokens=1000, output_tokens=200)
     plan = lab.cards_plan_table(models, draw, "ttft=500,p90", load=1000, price=2.5)

@@ -106,8 +106,33 @@ def test_a_whole_target_is_kept_and_another_is_refused(source, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert quantize(source, "int8", made) == made
     assert before == {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    with pytest.raises(BadInput, match="made holds another checkpoint: choose another folder"):
+    with pytest.raises(BadInput, match="made holds another checkpoint, or one of other weights: choose another folder"):
         quantize(source, "fp8-channel", made)
+    weights = load_file(source / "model.safetensors")
+    save_file(
+        {key: 2 * tensor for key, tensor in weights.items()}, source / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(BadInput, match="or one of other weights"):
+        quantize(source, "int8", made)
+    with pytest.raises(BadInput, match="or one of other weights"):
+        quantize(source, "int8", made, drawn=True)
+
+
+def test_what_is_no_checkpoint_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "_write_shard", lambda *_: pytest.fail("it has begun"))
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir()
+    (folder / "mine").write_text("")
+    for target in (file, folder):
+        with pytest.raises(BadInput, match=f"{target.name} is there and is no checkpoint"):
+            quantize(source, "int8", target)
+
+
+def test_the_folder_that_one_stands_in_can_be_named(source, monkeypatch, capsys):
+    monkeypatch.chdir(source)
+    assert cli.main(["quantize", ".", "--recipe", "int8"]) == 0
+    assert (source.parent / f"{source.name}-int8" / "config.json").is_file()
 
 
 def test_an_interrupted_call_goes_on_with_the_files_that_are_whole(source, tmp_path, monkeypatch):

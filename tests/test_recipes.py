@@ -225,6 +225,14 @@ def test_schemes_are_those_whose_kernels_vllm_names(run):
     )
 
 
+def test_a_start_counts_once_however_many_levels_it_served():
+    run = open_run(source="h200-80gb-recipes")
+    rows = {row[0]: row for row in lab.checkpoints_table(run).rows}
+    starts = {s.start: s.server for s in run.summaries().values() if s.level.variant == "fp8-static"}
+    assert len(starts) == 3
+    assert rows["fp8-static"][5] == f"{sum(s.load_s for s in starts.values()) / 3:.1f}"
+
+
 def test_the_tables_hold_each_format_from_the_largest_to_the_smallest(run):
     fill(run, BURST, load_s={"int8": 5.0}, kernels={"int8": ("K for L",)})
     took = lab.checkpoints_table(run)

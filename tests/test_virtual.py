@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NIGHTLY
+from fp8lab import cli
 from fp8lab.errors import BadInput
 from fp8lab.experiment import vllm_scheduler
 from fp8lab.metrics.virtual import Limits, play
@@ -42,6 +43,15 @@ def test_it_does_what_vllms_scheduler_does(load, blocks, depth):
     assert np.allclose(fast.first_s, mine.first_s, rtol=0, atol=1e-6) and np.allclose(
         fast.last_s, mine.last_s, rtol=0, atol=1e-6
     )
+
+
+def test_a_prediction_by_vllms_scheduler_is_the_same(capsys):
+    few = ["predict", "h100-80gb-unsealed", "--variant", "fp8-unsealed", "--requests", "40", "--scheduler"]
+    said = []
+    for scheduler in ("virtual", "vllm"):
+        assert cli.main([*few, scheduler]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "fp8-unsealed" in said[0]
 
 
 def test_what_can_never_run_is_refused():

@@ -21,7 +21,7 @@ _HOMES = {
     ),
     "experiment.anatomy": ("measure_anatomy",),
     "experiment.max_rate": ("find_max_rate",),
-    "experiment.predict": ("drawing", "highest_rate", "predict", "step_models"),
+    "experiment.predict": ("drawing", "highest_rate", "predict", "predict_rates", "step_models"),
     "experiment.quality": (
         "QualityTask", "check_weights", "checkpoint_folder", "measure_quality", "quality_profile", "read_text",
     ),

@@ -72,7 +72,7 @@ def load_matrix(path: Path) -> Matrix:
         table = tomllib.loads(path.read_text())
     except OSError:
         raise BadInput(f"no matrix at {str(path)!r}; `fp8lab batch --help` shows one") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid TOML: {error}") from None
     if unknown := set(table) - _KEYS:
         raise BadInput(f"{path}: unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")

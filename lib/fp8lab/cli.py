@@ -283,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         "take what a fit says. PREDICTED, in seconds, on any machine."
     ))  # fmt: skip
     foretold.add_argument("fit", metavar="FIT", help="a fit of data/fits, or a .toml that fit-model made")
-    foretold.add_argument("--variant", **repeated("V", "which variant (default: all of the fit)"))
+    said = "which variant (default: all of the fit); V=NAME gives it the name that it has in a run, for --against"
+    foretold.add_argument("--variant", **repeated("V", said))
     foretold.add_argument(
         "--rate",
         type=float,

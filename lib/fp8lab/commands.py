@@ -118,7 +118,7 @@ def anatomy(args) -> None:
 
 def quantize(args) -> None:
     source, drawn = making.source_of(args.model)
-    beside = source if Path(args.model) == source else cache_dir() / "models" / args.model
+    beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
     size, says = making.checkpoint_bytes(source, args.recipe, drawn=drawn), recipe(args.recipe).says
     weights = "random weights" if drawn else "the weights"
@@ -148,13 +148,16 @@ def fit(args) -> None:
 
 def fit_model(args) -> int:
     from .experiment.step_fit import fit as fit_steps
-    from .metrics.step_model import FITS
+    from .metrics.step_model import FITS, read_fits
     from .report.tables.predicted import errors_of
 
     path = Path(args.run).resolve()
     run = open_run(source=path if path.is_dir() else args.run)
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
     target = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
+    target = target if target.suffix == ".toml" else target.with_name(f"{target.name}.toml")
+    # What other variants it holds is kept.
+    earlier = read_fits(str(target)) if target.exists() else {}
     models, wrong = {}, []
     for variant in args.variant or measured:
         try:
@@ -164,13 +167,17 @@ def fit_model(args) -> int:
             print(f"fp8lab: {error}", file=sys.stderr)
     if not models:
         raise BadInput(f"run {run.path.name}: no variant can be fitted ({len(wrong)} tried)")
+    models = earlier | models
     head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`; `fp8lab.metrics.step_model` says what each number is.\n\n"
     with writing(target):
         target.write_text(head + "\n".join(model.as_toml(variant) for variant, model in models.items()))
-    for variant, model in models.items():
-        print(f"{variant}: {errors_of(model)}")
+    for variant in models.keys() - earlier.keys() if args.variant else models:
+        print(f"{variant}: {errors_of(models[variant])}")
     print(repository_relative(target))
     return 0 if not (wrong and args.variant) else 2
+
+
+_SLOWEST, _FASTEST = 1e-3, 1e6  # requests/s
 
 
 def predict(args) -> None:
@@ -180,11 +187,22 @@ def predict(args) -> None:
     from .report.tables.predicted import foretold_table, predicted_table
 
     models = step_models(args.fit, args.variant, card=args.card)
+    loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
+    if args.against and (idle := [name for name, given in loads.items() if given]):
+        raise BadInput(f"--against RUN takes the load of each level of the run: leave out {', '.join(idle)}")
+    if args.slo and args.scheduler == "vllm":
+        raise BadInput(
+            "--slo searches with some hundred thousand requests, too many for vLLM's own scheduler: leave out one"
+        )
     if args.against:
         print(foretold_table(open_run(source=args.against), models))
         return
-    if any(not rate > 0 for rate in args.rate) or args.requests < 1:
-        raise BadInput(f"--rate {args.rate} must be above 0, --requests {args.requests} at least 1")
+    if any(not (rate == math.inf or _SLOWEST <= rate <= _FASTEST) for rate in args.rate) or args.requests < 1:
+        raise BadInput(
+            f"--rate {args.rate} must be {_SLOWEST:g} to {_FASTEST:g} or inf, --requests {args.requests} at least 1"
+        )
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed} is below 0")
     slo = SLO.parse(args.slo) if args.slo else None
     draw = drawing(
         args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,
@@ -201,7 +219,7 @@ def predict(args) -> None:
         status.update(f"{variant}: the highest rate that meets {slo}")
         limit = highest_rate(variant, model, draw, slo, seed=args.seed)
         status.done(f"{variant}: searched")
-        unit = " req/s" * (limit != (0, math.inf))
+        unit = " req/s" * (limit not in ((0, math.inf), (0, 0)))
         print(f"PREDICTED, {variant}: the highest rate that meets {slo}: {limit}{unit}")
 
 

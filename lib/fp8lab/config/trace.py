@@ -194,11 +194,6 @@ def _of_lengths(
             begin = draw.integers(len(rows) - requests + 1)
             rows = rows[begin : begin + requests]
     prompt, output = (part[rows].astype(int) for part in (lengths.prompt, lengths.output))
-    if (tokens := int(prompt.sum() + output.sum())) > _MAX_TRACE_TOKENS:
-        raise BadInput(
-            f"{name}: {len(rows):,} requests of together {tokens:,} tokens, at most {_MAX_TRACE_TOKENS:,} are sent; "
-            "ask for fewer requests"
-        )
     arrival = None
     if lengths.arrival_s is not None and len(rows):
         arrival = tuple((lengths.arrival_s[rows] - lengths.arrival_s[rows[0]]).tolist())
@@ -243,6 +238,9 @@ def begun_anew(draw: Callable[[int, int], Trace], requests: int, seed: int) -> T
     """As many requests as asked for: what `draw` gives by (requests, seed), a file that holds fewer begun anew, with other
     prompts where those are drawn. Arrival times are left out."""
     parts = [draw(requests, seed)]
+    first = parts[0]
+    each = (sum(first.prompt_tokens) + sum(first.output_tokens)) / len(first)
+    _check_size(first.name, requests, int(each * requests))
     while lacking := requests - sum(map(len, parts)):
         parts.append(draw(lacking, seed + len(parts)))
     columns = ("prompts", "prompt_tokens", "output_tokens")
@@ -339,6 +337,15 @@ def _word_prompts(lengths: np.ndarray, rng: np.random.Generator) -> list[str]:
     return ["".join(f" {WORDS[i]}" for i in picks[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
 
 
+def _check_size(name: str, requests: int, tokens: int) -> None:
+    if tokens > _MAX_TRACE_TOKENS:
+        raise BadInput(
+            f"{name}: {requests:,} requests of together {tokens:,} tokens, at most {_MAX_TRACE_TOKENS:,} are sent; "
+            "ask for fewer requests"
+        )
+
+
 def _of_words(name, prompt, output, rng, arrival_s=None, notes=()) -> Trace:
+    _check_size(name, len(prompt), int(prompt.sum() + output.sum()))
     prompts = tuple(_word_prompts(prompt, rng))
     return Trace(name, prompts, tuple(prompt.tolist()), tuple(output.tolist()), arrival_s, notes)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.profile_file import read_profile
@@ -12,10 +12,12 @@ from ..metrics.slo import SLO, Bracket, attains, probe_requests, search
 from ..metrics.step_model import StepModel, read_fits
 from .step_fit import Played, play_level
 
-# A level goes on for so long that what is slow shows, and a backlog.
-LEVEL_S = 60.0
+# A level goes on for so long that what is slow shows, and a backlog; to find a highest rate for longer, and over several seeds
+# of arrivals: chance moves where a bracket ends by more than its width.
+LEVEL_S, _SEARCHED_S, _SEEDS = 60.0, 300.0, 3
+_MOST_REQUESTS = 10_000
 _PROBES = 16
-# The bracket of a highest rate is this narrow.
+# A seed's bracket is made this narrow, if each rate in it can be decided.
 _NARROW = 0.02
 
 
@@ -47,32 +49,55 @@ def predict(
     return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due, by=play))
 
 
+def predict_rates(
+    models: Mapping[str, StepModel], draw: Callable[[int], Trace], rates: Sequence[float]
+) -> list[Predicted]:
+    """What each variant does with a minute of arrivals at each of these rates (requests/s; inf: 2,000 at once), ten requests at
+    least and ten thousand at most. Raises BadInput for a rate that is not above 0."""
+    if wrong := [rate for rate in rates if not rate > 0]:
+        raise BadInput(f"rates {wrong} are not above 0 (requests/s; inf sends all at once)")
+    counts = [2000 if rate == math.inf else round(min(max(LEVEL_S * rate, 10), _MOST_REQUESTS)) for rate in rates]
+    return [
+        predict(variant, model, draw(count), rate)
+        for variant, model in models.items()
+        for rate, count in zip(rates, counts, strict=True)
+    ]
+
+
 def highest_rate(
     variant: str, model: StepModel, draw: Callable[[int], Trace], slo: SLO, *, start: float = 10.0, seed: int = 0
 ) -> Bracket:
-    """The rates between which the highest one lies that meets `slo`, each level a minute of arrivals or more. `draw` gives so
-    many requests."""
+    """The rates between which the highest one lies that meets `slo`: the lowest and the highest end of the brackets of several
+    seeds of arrivals, each level minutes long. `draw` gives so many requests."""
+    trace, found = draw(probe_requests(slo)), []
+    alone = predict(variant, model, trace, 1e-3, seed=seed).played.records
+    if attains(alone, slo).bound == "missed":
+        return Bracket(0.0, 0.0)
+    for one in range(seed, seed + _SEEDS):
 
-    def probe(rate: float) -> str:
-        requests = max(probe_requests(slo), math.ceil(rate * LEVEL_S))
-        return attains(predict(variant, model, draw(requests), rate, seed=seed).played.records, slo).bound
+        def probe(rate: float, seed: int = one) -> str:
+            requests = max(probe_requests(slo), math.ceil(rate * _SEARCHED_S))
+            return attains(predict(variant, model, draw(requests), rate, seed=seed).played.records, slo).bound
 
-    return search(probe, start, tolerance=_NARROW, max_probes=_PROBES)[0]
+        found.append(search(probe, start, tolerance=_NARROW, max_probes=_PROBES)[0])
+        start = found[-1].low or start
+    return Bracket(min(one.low for one in found), max(one.high for one in found))
 
 
 def step_models(fit: str, variants: Sequence[str] | None = None, *, card: str = "") -> dict[str, StepModel]:
-    """The step models of a fit in `data/fits` (or a .toml file) for these variants, or for all; with a `card`, a profile's name,
-    as they would be there by the datasheets. Raises BadInput for a fit, variant or card that there is not."""
+    """The step models of a fit in `data/fits` (or a .toml file) for these variants, or for all; `fitted=name` gives one another
+    name, such as a run's. With a `card`, a profile's name, they are as they would be there by the datasheets. Raises BadInput
+    for a fit, variant or card that there is not."""
     fits = read_fits(fit)
-    if unknown := [one for one in variants or () if one not in fits]:
+    named = [one.partition("=") for one in variants or fits]
+    if unknown := [one for one, _, _ in named if one not in fits]:
         raise BadInput(f"the fit holds no variant {', '.join(unknown)} (it holds: {', '.join(fits)})")
-    models = {one: fits[one] for one in variants or fits}
+    models = {name or one: fits[one] for one, _, name in named}
     if not card:
         return models
-    other, known = read_profile(card).gpu, {variant: read_profile(model.card).gpu for variant, model in models.items()}
-    if other is None or None in known.values():
-        raise BadInput(f"card {card}: it, or the fit's own card, has no datasheet ([gpu]); name a profile of a card")
-    return {variant: model.on(known[variant], other, card) for variant, model in models.items()}
+    if (other := read_profile(card).gpu) is None:
+        raise BadInput(f"card {card} has no datasheet ([gpu]); name a profile of a card")
+    return {variant: model.on(other, card) for variant, model in models.items()}
 
 
 def drawing(
@@ -88,7 +113,15 @@ def drawing(
             times="dropped", max_context=max_context, fewer=True,
         )  # fmt: skip
 
-    return lambda requests: begun_anew(draw, requests, seed)
+    held = []
+
+    def first(requests: int) -> Trace:
+        # A trace is the beginning of any longer one: a search asks for many, and the words of prompts take longer than playing.
+        if not held or len(held[0]) < requests:
+            held[:] = [begun_anew(draw, requests, seed)]
+        return held[0].head(requests)
+
+    return first
 
 
 def what_if(model: StepModel) -> dict[str, StepModel]:

@@ -23,23 +23,12 @@ from ..errors import BadInput
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
-from ..metrics.step_model import ENERGY, FITS, FITTED, StepModel
+from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, TIMES, StepModel
 from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, play
 from ..results.run_folder import LevelResult, Run
 from ..ui.status import StatusLine
 
-# What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as sensitive to
-# a step's length as what it delivers.
-TIMES = {
-    "output_token_throughput": 2.0,
-    "mean_tpot_ms": 1.0,
-    "p99_tpot_ms": 0.5,
-    "mean_ttft_ms": 0.5,
-    "p99_ttft_ms": 0.5,
-}
-JOULES = "joules_per_output_token"
-JUDGED = (*TIMES, JOULES)
 # Power is NVML's mean over the second before.
 _POWER_LATE_S = 0.5
 # vLLM's default of --max-num-batched-tokens on a Hopper card.
@@ -152,7 +141,12 @@ def fit(run: Run, variant: str) -> StepModel:
     taken = {
         "requests": most_running(server.command) or 1024, "step_tokens": _most_tokens(server.command),
         "kv_tokens": server.kv_cache_tokens, "card": run.profile.name, "run": run.path.name, "levels": tuple(levels),
+        "cards": server.cards,
     }  # fmt: skip
+    if limit := [s.gpu_power_limit_w for s in summaries.values() if s.gpu_power_limit_w]:
+        taken["limit_w"] = float(max(limit))
+    if gpu := run.profile.gpu:
+        taken |= {"card_name": gpu.name, "hbm_bytes_per_s": gpu.hbm_bytes_per_s, "bf16_flops": gpu.bf16_flops}
     status = StatusLine()
     status.update(f"{variant}: {len(rows):,} intervals of {len(levels)} levels")
 
@@ -161,7 +155,7 @@ def fit(run: Run, variant: str) -> StepModel:
 
     lowest = _floors(run, variant)
     start = np.maximum(np.log(_START), lowest + 0.05)
-    first = least_squares(of_spans, start, bounds=(lowest, np.inf), loss="soft_l1", f_scale=0.1)
+    first = least_squares(of_spans, start, bounds=(lowest, math.log(MOST)), loss="soft_l1", f_scale=0.1)
 
     def model_of(logs: np.ndarray) -> StepModel:
         # As a file holds them: near saturation a level turns on the last digit.
@@ -178,7 +172,7 @@ def fit(run: Run, variant: str) -> StepModel:
         return np.concatenate([apart, 2 * spans])
 
     status.update(f"{variant}: playing {len(levels)} levels again and again")
-    bounds = (np.append(lowest, -np.inf), np.inf)
+    bounds = (np.append(lowest, -np.inf), math.log(MOST))
     found = least_squares(of_levels, np.append(first.x, math.log(2.0)), bounds=bounds, diff_step=0.02, max_nfev=25)
     model = model_of(found.x)
     model = dataclasses.replace(model, **_energy(model, list(levels.values()), rows))
@@ -190,7 +184,7 @@ def fit(run: Run, variant: str) -> StepModel:
         "median": {name: float(np.median(values)) for name, values in off.items() if values},
         "worst": {name: max(values) for name, values in off.items() if values},
     }
-    return dataclasses.replace(model, **_intervals(found, model, len(levels)), **seen)
+    return dataclasses.replace(model, **_intervals(found, model, len(levels), bounds[0]), **seen)
 
 
 def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:
@@ -280,14 +274,21 @@ def _floors(run: Run, variant: str) -> np.ndarray:
     return low
 
 
-def _intervals(found, model: StepModel, levels: int) -> dict[str, dict[str, float]]:
-    """95 % intervals from the curvature at the best fit: of the logarithms of what was fitted. All intervals of telemetry
-    together count as one level does."""
-    freedom = max(1, (levels + 1) * len(TIMES) - len(FITTED))
+# Nearer than this to the datasheet's bound a number is at it.
+_AT_BOUND = 1.02
+
+
+def _intervals(found, model: StepModel, levels: int, lowest: np.ndarray) -> dict[str, dict[str, float]]:
+    """How well the levels tell each number, from the curvature at the best fit, of the logarithms of what was fitted; no lower
+    than the datasheet allows, and the number itself where it is at that. What is judged of a level goes together: it counts as
+    two, and all of telemetry as one level does."""
+    freedom = max(1, 2 * (levels + 1) - len(FITTED))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
     half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
-    ends = {
-        sign: {name: getattr(model, name) * math.exp(sign * h) for name, h in zip(FITTED, half, strict=True)}
-        for sign in (-1, 1)
-    }
-    return {"low": ends[-1], "high": ends[1]}
+    ends = {"low": {}, "high": {}}
+    for name, spread, least in zip(FITTED, half, np.exp(lowest), strict=True):
+        value = getattr(model, name)
+        at_bound = value <= _AT_BOUND * least
+        ends["low"][name] = value if at_bound else max(float(least), value * math.exp(-spread))
+        ends["high"][name] = value if at_bound else value * math.exp(spread)
+    return ends

@@ -182,13 +182,15 @@ class Bracket(NamedTuple):
     """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it,
     or that a level of full length did not show to meet it (`Attainment.bound`).
 
-    0 and inf: no rate that was tried showed it.
+    0 and inf: no rate that was tried showed it. 0 and 0: one request alone misses it.
     """
 
     low: float
     high: float
 
     def __str__(self) -> str:
+        if self.high == 0:
+            return "none: one request alone misses it"
         if self.low == 0:
             return f"below {self.high:g}" if self.high < math.inf else "not known"
         return f"{self.low:g} to {self.high:g}" if self.high < math.inf else f"at least {self.low:g}"

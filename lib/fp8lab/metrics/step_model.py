@@ -9,7 +9,8 @@ a smooth passage. In a step with prompts attention may read the contexts of thos
 contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell. The API server is a wait
 before the first token: one Python process that is full itself is no such server, and no model of this kind is fitted to it.
 
-What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read.
+What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read,
+and never more than the card's power limit allows.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ _SMOOTH, _BLOCK = 4, 16
 
 @dataclass(frozen=True)
 class StepModel:
-    """Of one variant on one card and host. `low` and `high` are 95 % intervals of the fitted numbers by name; `levels` those
-    that they come from, of the recorded `run`."""
+    """Of one variant on one card and host. `low` and `high` say how well the levels tell the fitted numbers, by name, from the
+    fit's curvature; where the two are the same it is at its bound. `levels` are those that they come from, of the recorded
+    `run`."""
 
     base_ms: float  # each step: what neither batch nor context changes, on the card and on the host
     weights_ms: float  # to read the weights once
@@ -52,6 +54,11 @@ class StepModel:
     step_j: float = 0.0  # a step: reading the weights, and launching
     token_mj: float = 0.0  # a token's matrix products
     context_uj: float = 0.0  # a token of context, read
+    limit_w: float = math.inf  # the power limit of the cards
+    cards: int = 1  # that it runs on
+    card_name: str = ""  # the datasheet's, with its bandwidth (bytes/s) and its BF16 peak (FLOP/s)
+    hbm_bytes_per_s: float = 0.0
+    bf16_flops: float = 0.0
     low: Mapping[str, float] = field(default_factory=dict)
     high: Mapping[str, float] = field(default_factory=dict)
     median: Mapping[str, float] = field(
@@ -77,24 +84,30 @@ class StepModel:
         where the levels that were fitted had no power."""
         found = self.idle_w * span_s + self.step_j * course.steps
         found += 1e-3 * self.token_mj * course.tokens + 1e-6 * self.context_uj * course.context
-        return found or None
+        return min(found, self.limit_w * span_s) or None
 
     @property
     def limits(self) -> Limits:
         """What its server takes on; asynchronous scheduling is vLLM's default."""
         return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK)
 
-    def on(self, card: Card, other: Card, name: str) -> "StepModel":
+    def on(self, other: Card, name: str) -> "StepModel":
         """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
-        is multiplied that of its matrix units. Host and KV cache stay as they were."""
-        read, products = card.hbm_bytes_per_s / other.hbm_bytes_per_s, card.bf16_flops / other.bf16_flops
+        is multiplied that of its matrix units. Host and KV cache stay as they were; energy is on no datasheet. Raises BadInput
+        for a fit without its own card's datasheet."""
+        if not (self.hbm_bytes_per_s and self.bf16_flops):
+            raise BadInput(
+                f"the fit of run {self.run} has no datasheet of its card ([gpu] of the profile): fit it anew with one"
+            )
+        read, products = self.hbm_bytes_per_s / other.hbm_bytes_per_s, self.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
-        note = f"scaled from {card.name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
+        note = f"scaled from {self.card_name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
         return dataclasses.replace(
             self,
             **scaled,
             token_us=self.token_us * products,
             card=name,
+            **dict.fromkeys(ENERGY, 0.0),
             low={},
             high={},
             median={},
@@ -122,6 +135,19 @@ def _toml(value) -> str:
 
 # The fitted numbers, in order.
 FITTED = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "api_ms")
+# What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as
+# sensitive to a step's length as what it delivers.
+TIMES = {
+    "output_token_throughput": 2.0,
+    "mean_tpot_ms": 1.0,
+    "p99_tpot_ms": 0.5,
+    "mean_ttft_ms": 0.5,
+    "p99_ttft_ms": 0.5,
+}
+JOULES = "joules_per_output_token"
+JUDGED = (*TIMES, JOULES)
+# Beyond this (ms, µs, ns, W, ...) no fitted number lies.
+MOST = 1e4
 ENERGY = ("idle_w", "step_j", "token_mj", "context_uj")
 
 
@@ -147,10 +173,15 @@ def read_fits(name: str) -> dict[str, StepModel]:
 
 def _check(variant: str, model: StepModel) -> None:
     """Raises ValueError for what no fit has written."""
-    for name in (*FITTED, *ENERGY, "requests", "step_tokens", "kv_tokens"):
+    for name in (*FITTED, *ENERGY, "requests", "step_tokens", "kv_tokens", "cards"):
         value, whole = getattr(model, name), name not in (*FITTED, *ENERGY)
-        kind = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind) or not whole <= value < math.inf:
-            raise ValueError(f"{variant}: {name} is {value!r}, expected a number of {int(whole)} or more")
-    if model.median.keys() != model.worst.keys():
-        raise ValueError(f"{variant}: median and worst are of other metrics")
+        kind, least = int if whole else (int, float), 1 if whole else MOST**-1 if name == "base_ms" else 0
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= (10**9 if whole else MOST):
+            raise ValueError(
+                f"{variant}: {name} is {value!r}, expected a number from {least:g} to {10**9 if whole else MOST:g}"
+            )
+    for each, known in ((model.low, FITTED), (model.high, FITTED), (model.median, JUDGED), (model.worst, JUDGED)):
+        if wrong := {k: v for k, v in each.items() if k not in known or not isinstance(v, (int, float)) or v != v}:
+            raise ValueError(f"{variant}: {wrong} is none of {', '.join(known)} with a number")
+    if model.median.keys() != model.worst.keys() or model.low.keys() != model.high.keys():
+        raise ValueError(f"{variant}: median and worst, or low and high, are of other names")

@@ -36,6 +36,8 @@ _SHARD_BYTES = 2 << 30
 # AutoAWQ's order of the eight 4-bit values in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _TO_SPARE = 64 << 20
+# Beside the weights, what they were made of: a source that was changed since gives another checkpoint.
+_MADE_OF = ".fp8lab-made-of"
 # What stands beside a checkpoint's weights: tokenizer, configurations, templates.
 _BESIDE = (".json", ".model", ".txt", ".jinja")
 
@@ -63,9 +65,15 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     config = json.loads((source / "config.json").read_text())
     made = config | ({"quantization_config": _quantization_config(how)} if how.method != "none" else {})
     if (target / "config.json").is_file():
-        if json.loads((target / "config.json").read_text()) != made:
-            raise BadInput(f"{target} holds another checkpoint: choose another folder, or remove it")
+        kept = target / _MADE_OF
+        same = json.loads((target / "config.json").read_text()) == made
+        if not same or (kept.is_file() and kept.read_text().split()[0] != _key(made, weights)):
+            raise BadInput(
+                f"{target} holds another checkpoint, or one of other weights: choose another folder, or remove it"
+            )
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} is there and is no checkpoint: choose another folder, or remove it")
     shards = _plan(how, weights)
     lock = _alone(target)
     try:
@@ -74,6 +82,11 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     finally:
         lock.release()
     return target
+
+
+def _key(made: dict, weights) -> str:
+    """What a checkpoint is made of: its configuration, and the source's files or that they are drawn."""
+    return hashlib.sha256(json.dumps([made, weights.key, sorted(weights.shapes)]).encode()).hexdigest()
 
 
 def _alone(target: Path) -> Lock:
@@ -92,8 +105,8 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
 
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
-    key = hashlib.sha256(json.dumps([made, weights.key, [list(shard) for shard in shards]]).encode()).hexdigest()
     plan = partial / "plan"
+    key = f"{_key(made, weights)} {hashlib.sha256(json.dumps([list(shard) for shard in shards]).encode()).hexdigest()}"
     if partial.is_dir() and not (plan.is_file() and plan.read_text() == key):
         shutil.rmtree(partial)
     left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
@@ -104,6 +117,7 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
         for number, shard in enumerate(shards):
             _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
         _finish(source, partial, made, shards)
+        os.rename(plan, partial / _MADE_OF)
         os.rename(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -366,4 +380,3 @@ def _finish(source: Path, folder: Path, config: dict, shards: list) -> None:
         if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("model"):
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "plan").unlink()

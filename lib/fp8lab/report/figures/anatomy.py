@@ -37,5 +37,5 @@ def step_figure(axes, run: Run) -> str:
     profiled = any(one.decode for _, one in held)
     return (kinds if profiled else "Kernels were not profiled: no GPU. ") + (
         "Frame: a step's wall time without a profiler; what it has beyond the colours the host adds, or more where the profiled "
-        "steps had longer contexts (they are in the table)."
+        "steps had longer contexts, less where they had shorter ones (they are in the table)."
     )

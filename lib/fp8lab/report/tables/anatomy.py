@@ -64,13 +64,15 @@ def host_table(run: Run, *, functions: int = 3) -> Table:
 
 def host_adds(one: BatchAnatomy) -> str:
     """The milliseconds that the host adds to the GPU's time of a decode step. Where the profiled steps had longer contexts than
-    the timed ones, it is at least so much; a dash where that says nothing, or nothing was profiled."""
+    the timed ones it is at least so much, where they had shorter ones at most; a dash where that says nothing, or nothing was
+    profiled."""
     if one.decode is None:
         return "–"
     added = one.wall_ms - one.decode.busy_ms
     if one.context and one.decode.context > 1.05 * one.context:
         return f"≥ {added:,.2f}" if added > 0 else "–"
-    return f"{max(0.0, added):,.2f}"
+    shorter = one.context and one.decode.context < one.context / 1.05
+    return f"{'≤ ' if shorter else ''}{max(0.0, added):,.2f}"
 
 
 def _brief(kernel: str, most: int = 72) -> str:

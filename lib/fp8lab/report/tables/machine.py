@@ -141,7 +141,8 @@ def fit_table(
     share = memory_share(flags) or 0.9
     rows = []
     for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
-        for count in (n for n in (1, 2, 4, 8, 16) if n <= most):
+        # vLLM shares the heads out evenly.
+        for count in (n for n in (1, 2, 4, 8, 16) if n <= most and not shape.heads % n):
             found = fit(shape, weights, kv, card, count, share=share)
             room = (
                 (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}") if found.kv_tokens else ("does not fit", "–")

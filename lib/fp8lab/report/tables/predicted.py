@@ -9,9 +9,9 @@ from ...config.profile import rate_name
 from ...config.trace import Trace
 from ...errors import BadInput
 from ...experiment.predict import LEVEL_S, Predicted, highest_rate, longer, predict, what_if
-from ...experiment.step_fit import JOULES, JUDGED, apart, held_out, judgeable, replay
+from ...experiment.step_fit import apart, held_out, judgeable, replay
 from ...metrics.slo import SLO, probe_requests
-from ...metrics.step_model import ENERGY, FITTED, StepModel
+from ...metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, StepModel
 from ...results.run_folder import Run
 from ...ui.status import StatusLine
 from ...ui.table import Table
@@ -49,16 +49,18 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
 
 
 def models_table(models: Mapping[str, StepModel]) -> Table:
-    """What each number of a step model is, with its 95 % interval where it was fitted."""
+    """What each number of a step model is, with how well its levels tell it where it was fitted."""
     rows = []
     for name in (*FITTED, *ENERGY):
         cells = []
         for model in models.values():
-            ends = f" ({model.low[name]:.3g} to {model.high[name]:.3g})" if model.low else ""
-            cells.append(f"{getattr(model, name):.3g}{ends}")
+            low, high = model.low.get(name), model.high.get(name)
+            ends = "" if low is None else " (at its bound)" if low == high else f" ({low:.3g} to {high:.3g})"
+            cells.append(f"{getattr(model, name):.3g}{ends}" if getattr(model, name) or name in FITTED else "–")
         rows.append((name, _MEANS[name], *cells))
     fitted = "; ".join(dict.fromkeys(model.note or f"fitted to run {model.run}" for model in models.values()))
-    return Table(f"Step models: {fitted}", ("number", "what it is", *models), rows)
+    note = "in brackets how well its levels tell each; at its bound: as fast as the datasheet's bandwidth allows"
+    return Table(f"Step models: {fitted}; {note}", ("number", "what it is", *models), rows)
 
 
 def cards_plan_table(
@@ -77,18 +79,19 @@ def cards_plan_table(
     for variant, model in models.items():
         status.update(f"{variant}: the highest rate that meets {slo}")
         limit = highest_rate(variant, model, draw, slo)
-        cards = math.ceil(load / limit.low) if limit.low else None  # a dash where no rate was shown to meet it
+        servers = math.ceil(load / limit.low) if limit.low else None  # a dash where no rate was shown to meet it
+        cards = servers and servers * model.cards
         cost = [shown(cards and price and cards * price, ",.2f")] if price else []
-        each = load / cards if cards else None
+        each = load / servers if servers else None
         trace = draw(max(probe_requests(slo), math.ceil(each * LEVEL_S))) if each else None
         joules = predict(variant, model, trace, each).played.found.get(JOULES) if each else None
         rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
     status.done(f"{len(models)} variants searched")
     columns = (
         "variant",
-        "meets it up to, req/s a card",
+        "a server meets it up to, req/s",
         "cards",
-        "req/s each",
+        "req/s a server",
         "J/token then",
         *(["an hour costs"] if price else []),
     )
