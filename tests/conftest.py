@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Once torch and vLLM are imported every full collection walks millions of objects that never go.
 gc.set_threshold(100_000, 50, 1000)
 
-# Rare events are looked for at length by `make nightly` alone.
+# Rare events are looked for at length, and more real servers started, by `make nightly` alone.
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 
 

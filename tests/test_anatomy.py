@@ -273,19 +273,17 @@ def test_the_unsealing_on_real_vllm(tmp_path):
     assert run.path / "anatomy" / "fp8-unsealed.json" in sharing.files(run)
 
 
-@pytest.mark.servers
-def test_a_batch_that_the_server_refuses_is_told_at_once_in_its_words(tmp_path):
-    """A context too short for the answers; and a variant behind the Rust API server is taken apart behind Python's."""
-    path = tmp_path / "short.toml"
-    path.write_text("""
-        extends = "emulated-h100"
-        replaces = ["protocols"]
-        variants = { short = { base = "fp8", api_server = "rust", flags = ["--max-model-len", "128"] } }
-        protocols.short.levels = [{ variant = "short", rate = inf, requests = 60 }]
-    """)
-    profile = read_profile(str(path))
-    with pytest.raises(lab.LevelFailed, match="short, 8 at once: answered before they ran together, HTTP 400: .*128"):
-        lab.measure_anatomy(lab.open_run(tmp_path / "run", profile), profile, ["short"], batches=[8])
+def test_a_batch_that_the_server_refuses_is_told_at_once_in_its_words(fake_vllm, tmp_path):
+    profile = read_profile(str(fake_vllm(bf16="no-batches")))
+    with pytest.raises(lab.LevelFailed, match="bf16, 8 at once: answered before .*, HTTP 400: .*one prompt a request"):
+        lab.measure_anatomy(lab.open_run(tmp_path / "run", profile), profile, ["bf16"], batches=[8])
+
+
+def test_a_variant_behind_the_rust_api_server_is_taken_apart_behind_pythons():
+    profile = read_profile("h100-80gb")
+    assert (
+        profile.variant("fp8-rust").env and not experiment._behind_python(profile, "fp8-rust").variant("fp8-rust").env
+    )
 
 
 def test_a_batch_that_cannot_run_is_refused_before_a_start(tmp_path):

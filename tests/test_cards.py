@@ -213,6 +213,7 @@ def test_what_fits_is_told_before_anything_starts(capsys):
     assert cli.main(["fit", "llama-3-8b", "--tokens", "0"]) == 2
 
 
+@pytest.mark.nightly  # three starts, one of them with two EngineCores
 @pytest.mark.servers
 def test_emulated_cards_share_layers_and_copies(tmp_path):
     """Real vLLM with its parallel sizes; each card is modelled."""

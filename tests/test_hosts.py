@@ -324,6 +324,7 @@ levels = [{ variant = "bf16", rate = 50, requests = 20 }]
 """
 
 
+@pytest.mark.nightly  # a whole run on real vLLM
 @pytest.mark.servers
 @pytest.mark.timing  # a warning, as of a server that a test beside it leaves without its owner, is an error here
 def test_a_run_on_an_odd_host(tmp_path):

@@ -328,6 +328,7 @@ def test_the_planners_page(tmp_path, monkeypatch):
     assert "PREDICTED" in page and "by the datasheets, not fitted there" in page and "Traceback" not in page
 
 
+@pytest.mark.nightly  # two minutes of virtual time beside as many of real
 @pytest.mark.servers
 @pytest.mark.timing
 def test_an_emulated_card_steps_as_its_fit_says(tmp_path):

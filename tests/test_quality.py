@@ -422,6 +422,7 @@ def test_the_notebook_on_the_cpu(measured, tmp_path):
     assert "noise floor" in page and "99.28" in page
 
 
+@pytest.mark.nightly  # the whole packaged model, rounded twice
 @pytest.mark.servers
 def test_the_appendix_on_number_formats(tmp_path):
     (path,) = notebooks.find("appendix_number_formats")

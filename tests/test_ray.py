@@ -107,6 +107,7 @@ def test_a_lost_hosts_jobs_run_again_elsewhere_and_nothing_is_left(cluster, matr
     nothing_left("profile", pids)
 
 
+@pytest.mark.nightly  # each test starts a cluster of its own
 @pytest.mark.servers
 def test_hosts_that_share_no_folder_send_runs_back_and_those_with_other_software_are_refused(
     cluster, matrix, monkeypatch
@@ -135,6 +136,7 @@ def test_hosts_that_share_no_folder_send_runs_back_and_those_with_other_software
     assert not list(matrix.parent.glob("host-*/fp8lab/batches/*/*"))  # nothing is kept there of what came back
 
 
+@pytest.mark.nightly
 @pytest.mark.servers
 def test_an_interrupted_batch_leaves_no_server_on_any_host(cluster, matrix):
     batch = start(matrix, cluster.address)

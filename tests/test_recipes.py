@@ -256,6 +256,7 @@ def test_without_answers_a_format_is_drawn_by_what_it_costs(run):
     assert "Not drawn, theirs was not measured: int4. " in figure.caption and "a joule" in figure.caption
 
 
+@pytest.mark.nightly  # two starts that compile
 @pytest.mark.servers
 def test_int8_is_made_and_served_on_a_cpu(tmp_path):
     """Real vLLM: the checkpoint is made at the first start, and the log names the kernel that multiplies it."""

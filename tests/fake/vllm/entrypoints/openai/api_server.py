@@ -83,6 +83,8 @@ class Server(Session):
             self.count(request)
             if refuses(request):
                 self.reply(500, '{"error":"refused"}')
+            elif FAULT == "no-batches" and isinstance(request.get("prompt"), list):
+                self.reply(400, '{"error":"one prompt a request"}')
             else:
                 prompt = request.get("prompt", "")
                 self.prompt_tokens = 1 + len(prompt.split() if isinstance(prompt, str) else prompt)
