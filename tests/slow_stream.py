@@ -123,7 +123,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
     done = [number for number, piece in enumerate(pieces) if piece.data == (b"[DONE]",)]
     pieces = pieces[: done[0]] if done else pieces
     full, blank, errors, reasons, answers, thoughts = [], [], [], [], [], False
-    prompt, output, choices = -1, -1, 1
+    prompt, output, indices = -1, -1, set()
     for piece in pieces:
         said = document(piece.data[0])
         if piece.kind == b"error":
@@ -156,20 +156,22 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
             thoughts |= thought
             reasons += [str(reason)[:80]] if reason else []
             if type(choice.get("index")) is int and 0 <= choice["index"] < 1024:
-                choices = max(choices, choice["index"] + 1)
+                indices.add(choice["index"])
         if isinstance(usage, dict):
             one, two, both = (number(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
-            if two < 0 <= one <= both:
+            details = usage.get("completion_tokens_details")
+            thinking = number(details.get("reasoning_tokens")) if isinstance(details, dict) else -1
+            if 0 <= one <= both and (two < 0 or (thinking > 0 and one + two + thinking == both)):
                 two = both - one
             prompt, output = one if one >= 0 else prompt, two if two >= 0 else output
-    chunks = full
+    chunks, choices = full, max(1, len(indices))
     if output > 0 and not full:
         chunks = blank[:output]
     elif output == len(full) + len(blank):
         chunks = sorted(full + blank)
     if chunks and not thoughts:
         answers = chunks[:1]
-    if output == 0 and chunks:
+    if output < len(chunks) and output != asked_tokens * choices:
         output = -1
     gave_up = [reason for reason in reasons if any(word in reason.lower() for word in GAVE_UP)]
     reason = (gave_up or reasons[-1:] or [None])[0]
@@ -186,6 +188,8 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
         verdict = f"the stream ended without a finish reason or [DONE] {after}"
     elif exact_tokens and output not in (-1, asked_tokens * choices):
         verdict = f"{output} output tokens instead of the {asked_tokens * choices} asked for"
+    elif exact_tokens and output < 0 and reason == "stop" and len(chunks) < asked_tokens * choices:
+        verdict = f"{len(chunks)} chunks without a count instead of the {asked_tokens * choices} tokens asked for, ended by the model itself"
     else:
         verdict = None
     first_answer = answers[0] if answers else 0.0

@@ -104,6 +104,20 @@ def in_one_go(steps: Steps) -> Steps:
     return [(steps[-1][0], b"".join(what for _, what in steps))]
 
 
+def in_pieces(steps: Steps, size: int) -> Steps:
+    """As a proxy with a small buffer hands them on: `size` events at a time."""
+    groups = [steps[at : at + size] for at in range(0, len(steps), size)]
+    return [(group[-1][0], b"".join(what for _, what in group)) for group in groups]
+
+
+def reasoning_apart(n: int) -> Steps:
+    """The count leaves reasoning out, which stands beside it and is in the total."""
+    answer = n - n * 3 // 4
+    counts = {"prompt_tokens": 10, "completion_tokens": answer, "total_tokens": 10 + n}
+    counts["completion_tokens_details"] = {"reasoning_tokens": n - answer}
+    return chat(n, reasoned(n, "reasoning_content"), data({"choices": [], "usage": counts}) + DONE)
+
+
 def whole(n: int) -> dict:
     """A completion that was not streamed."""
     counts = {"prompt_tokens": 10, "completion_tokens": n, "total_tokens": 10 + n}
@@ -147,6 +161,13 @@ SHAPES = {
     "redirect": Shape(lambda n: [(0, b"moved")], MOVED),
     "buffered": Shape(lambda n: in_one_go(completion(n))),
     "buffered-chunk": Shape(lambda n: grouped(n, n, usage(n) + DONE)),
+    "in-pieces": Shape(lambda n: in_pieces(completion(n), 6)),
+    "reasoning-apart": Shape(reasoning_apart),
+    "usage-a-chunk": Shape(lambda n: completion(n, tail=usage(1) + DONE)),
+    "ended-by-itself": Shape(lambda n: completion(n // 4, ending="stop", tail=DONE)),
+    "half-a-character": Shape(lambda n: broken_off(n, 4, data({"error": {"message": "bad \ud83d here"}}))),
+    "one-choice-numbered-1": Shape(lambda n: [(float(t), piece(" time", index=1, finish_reason="length" if t == n - 1 else None)) for t in range(n)]
+                                   + [(n - 1, usage(n) + DONE)]),
     "never-ends": Shape(completion, ends=False),
     "continuous-usage": Shape(continuous),
     "two-choices": Shape(two_choices),

@@ -245,6 +245,18 @@ def test_the_extra_body_replaces_and_leaves_out():
                     "guided": None, "top_k": 1}  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{"base_url": "me:hunter2@h:80"}, {"endpoint": "https://me:hunter2@h/v1"}])
+def test_no_password_is_in_a_refusal(options):
+    with pytest.raises(BadInput) as refused:
+        Endpoint(**{"base_url": "http://h", "model": "m"} | options)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_model_name_that_is_no_text_is_refused():
+    with pytest.raises(BadInput, match="holds bytes that are no text"):
+        Endpoint("http://h", "m\udcff")
+
+
 def test_no_secret_reaches_a_file_or_a_message(tmp_path):
     """The server repeats everything that it was sent."""
     secrets = ["sk-one-secret", "session-two-secret", "three-secret", "four-secret", "five-secret"]
@@ -267,6 +279,8 @@ def test_no_secret_reaches_a_file_or_a_message(tmp_path):
     for secret in secrets:
         assert secret not in told and secret.encode() not in stored
     assert "[Authorization]" in told and "[key]" in told and "[api_key]" in told
+    unnamed = Endpoint("http://h/openai?code=FUNCTION42&api-version=1", "m")
+    assert unnamed.without_secrets("POST /openai?code=FUNCTION42") == "POST /openai?code=[code]"
     endpoint = Endpoint("http://h?key=five%2Fsecret", "m", headers=(("x-api-key", 'three"secret'),))
     assert "secret" not in repr(endpoint)
     for said in ("five%2Fsecret", "five/secret", 'three"secret', 'three\\"secret', 'cut within three"sec'):
@@ -558,6 +572,8 @@ def test_an_endpoint_that_fails_from_the_first_probe_on_is_told_in_its_words(tmp
         ([*SEARCH, "--trace", "no.csv"], "no trace file"),
         (["--slo", "fast"], "'fast' is none of"),
         (["--warmup", "-1"], "--warmup -1 is below 0"),
+        (["--slo", ""], "SLO '': '' is none of"),
+        (["--out", ""], "--out is empty"),
         (["--header-env", "api-key"], "is not NAME=VAR"),
         (["--header-env", "api-key=NO_SUCH"], "NO_SUCH: no such environment variable"),
     ],

@@ -89,6 +89,14 @@ def test_what_was_never_sent_is_nobodys_failure():
     assert f"(failed at {two.url}/v1/completions: {bad['failed']})" in summary.invalid_reason
 
 
+def test_one_server_under_two_names_is_no_fleet():
+    with (
+        streaming_server() as one,
+        pytest.raises(BadInput, match="are one server .127.0.0.1.; name each of a fleet once"),
+    ):
+        level(one, one.replace("127.0.0.1", "localhost"))
+
+
 def test_the_remedy_is_about_the_one_that_failed():
     with streaming_server() as one:
         reason = level(one, "http://127.0.0.1:9").summary.invalid_reason

@@ -429,6 +429,9 @@ TRUE = (30, None, 10, 16)
         ("chat", TRUE, ""),
         ("reasoning", (30, 150, 10, 16), ""),
         ("reasoning-short", (30, 150, 10, 16), ""),
+        ("reasoning-apart", (30, 150, 10, 16), ""),
+        ("usage-a-chunk", TRUE, "all streams gave no count of tokens (usage): chunks were counted as tokens"),
+        ("one-choice-numbered-1", TRUE, ""),
         ("only-reasoning", TRUE, "all streams held reasoning alone, no answer"),
         ("four-a-chunk", (60, None, 10, 16), ""),
         ("four-a-chunk-no-usage", (60, None, 40, 4), "all streams gave no count of tokens (usage): chunks were counted as tokens"),
@@ -471,6 +474,11 @@ def test_a_stream_is_measured_as_it_is(streams_url, capsys, shape, truth, told):
     [
         ("abort", 'the server gave up with finish reason "abort" after 8 chunks'),
         ("own-error", "error in the stream: out of KV cache"),
+        ("half-a-character", "error in the stream: bad ? here"),
+        (
+            "ended-by-itself",
+            "4 chunks without a count instead of the 16 tokens asked for, ended by the model itself",
+        ),
         (
             "redirect",
             "HTTP 308: the server redirects to https://elsewhere.example/v1/completions; give that as --base-url",
@@ -503,6 +511,14 @@ def test_streams_that_come_in_one_piece_are_no_measurement(streams_url, shape, c
         "6 of 6 answers of several tokens came in one piece: they are collected on the way"
     )
     assert "X-Accel-Buffering: no" in summary.invalid_reason and "INVALID" in capsys.readouterr().err
+
+
+def test_streams_that_come_in_several_pieces_are_no_measurement(streams_url):
+    summary = measured(streams_url, "in-pieces").summary
+    assert summary.completed == 6 and not summary.valid
+    assert (
+        "of the chunks came at the instant of the one before: they are collected on the way" in summary.invalid_reason
+    )
 
 
 def test_a_stream_that_has_ended_is_complete_though_its_body_goes_on(streams_url):

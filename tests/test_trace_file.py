@@ -83,6 +83,8 @@ def test_lengths_and_times_are_read_whoever_wrote_them(tmp_path, text):
         (OWN + "5,7,0\n5,,1\n", "line 3, column 'output_tokens': found nothing"),
         (OWN + "5,7,0\n1,500,7,1\n", "line 3: 4 values for 3 columns"),
         (OWN + "5,7,0\n5,7,1700000000\n", "from the first to the last 'arrival_s' are 19,675.9 days, expected at most 366"),
+        ("prompt_tokens;output_tokens\n2.000;1.000\n", "line 2: '2.000' may hold separators of thousands; write it without"),
+        ('prompt_tokens,output_tokens\n"2,000",1\n', "line 2: '2,000' may hold separators of thousands"),
         (OWN, "'mine.csv' is empty: it has a header and no rows"),
         ("prompt_tokens,output_tokens,output_tokens\n5,7,7\n", "the column 'output_tokens' is there 2 times"),
         ("prompt_tokens,output_tokens,id\n5,7,7\n", "unknown columns 'id'; known: arrival_s, output_tokens, prompt_tokens"),
@@ -110,6 +112,10 @@ def test_what_is_wrong_is_told_with_its_line_and_column(tmp_path, text, said):
     with pytest.raises(BadInput, match=said) as refused:
         read(tmp_path, text, tokenizer="none")
     assert len(str(refused.value)) < 700 and str(tmp_path) not in str(refused.value)
+
+
+def test_a_spreadsheets_own_first_line_is_passed_over(tmp_path):
+    assert lengths(read(tmp_path, "sep=;\nprompt_tokens;output_tokens\n5;7\n")) == [(5, 7)]
 
 
 def test_a_folder_and_a_file_that_is_not_there_are_told(tmp_path):

@@ -334,3 +334,24 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
     replay, scaled, drawn, burst = due.values()
     assert replay == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1.0]) and scaled == pytest.approx(replay * 0.7)
     assert not burst.any() and drawn[-1] == pytest.approx(0.7) and (np.diff(drawn) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: arrival_times(10, 5.0, burstiness=1e-5), "burstiness 1e-05 gives no arrival times"),
+        (lambda: arrival_times(10, 1e-310), "rate 1e-310 with burstiness 1.0 gives no arrival times"),
+        (lambda: arrival_times(10, 5.0, seed=-1), "seed -1 is below 0"),
+        (lambda: sharegpt_like(10, seed=-1), "seed -1 is below 0"),
+        (lambda: sharegpt_like(10**20), "at most 134,217,728 are sent"),
+        (lambda: fixed_length(10**15), "at most 134,217,728 are sent"),
+        (lambda: fixed_length(1, input_tokens=10**21), "at most 134,217,728 are sent"),
+        (
+            lambda: named_trace("random", 5, seed=0, input_tokens=10, output_tokens=16, max_context=20),
+            "requests of 10 tokens in and 16 out have more than 20 together",
+        ),
+    ],
+)
+def test_what_has_no_times_or_no_end_is_refused(draw, said):
+    with pytest.raises(BadInput, match=said):
+        draw()

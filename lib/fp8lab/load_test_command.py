@@ -109,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
     from .metrics.slo import SLO
 
     endpoint, *args.others = _endpoints(args)
+    if not args.out:
+        raise BadInput("--out is empty; name a folder, such as results/50")
     out = Path(args.out)
-    slo = SLO.parse(args.slo) if args.slo else None
+    slo = SLO.parse(args.slo) if args.slo is not None else None
     if args.warmup < 0:
         raise BadInput(f"--warmup {args.warmup} is below 0")
     if args.find_max_rate:
@@ -272,6 +274,8 @@ def _endpoints(args: argparse.Namespace) -> "list[Endpoint]":
 def _variable(option: str, name: str) -> str:
     if name not in os.environ:
         raise BadInput(f"{option} {name}: no such environment variable")
+    if not os.environ[name].strip():
+        raise BadInput(f"{option} {name}: the variable is empty")
     return os.environ[name]
 
 

@@ -38,7 +38,8 @@ def _text(turn: dict) -> str:
     said = turn.get("value", turn.get("content"))
     if isinstance(said, list):  # OpenAI's parts: text, pictures
         said = "\n".join(str(part["text"]) for part in said if isinstance(part, dict) and part.get("text"))
-    return said if isinstance(said, str) else ""
+    # Half a character, as some tools cut one, is no text that a tokenizer takes.
+    return said.encode(errors="replace").decode() if isinstance(said, str) else ""
 
 
 def check_conversations(path: Path) -> None:

@@ -110,6 +110,7 @@ def fixed_length(requests: int = 1000, *, input_tokens: int = 1024, output_token
     if input_tokens < 1 or output_tokens < 1:
         raise BadInput(f"lengths must be at least 1 token, not {input_tokens} in and {output_tokens} out")
     name = f"random {input_tokens}/{output_tokens} seed {seed}"
+    _check_size(name, requests, requests * (input_tokens + output_tokens))
     return _of_words(name, np.full(requests, input_tokens), np.full(requests, output_tokens), _streams(seed)[2])
 
 
@@ -268,6 +269,10 @@ def named_trace(
     if trace == "sharegpt-like":
         return sharegpt_like(requests, seed)
     if trace == "random":
+        if max_context and input_tokens + output_tokens > max_context:
+            raise BadInput(
+                f"requests of {input_tokens} tokens in and {output_tokens} out have more than {max_context} together"
+            )
         return fixed_length(requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
     if trace in RECORDED:
         path = DATA / "traces" / f"{trace}.csv.gz"
@@ -303,6 +308,7 @@ def arrival_times(
         raise BadInput(f"rate {rate!r} is not above 0 (requests/s; inf sends all at once)")
     if not burstiness > 0:
         raise BadInput(f"burstiness {burstiness!r} is not above 0 (1 is Poisson, inf constant gaps)")
+    _check_seed(seed)
     if np.isinf(rate):
         return np.zeros(requests)
     if np.isinf(burstiness):
@@ -310,24 +316,35 @@ def arrival_times(
     else:
         gaps = np.random.default_rng([seed, 1]).gamma(burstiness, 1 / (rate * burstiness), requests)
     times = np.cumsum(gaps)
+    if not (np.isfinite(times[-1]) and times[-1] > 0):
+        raise BadInput(f"rate {rate!r} with burstiness {burstiness!r} gives no arrival times: one of them is too small")
     return times * (requests / rate / times[-1]) if normalised else times
 
 
 def _check_requests(requests: int) -> None:
     if requests < 1:
         raise BadInput(f"a trace of {requests} requests is empty: a level needs at least one request")
+    _check_size("the trace", requests, requests)
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise BadInput(f"seed {seed} is below 0")
 
 
 def _streams(seed: int) -> list[np.random.Generator]:
+    _check_seed(seed)
     # One stream a column keeps a shorter trace a prefix of a longer one.
     return [np.random.default_rng([seed, 0, column]) for column in range(3)]
 
 
 def _truncated_lognormal(rng: np.random.Generator, mu: float, sigma: float, requests: int) -> np.ndarray:
-    kept = np.empty(0, dtype=int)
-    while kept.size < requests:
+    parts, found = [], 0
+    while found < requests:
         drawn = np.rint(rng.lognormal(mu, sigma, 4096)).astype(int)
-        kept = np.concatenate([kept, drawn[(drawn >= 4) & (drawn <= 1024)]])
+        parts.append(drawn[(drawn >= 4) & (drawn <= 1024)])
+        found += parts[-1].size
+    kept = np.concatenate(parts)
     return kept[:requests]
 
 

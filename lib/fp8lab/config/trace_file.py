@@ -198,7 +198,7 @@ def _header(path: Path) -> tuple[int, list[str], str]:
                 raise BadInput(
                     f"{path.name}, line {number}: no end within {_MAX_LINE:,} characters; expected a table's header"
                 )
-            if line.strip():
+            if line.strip() and not line.lower().startswith("sep="):  # a spreadsheet's own first line
                 break
     separator = max(",;\t", key=line.count)
     return number, [name.strip().lower() for name in next(csv.reader([line], delimiter=separator))], separator
@@ -210,6 +210,8 @@ def _read_clean_table(path, header, names, separator, kind, times):
     import pyarrow
     from pyarrow import csv as table
 
+    if separator == ";":  # its numbers may be written 1.000,5
+        return None
     number = pyarrow.float64()
     parts = {"prompt": [], "output": [], "seconds": []}
     skipped = 0
@@ -263,6 +265,7 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
             text.readline()
         # A spreadsheet that separates with semicolons may write 5,0.
         decimal = "," if separator == ";" else "."
+        thousands = re.compile(r"\d{1,3}(\.\d{3})+" if separator == ";" else r"\d{1,3}(,\d{3})+")
         reader = csv.reader(text, delimiter=separator)
         begin = header + 1
         least = max(i for i, name in enumerate(names, 1) if name)
@@ -271,6 +274,10 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
                 if any(cell.strip() for cell in row):
                     if len(row) < least or any(cell.strip() for cell in row[len(names) :]):
                         raise BadInput(f"{path.name}, line {begin}: {len(row)} values for {len(names)} columns")
+                    if grouped := next((cell for cell in row if thousands.fullmatch(cell.strip())), ""):
+                        raise BadInput(
+                            f"{path.name}, line {begin}: {grouped.strip()!r} may hold separators of thousands; write it without"
+                        )
                     yield (
                         begin,
                         {name: cell.strip().replace(decimal, ".") for name, cell in zip(names, row, strict=False)},

@@ -68,16 +68,16 @@ class Endpoint:
         except ValueError:  # a port that is none, half an IPv6 address
             good = False
         if not good:
-            shown = re.sub("//.*@", "//", self.base_url.partition("?")[0])
+            shown = _without_user(self.base_url)
             raise BadInput(f"base URL {shown!r} is not http(s)://HOST[:PORT][/PATH] in ASCII and without spaces")
         if url.username or url.password:
             raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")
+        if self.model != self.model.encode(errors="replace").decode():
+            raise BadInput("the model's name holds bytes that are no text")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise BadInput("the API key holds a character that no key has (a line break at its end, perhaps)")
         if asked.scheme or asked.netloc or not _sendable(self.endpoint):
-            raise BadInput(
-                f"--endpoint {self.endpoint.partition('?')[0]!r} is not a path, such as /v1/chat/completions"
-            )
+            raise BadInput(f"--endpoint {_without_user(self.endpoint)!r} is not a path, such as /v1/chat/completions")
         # The query may hold a key: apart from the URL, no message shows it.
         object.__setattr__(self, "base_url", f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}")
         object.__setattr__(self, "query", "&".join(filter(None, (url.query, asked.query))))
@@ -199,6 +199,9 @@ class Endpoint:
         raw = (part.partition("=")[::2] for part in self.query.split("&"))
         named = [*parse_qsl(self.query), *raw, *_leaves(self.extra_body)]
         found |= {value: name for name, value in named if is_secret(name) and len(value) >= _MIN_SECRET}
+        # Of a query no name says what is secret (`code`, `sig`).
+        asked = [*parse_qsl(self.query), *(part.partition("=")[::2] for part in self.query.split("&"))]
+        found |= {value: name for name, value in asked if len(value) >= _MIN_SECRET and value not in found}
         found |= {orjson.dumps(secret).decode()[1:-1]: name for secret, name in found.items()}
         return sorted(found.items(), key=lambda pair: -len(pair[0]))
 
@@ -214,6 +217,11 @@ def check_fleet(endpoints: Sequence[Endpoint], balance: str) -> None:
         )
     if balance not in BALANCES:
         raise BadInput(f"balance {balance!r} is none of {', '.join(BALANCES)}")
+
+
+def _without_user(url: str) -> str:
+    """A URL as it may be shown: without user, password and query."""
+    return re.sub("^(.*//)?.*@", r"\1", url.partition("?")[0])
 
 
 def _sendable(url: str) -> bool:

@@ -69,6 +69,8 @@ class Outcome:
             return f"the stream ended without a finish reason or [DONE] after {len(self.chunks)} chunks"
         if exact_tokens and self.output_tokens not in (-1, asked):
             return f"{self.output_tokens} output tokens instead of the {asked} asked for"
+        if exact_tokens and self.output_tokens < 0 and self.finish_reason == "stop" and len(self.chunks) < asked:
+            return f"{len(self.chunks)} chunks without a count instead of the {asked} tokens asked for, ended by the model itself"
         return None
 
 
@@ -104,6 +106,8 @@ class Reader:
         self._append = outcome.chunks.append
         self._blanks: list[float] = []  # times of chunks that may be a token without text
         self._data: list[bytes] = []  # of an event that is not complete yet
+        self._indices: set[int] = set()  # of choices
+        self._index = -1  # the last one
         self._stray: list[bytes] = []  # lines where events should stand
 
     def feed(self, body: bytes, now: float) -> str | None:
@@ -129,8 +133,11 @@ class Reader:
             self._settle_blanks()
         if outcome.chunks and not self._reasoned:
             outcome.first_answer = outcome.chunks[0]
-        if not outcome.output_tokens and outcome.chunks:
-            outcome.output_tokens = -1  # a count of nothing beside output is none
+        if (
+            outcome.output_tokens < len(outcome.chunks)
+            and outcome.output_tokens != outcome.asked_tokens * outcome.choices
+        ):
+            outcome.output_tokens = -1  # a count below what came is not of all of it
         return outcome.error
 
     def _settle_blanks(self) -> None:
@@ -246,7 +253,10 @@ class Reader:
 
     def _count(self, usage: dict) -> None:
         prompt, output = _whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens"))
-        if output < 0 <= prompt <= (total := _whole(usage.get("total_tokens"))):
+        details, total = usage.get("completion_tokens_details"), _whole(usage.get("total_tokens"))
+        thought = _whole(details.get("reasoning_tokens")) if type(details) is dict else -1
+        # Some leave reasoning out of the answer's count, and in the total.
+        if prompt >= 0 and total >= prompt and (output < 0 or 0 < thought == total - prompt - output):
             output = total - prompt
         if prompt >= 0:
             self._outcome.prompt_tokens = prompt
@@ -267,8 +277,9 @@ class Reader:
         if reason and not broken(outcome.finish_reason):
             outcome.finish_reason = str(reason)[:_EXCERPT]
         index = choice.get("index")
-        if type(index) is int and outcome.choices <= index < _MAX_CHOICES:
-            outcome.choices = index + 1
+        if type(index) is int and index != self._index and 0 <= index < _MAX_CHOICES:
+            self._indices.add(index)
+            outcome.choices, self._index = max(1, len(self._indices)), index
 
     def _fail(self, words: str) -> None:
         self._outcome.error = self._outcome.error or f"error in the stream: {words[:_MAX_WORDS]}"

@@ -1,6 +1,7 @@
 """One level against any endpoint: send the load, make the tables, sum up, judge the client."""
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -34,6 +35,7 @@ _FAILED_SHARE = 0.01
 _WARM_UP_IN_FLIGHT = 4
 # A short answer may come in one piece where the server is faster than it is read; that many do not.
 _ONE_PIECE_SHARE = 0.1
+_TOGETHER_SHARE = 0.5
 PERIOD_S = 1.0  # between two looks at a server
 # NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
 _SLEW = 1e-3
@@ -226,16 +228,23 @@ def endpoint_line(one: Mapping) -> str:
 
 
 def _in_one_piece(sent: Sent) -> list[str]:
-    """Streams of several tokens all of which came at one instant: the instants are not the server's then."""
+    """Streams of several tokens all of which came at one instant, or most of whose chunks came together with the one before:
+    the instants are not the server's then."""
     several = [
         o for o in sent.outcomes if not o.error and (o.output_tokens if o.output_tokens > 0 else o.asked_tokens) > 1
     ]
     pieces = sum(o.chunks[0] == o.chunks[-1] for o in several)
-    if pieces <= _ONE_PIECE_SHARE * len(several):
+    alone = [o for o in several if o.choices == 1]
+    gaps = sum(max(0, len(o.chunks) - 1) for o in alone)
+    together = sum(one == other for o in alone for one, other in itertools.pairwise(o.chunks))
+    if pieces > _ONE_PIECE_SHARE * len(several):
+        came = f"{pieces} of {len(several)} answers of several tokens came in one piece"
+    elif together > _TOGETHER_SHARE * gaps:
+        came = f"{together / gaps:.0%} of the chunks came at the instant of the one before"
+    else:
         return []
     return [
-        f"{pieces} of {len(several)} answers of several tokens came in one piece: they are collected on the way, and TTFT and "
-        "TPOT are not the server's; switch response buffering off in the proxy (nginx: proxy_buffering off, or the header "
+        f"{came}: they are collected on the way, and TTFT and TPOT are not the server's; switch response buffering off in the proxy (nginx: proxy_buffering off, or the header "
         "X-Accel-Buffering: no), or ask the server itself"
     ]
 
@@ -249,7 +258,10 @@ def _notes(sent: Sent) -> list[str]:
         return [f"{'all' if count == len(done) else f'{count} of {len(done)}'} streams {what}"] if count else []
 
     return [
-        *told(lambda o: o.output_tokens < 0, "gave no count of tokens (usage): chunks were counted as tokens"),
+        *told(
+            lambda o: o.output_tokens < 0,
+            "gave no count of tokens (usage): chunks were counted as tokens",
+        ),
         *told(lambda o: not o.done_seen, "ended without [DONE]"),
         *told(lambda o: not o.first_answer, "held reasoning alone, no answer"),
         *told(lambda o: o.finish_reason == "content_filter", "were cut by a content filter"),

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LevelFailed
+from ..errors import BadInput, LevelFailed
 from .connection import find_address, opened_ahead
 from .stream import Outcome
 from .worker import Job, read_spool
@@ -53,6 +53,10 @@ class Team:
         self.troubles: dict[int, str] = {}
         self.drain = _Drain(len(trace), float(due_wall[-1]), drain_timeout)
         self.addresses = tuple(map(find_address, endpoints))
+        where = [(one.host, one.port, endpoint.path) for one, endpoint in zip(self.addresses, endpoints, strict=True)]
+        if twice := next((i for i, one in enumerate(where) if where.index(one) < i), 0):
+            one, other = endpoints[where.index(where[twice])], endpoints[twice]
+            raise BadInput(f"{one.url} and {other.url} are one server ({where[twice][0]}); name each of a fleet once")
         # In a closed loop each slot gets as many requests as any other: a worker with two gets twice as many.
         slots = max_concurrency or workers
         self.indices = [[i for i in range(len(trace)) if i % slots % workers == worker] for worker in range(workers)]

@@ -1,6 +1,7 @@
 """What a server's refusal says, in its own words, and what to do about it."""
 
 import re
+import time
 from collections.abc import Mapping
 
 import orjson
@@ -94,10 +95,12 @@ def _remedy(error: str, lower: str, endpoint: Endpoint) -> str:
         return "--insecure takes a certificate of its own making; SSL_CERT_FILE=FILE.pem makes it a trusted one"
     if "wrong_version_number" in lower or "wrong version number" in lower:
         return "it does not speak TLS: http:// in --base-url"
-    if re.match(r"\d+ output tokens instead of", error):
+    if re.match(r"\d+ (output tokens|chunks without a count) instead of", error):
         return "it does not keep to the lengths asked for: --natural-stop lets answers end by themselves"
     if re.match(r"HTTP 3\d\d: the server redirects to|no connection: [^;]*;", error):
         return ""  # it says what to do
+    if error.startswith("connection closed by the server"):
+        return "its log, or that of a proxy or balancer before it, says why"
     if error.startswith("no connection"):
         return f"is a server listening at {endpoint.origin}?"
     match = re.match(r"HTTP (\d+)", error)
@@ -120,6 +123,7 @@ def served_models(endpoint: Endpoint) -> str:
 
     prefix = endpoint.bare_path.removesuffix("/completions").removesuffix("/chat")
     options = {"headers": dict(endpoint.all_headers()), "verify": not endpoint.insecure, "timeout": _MODELS_S}
+    until = time.monotonic() + _MODELS_S
     try:
         with httpx.stream(
             "GET", f"{endpoint.origin}{prefix}/models?{endpoint.query}", trust_env=False, **options
@@ -127,7 +131,7 @@ def served_models(endpoint: Endpoint) -> str:
             body = b""
             for part in reply.iter_bytes():
                 body += part
-                if len(body) > _MODELS_BYTES:
+                if len(body) > _MODELS_BYTES or time.monotonic() > until:
                     return ""
         names = [str(model["id"]) for model in orjson.loads(body)["data"]]
     except (httpx.HTTPError, orjson.JSONDecodeError, LookupError, TypeError):

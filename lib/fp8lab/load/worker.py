@@ -53,6 +53,11 @@ class Job:
     spool: str
 
 
+def _text(said: str) -> str:
+    """What a server said as text that can be stored: without halves of characters (lone surrogates)."""
+    return said.encode(errors="replace").decode()
+
+
 class Worker:
     def __init__(self, job: Job):
         self.job = job
@@ -223,7 +228,10 @@ class Worker:
 
     def record(self, outcome: Outcome) -> None:
         outcome.error = outcome.verdict(self.job.exact_tokens)
+        if outcome.finish_reason:
+            outcome.finish_reason = _text(outcome.finish_reason)
         if outcome.error:
+            outcome.error = _text(outcome.error)
             said_by = self.job.endpoints[outcome.endpoint]
             outcome.error = said_by.without_secrets(outcome.error)  # some servers quote them in their refusal
         self.ended.append(outcome)

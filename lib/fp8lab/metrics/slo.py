@@ -140,10 +140,12 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
 
 def allowed_violations(requests: int, share: float = 0.99) -> int:
     """The most violations among `requests` that still show the SLO met; -1 when the level is too short for any."""
-    allowed = -1
-    while allowed < requests and _at_most(allowed + 1, requests, 1 - share) <= 1 - CONFIDENCE:
-        allowed += 1
-    return allowed
+    below = 0.0
+    for violations in range(requests + 1):
+        below += _exactly(violations, requests, 1 - share)
+        if below > 1 - CONFIDENCE:
+            return violations - 1
+    return requests
 
 
 @functools.cache
@@ -165,17 +167,13 @@ def probe_requests(slo: SLO) -> int:
 
 def _at_most(k: int, n: int, p: float) -> float:
     """P(X <= k) for X binomial(n, p)."""
-    terms = (
-        math.exp(
-            math.lgamma(n + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(n - i + 1)
-            + i * math.log(p)
-            + (n - i) * math.log1p(-p)
-        )
-        for i in range(k + 1)
-    )
-    return min(1.0, math.fsum(terms))
+    return min(1.0, math.fsum(_exactly(i, n, p) for i in range(k + 1)))
+
+
+def _exactly(k: int, n: int, p: float) -> float:
+    """P(X = k) for X binomial(n, p)."""
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
 
 
 class Bracket(NamedTuple):
