@@ -11,11 +11,14 @@ skipped). `load.events` reads it so, and `tests/slow_stream.py` once more, slowl
 server's count says that each chunk was one token, or where no chunk had text; else nothing |
 | a choice with a role alone, or with a `delta` that is null or empty; no `choices`, or none in them | no output |
 | `usage` | the server's count, each number by itself, the last one given; what is no number ≥ 0 counts as not given; \
-a missing `completion_tokens` is `total_tokens` - `prompt_tokens`; 0 beside output counts as not given |
+a missing `completion_tokens`, or one that leaves out the reasoning which `completion_tokens_details` counts and the total holds, \
+is `total_tokens` - `prompt_tokens`; fewer than there are chunks with output, and not the length asked for, counts as not given |
+| an `index` of a choice | as many choices as there are different ones |
 | `[DONE]` | the end: what comes after it is not read |
 | a `finish_reason` | the end of a choice; one that speaks of abort, cancelling, an error or a time-out: failed |
 | the end of the body, also where the connection's end ends it | the end; an event needs no blank line then |
 | the end of the connection before that of the body | failed, but after `[DONE]` |
+| finish reason "stop" without a count, fewer chunks than tokens asked for where all were to come | failed |
 | an end with neither `[DONE]` nor a finish reason nor a count of the length asked for | failed |
 | `error`, `"object": "error"`, `event: error`; no `choices` and no `usage` but a `message`, `detail` or the like | failed, \
 in the server's words |
