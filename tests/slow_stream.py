@@ -171,7 +171,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
         chunks = sorted(full + blank)
     if chunks and not thoughts:
         answers = chunks[:1]
-    if output < len(chunks) and output != asked_tokens * choices:
+    if (output == 0 and chunks) or (not exact_tokens and output < len(chunks)):
         output = -1
     gave_up = [reason for reason in reasons if any(word in reason.lower() for word in GAVE_UP)]
     reason = (gave_up or reasons[-1:] or [None])[0]

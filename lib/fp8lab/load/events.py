@@ -57,7 +57,10 @@ class Outcome:
     done_seen: bool = False
 
     def verdict(self, exact_tokens: bool) -> str | None:
-        """The reason why this stream does not count as completed, or None."""
+        """The reason why this stream does not count as completed, or None. Where lengths are not exact a count below what came is
+        no count of all of it, and is forgotten."""
+        if not exact_tokens and self.output_tokens < len(self.chunks):
+            self.output_tokens = -1
         if self.error:
             return self.error
         if broken(self.finish_reason):
@@ -133,11 +136,8 @@ class Reader:
             self._settle_blanks()
         if outcome.chunks and not self._reasoned:
             outcome.first_answer = outcome.chunks[0]
-        if (
-            outcome.output_tokens < len(outcome.chunks)
-            and outcome.output_tokens != outcome.asked_tokens * outcome.choices
-        ):
-            outcome.output_tokens = -1  # a count below what came is not of all of it
+        if not outcome.output_tokens and outcome.chunks:
+            outcome.output_tokens = -1  # a count of nothing beside output is none
         return outcome.error
 
     def _settle_blanks(self) -> None:

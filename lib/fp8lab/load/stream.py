@@ -12,7 +12,7 @@ server's count says that each chunk was one token, or where no chunk had text; e
 | a choice with a role alone, or with a `delta` that is null or empty; no `choices`, or none in them | no output |
 | `usage` | the server's count, each number by itself, the last one given; what is no number ≥ 0 counts as not given; \
 a missing `completion_tokens`, or one that leaves out the reasoning which `completion_tokens_details` counts and the total holds, \
-is `total_tokens` - `prompt_tokens`; fewer than there are chunks with output, and not the length asked for, counts as not given |
+is `total_tokens` - `prompt_tokens`; 0 beside output, and where answers end by themselves fewer than their chunks, count as not given |
 | an `index` of a choice | as many choices as there are different ones |
 | `[DONE]` | the end: what comes after it is not read |
 | a `finish_reason` | the end of a choice; one that speaks of abort, cancelling, an error or a time-out: failed |
