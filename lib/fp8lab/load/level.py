@@ -36,6 +36,8 @@ _WARM_UP_IN_FLIGHT = 4
 # A short answer may come in one piece where the server is faster than it is read; that many do not.
 _ONE_PIECE_SHARE = 0.1
 _TOGETHER_SHARE = 0.5
+# What a server sends in quicker succession may be read at once without anyone having collected it.
+_APART_S = 0.005
 PERIOD_S = 1.0  # between two looks at a server
 # NTP slews by 500 ppm at most; what goes beyond, and beyond a moment's reading, was a step.
 _SLEW = 1e-3
@@ -228,8 +230,8 @@ def endpoint_line(one: Mapping) -> str:
 
 
 def _in_one_piece(sent: Sent) -> list[str]:
-    """Streams of several tokens all of which came at one instant, or most of whose chunks came together with the one before:
-    the instants are not the server's then."""
+    """Streams of several tokens all of which came at one instant, or most of whose chunks came together with the one before,
+    the others long after: the instants are not the server's then."""
     several = [
         o for o in sent.outcomes if not o.error and (o.output_tokens if o.output_tokens > 0 else o.asked_tokens) > 1
     ]
@@ -239,7 +241,9 @@ def _in_one_piece(sent: Sent) -> list[str]:
     together = sum(one == other for o in alone for one, other in itertools.pairwise(o.chunks))
     if pieces > _ONE_PIECE_SHARE * len(several):
         came = f"{pieces} of {len(several)} answers of several tokens came in one piece"
-    elif together > _TOGETHER_SHARE * gaps:
+    elif together > _TOGETHER_SHARE * gaps and sum(o.chunks[-1] - o.chunks[0] for o in alone) > _APART_S * (
+        gaps - together
+    ):
         came = f"{together / gaps:.0%} of the chunks came at the instant of the one before"
     else:
         return []
