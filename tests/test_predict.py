@@ -215,9 +215,9 @@ def test_one_python_api_server_is_not_modelled():
     [
         (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-unsealed"),
         ([FIT, "--variant", "fp4"], "the fit holds no variant fp4 (it holds: bf16-unsealed, fp8-unsealed)"),
-        ([FIT, "--rate", "0"], "--rate [0.0] must be 0.001 to 1e+06 or inf"),
-        ([FIT, "--rate", "1e300"], "--rate [1e+300] must be 0.001 to 1e+06 or inf"),
-        ([FIT, "--seed", "-1"], "--seed -1 is below 0"),
+        ([FIT, "--rate", "0"], "rate 0: expected 0.001 to 1e+06 requests/s, or inf"),
+        ([FIT, "--rate", "1e300"], "rate 1e+300: expected 0.001 to 1e+06 requests/s"),
+        ([FIT, "--seed", "-1"], "seed -1 is below 0"),
         ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
         ([FIT, "--trace", "random", "--input-tokens", "10000000"], "at most 134,217,728 are sent"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
@@ -275,7 +275,7 @@ def test_a_minute_at_each_rate():
     models = lab.step_models(FIT, ["fp8-unsealed=mine"])
     levels = lab.predict_rates(models, lab.drawing(), [0.01, 2, 1000])
     assert [(one.variant, len(one.played.records)) for one in levels] == [("mine", 10), ("mine", 120), ("mine", 10_000)]
-    with pytest.raises(BadInput, match=r"rates \[0\] are not above 0"):
+    with pytest.raises(BadInput, match="rate 0: expected 0.001 to 1e"):
         lab.predict_rates(models, lab.drawing(), [0])
 
 

@@ -157,7 +157,10 @@ def fit_model(args) -> int:
     target = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
     target = target if target.suffix == ".toml" else target.with_name(f"{target.name}.toml")
     # What other variants it holds is kept.
-    earlier = read_fits(str(target)) if target.exists() else {}
+    try:
+        earlier = read_fits(str(target)) if target.exists() else {}
+    except BadInput:
+        raise BadInput(f"{target} is there and is no fit of step models; choose another --out, or remove it") from None
     models, wrong = {}, []
     for variant in args.variant or measured:
         try:
@@ -167,17 +170,13 @@ def fit_model(args) -> int:
             print(f"fp8lab: {error}", file=sys.stderr)
     if not models:
         raise BadInput(f"run {run.path.name}: no variant can be fitted ({len(wrong)} tried)")
-    models = earlier | models
     head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`; `fp8lab.metrics.step_model` says what each number is.\n\n"
     with writing(target):
-        target.write_text(head + "\n".join(model.as_toml(variant) for variant, model in models.items()))
-    for variant in models.keys() - earlier.keys() if args.variant else models:
-        print(f"{variant}: {errors_of(models[variant])}")
+        target.write_text(head + "\n".join(model.as_toml(variant) for variant, model in (earlier | models).items()))
+    for variant, model in models.items():
+        print(f"{variant}: {errors_of(model)}")
     print(repository_relative(target))
     return 0 if not (wrong and args.variant) else 2
-
-
-_SLOWEST, _FASTEST = 1e-3, 1e6  # requests/s
 
 
 def predict(args) -> None:
@@ -197,12 +196,6 @@ def predict(args) -> None:
     if args.against:
         print(foretold_table(open_run(source=args.against), models))
         return
-    if any(not (rate == math.inf or _SLOWEST <= rate <= _FASTEST) for rate in args.rate) or args.requests < 1:
-        raise BadInput(
-            f"--rate {args.rate} must be {_SLOWEST:g} to {_FASTEST:g} or inf, --requests {args.requests} at least 1"
-        )
-    if args.seed < 0:
-        raise BadInput(f"--seed {args.seed} is below 0")
     slo = SLO.parse(args.slo) if args.slo else None
     draw = drawing(
         args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput
+from ..ui.text import storable
 from .trace_file import KNOWN, json_entries
 
 _LISTS = ("conversations", "conversation", "messages")
@@ -39,7 +40,7 @@ def _text(turn: dict) -> str:
     if isinstance(said, list):  # OpenAI's parts: text, pictures
         said = "\n".join(str(part["text"]) for part in said if isinstance(part, dict) and part.get("text"))
     # Half a character, as some tools cut one, is no text that a tokenizer takes.
-    return said.encode(errors="replace").decode() if isinstance(said, str) else ""
+    return storable(said) if isinstance(said, str) else ""
 
 
 def check_conversations(path: Path) -> None:

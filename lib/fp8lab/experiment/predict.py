@@ -14,7 +14,8 @@ from .step_fit import Played, play_level
 
 # A level goes on for so long that what is slow shows, and a backlog; to find a highest rate for longer, and over several seeds
 # of arrivals: chance moves where a bracket ends by more than its width.
-LEVEL_S, _SEARCHED_S, _SEEDS = 60.0, 300.0, 3
+_LEVEL_S, _SEARCHED_S, _SEEDS = 60.0, 300.0, 3
+_SLOWEST, _FASTEST = 1e-3, 1e6  # requests/s
 _MOST_REQUESTS = 10_000
 _PROBES = 16
 # A seed's bracket is made this narrow, if each rate in it can be decided.
@@ -38,7 +39,8 @@ def predict(
     variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0, scheduler: str = "virtual"
 ) -> Predicted:
     """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
-    hold."""
+    hold, and for a rate beyond any."""
+    _check_rate(rate)
     if scheduler == "vllm":
         from .vllm_scheduler import play
     elif scheduler == "virtual":
@@ -49,14 +51,21 @@ def predict(
     return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due, by=play))
 
 
+def _check_rate(rate: float) -> None:
+    if not (rate == math.inf or _SLOWEST <= rate <= _FASTEST):
+        raise BadInput(
+            f"rate {rate:g}: expected {_SLOWEST:g} to {_FASTEST:g} requests/s, or inf, which sends all at once"
+        )
+
+
 def predict_rates(
     models: Mapping[str, StepModel], draw: Callable[[int], Trace], rates: Sequence[float]
 ) -> list[Predicted]:
     """What each variant does with a minute of arrivals at each of these rates (requests/s; inf: 2,000 at once), ten requests at
-    least and ten thousand at most. Raises BadInput for a rate that is not above 0."""
-    if wrong := [rate for rate in rates if not rate > 0]:
-        raise BadInput(f"rates {wrong} are not above 0 (requests/s; inf sends all at once)")
-    counts = [2000 if rate == math.inf else round(min(max(LEVEL_S * rate, 10), _MOST_REQUESTS)) for rate in rates]
+    least and ten thousand at most. Raises BadInput as `predict`."""
+    for rate in rates:
+        _check_rate(rate)
+    counts = [2000 if rate == math.inf else round(min(max(_LEVEL_S * rate, 10), _MOST_REQUESTS)) for rate in rates]
     return [
         predict(variant, model, draw(count), rate)
         for variant, model in models.items()

@@ -10,6 +10,7 @@ import orjson
 
 from ..config.secrets import is_secret
 from ..errors import BadInput
+from ..ui.text import storable
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _SECRET_HEADER = re.compile(r"auth|cookie|session|signature|credential", re.IGNORECASE)
@@ -72,7 +73,7 @@ class Endpoint:
             raise BadInput(f"base URL {shown!r} is not http(s)://HOST[:PORT][/PATH] in ASCII and without spaces")
         if url.username or url.password:
             raise BadInput("the base URL holds a user name or password; give a key with --api-key-env instead")
-        if self.model != self.model.encode(errors="replace").decode():
+        if self.model != storable(self.model):
             raise BadInput("the model's name holds bytes that are no text")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise BadInput("the API key holds a character that no key has (a line break at its end, perhaps)")

@@ -21,6 +21,7 @@ from time import monotonic
 
 import uvloop
 
+from ..ui.text import storable
 from .connection import Address, Connector, raise_open_files, said
 from .endpoint import Endpoint
 from .stream import Connection, Outcome
@@ -51,11 +52,6 @@ class Job:
     exact_tokens: bool
     idle_timeout_s: float
     spool: str
-
-
-def _text(said: str) -> str:
-    """What a server said as text that can be stored: without halves of characters (lone surrogates)."""
-    return said.encode(errors="replace").decode()
 
 
 class Worker:
@@ -229,9 +225,9 @@ class Worker:
     def record(self, outcome: Outcome) -> None:
         outcome.error = outcome.verdict(self.job.exact_tokens)
         if outcome.finish_reason:
-            outcome.finish_reason = _text(outcome.finish_reason)
+            outcome.finish_reason = storable(outcome.finish_reason)
         if outcome.error:
-            outcome.error = _text(outcome.error)
+            outcome.error = storable(outcome.error)
             said_by = self.job.endpoints[outcome.endpoint]
             outcome.error = said_by.without_secrets(outcome.error)  # some servers quote them in their refusal
         self.ended.append(outcome)

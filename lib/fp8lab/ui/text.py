@@ -17,6 +17,11 @@ def visible(text: str, limit: int = 8000) -> str:
     return "".join(_shown(character) for character in text)
 
 
+def storable(text: str) -> str:
+    """`text` with a question mark for each half of a character (a lone surrogate), which UTF-8 does not hold."""
+    return text.encode(errors="replace").decode()
+
+
 def _shown(character: str) -> str:
     if character in "\n\t" or unicodedata.category(character) not in _UNSEEN:
         return character

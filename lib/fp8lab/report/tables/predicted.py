@@ -8,9 +8,9 @@ import numpy as np
 from ...config.profile import rate_name
 from ...config.trace import Trace
 from ...errors import BadInput
-from ...experiment.predict import LEVEL_S, Predicted, highest_rate, longer, predict, what_if
+from ...experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
 from ...experiment.step_fit import apart, held_out, judgeable, replay
-from ...metrics.slo import SLO, probe_requests
+from ...metrics.slo import SLO
 from ...metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, StepModel
 from ...results.run_folder import Run
 from ...ui.status import StatusLine
@@ -83,8 +83,7 @@ def cards_plan_table(
         cards = servers and servers * model.cards
         cost = [shown(cards and price and cards * price, ",.2f")] if price else []
         each = load / servers if servers else None
-        trace = draw(max(probe_requests(slo), math.ceil(each * LEVEL_S))) if each else None
-        joules = predict(variant, model, trace, each).played.found.get(JOULES) if each else None
+        joules = predict_rates({variant: model}, draw, [each])[0].played.found.get(JOULES) if each else None
         rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
     status.done(f"{len(models)} variants searched")
     columns = (
