@@ -67,7 +67,7 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     if (target / "config.json").is_file():
         kept = target / _MADE_OF
         same = json.loads((target / "config.json").read_text()) == made
-        if not same or (kept.is_file() and kept.read_text().split()[0] != _key(made, weights)):
+        if not same or (kept.is_file() and kept.read_text() != _key(made, weights)):
             raise BadInput(
                 f"{target} holds another checkpoint, or one of other weights: choose another folder, or remove it"
             )
@@ -106,7 +106,8 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
     plan = partial / "plan"
-    key = f"{_key(made, weights)} {hashlib.sha256(json.dumps([list(shard) for shard in shards]).encode()).hexdigest()}"
+    made_of = _key(made, weights)
+    key = json.dumps([made_of, [list(shard) for shard in shards]])
     if partial.is_dir() and not (plan.is_file() and plan.read_text() == key):
         shutil.rmtree(partial)
     left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
@@ -117,7 +118,8 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
         for number, shard in enumerate(shards):
             _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
         _finish(source, partial, made, shards)
-        os.rename(plan, partial / _MADE_OF)
+        (partial / _MADE_OF).write_text(made_of)
+        plan.unlink()
         os.rename(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
