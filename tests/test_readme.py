@@ -1,5 +1,6 @@
 """The README is true: its tables come from the recorded runs, its commands and files exist."""
 
+import dataclasses
 import math
 import re
 import shlex
@@ -213,6 +214,10 @@ def unsealed_numbers() -> list[str]:
         f"takes {fp8.wall_ms:.1f} ms, of which the GPU works for {fp8.decode.busy_ms:.1f}:",
         f"The host adds at most {float(host_adds(fp8).removeprefix('≤ ')):.1f} ms",
     ]
+    last = anatomies(run)["fp8-unsealed"][-1]
+    told.append(
+        f"it adds {float(host_adds(last)):.1f} ms to {last.decode.busy_ms:.1f} of the GPU, so that a step takes {last.wall_ms:.1f}."
+    )
     told += [
         f"{fp8.decode.times['attention']:.1f} on attention, at {100 * reached[0]:.0f} % of",
         f"reaches {100 * reached[1]:.0f} %",
@@ -285,7 +290,14 @@ def half_numbers() -> list[str]:
         told.append(f"{seen.compare('fp8', 'bf16-tp2', rate, joules).value:.2f}×")
         fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8", "bf16-tp2"))
         told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
-    return told
+    seen = evidence(open_run(source="h200-80gb-x4-70b"))
+    assert {seen.limit(level).cause for level in seen.levels(("bf16-tp4",), math.inf)} == {"GPU power limit"}
+    two, four = (seen.seeds(variant, math.inf, tokens)[1] for variant in ("fp8-tp2", "bf16-tp4"))
+    cost = seen.compare("fp8-tp2", "bf16-tp4", math.inf, joules).value
+    told.append(
+        f"serves {two:,.0f} tokens/s where BF16 on four serves {four:,.0f}, which is {2 * two / four:.2f}× a card"
+    )
+    return [*told, f"for {cost:.2f}× the joules a token. BF16's cards"]
 
 
 def test_headline_numbers_are_those_of_the_recorded_run():
@@ -435,6 +447,21 @@ def test_the_answers_are_those_of_the_recorded_run():
         assert row in DATA_README
     assert f"{100 * floor.top1_agreement.value:.1f} %" in DATA_README
     assert f"after {floor.same_prefix.value:.0f} tokens" in " ".join(DATA_README.split())
+
+
+def test_the_fastest_commands_give_the_answers_of_the_published_ones():
+    for name, reference, where in (
+        ("smollm2-h100-unsealed", "bf16", "(`smollm2-h100-unsealed`) the likeliest token is the same at"),
+        ("smollm2-h100-unsealed-fp8", "fp8", "(`smollm2-h100-unsealed-fp8`) at"),
+    ):
+        run = open_run(source=name)
+        held = comparisons(run)
+        one, floor = held[f"{reference}-unsealed"], held[f"{reference}-again"]
+        same, again = (100 * each.top1_agreement.value for each in (one, floor))
+        assert re.search(rf"{re.escape(where)} {same:.2f} %.*?at {again:.2f} %", " ".join(DATA_README.split()))
+        assert run.read_parts("quality")[f"{reference}-unsealed"]["in_flight"]["prompts"] == 512
+        measures = {field.name for field in dataclasses.fields(one)} - {"perplexity", "unlisted_mass"}
+        assert not [measure for measure in measures if distinguishable(measure, one, floor)]
 
 
 def test_the_chinese_readme_keeps_step():
