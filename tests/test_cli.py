@@ -17,7 +17,7 @@ def fp8lab(*arguments, timeout=120) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.EXAMPLES if name)])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.NAMES)])
 def test_help_teaches_by_example(command):
     done = fp8lab(*command, "--help")
     assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout

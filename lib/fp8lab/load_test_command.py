@@ -23,14 +23,34 @@ are. Progress goes to standard error; the last line of standard output is one JS
 valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or no rate that was tried bounds the limit;
 2: bad arguments. Stored are the records, with the server's words for failures: no key, header or query of the URL.
 """
+EXAMPLES = """
+    fp8lab load-test --base-url http://127.0.0.1:8000 --model NAME --rate 50 --out results/50
+    fp8lab load-test --base-url https://HOST/v1 --model NAME --api-key-env MY_KEY --chat --rate 5 --out results/chat
+    fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
+    fp8lab load-test --base-url URL --model NAME --trace azure-conv --rate 5 --max-context 8192 --out results/azure
+    fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
+    fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
+    fp8lab load-test --base-url 'https://HOST/openai/deployments/NAME?api-version=2024-10-21' --header-env api-key=MY_KEY \\
+        --chat --natural-stop --max-tokens-field max_completion_tokens --model NAME --rate 2 --out results/azure
+    fp8lab load-test --base-url URL --model NAME --chat --extra-body '{"chat_template_kwargs": {"enable_thinking": false}}' --out o
+    fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50 --warmup 8 --rate 20 --out results/goodput
+    fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50,p95 --find-max-rate --out results/limit
+"""
 # Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
 
 
 _WHOLE, _REAL = {"type": int}, {"type": float}
 _REPEATED = {"action": "append", "default": []}
-# (title, text, options); an option is (name, what stands for its value, help, what else argparse is told), "" a switch.
-_GROUPS = (
+# An option is (name, what stands for its value, help, what else argparse is told); "" is a switch, None names the choices.
+LENGTHS = (
+    ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
+    ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
+    ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
+    ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
+)
+# (title, text, options), in the order in which one thinks of them.
+GROUPS = (
     ("where", """\
 What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands for
 its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that is pasted
@@ -53,10 +73,7 @@ its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-ve
         ("--trace", "T", "sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: "
          "lengths (CSV of fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
          {"default": "sharegpt-like"}),
-        ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
-        ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
-        ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
-        ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
+        *LENGTHS,
         ("--requests", "N", "default 1000, or all of a file, drawn by --seed; in a search: of each probe", _WHOLE),
         ("--max-tokens-field", "NAME", "how an answer's length is asked for (default max_tokens; newer models: "
          "max_completion_tokens)", {"default": "max_tokens"}),
@@ -93,15 +110,6 @@ its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-ve
         ("--workers", "N", "client processes (default: by rate and cores)", _WHOLE),
     )),
 )  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments, in the order in which one thinks of them."""
-    for title, text, options in _GROUPS:
-        group = parser.add_argument_group(title, text or None)
-        for name, value, told, more in options:
-            kind = {"action": "store_true"} if value == "" else {"metavar": value} if value else {}
-            group.add_argument(name, help=told, **kind, **more)
 
 
 def run(args: argparse.Namespace) -> int:
