@@ -12,7 +12,7 @@ import sys
 import textwrap
 
 from . import load_test_command
-from .config.recipes import RECIPES
+from .config.dimensions import RECIPES
 from .errors import BadInput, Fp8labError
 from .paths import with_home, with_library
 from .ui import terminal

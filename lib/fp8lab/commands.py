@@ -15,10 +15,9 @@ from pathlib import Path
 from . import batch as batches
 from . import hosts
 from . import share as sharing
-from .config.dimensions import ModelShape, model_names, model_shape
+from .config.dimensions import ModelShape, model_names, model_shape, recipe
 from .config.profile import dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
-from .config.recipes import recipe
 from .config.this_machine import load_profile, profile_name
 from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding

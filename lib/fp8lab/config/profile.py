@@ -24,9 +24,8 @@ from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
 from ..paths import without_home
-from .dimensions import Dimensions, ModelShape, context, dimensions, model_shape
+from .dimensions import BF16, FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
 from .flags import flag_of, joined, parse
-from .recipes import BF16, FORMATS, recipe
 
 DEVICES = ("cuda", "emulated", "cpu")
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
@@ -203,7 +202,7 @@ class Variant(ProfileTable):
     """One server configuration: `flags` beside those that all share, which they win over, and the variables `env`; both
     with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process.
     `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
-    is a variant like any other. It serves a checkpoint made by a `recipe` (`recipes.RECIPES`) out of the profile's model, with
+    is a variant like any other. It serves a checkpoint made by a `recipe` (`dimensions.RECIPES`) out of the profile's model, with
     weights that are read from disk ("": the profile's model itself)."""
 
     flags: tuple[str, ...] = ()

@@ -18,9 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import BadInput
 from ..paths import DATA, PLAIN_NAME
 from . import flags as vllm_flags
-from .dimensions import Dimensions
+from .dimensions import Dimensions, recipe
 from .profile import DEVICES, RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
-from .recipes import recipe
 from .secrets import check_written
 from .trace import is_file
 

@@ -16,10 +16,10 @@ from ..config.trace import Trace
 from ..errors import LevelFailed, Stopped
 from ..ui.status import StatusLine
 from .endpoint import Endpoint
+from .events import Outcome
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
 from .refusal import remedy
-from .stream import Outcome
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Checkpoints by a recipe (`config.recipes`), made here out of one in BF16, or out of a model's shapes with random weights.
+"""Checkpoints by a recipe (`config.dimensions`), made here out of one in BF16, or out of a model's shapes with random weights.
 
 Each weight of the layers' matrices is rounded to the nearest value that its format has. That is all that speed needs. The
 answers of a checkpoint whose rounding was calibrated on text (GPTQ's and AWQ's own tools) are better: what is made here
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.dimensions import model_names
-from ..config.recipes import RECIPES, Recipe, recipe
+from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, cache_dir
 from ..system.locks import Lock
