@@ -132,13 +132,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
     from .config.profile import rate_name
-    from .config.trace import arrival_times, rescaled
+    from .config.trace import arrival_times, named_trace, rescaled
     from .load.level import measure_level
     from .results.files import plain, write_json, write_tables
     from .ui.status import StatusLine
 
     times = "kept" if args.rate is None or args.arrivals == "trace" else "dropped"
-    trace = _trace(args, args.requests, args.seed, times=times)
+    trace = named_trace(args.trace, args.requests, seed=args.seed, times=times, **_lengths(args))
     for note in trace.notes:
         StatusLine().done(f"trace {trace.name}: {note}")
     if args.arrivals == "trace" and trace.arrival_s is None:
@@ -287,21 +287,15 @@ def _variable(option: str, name: str) -> str:
     return os.environ[name]
 
 
-def _trace(args: argparse.Namespace, requests: int | None, seed: int, **options) -> "Trace":
-    from .config.trace import named_trace
-
-    return named_trace(
-        args.trace, requests, seed=seed, tokenizer=args.tokenizer,
-        input_tokens=args.input_tokens, output_tokens=args.output_tokens, max_context=args.max_context, **options,
-    )  # fmt: skip
+def _lengths(args: argparse.Namespace) -> dict:
+    """What the options say of a trace beside its name."""
+    return {name: getattr(args, name) for name in ("tokenizer", "input_tokens", "output_tokens", "max_context")}
 
 
 def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
-    """As many requests of the trace as asked for: a file that holds fewer is begun anew, with other prompts where those are
-    drawn. Arrival times that it holds are left out."""
     from .config.trace import begun_anew
 
-    return begun_anew(lambda lacking, by: _trace(args, lacking, by, times="dropped", fewer=True), requests, seed)
+    return begun_anew(args.trace, requests, seed=seed, **_lengths(args))
 
 
 def _options(args: argparse.Namespace) -> dict:

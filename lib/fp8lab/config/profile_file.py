@@ -20,7 +20,6 @@ from ..paths import DATA, PLAIN_NAME
 from . import flags as vllm_flags
 from .dimensions import Dimensions, recipe
 from .profile import DEVICES, RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
-from .secrets import check_written
 from .trace import is_file
 
 
@@ -312,7 +311,17 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
 
 def _check_written(profile: Profile, source: _Source) -> None:
     """Raises BadInput for what a file may not say, though a run that was made with it can be read."""
-    check_written(profile.name, *flags_and_variables(profile))
+    flags, variables = flags_and_variables(profile)
+    named = [flag.name + flag.key for flag in vllm_flags.parse(flags)] + [name for name, _ in variables]
+    found = [name for name in named if vllm_flags.is_secret(name)]
+    with_password = vllm_flags.PASSWORD.search
+    found += [f"variable {name} (a URL with a password)" for name, value in variables if with_password(value)]
+    found += ["a flag (a URL with a password)" for flag in flags if with_password(flag)]
+    if found:
+        raise BadInput(
+            f"profile {profile.name}: {found[0]} holds a secret, which would be stored with the run; "
+            "leave it out and set it in the environment (HF_TOKEN; the server's key is made anew at each start)"
+        )
     set_by_kit = {
         "--model": "[model] says which", "--host": "servers listen on this machine alone",
         "--port": "each start has its own", "--uds": "servers listen on a port",

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
-from ..config.secrets import is_secret
+from ..config.flags import is_secret
 from ..errors import BadInput
 from ..ui.text import storable
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import psutil
 
 from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
-from ..config.flags import flag_of
+from ..config.flags import flag_of, secrets_of
 from ..config.profile import Profile, interpreter
-from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
 from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
