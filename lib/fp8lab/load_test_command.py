@@ -323,17 +323,8 @@ def _warm_up(args: argparse.Namespace, endpoint: "Endpoint") -> None:
 
 def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
     """What the probes of one search have in common, without a secret."""
-    kept = (
-        "model",
-        "natural_stop",
-        "trace",
-        "input_tokens",
-        "output_tokens",
-        "seed",
-        "burstiness",
-        "normalised",
-        "max_context",
-    )
+    kept = ("model", "natural_stop", "trace", "input_tokens", "output_tokens", "max_context", "seed")
+    kept += ("burstiness", "normalised")
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
     fleet = {"others": [one.url for one in args.others], "balance": args.balance if args.others else ""}

@@ -18,9 +18,8 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 import httptools
 
 from ..errors import BadInput
-from .endpoint import Endpoint
+from .endpoint import Endpoint, words
 from .events import Outcome, Reader
-from .refusal import words
 
 _MAX_ERROR_BYTES = 2000
 _MAX_NAME = 80

@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import orjson
 
-from .refusal import KEYS, sentence, words
+from .endpoint import KEYS, sentence, words
 
 ANSWER = ("text", "content", "refusal", "tool_calls", "function_call", "audio")
 REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")

@@ -15,11 +15,10 @@ import numpy as np
 from ..config.trace import Trace
 from ..errors import LevelFailed, Stopped
 from ..ui.status import StatusLine
-from .endpoint import Endpoint
+from .endpoint import Endpoint, remedy
 from .events import Outcome
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
-from .refusal import remedy
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
