@@ -24,7 +24,7 @@ from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, cache_dir
 from ..system.locks import Lock
 from ..ui.status import StatusLine
-from .checkpoints import PACKAGED, model_folder, packaged_model
+from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -143,22 +143,17 @@ class _Stored:
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
 
-        index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        self._files = {}
-        for name in sorted(names):
-            if not (folder / name).is_file():
-                raise BadInput(f"{folder} holds no {name}: expected the safetensors of a checkpoint in BF16")
+        self._files, files = {}, weight_files(folder)
+        for file in files:
             try:
-                opened = safe_open(folder / name, framework="pt")
+                opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise BadInput(f"{folder / name} cannot be read as safetensors: {error}") from None
+                raise BadInput(f"{file} cannot be read as safetensors: {error}") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in sorted(self._files.items())}
         if held := json.loads((folder / "config.json").read_text()).get("quantization_config"):
             raise BadInput(f"{folder} is quantised already ({held.get('quant_method')}): expected a checkpoint in BF16")
-        stats = {name: (folder / name).stat() for name in sorted(names)}
-        self.key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+        self.key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def tensor(self, name: str) -> torch.Tensor:
         import torch
