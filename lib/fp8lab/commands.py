@@ -132,7 +132,7 @@ def fit(args) -> None:
     if (card := profile.gpu) is None:
         raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")
     folder = Path(args.model)
-    known = dimensions_at(folder) if (folder / "config.json").is_file() else None
+    known = dimensions_at(folder)
     shape = ModelShape.of(known) if known else model_shape(args.model)
     if shape is None:
         raise BadInput(

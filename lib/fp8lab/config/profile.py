@@ -27,7 +27,6 @@ from ..paths import without_home
 from .dimensions import BF16, FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
 from .flags import flag_of, joined, parse
 
-DEVICES = ("cuda", "emulated", "cpu")
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
 API_SERVERS, RUST = "--api-server-count", "VLLM_USE_RUST_FRONTEND"
 WEIGHTS = ("random", "packaged", "checkpoint")
@@ -225,11 +224,11 @@ TABLES["variants"] = Variant
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(ProfileTable):
-    """One experiment, resolved. `device` is cuda, emulated or cpu; paths are absolute."""
+    """One experiment, resolved; paths are absolute."""
 
     name: str
     title: str
-    device: str
+    device: Literal["cuda", "emulated", "cpu"]
     model: Model
     server: ServerOptions
     variants: Mapping[str, Variant]

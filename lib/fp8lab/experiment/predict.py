@@ -73,15 +73,13 @@ def predict_rates(
     ]
 
 
-def highest_rate(
-    variant: str, model: StepModel, draw: Callable[[int], Trace], slo: SLO, *, start: float = 10.0, seed: int = 0
-) -> Bracket:
+def highest_rate(variant: str, model: StepModel, draw: Callable[[int], Trace], slo: SLO, *, seed: int = 0) -> Bracket:
     """The rates between which the highest one lies that meets `slo`: the lowest and the highest end of the brackets of several
     seeds of arrivals, each level minutes long. `draw` gives so many requests."""
-    trace, found = draw(probe_requests(slo)), []
-    alone = predict(variant, model, trace, 1e-3, seed=seed).played.records
+    alone = predict(variant, model, draw(probe_requests(slo)), 1e-3, seed=seed).played.records
     if attains(alone, slo).bound == "missed":
         return Bracket(0.0, 0.0)
+    found, start = [], 10.0
     for one in range(seed, seed + _SEEDS):
 
         def probe(rate: float, seed: int = one) -> str:

@@ -42,9 +42,9 @@ class Text:
     content: str
     sha256: str
 
-    def passages(self, count: int, words: int = 80) -> list[str]:
-        """`count` passages of `words` words at even distances, white space made single; raises BadInput if too short."""
-        every = self.content.split()
+    def passages(self, count: int) -> list[str]:
+        """`count` passages of 80 words at even distances, white space made single; raises BadInput if too short."""
+        every, words = self.content.split(), 80
         if len(every) < count + words:
             raise BadInput(f"text {self.name}: {len(every)} words are too few for {count} passages of {words}; "
                            "take a longer text or fewer prompts")  # fmt: skip
