@@ -11,7 +11,6 @@ import signal
 import sys
 import textwrap
 
-from . import load_test_command
 from .config.dimensions import RECIPES
 from .errors import BadInput, Fp8labError
 from .paths import with_home, with_library
@@ -28,6 +27,7 @@ _EXAMPLES = """
     fp8lab status; fp8lab stop                what is left over, and its end
 """
 
+# An option is (name, what stands for its value, help, what else argparse is told); "" is a switch, None names the choices.
 _TEXT, _LIST, _WHOLE, _REAL = {"default": ""}, {"action": "append"}, {"type": int}, {"type": float}
 # What several commands take.
 _RUN_READ = ("run", "RUN", "a run folder, or the name of one in data/recorded", {})
@@ -36,7 +36,74 @@ _RUN = ("--run", "DIR", "run folder, resumed if it exists (default: a new one in
 _SOURCE = ("--source", "DIR", "read this run, measure nothing", _TEXT)
 _MODEL = ("--model", "M", "serve this checkpoint (path or hub name) for every variant", {})
 _PROTOCOL = ("--protocol", "NAME", "a protocol of the profile (default: all); repeatable", _LIST)
-# Of each command its name, what it does, its options (as in `load_test_command.GROUPS`), and examples.
+_LENGTHS = (
+    ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
+    ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
+    ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
+    ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
+)
+# The options of load-test: (title, text, options), in the order in which one thinks of them.
+_LOAD_TEST = (
+    ("where", """\
+What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands for
+its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that is pasted
+(…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.""", (
+        ("--base-url", "URL", "http(s)://HOST[:PORT][/PATH][?QUERY]; several of them (the option repeated) are a fleet, among which "
+         "the load is shared out", {"action": "append", "required": True}),
+        ("--balance", None, "whom of a fleet a request goes to: each in its turn (default), or the one with the fewest in flight",
+         {"choices": ("round-robin", "least-in-flight"), "default": "round-robin"}),
+        ("--endpoint", "PATH", "this path behind the base URL instead", _TEXT),
+        ("--api-key-env", "VAR", "environment variable that holds the key (Authorization: Bearer)", {}),
+        ("--header", "'NAME: VALUE'", "sent with each request; repeatable", _LIST | {"default": []}),
+        ("--header-env", "NAME=VAR", "a header whose value is in an environment variable: a secret; repeatable "
+         "(api-key=AZURE_KEY)", _LIST | {"default": []}),
+        ("--insecure", "", "take any certificate (one of the host's own making)", {}),
+    )),
+    ("what is sent", "", (
+        ("--model", "NAME", "the served model's name", {"required": True}),
+        ("--chat", "", "as a chat: each prompt is a user's message", {}),
+        ("--natural-stop", "", "let answers end by themselves (for endpoints without ignore_eos)", {}),
+        ("--trace", "T", "sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: "
+         "lengths (CSV of fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
+         {"default": "sharegpt-like"}),
+        *_LENGTHS,
+        ("--requests", "N", "default 1000, or all of a file, drawn by --seed; in a search: of each probe", _WHOLE),
+        ("--max-tokens-field", "NAME", "how an answer's length is asked for (default max_tokens; newer models: "
+         "max_completion_tokens)", {"default": "max_tokens"}),
+        ("--extra-body", "JSON", "an object merged into each request; null leaves out what the kit sends (temperature 0, "
+         "stream_options)", {"default": "{}"}),
+        ("--seed", "S", "of prompts, lengths and arrivals (default 0)", _WHOLE | {"default": 0}),
+    )),
+    ("how fast", "", (
+        ("--rate", "R", "requests/s; inf (default) sends all at once; a trace with times is replayed if no rate is given; in "
+         "a search: the first one tried (default 10)", _REAL),
+        ("--arrivals", None, "with --rate: drawn (default), or the trace's own times rescaled to that rate",
+         {"choices": ("drawn", "trace"), "default": "drawn"}),
+        ("--burstiness", "B", "1: Poisson arrivals (default), below: bursts, inf: constant gaps", _REAL | {"default": 1.0}),
+        ("--normalised", None, "rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
+         {"action": argparse.BooleanOptionalAction, "default": True}),
+        ("--max-concurrency", "N", "cap on requests in flight; what is due beyond it waits for a slot: the level is "
+         "closed-loop", _WHOLE),
+        ("--connections-ahead", "N", "connections opened before the start (default: as many as requests arrive in the first "
+         "second); 0 for a server that allows few: each is then opened when it is needed, and TTFT counts that", _WHOLE),
+        ("--find-max-rate", "", "search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; "
+         "each is kept in --out, and the same command goes on where it stopped", {}),
+        ("--max-probes", "N", "levels of a search (default 8)", _WHOLE | {"default": 8}),
+    )),
+    ("what counts", "", (
+        ("--out", "DIR", "takes records.parquet, tokens.parquet, summary.json", {"required": True}),
+        ("--slo", "LIMITS", "an objective for each request, in ms: ttft=200,tpot=50 (also e2el=); adds the goodput, the "
+         "requests/s within all limits. For the search, the share of requests that must be: p95 (default p99: probes of 662 "
+         "requests or more)", {}),
+        ("--warmup", "N", "requests sent before, and not counted (default 0)", _WHOLE | {"default": 0}),
+        ("--idle-timeout", "S", "a request without a byte of its answer for so long has failed, also one that is queued "
+         "(default 60)", _REAL | {"default": 60.0}),
+        ("--drain-timeout", "S", "what is still in flight so long after the last request was sent has failed; in a closed "
+         "loop, while requests wait for a slot, so long after anything came back (default 600)", _REAL | {"default": 600.0}),
+        ("--workers", "N", "client processes (default: by rate and cores)", _WHOLE),
+    )),
+)  # fmt: skip
+# Of each command its name, what it does, its options, and examples.
 _COMMANDS = (
     ("reproduce", """\
 Run notebooks headless: measure, judge, render. Exit code 3: a level of the run is INVALID, all else is done (0 with --source, \
@@ -144,7 +211,7 @@ a fit says. PREDICTED, in seconds, on any machine.""", (
         ("--rate", "R", "requests/s; repeatable (default: all at once)", _REAL | _LIST | {"default": []}),
         ("--requests", "N", "how many (2000)", _WHOLE | {"default": 2000}),
         ("--trace", "T", "whose lengths, as in load-test (sharegpt-like)", {"default": "sharegpt-like"}),
-        *load_test_command.LENGTHS,
+        *_LENGTHS,
         ("--seed", "S", "of lengths and arrivals (0)", _WHOLE | {"default": 0}),
         ("--scheduler", None, "whose scheduling: its equal here (virtual), or the installed vLLM's own, in some seconds a thousand "
          "requests", {"choices": ("virtual", "vllm"), "default": "virtual"}),
@@ -210,7 +277,24 @@ again. index.html and comparison.html show all runs. Exit code 1: a run failed, 
         fp8lab serve fp8 --profile h100-80gb --port 8000
         fp8lab serve fp8 --print-command           show the vLLM command instead
     """),
-    ("load-test", load_test_command.TEXT, (), load_test_command.EXAMPLES),
+    ("load-test", """\
+Measure any OpenAI-compatible endpoint under an open-loop load: requests leave when they are due, however slow the answers
+are. Progress goes to standard error; the last line of standard output is one JSON document. Exit code 0: the level is
+valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or no rate that was tried bounds the limit;
+2: bad arguments. Stored are the records, with the server's words for failures: no key, header or query of the URL.
+""", (), """
+        fp8lab load-test --base-url http://127.0.0.1:8000 --model NAME --rate 50 --out results/50
+        fp8lab load-test --base-url https://HOST/v1 --model NAME --api-key-env MY_KEY --chat --rate 5 --out results/chat
+        fp8lab load-test --base-url URL --model NAME --trace lengths.csv --out results/mine
+        fp8lab load-test --base-url URL --model NAME --trace azure-conv --rate 5 --max-context 8192 --out results/azure
+        fp8lab load-test --base-url URL --model NAME --max-concurrency 64 --requests 5000 --out results/closed-loop
+        fp8lab load-test --base-url URL --model NAME --trace random --input-tokens 512 --output-tokens 64 --rate inf --out o
+        fp8lab load-test --base-url 'https://HOST/openai/deployments/NAME?api-version=2024-10-21' --header-env api-key=MY_KEY \\
+            --chat --natural-stop --max-tokens-field max_completion_tokens --model NAME --rate 2 --out results/azure
+        fp8lab load-test --base-url URL --model NAME --chat --extra-body '{"chat_template_kwargs": {"enable_thinking": false}}' --out o
+        fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50 --warmup 8 --rate 20 --out results/goodput
+        fp8lab load-test --base-url URL --model NAME --slo ttft=200,tpot=50,p95 --find-max-rate --out results/limit
+    """),
     ("claims", "Judge the published claims by a run, or by several side by side.", (
         (*_RUN_READ[:3], {"nargs": "+"}),
         ("--brief", "", "without reasons and levels", {}),
@@ -260,9 +344,12 @@ def _run(arguments: list[str] | None) -> int:
             signal.signal(signum, signal.default_int_handler)
     try:
         os.environ |= with_library(with_home(os.environ))
+        # Only now: help and arguments that cannot be read are answered at once.
         if args.command == "load_test":
+            from . import load_test_command
+
             return load_test_command.run(args)
-        from . import commands  # only now: help and arguments that cannot be read are answered at once
+        from . import commands
 
         return getattr(commands, args.command)(args) or 0
     except BadInput as error:
@@ -289,10 +376,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=name.replace("-", "_"))
         groups = [(command, options)]
         if name == "load-test":
-            groups = [
-                (command.add_argument_group(title, told or None), group)
-                for title, told, group in load_test_command.GROUPS
-            ]
+            groups = [(command.add_argument_group(title, told or None), group) for title, told, group in _LOAD_TEST]
         for taker, option in ((taker, option) for taker, options in groups for option in options):
             _add(taker, *option)
     return parser
