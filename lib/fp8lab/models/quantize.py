@@ -6,8 +6,6 @@ in their formats is for speed alone. Formats and packing are those of compressed
 them.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -17,7 +15,14 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
@@ -25,9 +30,6 @@ from ..paths import DATA, cache_dir
 from ..system.locks import Lock
 from ..ui.status import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
-
-if TYPE_CHECKING:
-    import torch
 
 _LAYER = re.compile(r"^model\.layers\.\d+\..*_proj\.weight$")
 _HEAD = "lm_head.weight"
@@ -100,8 +102,6 @@ def _alone(target: Path) -> Lock:
 
 
 def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list) -> None:
-    import torch
-
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
     plan = partial / "plan"
@@ -141,8 +141,6 @@ class _Stored:
     """The tensors of a checkpoint: safetensors, in one file or by their index."""
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError, safe_open
-
         self._files, files = {}, weight_files(folder)
         for file in files:
             try:
@@ -156,8 +154,6 @@ class _Stored:
         self.key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def tensor(self, name: str) -> torch.Tensor:
-        import torch
-
         return self._files[name].get_tensor(name).to(_device(), torch.bfloat16)
 
 
@@ -167,9 +163,6 @@ class _Random:
     key = "random"
 
     def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         tied = getattr(model.config, "tie_word_embeddings", False)
@@ -177,8 +170,6 @@ class _Random:
         self.shapes = {name: shape for name, shape in sorted(shapes.items()) if not (tied and name == _HEAD)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        import torch
-
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
@@ -190,16 +181,12 @@ class _Random:
 
 def _device() -> str:
     """Where weights are drawn and rounded: on a GPU in a hundredth of the time."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
     """The files to write: of each, by the names of its source tensors, what each becomes (on no device: shapes and types).
     Raises BadInput for a matrix that the recipe cannot take."""
-    import torch
-
     shards, size = [{}], 0
     for name, shape in weights.shapes.items():
         parts = _converted(how, name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
@@ -244,15 +231,11 @@ def _parts(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 @functools.cache
 def _planned(how: Recipe, out: int, into: int) -> dict[str, torch.Tensor]:
     """The parts of a matrix of this shape on no device; a model has a few shapes, each in every layer."""
-    import torch
-
     return _parts(how, torch.empty(out, into, dtype=torch.bfloat16, device="meta"))
 
 
 @functools.cache
 def _scheme(how: Recipe):
-    from compressed_tensors.quantization import preset_name_to_scheme
-
     # To vLLM the output head is no linear layer: it is named.
     scheme = preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
     if scheme.weights.group_size:
@@ -261,10 +244,6 @@ def _scheme(how: Recipe):
 
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     scheme = _scheme(how)
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
     rows, columns = {
@@ -290,8 +269,6 @@ def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """4-bit values with a zero point of 8, in groups of 128 along the inputs, eight to an int32: GPTQ packs along the inputs,
     AWQ along the outputs."""
-    import torch
-
     groups = weight.T.unflatten(0, (-1, 128)).float()  # (groups, 128, outputs)
     scales = (groups.abs().amax(1) / 7).clamp(min=1e-8)
     values = (torch.round(groups / scales[:, None]) + 8).clamp(0, 15).flatten(0, 1).to(torch.int32)
@@ -306,8 +283,6 @@ def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _int32(values: torch.Tensor, along: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
     """Eight 4-bit values to an int32 along a dimension; the value order[i] of eight takes the bits from 4 i."""
-    import torch
-
     eights = values.unflatten(along, (-1, 8)).to(torch.int64)
     packed = sum(eights.select(along + 1, one) << 4 * place for place, one in enumerate(order))
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
@@ -319,7 +294,6 @@ def _quantization_config(how: Recipe) -> dict:
         return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
     if how.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-    from compressed_tensors.quantization import QuantizationConfig
 
     return QuantizationConfig(
         config_groups={"group_0": _scheme(how)}, quant_method="compressed-tensors", format=how.format,
@@ -347,9 +321,6 @@ def _check_room(needed: int, target: Path) -> None:
 
 def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) -> None:
     """Writes one file whole or not at all; one that is there is whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if path.exists():
         return
     status, parts, unfinished = StatusLine(), {}, path.with_suffix(".unfinished")
