@@ -274,10 +274,10 @@ class Profile(ProfileTable):
 
     def _api_server(self, name: str) -> str:
         one = self.variants[name]
-        servers = next((flag.values[0] for flag in parse(one.flags) if flag.name == API_SERVERS and flag.values), "")
-        return (
-            "Rust" if one.api_server == "rust" else f"{servers} Python processes" if servers else "one Python process"
-        )
+        if one.api_server == "rust":
+            return "Rust"
+        servers = flag_of(one.flags, API_SERVERS)
+        return "one Python process" if servers == "auto" else f"{servers} Python processes"
 
     def _beside(self, name: str, before: str) -> list[str]:
         """The flags and variables that `before` lacks, less those of the API server."""
