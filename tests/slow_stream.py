@@ -1,4 +1,4 @@
-"""What a stream says by the table of `fp8lab.load.stream`, read the slow way: from the whole body with each byte's arrival
+"""What a stream says by the table of `fp8lab.load.events`, read the slow way: from the whole body with each byte's arrival
 time, by the standard library, every event decoded. The fast reader is held to it (tests/test_streams.py)."""
 
 import json

@@ -6,9 +6,8 @@ import pytest
 
 import fp8lab as lab
 from fp8lab import share as sharing
-from fp8lab.config.dimensions import model_shape
+from fp8lab.config.dimensions import BF16, FP8, model_shape
 from fp8lab.config.profile_file import read_profile
-from fp8lab.config.recipes import BF16, FP8
 from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab.config.dimensions import fp8_kv, model_shape, weight_format
+from fp8lab.config.dimensions import BF16, FP8, fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
-from fp8lab.config.recipes import BF16, FP8
 from fp8lab.config.trace import arrival_times, sharegpt_like
 from fp8lab.metrics.bottleneck import (
     CAUSES,

@@ -17,7 +17,7 @@ def fp8lab(*arguments, timeout=120) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.EXAMPLES if name)])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.NAMES)])
 def test_help_teaches_by_example(command):
     done = fp8lab(*command, "--help")
     assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout
@@ -26,6 +26,9 @@ def test_help_teaches_by_example(command):
 def test_importing_is_quick():
     code = "import sys, fp8lab, fp8lab.cli; print([m for m in ('pandas', 'numpy', 'httpx', 'matplotlib') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
 
 
 @pytest.mark.parametrize(
@@ -43,43 +46,15 @@ def test_importing_is_quick():
             ["reproduce", "--notebook", "02_bf16_baseline", "-p", "rate", "0", "--run", "{tmp}/run"],
             "rate 0.0 is not above 0",
         ),
-        (
-            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--rate", "0", "--out", "{tmp}/o"],
-            "rate 0.0 is not above 0",
-        ),
-        (["load-test", "--base-url", "ftp://h", "--model", "m", "--out", "{tmp}/o"], "base URL 'ftp://h'"),
-        (["load-test", "--base-url", "http://h:x", "--model", "m", "--out", "{tmp}/o"], "base URL 'http://h:x'"),
-        (
-            ["load-test", "--base-url", "http://h:99999", "--model", "m", "--out", "{tmp}/o"],
-            "base URL 'http://h:99999'",
-        ),
-        (["load-test", "--base-url", "http://no.such.host.invalid", "--model", "m", "--out", "{tmp}/o"], "no host"),
-        (
-            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--requests", "0", "--out", "{tmp}/o"],
-            "empty",
-        ),
-        (
-            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--trace", "no.csv", "--out", "{tmp}/o"],
-            "no trace file",
-        ),
-        (
-            [
-                "load-test",
-                "--base-url",
-                "http://127.0.0.1:9",
-                "--model",
-                "m",
-                "--api-key-env",
-                "NO_SUCH",
-                "--out",
-                "{tmp}/o",
-            ],
-            "NO_SUCH",
-        ),
-        (
-            ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--workers", "0", "--out", "{tmp}/o"],
-            "workers 0",
-        ),
+        ([*LOAD_TEST, "http://127.0.0.1:9", "--rate", "0"], "rate 0.0 is not above 0"),
+        ([*LOAD_TEST, "ftp://h"], "base URL 'ftp://h'"),
+        ([*LOAD_TEST, "http://h:x"], "base URL 'http://h:x'"),
+        ([*LOAD_TEST, "http://h:99999"], "base URL 'http://h:99999'"),
+        ([*LOAD_TEST, "http://no.such.host.invalid"], "no host"),
+        ([*LOAD_TEST, "http://127.0.0.1:9", "--requests", "0"], "empty"),
+        ([*LOAD_TEST, "http://127.0.0.1:9", "--trace", "no.csv"], "no trace file"),
+        ([*LOAD_TEST, "http://127.0.0.1:9", "--api-key-env", "NO_SUCH"], "NO_SUCH"),
+        ([*LOAD_TEST, "http://127.0.0.1:9", "--workers", "0"], "workers 0"),
         (["record", "nowhere", "x"], "no run folder at"),
         (["measure", "--profile", "emulated-h100", "--again", "bf16-50rps-r1"], "with --run DIR"),
         (

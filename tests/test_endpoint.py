@@ -18,9 +18,8 @@ import pytest
 from conftest import make_records
 from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput, LevelFailed
-from fp8lab.load.endpoint import Endpoint
+from fp8lab.load.endpoint import Endpoint, remedy, words
 from fp8lab.load.level import measure_level, warm_up
-from fp8lab.load.refusal import remedy, words
 from fp8lab.metrics.slo import SLO, goodput, required_requests
 from test_cli import fp8lab
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fp8lab.config.dimensions import fp8_kv, memory_share, most_running, weight_format
+from fp8lab.config.dimensions import FP8, fp8_kv, memory_share, most_running, weight_format
 from fp8lab.config.flags import ALIASES, flag_of, joined, parse, problem
 from fp8lab.config.profile_file import profile_names, read_profile
-from fp8lab.config.recipes import FP8
 from fp8lab.server import log
 from fp8lab.server.command import build_command
 

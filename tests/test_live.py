@@ -4,8 +4,7 @@ import base64
 import re
 from dataclasses import replace
 
-from fp8lab.load.generator import Progress
-from fp8lab.load.live import LiveChart
+from fp8lab.load.live import LiveChart, Progress
 
 
 def progress(at: float) -> Progress:

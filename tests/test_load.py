@@ -21,9 +21,8 @@ from fp8lab.config.trace import arrival_times, fixed_length, sharegpt_like
 from fp8lab.errors import BadInput, LevelFailed, NotWritten, Stopped
 from fp8lab.load import generator
 from fp8lab.load.endpoint import Endpoint
-from fp8lab.load.generator import default_workers, self_check, send_load
+from fp8lab.load.generator import ClientReport, busiest_second, default_workers, self_check, send_load
 from fp8lab.load.level import measure_level, to_tables
-from fp8lab.load.pool import ClientReport, busiest_second
 from fp8lab.metrics.performance import latencies, send_lag_ms, summarize
 
 TRACE = fixed_length(20, input_tokens=5, output_tokens=10)

@@ -213,7 +213,7 @@ def test_checkpoints_by_variant():
         ('[workload]\ntokenizer = "nope"', "no tokenizer at '.*/nope'"),
         ('extends = "emulated-h100"\nspeed = 1', "unknown keys .'speed'"),
         ('extends = "emulated-h100"\n[emulation]\ntime_dilation = 0', "time_dilation"),
-        ('extends = "emulated-h100"\ndevice = "tpu"', "device 'tpu'"),
+        ('extends = "emulated-h100"\ndevice = "tpu"', "device: expected 'cuda', 'emulated' or 'cpu', not 'tpu'"),
         (
             'extends = "emulated-h100"\n[protocols.mine]\nlevels = [{variant = "fp4", rate = 1, requests = 1}]',
             "no variant 'fp4'",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import wait_for
 from fp8lab import cli
-from fp8lab.config.recipes import RECIPES
+from fp8lab.config.dimensions import RECIPES
 from fp8lab.errors import BadInput
 from fp8lab.models import quantize as making
 from fp8lab.models.quantize import checkpoint_bytes, quantize

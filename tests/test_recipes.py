@@ -10,10 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import fp8lab as lab
-from fp8lab.config.dimensions import weight_format
+from fp8lab.config.dimensions import FORMATS, RECIPES, weight_format
 from fp8lab.config.flags import joined
 from fp8lab.config.profile_file import read_profile
-from fp8lab.config.recipes import FORMATS, RECIPES
 from fp8lab.errors import BadInput
 from fp8lab.models.checkpoints import model_folder
 from fp8lab.models.quantize import checkpoint_bytes

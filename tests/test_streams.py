@@ -1,4 +1,4 @@
-"""What a stream says, against a slow reference that reads it by the table of `load.stream`; and the streams that real servers
+"""What a stream says, against a slow reference that reads it by the table of `load.events`; and the streams that real servers
 send, through a local one and the whole load path."""
 
 import json
@@ -13,9 +13,10 @@ import slow_stream
 from conftest import NIGHTLY, streaming_server
 from fp8lab.config.profile import Level
 from fp8lab.config.trace import fixed_length
+from fp8lab.load.connection import Connection
 from fp8lab.load.endpoint import Endpoint
+from fp8lab.load.events import Outcome
 from fp8lab.load.level import Measured, measure_level
-from fp8lab.load.stream import Connection, Outcome
 from fp8lab.metrics.summary import Summary
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import LevelResult

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from conftest import NIGHTLY
 from fp8lab import cli
 from fp8lab.errors import BadInput
-from fp8lab.experiment import vllm_scheduler
+from fp8lab.experiment.predict import play_with_vllm
 from fp8lab.metrics.virtual import Limits, play
 
 BLOCK, SEATS, TOKENS = 4, 12, 48
@@ -31,7 +31,7 @@ def test_it_does_what_vllms_scheduler_does(load, blocks, depth):
     limits = Limits(requests=SEATS, step_tokens=TOKENS, blocks=blocks, block=BLOCK, depth=depth)
     steps, vllms = [], []
     mine = play(prompts, answers, due, limits, seconds, watch=lambda *step: steps.append(step))
-    real = vllm_scheduler.play(prompts, answers, due, limits, seconds, watch=lambda *step: vllms.append(step))
+    real = play_with_vllm(prompts, answers, due, limits, seconds, watch=lambda *step: vllms.append(step))
     assert steps == vllms
     assert mine.first_s.tolist() == real.first_s.tolist() and mine.last_s.tolist() == real.last_s.tolist()
     for name in ("steps", "busy_s", "tokens", "context", "running_max", "blocks_max", "preemptions"):

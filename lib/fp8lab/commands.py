@@ -15,22 +15,24 @@ from pathlib import Path
 from . import batch as batches
 from . import hosts
 from . import share as sharing
-from .config.dimensions import ModelShape, model_names, model_shape
+from .config.dimensions import ModelShape, model_names, model_shape, recipe
 from .config.profile import dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
-from .config.recipes import recipe
 from .config.this_machine import load_profile, profile_name
 from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding
+from .experiment import predict as foretelling
 from .experiment import quality as answers
-from .experiment import speed
-from .models import quantize as making
+from .experiment import speed, step_fit
+from .metrics.slo import SLO
+from .metrics.step_model import FITS, read_fits
 from .paths import RUNS, cache_dir, repository_relative, writing
 from .report.claims import claims_across, claims_table
 from .report.notebooks import check_parameters, declared, execute, find
 from .report.tables.anatomy import host_table, kernels_table, steps_table
 from .report.tables.levels import levels_table, validity_table
 from .report.tables.machine import fit_table
+from .report.tables.predicted import errors_of, foretold_table, predicted_table
 from .report.tables.quality import quality_table
 from .results.run_folder import Run, open_run
 from .server import orphans
@@ -117,6 +119,8 @@ def anatomy(args) -> None:
 
 
 def quantize(args) -> None:
+    from .models import quantize as making  # torch takes seconds
+
     source, drawn = making.source_of(args.model)
     beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
@@ -133,7 +137,7 @@ def fit(args) -> None:
     if (card := profile.gpu) is None:
         raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")
     folder = Path(args.model)
-    known = dimensions_at(folder) if (folder / "config.json").is_file() else None
+    known = dimensions_at(folder)
     shape = ModelShape.of(known) if known else model_shape(args.model)
     if shape is None:
         raise BadInput(
@@ -147,10 +151,6 @@ def fit(args) -> None:
 
 
 def fit_model(args) -> int:
-    from .experiment.step_fit import fit as fit_steps
-    from .metrics.step_model import FITS, read_fits
-    from .report.tables.predicted import errors_of
-
     path = Path(args.run).resolve()
     run = open_run(source=path if path.is_dir() else args.run)
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
@@ -164,7 +164,7 @@ def fit_model(args) -> int:
     models, wrong = {}, []
     for variant in args.variant or measured:
         try:
-            models[variant] = fit_steps(run, variant)
+            models[variant] = step_fit.fit(run, variant)
         except BadInput as error:
             wrong.append(error)
             print(f"fp8lab: {error}", file=sys.stderr)
@@ -180,12 +180,7 @@ def fit_model(args) -> int:
 
 
 def predict(args) -> None:
-    from .experiment.predict import drawing, highest_rate, step_models
-    from .experiment.predict import predict as play
-    from .metrics.slo import SLO
-    from .report.tables.predicted import foretold_table, predicted_table
-
-    models = step_models(args.fit, args.variant, card=args.card)
+    models = foretelling.step_models(args.fit, args.variant, card=args.card)
     loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
     if args.against and (idle := [name for name, given in loads.items() if given]):
         raise BadInput(f"--against RUN takes the load of each level of the run: leave out {', '.join(idle)}")
@@ -197,7 +192,7 @@ def predict(args) -> None:
         print(foretold_table(open_run(source=args.against), models))
         return
     slo = SLO.parse(args.slo) if args.slo else None
-    draw = drawing(
+    draw = foretelling.drawing(
         args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,
         max_context=args.max_context,
     )  # fmt: skip
@@ -205,12 +200,12 @@ def predict(args) -> None:
     for variant, model in models.items():
         for rate in args.rate or [math.inf]:
             status.update(f"{variant} at {rate_name(rate)}")
-            levels.append(play(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
+            levels.append(foretelling.predict(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
     status.done(f"{len(levels)} levels played")
     print(predicted_table(levels, models))
     for variant, model in models.items() if slo else ():
         status.update(f"{variant}: the highest rate that meets {slo}")
-        limit = highest_rate(variant, model, draw, slo, seed=args.seed)
+        limit = foretelling.highest_rate(variant, model, draw, slo, seed=args.seed)
         status.done(f"{variant}: searched")
         unit = " req/s" * (limit not in ((0, math.inf), (0, 0)))
         print(f"PREDICTED, {variant}: the highest rate that meets {slo}: {limit}{unit}")

@@ -1,4 +1,4 @@
-"""`fp8lab load-test`: its arguments and what it does; one level, or the search for the highest rate, at any endpoint."""
+"""What `fp8lab load-test` does: one level, or the search for the highest rate, at any endpoint."""
 
 import argparse
 import functools
@@ -7,107 +7,26 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import orjson
+
+from .config.profile import rate_name
+from .config.trace import Trace, arrival_times, begun_anew, named_trace, rescaled
 from .errors import INVALID, BadInput, LevelFailed
+from .load.endpoint import Endpoint, check_fleet
+from .load.level import Measured, measure_level, warm_up
+from .metrics.slo import SLO
 from .paths import made
+from .results.files import plain, read_json, write_json, write_tables
+from .system.locks import Lock
+from .ui.status import StatusLine
 
-if TYPE_CHECKING:
-    from .config.trace import Trace
-    from .load.endpoint import Endpoint
-    from .metrics.slo import SLO
-
-TEXT = """\
-Measure any OpenAI-compatible endpoint under an open-loop load: requests leave when they are due, however slow the answers
-are. Progress goes to standard error; the last line of standard output is one JSON document. Exit code 0: the level is
-valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or no rate that was tried bounds the limit;
-2: bad arguments. Stored are the records, with the server's words for failures: no key, header or query of the URL.
-"""
 # Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
 
 
-_WHOLE, _REAL = {"type": int}, {"type": float}
-_REPEATED = {"action": "append", "default": []}
-# (title, text, options); an option is (name, what stands for its value, help, what else argparse is told), "" a switch.
-_GROUPS = (
-    ("where", """\
-What is asked is the base URL with /chat/completions (--chat) or /completions behind it. A URL without a path stands for
-its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-version=…). A whole endpoint that is pasted
-(…/v1/chat/completions) is taken as it is, and says itself whether it is a chat.""", (
-        ("--base-url", "URL", "http(s)://HOST[:PORT][/PATH][?QUERY]; several of them (the option repeated) are a fleet, among which "
-         "the load is shared out", {"action": "append", "required": True}),
-        ("--balance", None, "whom of a fleet a request goes to: each in its turn (default), or the one with the fewest in flight",
-         {"choices": ("round-robin", "least-in-flight"), "default": "round-robin"}),
-        ("--endpoint", "PATH", "this path behind the base URL instead", {"default": ""}),
-        ("--api-key-env", "VAR", "environment variable that holds the key (Authorization: Bearer)", {}),
-        ("--header", "'NAME: VALUE'", "sent with each request; repeatable", _REPEATED),
-        ("--header-env", "NAME=VAR", "a header whose value is in an environment variable: a secret; repeatable "
-         "(api-key=AZURE_KEY)", _REPEATED),
-        ("--insecure", "", "take any certificate (one of the host's own making)", {}),
-    )),
-    ("what is sent", "", (
-        ("--model", "NAME", "the served model's name", {"required": True}),
-        ("--chat", "", "as a chat: each prompt is a user's message", {}),
-        ("--natural-stop", "", "let answers end by themselves (for endpoints without ignore_eos)", {}),
-        ("--trace", "T", "sharegpt-like (default), random, azure-conv or azure-code (recorded hours of 2023), or a file: "
-         "lengths (CSV of fp8lab, Azure, BurstGPT; Mooncake) or conversations (ShareGPT, OpenAI; JSON)",
-         {"default": "sharegpt-like"}),
-        ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
-        ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
-        ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
-        ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
-        ("--requests", "N", "default 1000, or all of a file, drawn by --seed; in a search: of each probe", _WHOLE),
-        ("--max-tokens-field", "NAME", "how an answer's length is asked for (default max_tokens; newer models: "
-         "max_completion_tokens)", {"default": "max_tokens"}),
-        ("--extra-body", "JSON", "an object merged into each request; null leaves out what the kit sends (temperature 0, "
-         "stream_options)", {"default": "{}"}),
-        ("--seed", "S", "of prompts, lengths and arrivals (default 0)", _WHOLE | {"default": 0}),
-    )),
-    ("how fast", "", (
-        ("--rate", "R", "requests/s; inf (default) sends all at once; a trace with times is replayed if no rate is given; in "
-         "a search: the first one tried (default 10)", _REAL),
-        ("--arrivals", None, "with --rate: drawn (default), or the trace's own times rescaled to that rate",
-         {"choices": ("drawn", "trace"), "default": "drawn"}),
-        ("--burstiness", "B", "1: Poisson arrivals (default), below: bursts, inf: constant gaps", _REAL | {"default": 1.0}),
-        ("--normalised", None, "rescale gaps so that the last arrival falls at N/rate, as vLLM's client does (default: yes)",
-         {"action": argparse.BooleanOptionalAction, "default": True}),
-        ("--max-concurrency", "N", "cap on requests in flight; what is due beyond it waits for a slot: the level is "
-         "closed-loop", _WHOLE),
-        ("--connections-ahead", "N", "connections opened before the start (default: as many as requests arrive in the first "
-         "second); 0 for a server that allows few: each is then opened when it is needed, and TTFT counts that", _WHOLE),
-        ("--find-max-rate", "", "search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; "
-         "each is kept in --out, and the same command goes on where it stopped", {}),
-        ("--max-probes", "N", "levels of a search (default 8)", _WHOLE | {"default": 8}),
-    )),
-    ("what counts", "", (
-        ("--out", "DIR", "takes records.parquet, tokens.parquet, summary.json", {"required": True}),
-        ("--slo", "LIMITS", "an objective for each request, in ms: ttft=200,tpot=50 (also e2el=); adds the goodput, the "
-         "requests/s within all limits. For the search, the share of requests that must be: p95 (default p99: probes of 662 "
-         "requests or more)", {}),
-        ("--warmup", "N", "requests sent before, and not counted (default 0)", _WHOLE | {"default": 0}),
-        ("--idle-timeout", "S", "a request without a byte of its answer for so long has failed, also one that is queued "
-         "(default 60)", _REAL | {"default": 60.0}),
-        ("--drain-timeout", "S", "what is still in flight so long after the last request was sent has failed; in a closed "
-         "loop, while requests wait for a slot, so long after anything came back (default 600)", _REAL | {"default": 600.0}),
-        ("--workers", "N", "client processes (default: by rate and cores)", _WHOLE),
-    )),
-)  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments, in the order in which one thinks of them."""
-    for title, text, options in _GROUPS:
-        group = parser.add_argument_group(title, text or None)
-        for name, value, told, more in options:
-            kind = {"action": "store_true"} if value == "" else {"metavar": value} if value else {}
-            group.add_argument(name, help=told, **kind, **more)
-
-
 def run(args: argparse.Namespace) -> int:
     """Measures a level or searches the limit; the exit code."""
-    from .metrics.slo import SLO
-
     endpoint, *args.others = _endpoints(args)
     if not args.out:
         raise BadInput("--out is empty; name a folder, such as results/50")
@@ -122,15 +41,9 @@ def run(args: argparse.Namespace) -> int:
     return _level(args, endpoint, slo, out)
 
 
-def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
-    from .config.profile import rate_name
-    from .config.trace import arrival_times, rescaled
-    from .load.level import measure_level
-    from .results.files import plain, write_json, write_tables
-    from .ui.status import StatusLine
-
+def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
     times = "kept" if args.rate is None or args.arrivals == "trace" else "dropped"
-    trace = _trace(args, args.requests, args.seed, times=times)
+    trace = named_trace(args.trace, args.requests, seed=args.seed, times=times, **_lengths(args))
     for note in trace.notes:
         StatusLine().done(f"trace {trace.name}: {note}")
     if args.arrivals == "trace" and trace.arrival_s is None:
@@ -154,13 +67,8 @@ def _level(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", ou
     return 0 if summary.valid else INVALID
 
 
-def _search(args: argparse.Namespace, endpoint: "Endpoint", slo: "SLO | None", out: Path) -> int:
-    from .config.trace import arrival_times
+def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
     from .experiment.max_rate import find_endpoint_max_rate
-    from .load.level import Measured, measure_level
-    from .results.files import plain, write_json
-    from .system.locks import Lock
-    from .ui.status import StatusLine
 
     if not slo:
         raise BadInput("--find-max-rate: name the objective with --slo (ttft=200,tpot=50)")
@@ -239,11 +147,7 @@ _SHOWN = ("requests", "failed", "request_throughput", "request_goodput", "slo_sh
 _SHOWN += ("p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")
 
 
-def _endpoints(args: argparse.Namespace) -> "list[Endpoint]":
-    import orjson
-
-    from .load.endpoint import Endpoint, check_fleet
-
+def _endpoints(args: argparse.Namespace) -> list[Endpoint]:
     key = _variable("--api-key-env", args.api_key_env) if args.api_key_env else None
     headers = []
     for number, header in enumerate(args.header, 1):
@@ -279,21 +183,13 @@ def _variable(option: str, name: str) -> str:
     return os.environ[name]
 
 
-def _trace(args: argparse.Namespace, requests: int | None, seed: int, **options) -> "Trace":
-    from .config.trace import named_trace
-
-    return named_trace(
-        args.trace, requests, seed=seed, tokenizer=args.tokenizer,
-        input_tokens=args.input_tokens, output_tokens=args.output_tokens, max_context=args.max_context, **options,
-    )  # fmt: skip
+def _lengths(args: argparse.Namespace) -> dict:
+    """What the options say of a trace beside its name."""
+    return {name: getattr(args, name) for name in ("tokenizer", "input_tokens", "output_tokens", "max_context")}
 
 
-def _drawn(args: argparse.Namespace, requests: int, seed: int) -> "Trace":
-    """As many requests of the trace as asked for: a file that holds fewer is begun anew, with other prompts where those are
-    drawn. Arrival times that it holds are left out."""
-    from .config.trace import begun_anew
-
-    return begun_anew(lambda lacking, by: _trace(args, lacking, by, times="dropped", fewer=True), requests, seed)
+def _drawn(args: argparse.Namespace, requests: int, seed: int) -> Trace:
+    return begun_anew(args.trace, requests, seed=seed, **_lengths(args))
 
 
 def _options(args: argparse.Namespace) -> dict:
@@ -310,28 +206,17 @@ def _options(args: argparse.Namespace) -> dict:
     }
 
 
-def _warm_up(args: argparse.Namespace, endpoint: "Endpoint") -> None:
-    from .load.level import warm_up
-
+def _warm_up(args: argparse.Namespace, endpoint: Endpoint) -> None:
     if args.warmup:
         count = max(args.warmup, 1 + len(args.others))  # each of a fleet is asked
         options = _options(args) | {"balance": "round-robin"}
         warm_up(endpoint, _drawn(args, count, args.seed + _WARM_UP_SEED), **options)
 
 
-def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
+def _asked(args: argparse.Namespace, endpoint: Endpoint) -> dict:
     """What the probes of one search have in common, without a secret."""
-    kept = (
-        "model",
-        "natural_stop",
-        "trace",
-        "input_tokens",
-        "output_tokens",
-        "seed",
-        "burstiness",
-        "normalised",
-        "max_context",
-    )
+    kept = ("model", "natural_stop", "trace", "input_tokens", "output_tokens", "max_context", "seed")
+    kept += ("burstiness", "normalised")
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
     fleet = {"others": [one.url for one in args.others], "balance": args.balance if args.others else ""}
@@ -340,10 +225,9 @@ def _asked(args: argparse.Namespace, endpoint: "Endpoint") -> dict:
 
 def _check_same(path: Path, asked: dict) -> None:
     """Notes in a new folder what is searched; raises BadInput in one where something else was."""
-    from .results.files import plain, read_json, write_json
-
     if not path.exists():
-        return write_json(path, {"asked": asked})
+        write_json(path, {"asked": asked})
+        return
     before = read_json(path, "choose another --out folder", ("asked",))["asked"]
     for name, value in plain(asked).items():
         # A search from before fleets asked one endpoint.
@@ -351,4 +235,3 @@ def _check_same(path: Path, asked: dict) -> None:
             raise BadInput(
                 f"{path.parent} holds a search with {name} {before.get(name)!r}, not {value!r}; choose another --out folder"
             )
-    return None

@@ -1,4 +1,5 @@
-"""vLLM's flags: one reading of a list of them, as vLLM's own parser reads it (vllm/utils/argparse_utils.py).
+"""vLLM's flags: one reading of a list of them, as vLLM's own parser reads it (vllm/utils/argparse_utils.py); and which flags
+and variables hold secrets, by their names and by what they hold.
 
 A flag may be written `--flag value`, `--flag=value`, with several values, by its short name, with underscores for
 dashes, cut short, or switched off (`--no-flag`); `--flag.key value` sets one key of a flag that takes JSON. Of a flag that
@@ -31,6 +32,14 @@ _KNOWN = (
 _ADDING = {"--middleware"}
 _NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 _TWO_IN_ONE = re.compile(r"(--?[A-Za-z][\w.-]*)\s")
+# A personal access token (PAT) and the like, with or without what it is for.
+_SECRET = re.compile(
+    r"((^|_)(TOKEN|KEY|PASS|PAT|CREDENTIALS?)|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE
+)
+# As in HTTPS_PROXY or DATABASE_URL: scheme://user:password@host.
+PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@:]*:(?P<password>[^\s/?#@]+)@", re.IGNORECASE)
+# What is shorter is a word, which a log holds anyway.
+SECRET_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -130,3 +139,17 @@ def _whole(name: str) -> tuple[str, bool]:
         return ALIASES[name], off
     begun = [known for known in _KNOWN if known.startswith(name)] if name.startswith("--") else []
     return (begun[0] if len(begun) == 1 and name not in _KNOWN else name), off
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable (`HF_TOKEN`) or flag (`--api-key`) of this name holds a secret."""
+    return bool(_SECRET.search(re.sub(r"[-.]", "_", name.lstrip("-"))))
+
+
+def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `environment` that hold secrets: by their names, or in a URL with a password."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (len(value) >= SECRET_LENGTH and is_secret(name)) or PASSWORD.search(value)
+    }

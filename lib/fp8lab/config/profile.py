@@ -24,11 +24,9 @@ from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
 from ..paths import without_home
-from .dimensions import Dimensions, ModelShape, context, dimensions, model_shape
+from .dimensions import BF16, FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
 from .flags import flag_of, joined, parse
-from .recipes import BF16, FORMATS, recipe
 
-DEVICES = ("cuda", "emulated", "cpu")
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
 API_SERVERS, RUST = "--api-server-count", "VLLM_USE_RUST_FRONTEND"
 WEIGHTS = ("random", "packaged", "checkpoint")
@@ -203,7 +201,7 @@ class Variant(ProfileTable):
     """One server configuration: `flags` beside those that all share, which they win over, and the variables `env`; both
     with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process.
     `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
-    is a variant like any other. It serves a checkpoint made by a `recipe` (`recipes.RECIPES`) out of the profile's model, with
+    is a variant like any other. It serves a checkpoint made by a `recipe` (`dimensions.RECIPES`) out of the profile's model, with
     weights that are read from disk ("": the profile's model itself)."""
 
     flags: tuple[str, ...] = ()
@@ -226,11 +224,11 @@ TABLES["variants"] = Variant
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(ProfileTable):
-    """One experiment, resolved. `device` is cuda, emulated or cpu; paths are absolute."""
+    """One experiment, resolved; paths are absolute."""
 
     name: str
     title: str
-    device: str
+    device: Literal["cuda", "emulated", "cpu"]
     model: Model
     server: ServerOptions
     variants: Mapping[str, Variant]
@@ -276,10 +274,10 @@ class Profile(ProfileTable):
 
     def _api_server(self, name: str) -> str:
         one = self.variants[name]
-        servers = next((flag.values[0] for flag in parse(one.flags) if flag.name == API_SERVERS and flag.values), "")
-        return (
-            "Rust" if one.api_server == "rust" else f"{servers} Python processes" if servers else "one Python process"
-        )
+        if one.api_server == "rust":
+            return "Rust"
+        servers = flag_of(one.flags, API_SERVERS)
+        return "one Python process" if servers == "auto" else f"{servers} Python processes"
 
     def _beside(self, name: str, before: str) -> list[str]:
         """The flags and variables that `before` lacks, less those of the API server."""

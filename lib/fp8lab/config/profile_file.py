@@ -18,10 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import BadInput
 from ..paths import DATA, PLAIN_NAME
 from . import flags as vllm_flags
-from .dimensions import Dimensions
-from .profile import DEVICES, RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
-from .recipes import recipe
-from .secrets import check_written
+from .dimensions import Dimensions, recipe
+from .profile import RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
 from .trace import is_file
 
 
@@ -291,8 +289,6 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
     built = {f.name: getattr(file, f.name) for f in dataclasses.fields(Profile)}
     built["protocols"] = {protocol: body.resolved() for protocol, body in file.protocols.items()}
     profile = Profile(**built)
-    if profile.device not in DEVICES:
-        source.refuse(["device"], f"device {profile.device!r} is none of {', '.join(DEVICES)}")
     if profile.emulated and not (profile.emulation and profile.gpu):
         source.refuse(["device"], "an emulated device needs the tables [gpu] and [emulation]")
     if not profile.variants:
@@ -313,7 +309,17 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
 
 def _check_written(profile: Profile, source: _Source) -> None:
     """Raises BadInput for what a file may not say, though a run that was made with it can be read."""
-    check_written(profile.name, *flags_and_variables(profile))
+    flags, variables = flags_and_variables(profile)
+    named = [flag.name + flag.key for flag in vllm_flags.parse(flags)] + [name for name, _ in variables]
+    found = [name for name in named if vllm_flags.is_secret(name)]
+    with_password = vllm_flags.PASSWORD.search
+    found += [f"variable {name} (a URL with a password)" for name, value in variables if with_password(value)]
+    found += ["a flag (a URL with a password)" for flag in flags if with_password(flag)]
+    if found:
+        raise BadInput(
+            f"profile {profile.name}: {found[0]} holds a secret, which would be stored with the run; "
+            "leave it out and set it in the environment (HF_TOKEN; the server's key is made anew at each start)"
+        )
     set_by_kit = {
         "--model": "[model] says which", "--host": "servers listen on this machine alone",
         "--port": "each start has its own", "--uds": "servers listen on a port",
@@ -368,7 +374,7 @@ _EXPECTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
     "bool_type": "true or false", "string_type": "a text in quotes", "tuple_type": "a list", "dict_type": "a table",
     "mapping_type": "a table", "dataclass_type": "a table", "finite_number": "a finite number",
-    "greater_than": "a number above {gt}", "greater_than_equal": "{ge} or more", "less_than_equal": "at most {le}",
+    "literal_error": "{expected}", "greater_than": "a number above {gt}", "greater_than_equal": "{ge} or more", "less_than_equal": "at most {le}",
 }  # fmt: skip
 
 
@@ -385,7 +391,7 @@ def _shown(value, at: Sequence) -> str:
     """A value as an error may show it: what stands among flags, variables and checkpoints may be a secret."""
     if isinstance(value, bool):
         return str(value).lower()
-    harmless = at[0] in ("gpu", "emulation", "workload", "protocols")
+    harmless = at[0] in ("device", "gpu", "emulation", "workload", "protocols")
     if isinstance(value, (int, float)) or (isinstance(value, str) and harmless):
         return repr(value)[:80]
     return {str: "a text", list: "a list", dict: "a table"}.get(type(value), type(value).__name__)

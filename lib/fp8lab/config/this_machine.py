@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..errors import BadInput
 from ..system import gpu
+from .flags import PASSWORD, SECRET_LENGTH, secrets_of
 from .profile import Profile, is_hub_name
 from .profile_file import flags_and_variables, located, read_profile
-from .secrets import check_repeated
 from .trace import check_file, is_file, named_trace
 
 # What "auto" chooses from: the first whose card is the machine's.
@@ -84,10 +84,17 @@ def check_device(profile: Profile) -> None:
 
 
 def check_environment(profile: Profile) -> None:
-    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment,
-    under whatever name: it would be stored with the run."""
+    """Raises BadInput when a flag, variable or checkpoint of `profile` repeats a secret of this process's environment (a
+    variable's, or the password in a variable's URL), under whatever name: it would be stored with the run."""
     flags, variables = flags_and_variables(profile)
-    check_repeated(profile.name, [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()])
+    texts = [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()]
+    for name, value in secrets_of(os.environ).items():
+        values = [value, *(found["password"] for found in PASSWORD.finditer(value))]
+        if any(len(secret) >= SECRET_LENGTH and secret in text for secret in values for text in texts):
+            raise BadInput(
+                f"profile {profile.name}: a flag, variable or checkpoint holds the value of {name}, which would be stored "
+                f"with the run; leave it out: the server has {name} from the environment"
+            )
 
 
 def check_workload(profile: Profile) -> None:

@@ -123,9 +123,10 @@ def from_file(
     times: Times = "kept",
     max_context: int | None = None,
     fewer: bool = False,
+    name: str = "",
 ) -> Trace:
     """A trace from a file of lengths (fp8lab's own, Azure's, BurstGPT's, Mooncake's) or of conversations (ShareGPT's form or
-    OpenAI's); which it is shows in its columns or keys.
+    OpenAI's); which it is shows in its columns or keys. It has the file's name, or `name`.
 
     `requests` of them are drawn by the seed, a shorter trace again a prefix of a longer one; all, or None, come in the file's
     order. Arrival times that are kept make that a stretch of consecutive requests, begun where the seed says, from its first
@@ -136,7 +137,25 @@ def from_file(
     `fewer` will do.
     """
     path = _trace_path(path)
-    return _of_file(path, path.name, requests, seed, tokenizer, times, max_context, fewer)
+    name = name or path.name
+    if requests is not None:
+        _check_requests(requests)
+    if max_context is not None and max_context < 2:
+        raise BadInput(f"a context of {max_context} tokens takes no request: it needs one token in and one out")
+    lengths, least = read_lengths(path, times=times == "kept"), None if fewer else requests
+    if lengths is not None:
+        if times == "refused" and lengths.format.strict and lengths.timed:
+            _refuse_times(name)
+        return _of_lengths(lengths, name, requests, least, seed, max_context)
+    if tokenizer is None:
+        raise BadInput(
+            f"{name}: conversations need a tokenizer (a model's folder or hub name) that counts their tokens"
+        )
+    tokenizer = tokenizer if isinstance(tokenizer, str) else tokenizer()
+    kept, notes = _counted(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
+    prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
+    _check_enough(name, len(kept), least, notes)
+    return Trace(name, prompts, inputs, outputs, notes=notes)
 
 
 def _trace_path(path: str | Path) -> Path:
@@ -150,27 +169,6 @@ def _trace_path(path: str | Path) -> Path:
     return path
 
 
-def _of_file(path, name, requests, seed, tokenizer, times, max_context, fewer) -> Trace:
-    if requests is not None:
-        _check_requests(requests)
-    if max_context is not None and max_context < 2:
-        raise BadInput(f"a context of {max_context} tokens takes no request: it needs one token in and one out")
-    lengths = read_lengths(path, times=times == "kept")
-    if lengths is None:
-        if tokenizer is None:
-            raise BadInput(
-                f"{name}: conversations need a tokenizer (a model's folder or hub name) that counts their tokens"
-            )
-        tokenizer = tokenizer if isinstance(tokenizer, str) else tokenizer()
-        kept, notes = _counted(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
-        prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
-        _check_enough(name, len(kept), None if fewer else requests, notes)
-        return Trace(name, prompts, inputs, outputs, notes=notes)
-    if times == "refused" and lengths.format.strict and lengths.timed:
-        _refuse_times(name)
-    return _of_lengths(lengths, name, requests, seed, max_context, fewer)
-
-
 def _check_enough(name: str, held: int, requests: int | None, notes: Sequence[str]) -> None:
     if requests is not None and held < requests:
         told = "".join(f"; {note}" for note in notes)
@@ -178,7 +176,7 @@ def _check_enough(name: str, held: int, requests: int | None, notes: Sequence[st
 
 
 def _of_lengths(
-    lengths: Lengths, name: str, requests: int | None, seed: int, max_context: int | None, fewer: bool
+    lengths: Lengths, name: str, requests: int | None, least: int | None, seed: int, max_context: int | None
 ) -> Trace:
     notes, rows = list(lengths.notes), np.arange(len(lengths.prompt))
     if max_context is not None:
@@ -186,7 +184,7 @@ def _of_lengths(
         if left := len(lengths.prompt) - len(rows):
             share = f"{left:,} of {len(lengths.prompt):,} requests left out"
             notes.append(f"{share}: more than the {max_context:,} tokens in and out together that the context takes")
-    _check_enough(name, len(rows), None if fewer else requests, notes)
+    _check_enough(name, len(rows), least, notes)
     if requests is not None and requests < len(rows):
         draw = np.random.default_rng([seed, 0, 3])
         if lengths.arrival_s is None:
@@ -235,9 +233,13 @@ def _refuse_times(name: str) -> NoReturn:
     )
 
 
-def begun_anew(draw: Callable[[int, int], Trace], requests: int, seed: int) -> Trace:
-    """As many requests as asked for: what `draw` gives by (requests, seed), a file that holds fewer begun anew, with other
-    prompts where those are drawn. Arrival times are left out."""
+def begun_anew(trace: str, requests: int, *, seed: int, **options) -> Trace:
+    """As many requests of a named trace as asked for: a file that holds fewer is begun anew, with other prompts where those
+    are drawn. Arrival times are left out. `options` are those of `named_trace`."""
+
+    def draw(lacking: int, by: int) -> Trace:
+        return named_trace(trace, lacking, seed=by, times="dropped", fewer=True, **options)
+
     parts = [draw(requests, seed)]
     first = parts[0]
     each = (sum(first.prompt_tokens) + sum(first.output_tokens)) / len(first)
@@ -245,50 +247,37 @@ def begun_anew(draw: Callable[[int, int], Trace], requests: int, seed: int) -> T
     while lacking := requests - sum(map(len, parts)):
         parts.append(draw(lacking, seed + len(parts)))
     columns = ("prompts", "prompt_tokens", "output_tokens")
-    return Trace(parts[0].name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
+    return Trace(first.name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
 
 
 def named_trace(
-    trace: str,
-    requests: int | None,
-    *,
-    seed: int,
-    input_tokens: int,
-    output_tokens: int,
-    tokenizer: str | Callable[[], str] | None = None,
-    times: Times = "kept",
-    max_context: int | None = None,
-    fewer: bool = False,
+    trace: str, requests: int | None, *, seed: int, input_tokens: int, output_tokens: int, **options
 ) -> Trace:
     """The trace that a profile or the command line names: one of NAMES ("random" with its lengths), or a file.
 
-    `requests` is how many; None means 1000, or all of a file. For the rest, and what is raised, see `from_file`.
+    `requests` is how many; None means 1000, or all of a file. For the other `options`, and what is raised, see `from_file`.
     """
-    if not is_file(trace):
-        requests = 1000 if requests is None else requests
+    if is_file(trace):
+        return from_file(trace, requests=requests, seed=seed, **options)
+    requests = 1000 if requests is None else requests
     if trace == "sharegpt-like":
         return sharegpt_like(requests, seed)
     if trace == "random":
-        if max_context and input_tokens + output_tokens > max_context:
+        if (most := options.get("max_context")) and input_tokens + output_tokens > most:
             raise BadInput(
-                f"requests of {input_tokens} tokens in and {output_tokens} out have more than {max_context} together"
+                f"requests of {input_tokens} tokens in and {output_tokens} out have more than {most} together"
             )
         return fixed_length(requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
-    if trace in RECORDED:
-        path = DATA / "traces" / f"{trace}.csv.gz"
-        return _of_file(_trace_path(path), f"{trace} seed {seed}", requests, seed, None, times, max_context, fewer)
-    if not is_file(trace):
+    if trace not in RECORDED:
         raise BadInput(f"no trace {trace!r} (there are: {', '.join(NAMES)}, or a file of lengths or conversations)")
-    return from_file(
-        trace, requests=requests, seed=seed, tokenizer=tokenizer, times=times, max_context=max_context, fewer=fewer
-    )
+    path = DATA / "traces" / f"{trace}.csv.gz"
+    return from_file(path, requests=requests, seed=seed, name=f"{trace} seed {seed}", **options)
 
 
 def rescaled(arrival_s: Sequence[float], rate: float) -> np.ndarray:
     """Arrival times with their own pattern at another mean `rate`, requests/s: the last one falls at requests / rate, as in
     `arrival_times`. Raises BadInput for times that are all the same."""
-    if not rate > 0:
-        raise BadInput(f"rate {rate!r} is not above 0 (requests/s; inf sends all at once)")
+    _check_rate(rate)
     times = np.asarray(arrival_s, dtype=float)
     if not times[-1] > 0 and not np.isinf(rate):
         raise BadInput(f"all {len(times):,} requests of the trace arrive at once: that has no rate to be scaled")
@@ -304,8 +293,7 @@ def arrival_times(
     bursts) and mean 1 / `rate`; a `rate` of inf sends all at once. `normalised` rescales the gaps so that
     the last arrival falls at requests / rate, as vLLM's client does (vllm/benchmarks/serve.py, get_request).
     """
-    if not rate > 0:
-        raise BadInput(f"rate {rate!r} is not above 0 (requests/s; inf sends all at once)")
+    _check_rate(rate)
     if not burstiness > 0:
         raise BadInput(f"burstiness {burstiness!r} is not above 0 (1 is Poisson, inf constant gaps)")
     _check_seed(seed)
@@ -325,6 +313,11 @@ def _check_requests(requests: int) -> None:
     if requests < 1:
         raise BadInput(f"a trace of {requests} requests is empty: a level needs at least one request")
     _check_size("the trace", requests, requests)
+
+
+def _check_rate(rate: float) -> None:
+    if not rate > 0:
+        raise BadInput(f"rate {rate!r} is not above 0 (requests/s; inf sends all at once)")
 
 
 def _check_seed(seed: int) -> None:

@@ -82,10 +82,8 @@ def _probe(
     judged: Callable[[Summary, pd.DataFrame], Attainment | None],
     hopeless: Callable[[Summary], object],
 ) -> str:
-    """Measures one rate, once more if that does not count (`judged` is None) and is not `hopeless`; says what came of it.
-
-    Returns what `search` wants of a probe.
-    """
+    """Measures one rate, once more if that does not count (`judged` is None) and is not `hopeless`; says what came of it, and
+    returns what `search` wants of a probe."""
     for _ in range(_TRIES):
         summary, records = measure()
         found = judged(summary, records)
@@ -142,7 +140,7 @@ def find_endpoint_max_rate(
         name = f"probe {len(list(folder.glob('*rps/'))) + 1} of at most {max_probes}, {rate_name(rate)}"
 
         def level() -> tuple[Summary, pd.DataFrame]:
-            target = folder / _probe_name(rate)
+            target = folder / f"{rate:g}rps"
             number = len(list(folder.glob("*rps*")))
             _set_aside(target)
             result = measure(name, rate, needed(rate), number)
@@ -152,14 +150,16 @@ def find_endpoint_max_rate(
             write_json(target / "summary.json", result.summary)
             return result.summary, result.records
 
-        return _probe(
-            name, level, lambda summary, records: _counts(summary, records, slo), lambda summary: not summary.completed
-        )
+        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
+            return _counts(summary, records, slo)
 
-    def says_something(one: Probed) -> bool:
-        return bool(one.found and (one.found.bound != "undecided" or one.found.requests >= needed(one.rate)))
+        return _probe(name, level, judged, lambda summary: not summary.completed)
 
-    known = [(one.rate, one.found.bound) for one in held(folder, slo) if says_something(one)]
+    known = [
+        (one.rate, one.found.bound)
+        for one in held(folder, slo)
+        if one.found and (one.found.bound != "undecided" or one.found.requests >= needed(one.rate))
+    ]
     if (left := max_probes - len(known)) > 0:
         search(probe, start, known=known, max_probes=left)
     probed = held(folder, slo)
@@ -175,10 +175,6 @@ def held(folder: Path, slo: SLO) -> list[Probed]:
         records = read_parquet(path.with_name("records.parquet"), again, ("sent_s", "first_token_s", "error"))
         probed.append(Probed(float(path.parent.name.removesuffix("rps")), summary, _counts(summary, records, slo)))
     return sorted(probed, key=lambda one: one.rate)
-
-
-def _probe_name(rate: float) -> str:
-    return f"{rate:g}rps"
 
 
 def _counts(summary: Summary, records: pd.DataFrame, slo: SLO) -> Attainment | None:

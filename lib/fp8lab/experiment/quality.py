@@ -27,7 +27,9 @@ from ..metrics.quality import Comparison, Estimate, Reading, compare, position_t
 from ..models.checkpoints import without_widgets
 from ..paths import DATA, portable, repository_relative
 from ..results.run_folder import Run
+from ..server.command import source_model
 from ..server.launch import Server
+from ..system import gpu
 from ..ui.status import StatusLine
 from .speed import serve
 
@@ -42,9 +44,9 @@ class Text:
     content: str
     sha256: str
 
-    def passages(self, count: int, words: int = 80) -> list[str]:
-        """`count` passages of `words` words at even distances, white space made single; raises BadInput if too short."""
-        every = self.content.split()
+    def passages(self, count: int) -> list[str]:
+        """`count` passages of 80 words at even distances, white space made single; raises BadInput if too short."""
+        every, words = self.content.split(), 80
         if len(every) < count + words:
             raise BadInput(f"text {self.name}: {len(every)} words are too few for {count} passages of {words}; "
                            "take a longer text or fewer prompts")  # fmt: skip
@@ -182,9 +184,7 @@ def quality_profile(name: str = "auto") -> str:
     """The profile's name; "auto" is smollm2-gpu where a GPU is visible, smollm2-cpu elsewhere."""
     if name != "auto":
         return name
-    from ..system.gpu import gpu_names
-
-    return "smollm2-gpu" if gpu_names() else "smollm2-cpu"
+    return "smollm2-gpu" if gpu.gpu_names() else "smollm2-cpu"
 
 
 def check_weights(profile: Profile) -> None:
@@ -272,8 +272,6 @@ def _has(run: Run, name: str, asked: dict) -> bool:
 def checkpoint_folder(profile: Profile) -> Path:
     """The folder with the weights of the profile's first variant; a hub's model must have been served here before. Raises
     BadInput for random weights or a model that is not on this machine."""
-    from ..server.command import source_model
-
     check_weights(profile)
     name = source_model(profile, reference_variant(profile))
     if Path(name).is_dir():

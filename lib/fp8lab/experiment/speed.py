@@ -22,7 +22,7 @@ from ..metrics.summary import MeasuredLevel
 from ..results.run_folder import LevelResult, Run
 from ..server import launch
 from ..server.command import source_model
-from ..server.launch import Server
+from ..server.launch import Server, Shown
 from ..ui.status import StatusLine
 from ..ui.table import Table
 from ..ui.text import visible
@@ -39,7 +39,7 @@ _PATIENCE_S = 300.0
 _PATIENCE = 5
 
 
-class RecordedServer:
+class RecordedServer(Shown):
     """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
 
     def __init__(self, profile: Profile, variant: str, run: Run):
@@ -53,24 +53,12 @@ class RecordedServer:
     def stop(self) -> None:
         """Nothing runs, nothing ends."""
 
-    def __enter__(self) -> "RecordedServer":
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self.stop()
-
     def _table(self) -> Table:
         rows = [("state", "recorded: no server is running"), *self.info.rows()]
         emulated = " (EMULATED GPU)" if self.run.emulated else ""
         return Table(
             f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows
         )
-
-    def __repr__(self) -> str:
-        return repr(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
 
 
 def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:

@@ -143,9 +143,8 @@ def _each(endpoint: Endpoint, work: Callable, count: int, in_flight: int, progre
 
 @contextmanager
 def _client(endpoint: Endpoint, connections: int) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    base = endpoint.base_url.rstrip("/").removesuffix("/v1")
+    base, headers = endpoint.base_url.removesuffix("/v1"), endpoint.all_headers()
     with httpx.Client(base_url=base, headers=headers, limits=limits, timeout=_TIMEOUT_S, trust_env=False) as client:
         yield client
 
@@ -154,18 +153,17 @@ def _post(http: httpx.Client, path: str, body: dict) -> dict:
     return orjson.loads(_checked(_reply(http, path, body)).content)
 
 
-def _reply(http: httpx.Client, path: str, body: dict, pauses: Sequence[float] | None = None) -> httpx.Response:
+def _reply(http: httpx.Client, path: str, body: dict) -> httpx.Response:
     """The server's reply; a broken connection, a 429 or a 5xx is tried again. Raises LevelFailed when none comes."""
-    pauses = _PAUSES_S if pauses is None else pauses
-    try:
-        response = http.post(path, content=orjson.dumps(body), headers={"Content-Type": "application/json"})
-        if not pauses or not (response.status_code == 429 or response.is_server_error):
-            return response
-    except httpx.HTTPError as error:
-        if not pauses or isinstance(error, httpx.TimeoutException):
-            raise LevelFailed(f"{str(http.base_url).rstrip('/')}{path} did not answer: {error!r}") from None
-    time.sleep(pauses[0])
-    return _reply(http, path, body, pauses[1:])
+    for pause in (*_PAUSES_S, None):
+        try:
+            response = http.post(path, content=orjson.dumps(body), headers={"Content-Type": "application/json"})
+            if pause is None or not (response.status_code == 429 or response.is_server_error):
+                return response
+        except httpx.HTTPError as error:
+            if pause is None or isinstance(error, httpx.TimeoutException):
+                raise LevelFailed(f"{str(http.base_url).rstrip('/')}{path} did not answer: {error!r}") from None
+        time.sleep(pause)
 
 
 def _checked(response: httpx.Response) -> httpx.Response:

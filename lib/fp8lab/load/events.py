@@ -1,8 +1,34 @@
-"""What the body of a stream says, read as it arrives: its events, their chunks, its usage, its errors.
+"""What the body of a stream says, read as it arrives, event by event: `data:` lines up to a blank line, of any line ending;
+comments and other fields are skipped. `tests/slow_stream.py` reads it once more by this table, slowly, for the tests.
 
-What counts as output, as an end and as an error is the table of `load.stream`. The hot path is a chunk that differs from
-one already decoded in its text alone: comparing what stands before and after the text tells so, without decoding, and
-proves that it means the same. Everything else is decoded.
+| what arrives | what it is |
+|---|---|
+| a choice with a non-empty text, content, refusal, tool call, function call or audio | output, and an answer |
+| a choice with non-empty reasoning (`reasoning_content`, `reasoning`, `reasoning_details`, `thinking`) | output |
+| a choice whose text or content is "", without a role; a closing one without output | a token without text where the \
+server's count says that each chunk was one token, or where no chunk had text; else nothing |
+| a choice with a role alone, or with a `delta` that is null or empty; no `choices`, or none in them | no output |
+| `usage` | the server's count, each number by itself, the last one given; what is no number ≥ 0 counts as not given; \
+a missing `completion_tokens`, or one that leaves out the reasoning which `completion_tokens_details` counts and the total holds, \
+is `total_tokens` - `prompt_tokens`; 0 beside output, and where answers end by themselves fewer than their chunks, count as not given |
+| an `index` of a choice | as many choices as there are different ones |
+| `[DONE]` | the end: what comes after it is not read |
+| a `finish_reason` | the end of a choice; one that speaks of abort, cancelling, an error or a time-out: failed |
+| the end of the body, also where the connection's end ends it | the end; an event needs no blank line then |
+| the end of the connection before that of the body | failed, but after `[DONE]` |
+| finish reason "stop" without a count, fewer chunks than tokens asked for where all were to come | failed |
+| an end with neither `[DONE]` nor a finish reason nor a count of the length asked for | failed |
+| `error`, `"object": "error"`, `event: error`; no `choices` and no `usage` but a `message`, `detail` or the like | failed, \
+in the server's words |
+| an event that is no JSON object (of another type than `message`: skipped) | failed |
+| a body without a single event: JSON, a page; a compressed one | failed, with what it is |
+
+A chunk is an event's choice with output. Its time is that at which the last byte of its event's blank line was read;
+chunks read at once have one time. TTFT is the time of the first chunk, whatever its kind, as in
+vllm/benchmarks/lib/endpoint_request_func.py; there chat's opening role counts too, and a chunk without text always.
+
+The hot path is a chunk that differs from one already decoded in its text alone: comparing what stands before and after the
+text tells so, without decoding, and proves that it means the same. Everything else is decoded.
 """
 
 import json
@@ -13,7 +39,7 @@ from typing import NamedTuple
 
 import orjson
 
-from .refusal import KEYS, sentence, words
+from .endpoint import KEYS, sentence, words
 
 ANSWER = ("text", "content", "refusal", "tool_calls", "function_call", "audio")
 REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")

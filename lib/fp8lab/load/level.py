@@ -15,11 +15,10 @@ import numpy as np
 from ..config.trace import Trace
 from ..errors import LevelFailed, Stopped
 from ..ui.status import StatusLine
-from .endpoint import Endpoint
+from .endpoint import Endpoint, remedy
+from .events import Outcome
 from .generator import Sent, self_check, send_load
 from .live import LiveChart
-from .refusal import remedy
-from .stream import Outcome
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ def measure_level(
             status.done(f"{name}: stopped", chart.picture())
             raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
     # Imported here: the first request must not wait for pandas.
-    from ..metrics.performance import latencies, send_lag_ms, summarize
+    from ..metrics.performance import completed, latencies, send_lag_ms, summarize
+    from ..metrics.resources import summarize_usage
+    from ..metrics.slo import goodput
     from ..metrics.summary import Summary
 
     records, tokens = to_tables(sent, trace, time_dilation)
@@ -102,14 +103,9 @@ def measure_level(
     if len(fleet) > 1:
         fields["endpoints"] = _by_endpoint(fleet, records, tokens, fields["duration_s"])
     if slo:
-        from ..metrics.slo import goodput
-
         fields |= goodput(records, slo, fields["duration_s"])
     sampled = None
     if telemetry:
-        from ..metrics.performance import completed
-        from ..metrics.resources import summarize_usage
-
         steady = fields["steady_begin_s"] or math.nan, fields["steady_end_s"] or math.nan
         sampled = telemetry.table(sent.start)
         fields |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}

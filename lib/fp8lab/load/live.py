@@ -1,4 +1,4 @@
-"""A level while it runs, as one small picture for a notebook cell: four traces that end as a static figure.
+"""A level while it runs, in one line and as a small picture for a notebook cell: four traces that end as a static figure.
 
 Drawn as plain SVG text: a plotting library would take the client's time from the requests.
 """
@@ -6,14 +6,41 @@ Drawn as plain SVG text: a plotting library would take the client's time from th
 import base64
 import html
 import math
+from dataclasses import dataclass
 
 from ..ui.text import shown
-from .generator import Progress
 
 _WIDTH, _HEIGHT, _GAP = 190, 64, 12
 _POINTS = 240
 # Four ticks of every worker: a shorter stretch counts what some of them sent and not the others.
 _SAMPLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A level while it runs; times in model seconds. `ttft_ms` is the mean so far, nan before the first token; `waiting`
+    are the requests of a closed loop that are due and wait for a slot."""
+
+    elapsed_s: float
+    planned_s: float
+    requests: int
+    sent: int
+    in_flight: int
+    done: int
+    failed: int
+    tokens_per_s: float
+    ttft_ms: float
+    waiting: int = 0
+
+    def __str__(self) -> str:
+        left = f", {self.waiting:,} wait for a slot" if self.waiting else ""
+        if self.sent < self.requests and (seconds := self.planned_s - self.elapsed_s) > 0:
+            left += f", {seconds:.0f} s of arrivals left"
+        failed = f", {self.failed} FAILED" if self.failed else ""
+        return (
+            f"{self.sent}/{self.requests} sent, {self.in_flight} in flight, {self.done} done{failed}, "
+            f"{self.tokens_per_s:,.0f} tok/s, TTFT {shown(self.ttft_ms)} ms{left}"
+        )
 
 
 class LiveChart:

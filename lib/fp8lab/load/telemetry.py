@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from ..system.gpu import GpuReader
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 PERIOD_S = 0.2
@@ -205,11 +205,9 @@ def parse_metrics(text: str) -> dict[str, float]:
     return {name: sum(each) / (len(each) if name == "kv_cache_usage" else 1) for name, each in found.items()}
 
 
-def _unseen(at: "np.ndarray", begin: float, end: float, late: float) -> float:
+def _unseen(at: np.ndarray, begin: float, end: float, late: float) -> float:
     """The share (0 to 1) of the time from `begin` to `end` that lies more than `late` behind the latest sample of `at`;
     0 when there is no such time."""
-    import numpy as np
-
     gaps = np.diff(np.concatenate([[begin], at[(at > begin) & (at < end)], [end]]))
     return float(np.clip(gaps - late, 0, None).sum() / (end - begin)) if end > begin else 0.0
 

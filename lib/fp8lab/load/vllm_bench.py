@@ -17,6 +17,7 @@ from ..errors import LevelFailed
 from ..server import watchdog
 from ..system.locks import Scratch
 from .endpoint import Endpoint
+from .generator import busiest_second
 from .worker import unwritable
 
 # By module, not by command: the CPU build's distribution has another name, which breaks the command. Its limit on open
@@ -123,8 +124,6 @@ def _cpu_marks(guard: subprocess.Popen, deadline: float) -> list[tuple[float, fl
 
 
 def _in_our_names(said: dict, marks: list[tuple[float, float]], dilation: float) -> dict:
-    from .pool import busiest_second
-
     # What ran before the load (imports, tokenizing) is not the client at work.
     ended = marks[-1][0] if marks else 0.0
     loaded = [mark for mark in marks if mark[0] >= ended - said["duration"]]

@@ -22,9 +22,9 @@ from time import monotonic
 import uvloop
 
 from ..ui.text import storable
-from .connection import Address, Connector, raise_open_files, said
+from .connection import Address, Connection, Connector, raise_open_files, said
 from .endpoint import Endpoint
-from .stream import Connection, Outcome
+from .events import Outcome
 
 TICK_S = 0.25
 # libuv's timers count milliseconds: a request is sent when it is due within half of one.

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
-from ..config.dimensions import ModelShape
+from ..config.dimensions import ModelShape, WeightFormat
 from ..config.profile import Card
-from ..config.recipes import WeightFormat
 
 ATTENTION, LAYERS, HEAD, QUANTISATION = "attention", "layers' matrix products", "output head", "quantisation"
 KV_WRITE, SAMPLING, NORMS, COPIES, OTHER = "KV write", "sampling", "norms and activations", "copies", "other"

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..config.dimensions import ModelShape
+from ..config.dimensions import ModelShape, WeightFormat
 from ..config.profile import Card
-from ..config.recipes import WeightFormat
 
 GIB = 2**30
 # What a start takes beside weights and KV cache: CUDA's context and buffers, and the activations of a full step (gate, up

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..config.dimensions import ModelShape
+from ..config.dimensions import ModelShape, WeightFormat
 from ..config.profile import Card
-from ..config.recipes import WeightFormat
 from .performance import completed
 
 # (times, values) of a column where it was sampled; (begin, end) of a span.

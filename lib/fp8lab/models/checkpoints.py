@@ -135,6 +135,16 @@ def _llama3_tokenizer(ids: int = _LLAMA3_IDS):
     return tokenizer
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint: one file, or those that its index names. Raises BadInput where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in names:
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} holds no {name}: expected the safetensors of a checkpoint in BF16")
+    return [folder / name for name in sorted(names)]
+
+
 _MATRIX = re.compile(r"\.([a-z]+_proj)\.weight$")
 
 
@@ -143,13 +153,8 @@ def matrices(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
     q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj. Tensors come one at a time."""
     from safetensors import safe_open
 
-    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    for file in sorted(files):
-        if not (folder / file).is_file():
-            raise BadInput(f"{folder} holds no {file}; the weights must be safetensors")
-        with safe_open(folder / file, framework="pt") as opened:
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 if kind := _MATRIX.search(name):
                     yield kind[1], name, opened.get_tensor(name)

@@ -1,12 +1,10 @@
-"""Checkpoints by a recipe (`config.recipes`), made here out of one in BF16, or out of a model's shapes with random weights.
+"""Checkpoints by a recipe (`config.dimensions`), made here out of one in BF16, or out of a model's shapes with random weights.
 
 Each weight of the layers' matrices is rounded to the nearest value that its format has. That is all that speed needs. The
 answers of a checkpoint whose rounding was calibrated on text (GPTQ's and AWQ's own tools) are better: what is made here
 in their formats is for speed alone. Formats and packing are those of compressed-tensors, GPTQ and AutoAWQ, as vLLM reads
 them.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -17,18 +15,21 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..config.dimensions import model_names
-from ..config.recipes import RECIPES, Recipe, recipe
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, cache_dir
 from ..system.locks import Lock
 from ..ui.status import StatusLine
-from .checkpoints import PACKAGED, model_folder, packaged_model
-
-if TYPE_CHECKING:
-    import torch
+from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
 
 _LAYER = re.compile(r"^model\.layers\.\d+\..*_proj\.weight$")
 _HEAD = "lm_head.weight"
@@ -101,8 +102,6 @@ def _alone(target: Path) -> Lock:
 
 
 def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list) -> None:
-    import torch
-
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
     plan = partial / "plan"
@@ -142,28 +141,19 @@ class _Stored:
     """The tensors of a checkpoint: safetensors, in one file or by their index."""
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError, safe_open
-
-        index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        self._files = {}
-        for name in sorted(names):
-            if not (folder / name).is_file():
-                raise BadInput(f"{folder} holds no {name}: expected the safetensors of a checkpoint in BF16")
+        self._files, files = {}, weight_files(folder)
+        for file in files:
             try:
-                opened = safe_open(folder / name, framework="pt")
+                opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise BadInput(f"{folder / name} cannot be read as safetensors: {error}") from None
+                raise BadInput(f"{file} cannot be read as safetensors: {error}") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in sorted(self._files.items())}
         if held := json.loads((folder / "config.json").read_text()).get("quantization_config"):
             raise BadInput(f"{folder} is quantised already ({held.get('quant_method')}): expected a checkpoint in BF16")
-        stats = {name: (folder / name).stat() for name in sorted(names)}
-        self.key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+        self.key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def tensor(self, name: str) -> torch.Tensor:
-        import torch
-
         return self._files[name].get_tensor(name).to(_device(), torch.bfloat16)
 
 
@@ -173,9 +163,6 @@ class _Random:
     key = "random"
 
     def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         tied = getattr(model.config, "tie_word_embeddings", False)
@@ -183,8 +170,6 @@ class _Random:
         self.shapes = {name: shape for name, shape in sorted(shapes.items()) if not (tied and name == _HEAD)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        import torch
-
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
@@ -196,16 +181,12 @@ class _Random:
 
 def _device() -> str:
     """Where weights are drawn and rounded: on a GPU in a hundredth of the time."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
     """The files to write: of each, by the names of its source tensors, what each becomes (on no device: shapes and types).
     Raises BadInput for a matrix that the recipe cannot take."""
-    import torch
-
     shards, size = [{}], 0
     for name, shape in weights.shapes.items():
         parts = _converted(how, name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
@@ -250,15 +231,11 @@ def _parts(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 @functools.cache
 def _planned(how: Recipe, out: int, into: int) -> dict[str, torch.Tensor]:
     """The parts of a matrix of this shape on no device; a model has a few shapes, each in every layer."""
-    import torch
-
     return _parts(how, torch.empty(out, into, dtype=torch.bfloat16, device="meta"))
 
 
 @functools.cache
 def _scheme(how: Recipe):
-    from compressed_tensors.quantization import preset_name_to_scheme
-
     # To vLLM the output head is no linear layer: it is named.
     scheme = preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
     if scheme.weights.group_size:
@@ -267,10 +244,6 @@ def _scheme(how: Recipe):
 
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     scheme = _scheme(how)
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
     rows, columns = {
@@ -296,8 +269,6 @@ def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """4-bit values with a zero point of 8, in groups of 128 along the inputs, eight to an int32: GPTQ packs along the inputs,
     AWQ along the outputs."""
-    import torch
-
     groups = weight.T.unflatten(0, (-1, 128)).float()  # (groups, 128, outputs)
     scales = (groups.abs().amax(1) / 7).clamp(min=1e-8)
     values = (torch.round(groups / scales[:, None]) + 8).clamp(0, 15).flatten(0, 1).to(torch.int32)
@@ -312,8 +283,6 @@ def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _int32(values: torch.Tensor, along: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
     """Eight 4-bit values to an int32 along a dimension; the value order[i] of eight takes the bits from 4 i."""
-    import torch
-
     eights = values.unflatten(along, (-1, 8)).to(torch.int64)
     packed = sum(eights.select(along + 1, one) << 4 * place for place, one in enumerate(order))
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
@@ -325,7 +294,6 @@ def _quantization_config(how: Recipe) -> dict:
         return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
     if how.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-    from compressed_tensors.quantization import QuantizationConfig
 
     return QuantizationConfig(
         config_groups={"group_0": _scheme(how)}, quant_method="compressed-tensors", format=how.format,
@@ -353,9 +321,6 @@ def _check_room(needed: int, target: Path) -> None:
 
 def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) -> None:
     """Writes one file whole or not at all; one that is there is whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if path.exists():
         return
     status, parts, unfinished = StatusLine(), {}, path.with_suffix(".unfinished")

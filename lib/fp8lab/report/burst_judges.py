@@ -4,7 +4,7 @@
 import math
 from statistics import fmean
 
-from ..config.recipes import FORMATS, recipe
+from ..config.dimensions import FORMATS, recipe
 from ..metrics.statistics import Ratio
 from ..metrics.statistics import ratio as paired
 from ..results.evidence import Evidence

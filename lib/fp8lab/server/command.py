@@ -12,10 +12,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config.dimensions import cards, weight_format
+from ..config.dimensions import BF16, cards, weight_format
 from ..config.flags import flag_of
 from ..config.profile import Profile, is_hub_name
-from ..config.recipes import BF16
 from ..errors import BadInput
 from ..metrics.step_model import read_fits
 from ..models.checkpoints import model_folder, packaged_model

@@ -28,8 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from ..config.dimensions import ModelShape
-from ..config.recipes import FORMATS
+from ..config.dimensions import FORMATS, ModelShape
 from ..metrics.step_model import StepModel
 from ..metrics.virtual import Step
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import psutil
 
 from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
-from ..config.flags import flag_of
+from ..config.flags import flag_of, secrets_of
 from ..config.profile import Profile, interpreter
-from ..config.secrets import secrets_of
 from ..config.this_machine import check_device, check_environment
 from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
@@ -43,7 +42,23 @@ _PROBE_S, _HANG_S = 4.0, 60.0
 _MAX_REPLY_BYTES = 4 << 20
 
 
-class Server:
+class Shown:
+    """A server in a cell and in a `with` block: subclasses say what `_table()` it is and how it is to `stop()`."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+class Server(Shown):
     """A running vLLM server. Stop it with `stop()` or by leaving its `with` block; either may happen twice."""
 
     def __init__(self, profile: Profile, variant: str, port: int, log_path: Path):
@@ -166,24 +181,12 @@ class Server:
         if self._scratch:
             self._scratch.remove()
 
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self.stop()
-
     def _table(self) -> Table:
         rows = [("state", "running" if self.alive else "stopped"), ("address", self.base_url)]
         rows += self.info.rows() if self.info else []
         emulated = " (EMULATED GPU)" if self.profile.emulated else ""
         caption = f"vLLM server, variant {self.variant}, profile {self.profile.name}{emulated}"
         return Table(caption, ("", "as vLLM reports it"), rows)
-
-    def __repr__(self) -> str:
-        return repr(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
 
     def _start(self, status: StatusLine) -> None:
         """Returns when the server is ready; however else it ends, nothing of the server is left."""

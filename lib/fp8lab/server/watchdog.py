@@ -168,7 +168,7 @@ def popen(
 ) -> subprocess.Popen:  # fmt: skip
     """The watchdog of `command`, which writes to `log`. Closing its standard input ends both; what it says, `watchdog`
     tells. `options` are the watchdog's own; the file descriptors `held` stay open until all has ended."""
-    from ..config.secrets import secrets_of
+    from ..config.flags import secrets_of
 
     guard = [sys.executable, *_ALONE, __file__, "--log", str(log), "--grace", str(grace_s), *options]
     guard += [part for name in secrets_of(environment) for part in ("--secret", name)]

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
-from ...config.dimensions import ModelShape, fp8_kv, memory_share
+from ...config.dimensions import BF16, ModelShape, fp8_kv, memory_share
 from ...config.profile import Card, level_id, rate_name
-from ...config.recipes import BF16
 from ...metrics.performance import concurrency_over_time
 from ...results.evidence import evidence
 from ...results.run_folder import Run

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from ...config.dimensions import ModelShape, fp8_kv, memory_share, most_running
+from ...config.dimensions import BF16, FORMATS, FP8, ModelShape, fp8_kv, memory_share, most_running
 from ...config.profile import Card, Profile, interpreter, level_id
-from ...config.recipes import BF16, FORMATS, FP8
 from ...metrics.fit import fit
 from ...metrics.performance import paging_waste, reserving_waste
 from ...metrics.resources import MOST, Clock
