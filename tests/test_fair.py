@@ -13,10 +13,9 @@ from fp8lab.errors import BadInput
 from fp8lab.metrics.bottleneck import Limit
 from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
 from fp8lab.metrics.statistics import Ratio
-from fp8lab.report.figures import drawing
-from fp8lab.report.figures.background import _steps
-from fp8lab.report.figures.drawing import forest
-from fp8lab.report.tables import comparison
+from fp8lab.report import comparison, drawing
+from fp8lab.report.drawing import forest
+from fp8lab.report.machine import _steps
 from fp8lab.results.evidence import Compared, Evidence, evidence
 from fp8lab.results.run_folder import open_run
 

@@ -26,12 +26,12 @@ from .experiment import quality as answers
 from .experiment import speed
 from .models import quantize as making
 from .paths import RUNS, cache_dir, repository_relative, writing
+from .report.anatomy import host_table, kernels_table, steps_table
 from .report.claims import claims_across, claims_table
+from .report.levels import levels_table, validity_table
+from .report.machine import fit_table
 from .report.notebooks import check_parameters, declared, execute, find
-from .report.tables.anatomy import host_table, kernels_table, steps_table
-from .report.tables.levels import levels_table, validity_table
-from .report.tables.machine import fit_table
-from .report.tables.quality import quality_table
+from .report.quality import quality_table
 from .results.run_folder import Run, open_run
 from .server import orphans
 from .server.command import printable_command
@@ -149,7 +149,7 @@ def fit(args) -> None:
 def fit_model(args) -> int:
     from .experiment.step_fit import fit as fit_steps
     from .metrics.step_model import FITS, read_fits
-    from .report.tables.predicted import errors_of
+    from .report.predicted import errors_of
 
     path = Path(args.run).resolve()
     run = open_run(source=path if path.is_dir() else args.run)
@@ -183,7 +183,7 @@ def predict(args) -> None:
     from .experiment.predict import drawing, highest_rate, step_models
     from .experiment.predict import predict as play
     from .metrics.slo import SLO
-    from .report.tables.predicted import foretold_table, predicted_table
+    from .report.predicted import foretold_table, predicted_table
 
     models = step_models(args.fit, args.variant, card=args.card)
     loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}

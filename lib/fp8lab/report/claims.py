@@ -15,11 +15,10 @@ from ..metrics.slo import DEFAULT
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
-from ..ui.table import Table
-from ..ui.text import four_digits, shown
+from ..ui.text import Table, four_digits, shown
+from .anatomy import host_adds
+from .comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .judges import JUDGES
-from .tables.anatomy import host_adds
-from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 

@@ -34,8 +34,7 @@ from ..metrics.performance import steady_window
 from ..metrics.summary import Summary
 from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
-from ..ui.table import Table
-from ..ui.text import shown
+from ..ui.text import Table, shown
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .provenance import collect, digest
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.profile import Profile
-from ...metrics.statistics import Ratio
-from ...paths import writing
-from ...results.run_folder import Run
-from ..verdict import card_mark, card_note
+from ..config.profile import Profile
+from ..metrics.statistics import Ratio
+from ..paths import writing
+from ..results.run_folder import Run
+from .verdict import card_mark, card_note
 
 # Okabe-Ito colours, told apart also in grey and by marker; a base keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
