@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import make_records
+from conftest import make_records, make_tokens
 from fp8lab.config.dimensions import fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.recipes import BF16, FP8
@@ -46,7 +46,7 @@ def served(rate=50.0, capacity=100.0, requests=1000):
 
 
 def judged(records, telemetry=None, **changed):
-    begin, end = steady_window(records)
+    begin, end = steady_window(records, make_tokens(records))
     fields = {
         "client_busiest_core": 0.1,
         "preemptions": 0.0,
@@ -195,7 +195,7 @@ def test_every_reader_of_a_level_has_the_same_steady_window():
 def test_a_full_api_server_that_holds_nothing_back_is_not_the_limit():
     """Streaming what a full GPU makes can take a whole core, too: the requests then are in the engine."""
     records = served(100, 60)
-    window = steady_window(records)
+    window = steady_window(records, make_tokens(records))
     assert held_by_api_server(records, sampled(records, 1.0), window) == pytest.approx(0, abs=0.01)
     assert held_by_api_server(records, sampled(records, 0.7), window) == pytest.approx(0.3, abs=0.01)
     assert held_by_api_server(records, None, window) is None

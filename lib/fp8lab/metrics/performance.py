@@ -75,13 +75,7 @@ def inter_token_ms(tokens: pd.DataFrame, records: pd.DataFrame) -> np.ndarray:
 
 def peak_concurrency(records: pd.DataFrame) -> int:
     """The most requests in flight at one instant: an exact sweep over sent and last token."""
-    begin, end = _spans(records)
-    times = np.concatenate([begin, end])
-    # At the same instant a request that begins meets one that ends: both count.
-    steps = np.concatenate([np.ones(begin.size), -np.ones(end.size)])[
-        np.lexsort((np.r_[begin * 0, end * 0 + 1], times))
-    ]
-    return int(np.cumsum(steps).max(initial=0))
+    return int(concurrency_over_time(records)[1].max(initial=0))
 
 
 def peak_concurrency_per_second(records: pd.DataFrame) -> int:
@@ -100,53 +94,26 @@ def peak_concurrency_per_second(records: pd.DataFrame) -> int:
 
 
 def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds, requests in flight from then on), for drawing as steps."""
+    """(seconds, requests in flight from then on), as steps. At the same instant a request that begins meets one that ends."""
     begin, end = _spans(records)
     times = np.concatenate([begin, end])
     order = np.argsort(times, kind="stable")
     return times[order], np.cumsum(np.concatenate([np.ones(begin.size), -np.ones(end.size)])[order])
 
 
-def steady_window(
-    records: pd.DataFrame, tokens: pd.DataFrame | None = None, telemetry: pd.DataFrame | None = None
-) -> tuple[float, float]:
-    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s.
+def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, float]:
+    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan) for none.
 
-    It leaves out ramp and drain whatever the arrival process, and needs no tuning. Instants come from the token
-    timestamps; without them from the server's own token counter; without both a request's tokens are taken as spread
-    evenly from its first to its last, which puts too many into the window of a saturated level. (nan, nan) for none.
+    It leaves out ramp and drain whatever the arrival process, and needs no tuning.
     """
-    done = completed(records)
-    if done.empty or not done["output_tokens"].sum():
+    at, held = _arrivals(tokens, completed(records))
+    if not held.sum():
         return np.nan, np.nan
-    if tokens is not None and len(tokens):
-        at, held = _arrivals(tokens, done)
-        if at.size:
-            order = np.argsort(at, kind="stable")
-            at, held = at[order], held[order]
-            # As numpy's quantile, which this is where every chunk holds as much.
-            share = (np.cumsum(held) - held) / (held.sum() - held[-1]) if at.size > 1 else np.zeros(1)
-            return tuple(float(np.interp(part, share, at)) for part in _STEADY)
-    if telemetry is not None and (counted := telemetry[["at_s", "generation_tokens"]].dropna()).shape[0] > 2:
-        # Sampling may end before the last tokens are counted, so shares are of what the records hold.
-        share = (counted["generation_tokens"] - counted["generation_tokens"].iloc[0]) / done["output_tokens"].sum()
-        return tuple(float(np.interp(at, share, counted["at_s"])) for at in _STEADY)
-    return _evenly_spread(done)
-
-
-def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
-    first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
-    width = np.maximum(last - first, 1e-9)
-
-    def instant(share: float) -> float:
-        low, high = first.min(), last.max()
-        for _ in range(60):
-            middle = (low + high) / 2
-            arrived = (tokens * np.clip((middle - first) / width, 0, 1)).sum()
-            low, high = (middle, high) if arrived < share * tokens.sum() else (low, middle)
-        return (low + high) / 2
-
-    return instant(_STEADY[0]), instant(_STEADY[1])
+    order = np.argsort(at, kind="stable")
+    at, held = at[order], held[order]
+    # As numpy's quantile, which this is where every chunk holds as much.
+    share = (np.cumsum(held) - held) / (held.sum() - held[-1]) if at.size > 1 else np.zeros(1)
+    return tuple(float(np.interp(part, share, at)) for part in _STEADY)
 
 
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
