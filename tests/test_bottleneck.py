@@ -23,7 +23,7 @@ from fp8lab.metrics.bottleneck import (
     lasted,
     what_limited,
 )
-from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
+from fp8lab.metrics.performance import paging_waste, reserving_waste, steady_window
 from fp8lab.metrics.resources import POWER, clock, roofline
 from fp8lab.metrics.summary import ServerInfo, Summary
 from fp8lab.paths import DATA
@@ -320,4 +320,4 @@ def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
 def test_paging_wastes_the_end_of_the_last_block():
     records = make_records([0.0], [1.0], [2.0], [6])  # prompt 10, contexts 11 to 16: one block of 16
     assert paging_waste(records) == pytest.approx(1 - sum(range(11, 17)) / (6 * 16))
-    assert held_tokens(records) == 13.5 and reserving_waste(records, 27) == 0.5 and reserving_waste(records, 14) is None
+    assert reserving_waste(records, 27) == 0.5 and reserving_waste(records, 14) is None

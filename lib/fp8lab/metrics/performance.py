@@ -14,6 +14,7 @@ import pandas as pd
 
 PERCENTILES = (50, 90, 99)
 _STEADY = (0.2, 0.8)
+_BLOCK = 16
 
 
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
@@ -187,25 +188,21 @@ def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
     return round(np.bincount(np.floor(at - records["sent_s"].min()).astype(int), weights=held).max())
 
 
-def held_tokens(records: pd.DataFrame) -> float:
-    """KV tokens that a running request holds, averaged over all decoding steps (a long answer holds for longer)."""
-    return float(_contexts(records).mean())
-
-
-def paging_waste(records: pd.DataFrame, block_size: int = 16) -> float:
-    """The share of allocated KV slots that hold no token, with blocks of `block_size` tokens, over all steps.
+def paging_waste(records: pd.DataFrame) -> float:
+    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps.
 
     Only a request's last block can be partly empty: vLLM allocates a block when the one before is full
     (Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023).
     """
     contexts = _contexts(records)
-    return 1 - contexts.sum() / (np.ceil(contexts / block_size) * block_size).sum()
+    return 1 - contexts.sum() / (np.ceil(contexts / _BLOCK) * _BLOCK).sum()
 
 
 def reserving_waste(records: pd.DataFrame, length: int) -> float | None:
     """The same if every request reserved `length` tokens from its first step on, as servers did before paging; None
     where some request holds more than that."""
-    return None if _contexts(records).max(initial=0) > length else 1 - held_tokens(records) / length
+    contexts = _contexts(records)
+    return None if contexts.max(initial=0) > length else float(1 - contexts.mean() / length)
 
 
 def _contexts(records: pd.DataFrame) -> np.ndarray:

@@ -37,6 +37,10 @@ class Ratio:
         """Whether the interval leaves out 1: without it no difference is claimed."""
         return self.low > 1 or self.high < 1
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if math.isnan(self.low) else (self.low, self.high)
+
     def over(self, starts: int) -> "Ratio":
         """This ratio, told that its seeds are spread over so many server starts of each variant."""
         if self.pairs < 2:

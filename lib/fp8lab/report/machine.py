@@ -13,17 +13,7 @@ from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
 from ..results.run_folder import Run
 from ..ui.text import LEVEL, Column, Table, shown, view
-from .drawing import (
-    GREY,
-    INK,
-    STYLE,
-    figure,
-    label_where_free,
-    legend,
-    note,
-    plainly,
-    style_of,
-)
+from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, note, plainly, style_of
 from .verdict import card_note, claim_of
 
 

@@ -18,13 +18,13 @@ from .text import visible
 
 # A notebook's kernel that runs headless also writes its progress into this file, for the terminal.
 PROGRESS_FILE_VARIABLE = "FP8LAB_PROGRESS_FILE"
+_INTERVAL_S = 0.5
 
 
 class StatusLine:
     """`update(phase, detail)` while the work goes on, then `done(text)`."""
 
-    def __init__(self, minimum_interval_s: float = 0.5):
-        self._interval = minimum_interval_s
+    def __init__(self):
         self._shown_at = 0.0
         self._phase = None
         self._width = 0
@@ -36,7 +36,7 @@ class StatusLine:
         """Shows `phase` and `detail`, in a notebook with a `picture` (HTML); calls in quick succession with the same
         phase are skipped."""
         now = time.monotonic()
-        if phase == self._phase and (now - self._shown_at < self._interval or not (self._notebook or self._terminal)):
+        if phase == self._phase and (now - self._shown_at < _INTERVAL_S or not (self._notebook or self._terminal)):
             return
         self._phase, self._shown_at = phase, now
         self._show("update", f"{phase}{': ' if detail else ''}{detail}", picture)
