@@ -63,7 +63,7 @@ def test_an_alternative_text_can_be_read_out(run, draw):
 
 def test_an_interval_beyond_the_axis_ends_in_an_arrow():
     within, beyond = (
-        drawing.figure("f", "How?")(lambda axes, rows: forest(axes, "How?", rows, "ratio") or "c")([("a", one)])
+        drawing.figure("f", "How?")(lambda axes, rows: forest(axes, rows, "ratio") or "c")([("a", one)])
         for one in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(1.2, 0.1, 9.0, 3, ""))
     )
     arrows = [[line.get_marker() for line in figure.canvas.axes[0].lines] for figure in (within, beyond)]

@@ -4,7 +4,7 @@ from ..experiment.anatomy import BatchAnatomy, anatomies, floors_of
 from ..metrics.anatomy import KINDS, OTHER, STAGES
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
-from .drawing import GREY, INK, figure
+from .drawing import GREY, INK, figure, name_rows
 from .verdict import card_note
 
 _NOT_RUN = "not run: kernels are profiled on a GPU"
@@ -98,20 +98,16 @@ def step_figure(axes, run: Run) -> str:
                 left += ms
             if floors := floors_of(run, variant, step.work):
                 drawn["floor"] = axes.plot([sum(floors.values())] * 2, [y - 0.36, y + 0.36], color=INK, lw=2)[0]
-    axes.figure.set_figheight(1.9 + 0.42 * max(1, len(held)))
-    axes.grid(axis="y", visible=False)
-    axes.set_yticks(range(len(held)), [f"{variant}, {one.batch:,}" for variant, one in held])
-    axes.invert_yaxis()
+    name_rows(axes, [f"{variant}, {one.batch:,}" for variant, one in held], 1.9, 0.42)
     axes.set_xlabel("milliseconds a step")
     names = [name for name in ("floor", "step, wall time", *KINDS) if name in drawn]
     # Below the bars, which may be long.
     place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
     axes.figure.legend([drawn[name] for name in names], names, **place)
-    kinds = (
-        "Colours: GPU kernels by kind, from a profiler. Black line: the least that the datasheet allows all of them. "
-    )
-    profiled = any(one.decode for _, one in held)
-    return (kinds if profiled else "Kernels were not profiled: no GPU. ") + (
-        "Frame: a step's wall time without a profiler; what it has beyond the colours the host adds, or more where the profiled "
+    kinds = "Kernels were not profiled: no GPU."
+    if any(one.decode for _, one in held):
+        kinds = "Colours: GPU kernels by kind, from a profiler. Black line: the least that the datasheet allows all of them."
+    return (
+        f"{kinds} Frame: a step's wall time without a profiler; what it has beyond the colours the host adds, or more where the profiled "
         "steps had longer contexts, less where they had shorter ones (they are in the table)."
     )

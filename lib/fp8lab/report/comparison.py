@@ -11,7 +11,7 @@ from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
-from .drawing import INK, STYLE, Figure, figure, forest, note, plainly
+from .drawing import INK, STYLE, Figure, figure, forest, name_rows, note, plainly
 from .verdict import card_note, claim_of
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -202,18 +202,13 @@ def cards_table(run: Run, *, price: float | None = None) -> Table:
                 continue
             cards = held[0][1].cards
             beside, its_cards = first.setdefault(rate, (variant, cards))
-            names = (
-                "output_token_throughput",
-                "steady_output_token_throughput",
-                "joules_per_output_token",
-                "mean_tpot_ms",
-            )
-            tokens, steady, joules, tpot = (mean_of(seen, variant, name, rate) for name in names)
+            metrics = (*UNSEALED, _JOULES, "mean_tpot_ms")
+            tokens, steady, joules, tpot = (mean_of(seen, variant, metric, rate) for metric in metrics)
             cost = price * cards / (tokens * 3600 / 1e6) if price and tokens else None
             rows.append((
                 rate_name(rate), variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards),
-                over(seen, variant, beside, rate, names[0], its_cards / cards), shown(steady), shown(tpot, ",.1f"),
-                shown(joules, ".4f"), over(seen, variant, beside, rate, names[2]), *([shown(cost, ".3f")] if price else []),
+                over(seen, variant, beside, rate, _THROUGHPUT, its_cards / cards), shown(steady), shown(tpot, ",.1f"),
+                shown(joules, ".4f"), over(seen, variant, beside, rate, _JOULES), *([shown(cost, ".3f")] if price else []),
                 _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)),
             ))  # fmt: skip
     columns = ("offered", "variant", "cards", "tok/s, whole run", "tok/s a card", "over the first's", "tok/s, steady",
@@ -231,14 +226,9 @@ def _each_card(seen: Evidence, level_id: str, cards: int) -> str:
     if level.telemetry["gpu_util 0"].isna().all():
         return "–"
     inside = level.telemetry[level.telemetry["at_s"].between(*level.summary.window)]
-    each = [
-        [inside[f"{name} {card}"].mean() for name in ("gpu_util", "gpu_power_w", "gpu_sm_mhz")] for card in range(cards)
-    ]
+    sampled = ("gpu_util", "gpu_power_w", "gpu_sm_mhz")
+    each = [[inside[f"{name} {card}"].mean() for name in sampled] for card in range(cards)]
     return "; ".join(f"{util:.0%}, {watts:,.0f} W, {mhz:,.0f} MHz" for util, watts, mhz in each)
-
-
-_EQUAL_LOAD, _HALVES = "What does FP8 change at equal load?", "Which half of FP8 does it?"
-_WORTH = "What is FP8 worth, and what was the limit?"
 
 
 @figure("unsealing", "What does each change to the server give?")
@@ -246,7 +236,6 @@ def unsealing_figure(axes, run: Run) -> str:
     """Output tokens/s with all requests at once, variant by variant: whole run and steady state."""
     seen = evidence(run)
     steps = unsealing_steps(seen)
-    axes.figure.set_figheight(1.4 + 0.55 * max(1, len(steps)))
     for y, (variant, _, _) in enumerate(steps):
         color = STYLE.get(run.profile.base(variant), (INK, ""))[0]
         whole, steady = (mean_of(seen, variant, metric) for metric in UNSEALED)
@@ -254,29 +243,27 @@ def unsealing_figure(axes, run: Run) -> str:
             if x is not None:
                 axes.barh(y, x, height, color=color, alpha=alpha)
         note(axes, f"{shown(whole)} / {shown(steady)}", (max(whole or 0, steady or 0), y), va="center")
-    axes.grid(axis="y", visible=False)
-    axes.set_yticks(range(len(steps)), [variant for variant, _, _ in steps])
-    axes.invert_yaxis()
+    name_rows(axes, [variant for variant, _, _ in steps], 1.4, 0.55)
     axes.set_xlabel("output tokens/s, all requests at once")
     axes.margins(x=0.22)
     axes.xaxis.set_major_formatter(plainly)
     return "Mean of the seeds: whole run (full colour) / steady state (pale). The table says what each variant changes."
 
 
-@figure("equal_load", _EQUAL_LOAD)
+@figure("equal_load", "What does FP8 change at equal load?")
 def equal_load_figure(axes, run: Run) -> str:
     """FP8 over BF16 at equal load, with intervals."""
     rows = [(metric, c) for metric in METRICS for c in evidence(run).equal_load(metric)]
-    forest(axes, _EQUAL_LOAD, [(_row(*row), row[1].ratio) for row in rows], "FP8 / BF16")
+    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "FP8 / BF16")
     return "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference."
 
 
-@figure("ablation", _HALVES)
+@figure("ablation", "Which half of FP8 does it?")
 def ablation_figure(axes, run: Run) -> str:
     """What FP8 weights and the FP8 KV cache each do, and their interaction."""
     rows = [(metric, c) for metric in METRICS for c in evidence(run).ablation(metric)]
     rows = [(metric, c) for metric, c in rows if math.isinf(c.rate) or metric == "joules_per_output_token"]
-    forest(axes, _HALVES, [(_row(*row), row[1].ratio) for row in rows], "ratio")
+    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "ratio")
     return "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown."
 
 
@@ -295,7 +282,7 @@ def _repeated(run: Run) -> list[Compared]:
     return [c for c in evidence(run).equal_load("output_token_throughput") if c.ratio.pairs >= 2]
 
 
-@figure("worth", _WORTH)
+@figure("worth", "What is FP8 worth, and what was the limit?")
 def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) -> str:
     claim, drawn = claim_of("C1"), {}
     bf16, fp8 = claim["bf16"], claim["fp8"]
@@ -307,7 +294,7 @@ def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) 
             drawn[run.path.name, c.rate, c.setup] = (f"{name}\nlimit: {limit}", c.ratio)
     text = f"published, other loads:\nFP8 at {fp8['rate']}, BF16 at {bf16['rate']} req/s"
     shown = [drawn[key] for key in (rows or drawn)]
-    forest(axes, _WORTH, shown, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
+    forest(axes, shown, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
     return (
         "Same rate, trace and seeds, 95 % intervals; a bar across 1 shows no difference. Star: the published ratio, which "
         "crosses two loads. Where the API server is the limit the ratio is not the card's."

@@ -13,7 +13,7 @@ from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
 from ..results.run_folder import Run
 from ..ui.text import LEVEL, Column, Table, shown, view
-from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, note, plainly, style_of
+from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, name_rows, note, plainly, style_of
 from .verdict import card_note, claim_of
 
 
@@ -187,15 +187,12 @@ def littles_law_figure(axes, run: Run) -> str:
 def kv_capacity_figure(axes, run: Run) -> str:
     """Requests of this trace that the KV cache can hold, against the most that ran at once."""
     rows = [row for row in evidence(run).kv_room() if run.profile.base(row[0]) == row[0]]
-    axes.figure.set_figheight(0.9 + 0.55 * max(1, len(rows)))
-    axes.grid(axis="y", visible=False)
     for y, (variant, _, holds, most, fullest) in enumerate(rows):
         axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
         axes.barh(y, most, 0.34, color=style_of(run.profile, variant)["color"])
         share = "" if fullest is None else f", fullest {fullest:.0%}"
         note(axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (holds, y), (4, 0), va="center")
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.invert_yaxis()
+    name_rows(axes, [row[0] for row in rows], 0.9, 0.55)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
     axes.set_xlabel("requests of this trace")
     frame = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it."
@@ -250,8 +247,6 @@ def memory_figure(axes, run: Run) -> str:
     held = {s.level.variant: s for s in evidence(run).summaries.values() if s.kv_cache_tokens}
     names = [v for v in reversed(STYLE) if v in held and run.profile.shape(v)]
     names.sort(key=("bf16", "fp8-weights", "fp8-kv", "fp8").index)
-    axes.figure.set_figheight(1.6 + 0.45 * max(1, len(names)))
-    axes.grid(axis="y", visible=False)
     for y, variant in enumerate(names):
         server, shape, used = held[variant].server, run.profile.shape(variant), held[variant].gpu_memory_gib_max
         used = used and used / server.cards
@@ -267,8 +262,7 @@ def memory_figure(axes, run: Run) -> str:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 note(axes, f"{size:.1f}", (left + size / 2, y), (0, 0), ha="center", va="center", bbox=box)
             left += size
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    name_rows(axes, names, 1.6, 0.45)
     axes.set_xlabel("GiB")
     _limits(axes, run, {memory_share(held[variant].command) for variant in names})
     if names:

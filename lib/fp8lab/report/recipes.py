@@ -110,14 +110,14 @@ def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
     left_out = [row[0] for row in rows if row[4] is None]
     places = zip(axes, (1, 2), ("fullest load, output tokens/s", "lowest rate, tokens/s of a request"), strict=True)
     for one, place, across in places:
-        points = [(row[0], row[place], row[4]) for row in drawn if row[place]]
-        for (variant, x, y), row in zip(points, [row for row in drawn if row[place]], strict=True):
-            colour = _COLOURS.get(variant.partition("-")[0], INK)
-            one.scatter(x, y, s=12 * (row[3] or 4), color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
+        here = [row for row in drawn if row[place]]
+        for row in here:
+            colour = _COLOURS.get(row[0].partition("-")[0], INK)
+            one.scatter(row[place], row[4], s=12 * (row[3] or 4), color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
         one.set(xlabel=across, ylabel=label)
         one.margins(0.25, 0.2)
         one.xaxis.set_major_formatter(plainly)
-        label_where_free(one, points)
+        label_where_free(one, [(row[0], row[place], row[4]) for row in here])
     said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""
     model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
     least = "" if answers else "Tokens a joule are those of the fullest load. "
