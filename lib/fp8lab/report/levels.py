@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean, geometric_mean
 from types import SimpleNamespace
 
-from ..config.profile import Profile, interpreter
+from ..config.profile import Profile, Variant, interpreter
 from ..errors import BadInput
 from ..metrics.slo import OBJECTIVES, SLO, attains
 from ..paths import repository_relative
@@ -51,12 +51,13 @@ def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
     and vLLM flags that make it."""
     measured = {level.variant for name in protocols for level in profile.levels(name)}
     variants = {k: one for k, one in profile.variants.items() if k in measured or not measured}
-    own = {
-        k: [*([interpreter(one.python)] if one.python else []), *([f"recipe {one.recipe}"] if one.recipe else [])]
-        for k, one in variants.items()
-    }
-    written = {k: [*own[k], *(f"{n}={v}" for n, v in one.env.items()), *one.flags] for k, one in variants.items()}
-    rows = [(k, one.base or "–", one.api_server, " ".join(written[k])) for k, one in variants.items()]
+
+    def written(one: Variant) -> str:
+        made_with = [interpreter(one.python)] if one.python else []
+        made_with += [f"recipe {one.recipe}"] if one.recipe else []
+        return " ".join([*made_with, *(f"{name}={value}" for name, value in one.env.items()), *one.flags])
+
+    rows = [(name, one.base or "–", one.api_server, written(one)) for name, one in variants.items()]
     caption = f"The variants of profile {profile.name}; all share: {' '.join(profile.server.flags)}"
     return Table(caption, ("variant", "base", "API server", "variables and flags"), rows)
 

@@ -132,32 +132,23 @@ def memory_table(run: Run) -> Table:
     return Table(caption, columns, rows)
 
 
-def fit_table(
-    name: str, shape: ModelShape, card: Card, *, tokens: int = 400, most: int = 8, flags: Sequence[str] = ()
-) -> Table:
+def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, flags: Sequence[str] = ()) -> Table:
     """Which number formats of a model fit on how many of a card, before anything is started: weights a card, room for KV
-    cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4, up to `most`; of
+    cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4 or 8; of
     each vLLM takes what its `flags` say."""
     share = memory_share(flags) or 0.9
     rows = []
     for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
         # vLLM shares the heads out evenly.
-        for count in (n for n in (1, 2, 4, 8, 16) if n <= most and not shape.heads % n):
+        for count in (n for n in (1, 2, 4, 8) if not shape.heads % n):
             found = fit(shape, weights, kv, card, count, share=share)
-            room = (
-                (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}") if found.kv_tokens else ("does not fit", "–")
-            )
+            room = ("does not fit", "–")
+            if found.kv_tokens:
+                room = (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}")
             rows.append((name_of, "FP8" if kv == 1 else "BF16", f"{count}", f"{found.weights_gib:.1f}", *room))
-    columns = (
-        "weights",
-        "KV cache",
-        "cards",
-        "weights a card, GiB",
-        "KV cache, tokens",
-        f"requests of {tokens:,} tokens",
-    )
+    columns = ("weights", "KV cache", "cards", "weights a card, GiB", "KV cache, tokens")
     caption = f"PREDICTED by arithmetic: {name} on {card.name}, {card.memory_gib:g} GiB a card, of which vLLM takes {share:.0%}"
-    return Table(caption, columns, rows)
+    return Table(caption, (*columns, f"requests of {tokens:,} tokens"), rows)
 
 
 @figure("littles_law", "Does Little's law explain the concurrency?")

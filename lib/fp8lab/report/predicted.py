@@ -86,14 +86,8 @@ def cards_plan_table(
         joules = predict_rates({variant: model}, draw, [each])[0].played.found.get(JOULES) if each else None
         rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
     status.done(f"{len(models)} variants searched")
-    columns = (
-        "variant",
-        "a server meets it up to, req/s",
-        "cards",
-        "req/s a server",
-        "J/token then",
-        *(["an hour costs"] if price else []),
-    )
+    columns = ("variant", "a server meets it up to, req/s", "cards", "req/s a server", "J/token then")
+    columns += ("an hour costs",) if price else ()
     return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
 
 
@@ -103,15 +97,12 @@ def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = m
     for variant, model in models.items():
         now = predict(variant, model, trace, rate).played.found
         changed = {what: (one, trace) for what, one in what_if(model).items()}
-        changed |= {
-            "prompts twice as long": (model, longer(trace, prompts=2)),
-            "answers twice as long": (model, longer(trace, answers=2)),
-        }
+        changed["prompts twice as long"] = (model, longer(trace, prompts=2))
+        changed["answers twice as long"] = (model, longer(trace, answers=2))
         for what, (one, load) in changed.items():
             then = predict(variant, one, load, rate).played.found
-            ratios = [
-                f"{then[name] / now[name]:.2f}×" for name in ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
-            ]
+            metrics = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
+            ratios = [f"{then[name] / now[name]:.2f}×" for name in metrics]
             rows.append((variant, what, shown(then["output_token_throughput"]), *ratios))
     columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
     return Table(f"PREDICTED: what if, {len(trace):,} requests, {rate_name(rate)}", columns, rows)
@@ -146,22 +137,16 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
         cells.append(f"{shown(summary.kv_cache_usage_max, '.0%')}, {most:.0%}")
         preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
         rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
-    columns = (
-        "level",
-        "by the fit",
-        *(f"{_WORDS[name]}, off by" for name in JUDGED),
-        "KV cache at most, PREDICTED",
-        "preempted, PREDICTED",
-    )
+    columns = ("level", "by the fit", *(f"{_WORDS[name]}, off by" for name in JUDGED))
+    columns += ("KV cache at most, PREDICTED", "preempted, PREDICTED")
     if not rows:
         measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
         raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
     within = {name: held for name in JUDGED if (held := [one[name] for one in off if name in one])}
     told = ", ".join(f"{_WORDS[name]} {np.median(held):.1%} ({max(held):.0%})" for name, held in within.items())
     judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
-    return Table(
-        f"{card_note(run)}Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows
-    )
+    caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
+    return Table(f"{card_note(run)}{caption}", columns, rows)
 
 
 # Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
@@ -180,9 +165,8 @@ def predicted_figure(
         levels = [predict(variant, model, trace, rate) for rate in sorted(rates)]
         for one, name in zip(axes, ("output_token_throughput", "p99_ttft_ms"), strict=True):
             values = [level.played.found[name] for level in levels]
-            one.plot(
-                sorted(rates), values, color=colour, marker=marker, ls=(0, (6, 2, 1, 2)), lw=1.4, ms=7, label=variant
-            )
+            style = {"color": colour, "marker": marker, "ls": (0, (6, 2, 1, 2)), "lw": 1.4, "ms": 7}
+            one.plot(sorted(rates), values, label=variant, **style)
     axes[0].set(xlabel="offered, requests/s", ylabel="output tokens/s", ylim=(0, None))
     axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms", yscale="log")
     for one in axes:
