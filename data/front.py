@@ -6,7 +6,7 @@ import fp8lab as lab
 from fp8lab import cli
 from fp8lab.paths import DATA, RUNS
 from fp8lab.report import notebooks
-from fp8lab.report.figures.drawing import Figure
+from fp8lab.report.drawing import Figure
 
 FIGURE = DATA / "recorded" / "h100-80gb" / "figures" / "worth.svg"
 GRAPHS = "Rust, max-cudagraph-capture-size 1024"

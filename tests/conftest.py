@@ -255,3 +255,17 @@ def make_records(sent, first, last, tokens, *, scheduled=None, errors=None) -> p
             "error": pd.Series(errors or [None] * count, dtype="object"),
         }
     )
+
+
+def make_tokens(records: pd.DataFrame) -> pd.DataFrame:
+    """The token timestamps of `make_records`, each request's spread evenly from its first to its last."""
+    each = [
+        (row.request, np.linspace(row.first_token_s, row.last_token_s, row.output_tokens))
+        for row in records.itertuples()
+    ]
+    return pd.DataFrame(
+        {
+            "request": np.repeat([request for request, _ in each], [len(at) for _, at in each]),
+            "at_s": np.concatenate([at for _, at in each]),
+        }
+    )

@@ -12,8 +12,7 @@ import fp8lab as lab
 from fp8lab.metrics.summary import Summary
 from fp8lab.paths import DATA
 from fp8lab.report import notebooks
-from fp8lab.report.figures.comparison import worth_figure
-from fp8lab.report.tables.comparison import causes
+from fp8lab.report.comparison import causes, worth_figure
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.run_folder import open_run
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import make_records
+from conftest import make_records, make_tokens
 from fp8lab.config.dimensions import BF16, FP8, fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
@@ -22,7 +22,7 @@ from fp8lab.metrics.bottleneck import (
     lasted,
     what_limited,
 )
-from fp8lab.metrics.performance import held_tokens, paging_waste, reserving_waste, steady_window
+from fp8lab.metrics.performance import paging_waste, reserving_waste, steady_window
 from fp8lab.metrics.resources import POWER, clock, roofline
 from fp8lab.metrics.summary import ServerInfo, Summary
 from fp8lab.paths import DATA
@@ -45,7 +45,7 @@ def served(rate=50.0, capacity=100.0, requests=1000):
 
 
 def judged(records, telemetry=None, **changed):
-    begin, end = steady_window(records)
+    begin, end = steady_window(records, make_tokens(records))
     fields = {
         "client_busiest_core": 0.1,
         "preemptions": 0.0,
@@ -194,7 +194,7 @@ def test_every_reader_of_a_level_has_the_same_steady_window():
 def test_a_full_api_server_that_holds_nothing_back_is_not_the_limit():
     """Streaming what a full GPU makes can take a whole core, too: the requests then are in the engine."""
     records = served(100, 60)
-    window = steady_window(records)
+    window = steady_window(records, make_tokens(records))
     assert held_by_api_server(records, sampled(records, 1.0), window) == pytest.approx(0, abs=0.01)
     assert held_by_api_server(records, sampled(records, 0.7), window) == pytest.approx(0.3, abs=0.01)
     assert held_by_api_server(records, None, window) is None
@@ -319,4 +319,4 @@ def test_flags_are_read_as_vllm_reads_them(flags, weights, kv):
 def test_paging_wastes_the_end_of_the_last_block():
     records = make_records([0.0], [1.0], [2.0], [6])  # prompt 10, contexts 11 to 16: one block of 16
     assert paging_waste(records) == pytest.approx(1 - sum(range(11, 17)) / (6 * 16))
-    assert held_tokens(records) == 13.5 and reserving_waste(records, 27) == 0.5 and reserving_waste(records, 14) is None
+    assert reserving_waste(records, 27) == 0.5 and reserving_waste(records, 14) is None

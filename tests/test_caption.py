@@ -7,8 +7,8 @@ import pytest
 
 import fp8lab as lab
 from fp8lab.paths import DATA
-from fp8lab.report.figures.comparison import worth_figure
-from fp8lab.report.tables.quality import answers_table, asked_table, published_table, quality_table
+from fp8lab.report.comparison import worth_figure
+from fp8lab.report.quality import answers_table, asked_table, published_table, quality_table
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
 from test_fair import FIGURES, TABLES

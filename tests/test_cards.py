@@ -14,7 +14,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse
 from fp8lab.load.telemetry import Telemetry, parse_metrics
 from fp8lab.metrics.bottleneck import Limit
-from fp8lab.metrics.fit import fit
+from fp8lab.metrics.resources import fit
 from fp8lab.report import claims
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.files import write_json

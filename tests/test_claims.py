@@ -5,8 +5,7 @@ import pytest
 
 import fp8lab as lab
 from fp8lab.config.profile_file import read_profile
-from fp8lab.report import claims, judges, verdict
-from fp8lab.report.figures import drawing
+from fp8lab.report import claims, drawing, judges, verdict
 from fp8lab.results.evidence import evidence
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
@@ -220,7 +219,7 @@ def test_emulated_figures_say_so(tmp_path):
 
 
 def test_tables_escape_what_they_show():
-    from fp8lab.ui.table import Table
+    from fp8lab.ui.text import Table
 
     table = Table("<b>", ("a|b",), [("<script>",)])
     assert "<script>" not in table._repr_html_() and "a\\|b" in table.to_markdown()

@@ -13,10 +13,9 @@ from fp8lab.errors import BadInput
 from fp8lab.metrics.bottleneck import Limit
 from fp8lab.metrics.slo import DEFAULT, MLPERF_SERVER
 from fp8lab.metrics.statistics import Ratio
-from fp8lab.report.figures import drawing
-from fp8lab.report.figures.background import _steps
-from fp8lab.report.figures.drawing import forest
-from fp8lab.report.tables import comparison
+from fp8lab.report import comparison, drawing
+from fp8lab.report.drawing import forest
+from fp8lab.report.machine import _steps
 from fp8lab.results.evidence import Compared, Evidence, evidence
 from fp8lab.results.run_folder import open_run
 
@@ -64,7 +63,7 @@ def test_an_alternative_text_can_be_read_out(run, draw):
 
 def test_an_interval_beyond_the_axis_ends_in_an_arrow():
     within, beyond = (
-        drawing.figure("f", "How?")(lambda axes, rows: forest(axes, "How?", rows, "ratio") or "c")([("a", one)])
+        drawing.figure("f", "How?")(lambda axes, rows: forest(axes, rows, "ratio") or "c")([("a", one)])
         for one in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(1.2, 0.1, 9.0, 3, ""))
     )
     arrows = [[line.get_marker() for line in figure.canvas.axes[0].lines] for figure in (within, beyond)]

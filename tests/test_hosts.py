@@ -250,7 +250,7 @@ def test_neither_the_machine_nor_a_librarys_warning_reaches_a_page(monkeypatch, 
     for name, page in pages.items():
         assert "<table" in page and not [place for place in (*MACHINE, str(tmp_path), "Warning") if place in page], name
     clean = open_run(source="h100-80gb")
-    from fp8lab.report.figures.comparison import throughput_figure
+    from fp8lab.report.levels import throughput_figure
 
     assert throughput_figure(clean)._repr_html_().split('"')[1] in pages["04_final_comparison"]
 

@@ -2,7 +2,7 @@
 
 import re
 
-from fp8lab.ui.table import Table
+from fp8lab.ui.text import Table
 
 TABLE = Table('Levels of "a" & <b>', ("", "req/s", "why"), [("bf16-50rps-r1", "39.5", "s" * 61), ("fp8", "–", "")])
 

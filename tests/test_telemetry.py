@@ -14,7 +14,7 @@ from fp8lab.load import telemetry
 from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.level import measure_level
 from fp8lab.load.telemetry import Telemetry
-from fp8lab.metrics.performance import completed, steady_window
+from fp8lab.metrics.performance import completed
 from fp8lab.metrics.resources import clock
 from fp8lab.results.run_folder import open_run
 from fp8lab.system.gpu import GpuReader
@@ -102,9 +102,8 @@ def test_every_recorded_level_was_watched(name):
     for summary in run.summaries().values():
         result = run.read(summary.level)
         whole = (result.records["sent_s"].min(), completed(result.records)["last_token_s"].max())
-        steady = steady_window(result.records, result.tokens, result.telemetry)
         watching = Telemetry([], lambda: "", summary.time_dilation)
-        assert watching.problems(result.telemetry, [whole, steady]) == []
+        assert watching.problems(result.telemetry, [whole, summary.window]) == []
 
 
 def test_the_clock_comes_with_its_reasons_and_the_power_limit(monkeypatch, tmp_path):

@@ -27,13 +27,13 @@ from .errors import INVALID, BadInput, Fp8labError
 from .hosts import Job, Lost, Place
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
 from .report.claims import claims_table
+from .report.levels import validity_table
 from .report.notebooks import check_parameters, find
-from .report.tables.levels import validity_table
 from .report.verdict import card_mark, card_note
 from .results.evidence import evidence
 from .results.files import write_json
 from .results.run_folder import Run, open_run
-from .ui.table import COUNTS, LEVEL, Column, Table, view
+from .ui.text import COUNTS, LEVEL, Column, Table, view
 
 _LOOK_S = 0.5
 # How often a job's host may be lost before the job is what ends them.

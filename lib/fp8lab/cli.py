@@ -14,7 +14,7 @@ import textwrap
 from .config.dimensions import RECIPES
 from .errors import BadInput, Fp8labError
 from .paths import with_home, with_library
-from .ui import terminal
+from .ui import status
 
 _ADVICE = "put that right (room on the disk, permissions) and run the same command again"
 _EXAMPLES = """
@@ -322,14 +322,14 @@ NAMES = tuple(name for name, *_ in _COMMANDS)
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     if arguments is None:
-        terminal.settle()
+        status.settle()
     try:
         try:
             return _run(arguments)
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and terminal.reader_gone():
+        if isinstance(error, BrokenPipeError) and status.reader_gone():
             return 128 + signal.SIGPIPE
         what = f"{error.filename}: " if error.filename else ""
         print(f"fp8lab: {what}{error.strerror or error}; nothing that was complete is lost: {_ADVICE}", file=sys.stderr)

@@ -27,13 +27,13 @@ from .experiment import speed, step_fit
 from .metrics.slo import SLO
 from .metrics.step_model import FITS, read_fits
 from .paths import RUNS, cache_dir, repository_relative, writing
+from .report.anatomy import host_table, kernels_table, steps_table
 from .report.claims import claims_across, claims_table
+from .report.levels import levels_table, validity_table
+from .report.machine import fit_table
 from .report.notebooks import check_parameters, declared, execute, find
-from .report.tables.anatomy import host_table, kernels_table, steps_table
-from .report.tables.levels import levels_table, validity_table
-from .report.tables.machine import fit_table
-from .report.tables.predicted import errors_of, foretold_table, predicted_table
-from .report.tables.quality import quality_table
+from .report.predicted import errors_of, foretold_table, predicted_table
+from .report.quality import quality_table
 from .results.run_folder import Run, open_run
 from .server import orphans
 from .server.command import printable_command

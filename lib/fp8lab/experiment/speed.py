@@ -24,8 +24,7 @@ from ..server import launch
 from ..server.command import source_model
 from ..server.launch import Server, Shown
 from ..ui.status import StatusLine
-from ..ui.table import Table
-from ..ui.text import visible
+from ..ui.text import Table, visible
 
 # Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
 # prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.

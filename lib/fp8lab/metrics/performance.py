@@ -14,6 +14,7 @@ import pandas as pd
 
 PERCENTILES = (50, 90, 99)
 _STEADY = (0.2, 0.8)
+_BLOCK = 16
 
 
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
@@ -75,13 +76,7 @@ def inter_token_ms(tokens: pd.DataFrame, records: pd.DataFrame) -> np.ndarray:
 
 def peak_concurrency(records: pd.DataFrame) -> int:
     """The most requests in flight at one instant: an exact sweep over sent and last token."""
-    begin, end = _spans(records)
-    times = np.concatenate([begin, end])
-    # At the same instant a request that begins meets one that ends: both count.
-    steps = np.concatenate([np.ones(begin.size), -np.ones(end.size)])[
-        np.lexsort((np.r_[begin * 0, end * 0 + 1], times))
-    ]
-    return int(np.cumsum(steps).max(initial=0))
+    return int(concurrency_over_time(records)[1].max(initial=0))
 
 
 def peak_concurrency_per_second(records: pd.DataFrame) -> int:
@@ -100,53 +95,26 @@ def peak_concurrency_per_second(records: pd.DataFrame) -> int:
 
 
 def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds, requests in flight from then on), for drawing as steps."""
+    """(seconds, requests in flight from then on), as steps. At the same instant a request that begins meets one that ends."""
     begin, end = _spans(records)
     times = np.concatenate([begin, end])
     order = np.argsort(times, kind="stable")
     return times[order], np.cumsum(np.concatenate([np.ones(begin.size), -np.ones(end.size)])[order])
 
 
-def steady_window(
-    records: pd.DataFrame, tokens: pd.DataFrame | None = None, telemetry: pd.DataFrame | None = None
-) -> tuple[float, float]:
-    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s.
+def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, float]:
+    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan) for none.
 
-    It leaves out ramp and drain whatever the arrival process, and needs no tuning. Instants come from the token
-    timestamps; without them from the server's own token counter; without both a request's tokens are taken as spread
-    evenly from its first to its last, which puts too many into the window of a saturated level. (nan, nan) for none.
+    It leaves out ramp and drain whatever the arrival process, and needs no tuning.
     """
-    done = completed(records)
-    if done.empty or not done["output_tokens"].sum():
+    at, held = _arrivals(tokens, completed(records))
+    if not held.sum():
         return np.nan, np.nan
-    if tokens is not None and len(tokens):
-        at, held = _arrivals(tokens, done)
-        if at.size:
-            order = np.argsort(at, kind="stable")
-            at, held = at[order], held[order]
-            # As numpy's quantile, which this is where every chunk holds as much.
-            share = (np.cumsum(held) - held) / (held.sum() - held[-1]) if at.size > 1 else np.zeros(1)
-            return tuple(float(np.interp(part, share, at)) for part in _STEADY)
-    if telemetry is not None and (counted := telemetry[["at_s", "generation_tokens"]].dropna()).shape[0] > 2:
-        # Sampling may end before the last tokens are counted, so shares are of what the records hold.
-        share = (counted["generation_tokens"] - counted["generation_tokens"].iloc[0]) / done["output_tokens"].sum()
-        return tuple(float(np.interp(at, share, counted["at_s"])) for at in _STEADY)
-    return _evenly_spread(done)
-
-
-def _evenly_spread(done: pd.DataFrame) -> tuple[float, float]:
-    first, last, tokens = (done[c].to_numpy(float) for c in ("first_token_s", "last_token_s", "output_tokens"))
-    width = np.maximum(last - first, 1e-9)
-
-    def instant(share: float) -> float:
-        low, high = first.min(), last.max()
-        for _ in range(60):
-            middle = (low + high) / 2
-            arrived = (tokens * np.clip((middle - first) / width, 0, 1)).sum()
-            low, high = (middle, high) if arrived < share * tokens.sum() else (low, middle)
-        return (low + high) / 2
-
-    return instant(_STEADY[0]), instant(_STEADY[1])
+    order = np.argsort(at, kind="stable")
+    at, held = at[order], held[order]
+    # As numpy's quantile, which this is where every chunk holds as much.
+    share = (np.cumsum(held) - held) / (held.sum() - held[-1]) if at.size > 1 else np.zeros(1)
+    return tuple(float(np.interp(part, share, at)) for part in _STEADY)
 
 
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
@@ -220,25 +188,21 @@ def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
     return round(np.bincount(np.floor(at - records["sent_s"].min()).astype(int), weights=held).max())
 
 
-def held_tokens(records: pd.DataFrame) -> float:
-    """KV tokens that a running request holds, averaged over all decoding steps (a long answer holds for longer)."""
-    return float(_contexts(records).mean())
-
-
-def paging_waste(records: pd.DataFrame, block_size: int = 16) -> float:
-    """The share of allocated KV slots that hold no token, with blocks of `block_size` tokens, over all steps.
+def paging_waste(records: pd.DataFrame) -> float:
+    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps.
 
     Only a request's last block can be partly empty: vLLM allocates a block when the one before is full
     (Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023).
     """
     contexts = _contexts(records)
-    return 1 - contexts.sum() / (np.ceil(contexts / block_size) * block_size).sum()
+    return 1 - contexts.sum() / (np.ceil(contexts / _BLOCK) * _BLOCK).sum()
 
 
 def reserving_waste(records: pd.DataFrame, length: int) -> float | None:
     """The same if every request reserved `length` tokens from its first step on, as servers did before paging; None
     where some request holds more than that."""
-    return None if _contexts(records).max(initial=0) > length else 1 - held_tokens(records) / length
+    contexts = _contexts(records)
+    return None if contexts.max(initial=0) > length else float(1 - contexts.mean() / length)
 
 
 def _contexts(records: pd.DataFrame) -> np.ndarray:

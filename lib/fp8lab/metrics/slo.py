@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ..errors import BadInput
@@ -140,12 +141,8 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
 
 def allowed_violations(requests: int, share: float = 0.99) -> int:
     """The most violations among `requests` that still show the SLO met; -1 when the level is too short for any."""
-    below = 0.0
-    for violations in range(requests + 1):
-        below += _exactly(violations, requests, 1 - share)
-        if below > 1 - CONFIDENCE:
-            return violations - 1
-    return requests
+    chance = _at_most(np.arange(requests + 1), requests, 1 - share)
+    return int(np.searchsorted(chance, 1 - CONFIDENCE, side="right")) - 1
 
 
 @functools.cache
@@ -165,15 +162,11 @@ def probe_requests(slo: SLO) -> int:
     return required_requests(1, slo.share)
 
 
-def _at_most(k: int, n: int, p: float) -> float:
+def _at_most(k: int | np.ndarray, n: int, p: float) -> float | np.ndarray:
     """P(X <= k) for X binomial(n, p)."""
-    return min(1.0, math.fsum(_exactly(i, n, p) for i in range(k + 1)))
+    from scipy.special import bdtr
 
-
-def _exactly(k: int, n: int, p: float) -> float:
-    """P(X = k) for X binomial(n, p)."""
-    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+    return bdtr(k, n, p)
 
 
 class Bracket(NamedTuple):

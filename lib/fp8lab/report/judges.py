@@ -18,7 +18,7 @@ from ..results.evidence import Evidence
 from ..results.run_folder import Run, other_card, unmeasured
 from ..ui.text import four_digits
 from .burst_judges import integer_formats, quantised_before, scaling, schemes
-from .verdict import Verdict, allowed, by_interval, left_out, near, not_judged, verdict, without_gpu
+from .verdict import Verdict, allowed, by_interval, found, left_out, near, not_judged, verdict, weakest
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
 _MOST = 2 / 3
@@ -38,12 +38,12 @@ def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
     if shared:
         mean = contrast(seeds, {"fp8": 1.0, "bf16": -1.0} if is_ratio else {"fp8": 1.0})
         measured = mean.value
-    cause = _cause(claim, ids, mean, seen) if mean and not without_gpu(seen) else ""
+    cause = _cause(claim, ids, mean, seen) if mean and not unmeasured(seen.run) else ""
     word, reason = _verdict(claim, ids, value, mean, cause, seeds, seen)
     return verdict(
         claim, seen, ids,
         protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
-        interval=(mean.low, mean.high) if mean and not math.isnan(mean.low) else None,
+        interval=mean.interval if mean else None,
         published_parts=said, verdict=word, cause=cause, reason=reason,
         measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
     )  # fmt: skip
@@ -57,8 +57,8 @@ def _verdict(claim: dict, ids, value: float, mean: Ratio | None, cause: str, see
     told = (_each_seed(claim, seeds, value), left_out(seen, _levels_of(claim)), _causes(claim, seen))
     behind = "".join(f"; {text}" for text in told if text)
     word, how_near = by_interval(claim, value, mean.value, mean.low, mean.high)
-    if why := without_gpu(seen):
-        return "not run", f"{why}; {near(mean.value, value)}{behind}"
+    if why := unmeasured(seen.run):
+        return "not run", f"{why}, so no verdict; {near(mean.value, value)}{behind}"
     return "reproduced, other cause" if word == "reproduced" and cause.startswith("no") else word, f"{how_near}{behind}"
 
 
@@ -97,8 +97,8 @@ def _causes(claim: dict, seen: Evidence) -> str:
     if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
         parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
     rates = sorted({rate for _, rate in _levels_of(claim)})
-    found = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
-    each = [f"{one} at {rate} req/s" for rate, one in found.items() if one]
+    ratios = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
+    each = [f"{one} at {rate} req/s" for rate, one in ratios.items() if one]
     parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
     return "; ".join(parts)
 
@@ -125,8 +125,7 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     told = [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]
     if told:
         reason += f"; p99 of the slowest seed at the same rate: {', '.join(told)}"
-    found = {"protocol": f"FP8 at {rate} req/s", "measured": p99, "measured_parts": {"fp8": p99}}
-    return found | {"verdict": word, "reason": reason}
+    return found(seen, word, reason, protocol=f"FP8 at {rate} req/s", measured=p99, measured_parts={"fp8": p99})
 
 
 def _setup(claim: dict, seen: Evidence) -> dict[str, str]:
@@ -162,14 +161,14 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     paired = [one for one in against.values() if not math.isnan(one.low)]
     words = {by_interval(claim, said, one.value, one.low, one.high)[0] for one in paired}
     words |= {"undecided"} if len(paired) < len(against) else set()
-    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+    word = weakest(words)
     if word == "undecided":
         reason = f"no difference to each of the others is shown: {reason}"
-    return {
-        "protocol": f"all at once, API server: {seen.run.profile.setup(variants['fp8'])}", "measured": lowest.value,
-        "interval": None if math.isnan(lowest.low) else (lowest.low, lowest.high),
-        "measured_parts": {v: one.value for v, one in against.items()}, "verdict": word, "reason": reason,
-    }  # fmt: skip
+    return found(
+        seen, word, reason,
+        protocol=f"all at once, API server: {seen.run.profile.setup(variants['fp8'])}", measured=lowest.value,
+        interval=lowest.interval, measured_parts={v: one.value for v, one in against.items()},
+    )  # fmt: skip
 
 
 def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
@@ -181,7 +180,7 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
         "be too little for some" if reserved is None else f"leave {reserved:.0%}"
     )
     word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
-    return {"measured": measured, "measured_parts": {"fp8": measured}, "verdict": word, "reason": reason}
+    return found(seen, word, reason, measured=measured, measured_parts={"fp8": measured})
 
 
 def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evidence], Verdict]:
@@ -191,10 +190,7 @@ def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evide
         ids = levels(claim, seen)
         if unjudged := not_judged(seen, ids, records=True):
             return verdict(claim, seen, ids, protocol=protocol, verdict=unjudged[0], reason=unjudged[1])
-        found = {"protocol": protocol} | judge(claim, seen, ids)
-        if why := without_gpu(seen):
-            found |= {"verdict": "not run", "reason": f"{why}; {found['reason']}"}
-        return verdict(claim, seen, ids, **found)
+        return verdict(claim, seen, ids, **{"protocol": protocol} | judge(claim, seen, ids))
 
     return judged
 
@@ -214,13 +210,13 @@ def _judge_quality(claim: dict, run: Run) -> dict:
     kept, agreement = kept_of(held["fp8"]), held["fp8"].top1_agreement.value
     value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
     said = f"perplexity kept to {value:.2f} %, the same top token at {agreement:.1%} of positions"
-    found = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
+    measured = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
     if claim["model"] not in model.lower():
-        return found | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
+        return measured | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
     if other_card(run):
-        return found | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
+        return measured | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
     word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
-    return found | {"verdict": word, "reason": f"{how_near}; another measure (perplexity); {said}"}
+    return measured | {"verdict": word, "reason": f"{how_near}; another measure (perplexity); {said}"}
 
 
 def kept_of(one: Comparison) -> Estimate:
@@ -235,9 +231,9 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     cells = [(variant, rate) for rate in rates for variant in ("bf16", "fp8")]
     held = {cell: seen.levels(cell[:1], cell[1]) for cell in cells}
     ids = [level for (variant, rate), levels in held.items() for level in levels or [level_id(variant, rate)]]
-    found = {"protocol": f"{' and '.join(f'{rate:g}' for rate in rates)} req/s"}
+    judged = {"protocol": f"{' and '.join(f'{rate:g}' for rate in rates)} req/s"}
     if unjudged := not_judged(seen, ids):
-        word, reason = unjudged
+        judged |= dict(zip(("verdict", "reason"), unjudged, strict=True))
     else:
         both = {v: [s for rate in rates for s in held[v, rate].values()] for v in ("bf16", "fp8")}
         ran_out = {variant: _ran_out(levels, claim["full"]) for variant, levels in both.items()}
@@ -251,11 +247,9 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
             word, so = "undecided", "vLLM's counters were not sampled at every level"
         reason = "; ".join([so, *(f"{variant}: {_memory(levels)}" for variant, levels in both.items())])
         parts = {variant: full for variant, levels in both.items() if (full := _fullest(levels)) is not None}
-        found |= {"measured": parts.get("bf16"), "measured_parts": parts}
-        if why := without_gpu(seen):
-            word, reason = "not run", f"{why}; {reason}"
-    told = filter(None, (reason, left_out(seen, cells), _out_elsewhere(claim, seen)))
-    return verdict(claim, seen, ids, **found, verdict=word, reason="; ".join(told))
+        judged |= found(seen, word, reason, measured=parts.get("bf16"), measured_parts=parts)
+    told = filter(None, (judged["reason"], left_out(seen, cells), _out_elsewhere(claim, seen)))
+    return verdict(claim, seen, ids, **judged | {"reason": "; ".join(told)})
 
 
 def _out_elsewhere(claim: dict, seen: Evidence) -> str:
@@ -297,10 +291,10 @@ def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """B1: of the matrix peak, how much do the tokens of a step with that many requests need in the time that it takes?"""
     batch, variant = claim["batch"], "fp8"
     one = next((one for one in anatomies(seen.run).get(variant, ()) if one.batch == batch and one.decode), None)
-    found = {"protocol": f"a decode step of {batch} requests"}
+    protocol = f"a decode step of {batch} requests"
     if one is None:
         reason = f"the run holds no profiled step of {variant} with {batch} requests (`fp8lab anatomy`)"
-        return verdict(claim, seen, [], **found, verdict="not run", reason=reason)
+        return verdict(claim, seen, [], protocol=protocol, verdict="not run", reason=reason)
     # The steps that were timed may have had another context than the profiled ones.
     work = one.decode.work
     work = dataclasses.replace(work, decode_context=one.context * work.running) if one.context else work
@@ -310,19 +304,18 @@ def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     reason = f"{how_near}; at the matrix peak its tokens would take {at_peak:.2f} ms of the {one.wall_ms:.2f} ms"
     if (busy := one.gpu.get("gpu_util")) is not None:
         reason += f"; NVML saw a kernel in {busy:.0%} of the time, which is no measure of the compute units"
-    if why := without_gpu(seen):
-        word, reason = "not run", f"{why}; {reason}"
-    return verdict(claim, seen, [], **found, measured=value, measured_parts={"fp8": value}, verdict=word, reason=reason)
+    judged = found(seen, word, reason, protocol=protocol, measured=value, measured_parts={"fp8": value})
+    return verdict(claim, seen, [], **judged)
 
 
 def _twice_the_data(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """B2: the layers' matrix products of a decode step, BF16's time over FP8's, and attention's likewise, a token of context."""
     held = {v: {one.batch: one.decode for one in anatomies(seen.run).get(v, ()) if one.decode} for v in ("bf16", "fp8")}
     shared = sorted(held["bf16"].keys() & held["fp8"].keys())
-    found = {"protocol": "decode steps, BF16 over FP8"}
+    protocol = "decode steps, BF16 over FP8"
     if not shared:
         reason = "the run holds no profiled steps of both bf16 and fp8 with as many requests (`fp8lab anatomy`)"
-        return verdict(claim, seen, [], **found, verdict="not run", reason=reason)
+        return verdict(claim, seen, [], protocol=protocol, verdict="not run", reason=reason)
     bf16, fp8 = ([held[v][batch] for batch in shared] for v in ("bf16", "fp8"))
     products = [a.times[LAYERS] / b.times[LAYERS] for a, b in zip(bf16, fp8, strict=True)]
     attention = [a.times[ATTENTION] / a.work.decode_context * b.work.decode_context / b.times[ATTENTION]
@@ -331,21 +324,17 @@ def _twice_the_data(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     around = (LAYERS, NORMS, QUANTISATION)
     whole = [_sum(a, around) / _sum(b, around) for a, b in zip(bf16, fp8, strict=True)]
     value = geometric_mean(products)
-    judged = [
-        by_interval(claim, claim["fp8"]["value"], geometric_mean(r), min(r), max(r)) for r in (products, attention)
+    words = [
+        by_interval(claim, claim["fp8"]["value"], geometric_mean(r), min(r), max(r))[0] for r in (products, attention)
     ]
-    words = {word for word, _ in judged}
-    word = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
     how_near = near(value, claim["fp8"]["value"])
     told = ((f"{shown} {'×, '.join(f'{one:.2f}' for one in ratios)}×") for shown, ratios in (
         ("the layers' matrix products are faster by", products), ("with norms, activations and quantisation by", whole),
         ("attention over as much context by", attention),
     ))  # fmt: skip
     reason = f"{how_near}; with {', '.join(f'{batch:,}' for batch in shared)} requests decoding {'; '.join(told)}"
-    if why := without_gpu(seen):
-        word, reason = "not run", f"{why}; {reason}"
-    found |= {"measured": value, "measured_parts": {"fp8": value}}
-    return verdict(claim, seen, [], **found, verdict=word, reason=reason)
+    judged = found(seen, weakest(words), reason, protocol=protocol, measured=value, measured_parts={"fp8": value})
+    return verdict(claim, seen, [], **judged)
 
 
 def _sum(step: StepAnatomy, kinds: Collection[str]) -> float:

@@ -19,7 +19,7 @@ which one comes first is chance. Each seed's value is told beside it. With a sin
 
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..paths import DATA
@@ -73,13 +73,20 @@ def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> t
     return ("invalid run", "; ".join(invalid)) if invalid else None
 
 
-def without_gpu(seen: Evidence) -> str | None:
-    """Why a run can carry no verdict at all; None when it can."""
-    why = unmeasured(seen.run)
-    return f"{why}, so no verdict" if why else None
+def found(seen: Evidence, word: str, reason: str, **more) -> dict:
+    """What a judge found, for `verdict`: a run that was not measured on the card that its profile names carries no verdict,
+    and says why before the reason."""
+    if why := unmeasured(seen.run):
+        word, reason = "not run", f"{why}, so no verdict; {reason}"
+    return {"verdict": word, "reason": reason} | more
 
 
-def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
+def weakest(words: Collection[str]) -> str:
+    """The verdict on a claim of several parts: one that is contradicted contradicts it, one that is open leaves it open."""
+    return next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)
+
+
+def verdict(claim: dict, seen: Evidence, ids: list[str], **judged) -> Verdict:
     """A Verdict with what every claim has in common filled in."""
     value = claim.get("fp8", {}).get("value")
     common = {
@@ -88,14 +95,14 @@ def verdict(claim: dict, seen: Evidence, ids: list[str], **found) -> Verdict:
         "emulated": seen.run.emulated,
         "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
     }  # fmt: skip
-    return Verdict(**common | found)
+    return Verdict(**common | judged)
 
 
 def left_out(seen: Evidence, levels: Iterable[tuple[str, float]]) -> str:
     """The invalid seeds at these (variant, rate), as text: nothing rests on them."""
     held = [seen.levels((variant,), rate, valid=False) for variant, rate in levels]
-    found = [level_id for levels in held for level_id, s in levels.items() if not s.valid]
-    return f"left out as INVALID: {', '.join(found)}" if found else ""
+    invalid = [level_id for levels in held for level_id, s in levels.items() if not s.valid]
+    return f"left out as INVALID: {', '.join(invalid)}" if invalid else ""
 
 
 def by_interval(claim: dict, published: float, value: float, low: float, high: float) -> tuple[str, str]:

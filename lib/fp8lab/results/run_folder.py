@@ -30,12 +30,10 @@ from ..config.profile_file import from_dict
 from ..config.this_machine import load_profile
 from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
-from ..metrics.performance import steady_window
 from ..metrics.summary import Summary
 from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
-from ..ui.table import Table
-from ..ui.text import shown
+from ..ui.text import Table, shown
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .provenance import collect, digest
 
@@ -213,10 +211,6 @@ class Run:
             raise RunDamaged(f"{kept} holds chunks that are no numbers; {remedy}") from None
         tokens = read_parquet(token, remedy, _TOKENS, most_rows=chunks) if token.exists() else None
         telemetry = read_parquet(sample, remedy, most_rows=_MOST_SAMPLES) if sample.exists() else None
-        if summary.steady_begin_s is None:  # nothing completed, or a run from before it was stored
-            begin, end = steady_window(records, tokens, telemetry)
-            if end > begin:
-                summary = dataclasses.replace(summary, steady_begin_s=begin, steady_end_s=end)
         return LevelResult(level, summary, records, tokens, telemetry)
 
     def write(self, result: LevelResult) -> None:

@@ -28,7 +28,7 @@ from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
-from ..ui.table import Table
+from ..ui.text import Table
 from . import log, orphans, preflight, watchdog
 from .command import HOST, build_command, build_environment, make_checkpoint, surroundings
 

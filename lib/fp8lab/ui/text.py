@@ -1,7 +1,16 @@
-"""Text fit to be shown: foreign text made visible, and how numbers are written."""
+"""Text fit to be shown: foreign text made visible, how numbers are written, and one small table of them."""
 
+import html
+import itertools
 import math
+import re
 import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Control and format characters (escape sequences, direction marks), surrogates, line and paragraph separators.
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -36,3 +45,104 @@ def shown(value: float | None, pattern: str = ",.0f", unit: str = "") -> str:
 def four_digits(value: float) -> str:
     """Four digits that count, and no exponent."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
+_NUMBER = re.compile(r"(?:[+\-−~]|≥ )?[\d.,/]+ ?[^\s\d]{0,8}")
+# Where a line may not break in a page: between a number and its unit.
+_UNITS = "%|req/s|requests/s|tok/s|tokens/s|TB/s|TFLOP/s|GiB|KiB|GB|MB|ms|µs|s|min|W|J|tokens"
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+_BEFORE_UNIT = re.compile(rf"(?<=\d) (?=(?:{_UNITS})(?![\w/]))")
+_NUMERIC = "text-align:right;font-variant-numeric:tabular-nums"
+_TEXT = "text-align:left;white-space:normal"
+_NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 32
+# A column of sentences stays readable where the page is narrow: the table then scrolls in its own box.
+_SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:12em"
+_CAPTION = "text-align:left;min-width:20em"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns, with a caption, for a notebook's cell and a terminal. Whatever its cells hold is shown as text,
+    as it is: format numbers before."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __post_init__(self):
+        object.__setattr__(self, "caption", visible(self.caption))
+        object.__setattr__(self, "rows", [tuple(visible(cell) for cell in row) for row in self.rows])
+
+    def _numeric(self, column: int) -> bool:
+        cells = [row[column] for row in self.rows if row[column] not in ("", "–")]
+        return bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
+
+    def _names(self, column: int) -> bool:
+        """Whether its cells are single words, which do not break at a hyphen."""
+        return all(" " not in row[column] and len(row[column]) <= _NAME_LENGTH for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        styles = [
+            _NUMERIC if self._numeric(i) else _NAME if self._names(i) else _TEXT for i in range(len(self.columns))
+        ]
+        longest = [max((len(row[i]) for row in self.rows), default=0) for i in range(len(self.columns))]
+        name_style = _NAME if longest[0] <= _NAME_LENGTH else styles[0]
+        heads = [s + _SENTENCE_WIDTH * (n > _SENTENCE) for s, n in zip(styles, longest, strict=True)]
+        head = "".join(map(_cell, self.columns, heads, itertools.repeat("col")))
+        rows = (_cell(row[0], name_style, "row") + "".join(map(_cell, row[1:], styles[1:])) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        name = html.escape(self.caption)
+        caption = f'<caption style="{_CAPTION}">{name}</caption>'
+        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # What scrolls must be within a keyboard's reach, and then has a name.
+        return f'<div role="group" aria-label="{name}" tabindex="0" style="overflow-x:auto">{table}</div>'
+
+    def to_markdown(self) -> str:
+        def line(cells):
+            return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+        rule = "|" + "|".join("---:" if self._numeric(i) else "---" for i in range(len(self.columns))) + "|"
+        return "\n".join([line(self.columns), rule, *(line(row) for row in self.rows)])
+
+    def __repr__(self) -> str:
+        grid = [self.columns, *self.rows]
+        widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
+        right = [self._numeric(i) for i in range(len(self.columns))]
+
+        def line(cells):
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+            return "  ".join(padded).rstrip()
+
+        return "\n".join([self.caption, line(self.columns), line(["-" * w for w in widths]), *map(line, self.rows)])
+
+
+def _cell(text: str, style: str, scope: str = "") -> str:
+    """A cell, with a `scope` the header of its row or column; a header needs a text."""
+    tag, scope = ("th", f' scope="{scope}"') if scope and text else ("td", "")
+    return f'<{tag}{scope} style="{style}">{html.escape(_BEFORE_UNIT.sub(_NO_BREAK, text))}</{tag}>'
+
+
+@dataclass(frozen=True)
+class Column:
+    """`value` is a field of the frame, or a function of its row; `pattern` a format specification ("": text)."""
+
+    title: str
+    value: str | Callable[[Any], Any]
+    pattern: str = ""
+
+    def of(self, row) -> str:
+        value = self.value(row) if callable(self.value) else getattr(row, self.value, None)
+        return shown(value, self.pattern) if self.pattern or value is None else str(value)
+
+
+def view(caption: str, frame: "pd.DataFrame", columns: Sequence[Column]) -> Table:
+    """The rows of `frame`, one line each."""
+    # Objects, so that None stays None and a count a whole number.
+    rows = frame.astype(object).where(frame.notna(), None).itertuples(index=False)
+    titles = [column.title for column in columns]
+    return Table(caption, titles, [[column.of(row) for column in columns] for row in rows])
+
+
+LEVEL = Column("level", "level_id")
+COUNTS = Column("measurement", lambda row: "VALID" if row.valid else "INVALID")

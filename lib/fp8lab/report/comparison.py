@@ -1,18 +1,18 @@
-"""Variants against each other at equal load: one run's ratios with their intervals, and several runs' side by side."""
+"""Variants against each other at equal load: one run's ratios with their intervals, several runs' side by side, by cards."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from ...config.flags import parse
-from ...config.profile import rate_name
-from ...metrics.statistics import ABLATION, Ratio
-from ...results.evidence import Compared, Evidence, evidence
-from ...results.run_folder import Run
-from ...ui.table import Table
-from ...ui.text import shown
-from ..verdict import card_note
+from ..config.flags import parse
+from ..config.profile import rate_name
+from ..metrics.statistics import ABLATION, Ratio
+from ..results.evidence import Compared, Evidence, evidence
+from ..results.run_folder import Run
+from ..ui.text import Table, shown
+from .drawing import INK, STYLE, Figure, figure, forest, name_rows, note, plainly
+from .verdict import card_note, claim_of
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
 METRICS = {
@@ -189,3 +189,123 @@ def _said(one: Ratio, better: str) -> str:
         return "no difference shown"
     higher = one.value > 1
     return f"{'higher' if higher else 'lower'}: {'better' if higher == (better == 'higher') else 'worse'}"
+
+
+def cards_table(run: Run, *, price: float | None = None) -> Table:
+    """Every variant at every rate by its cards: throughput of all and of each, joules, both beside the rate's first variant's with
+    95 % intervals, and, with the `price` of a card's hour, what a million tokens cost. Each of several cards' own load, power and clock stand beside it."""
+    seen, rows, first = evidence(run), [], {}
+    for rate in sorted({rate for variant in seen.variants() for rate in seen.rates(variant)}):
+        for variant in seen.variants():
+            held = list(seen.levels((variant,), rate).items())
+            if not held:
+                continue
+            cards = held[0][1].cards
+            beside, its_cards = first.setdefault(rate, (variant, cards))
+            metrics = (*UNSEALED, _JOULES, "mean_tpot_ms")
+            tokens, steady, joules, tpot = (mean_of(seen, variant, metric, rate) for metric in metrics)
+            cost = price * cards / (tokens * 3600 / 1e6) if price and tokens else None
+            rows.append((
+                rate_name(rate), variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards),
+                over(seen, variant, beside, rate, _THROUGHPUT, its_cards / cards), shown(steady), shown(tpot, ",.1f"),
+                shown(joules, ".4f"), over(seen, variant, beside, rate, _JOULES), *([shown(cost, ".3f")] if price else []),
+                _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)),
+            ))  # fmt: skip
+    columns = ("offered", "variant", "cards", "tok/s, whole run", "tok/s a card", "over the first's", "tok/s, steady",
+               "TPOT ms", "J/token", "over the first's",
+               *(["a million tokens cost"] if price else []), "each card, steady, first seed", "limited by")  # fmt: skip
+    caption = f"{card_note(run)}By cards, run {run.path.name}" + (f"; {price:g} an hour and card" if price else "")
+    return Table(caption, columns, rows)
+
+
+def _each_card(seen: Evidence, level_id: str, cards: int) -> str:
+    """Load, power and clock of each of several cards over the steady window; a dash for a single one, or none sampled."""
+    level = seen.level(level_id)
+    if cards < 2 or level is None or level.telemetry is None or "gpu_util 0" not in level.telemetry:
+        return "–"
+    if level.telemetry["gpu_util 0"].isna().all():
+        return "–"
+    inside = level.telemetry[level.telemetry["at_s"].between(*level.summary.window)]
+    sampled = ("gpu_util", "gpu_power_w", "gpu_sm_mhz")
+    each = [[inside[f"{name} {card}"].mean() for name in sampled] for card in range(cards)]
+    return "; ".join(f"{util:.0%}, {watts:,.0f} W, {mhz:,.0f} MHz" for util, watts, mhz in each)
+
+
+@figure("unsealing", "What does each change to the server give?")
+def unsealing_figure(axes, run: Run) -> str:
+    """Output tokens/s with all requests at once, variant by variant: whole run and steady state."""
+    seen = evidence(run)
+    steps = unsealing_steps(seen)
+    for y, (variant, _, _) in enumerate(steps):
+        color = STYLE.get(run.profile.base(variant), (INK, ""))[0]
+        whole, steady = (mean_of(seen, variant, metric) for metric in UNSEALED)
+        for x, height, alpha in ((steady, 0.76, 0.35), (whole, 0.4, 1.0)):
+            if x is not None:
+                axes.barh(y, x, height, color=color, alpha=alpha)
+        note(axes, f"{shown(whole)} / {shown(steady)}", (max(whole or 0, steady or 0), y), va="center")
+    name_rows(axes, [variant for variant, _, _ in steps], 1.4, 0.55)
+    axes.set_xlabel("output tokens/s, all requests at once")
+    axes.margins(x=0.22)
+    axes.xaxis.set_major_formatter(plainly)
+    return "Mean of the seeds: whole run (full colour) / steady state (pale). The table says what each variant changes."
+
+
+@figure("equal_load", "What does FP8 change at equal load?")
+def equal_load_figure(axes, run: Run) -> str:
+    """FP8 over BF16 at equal load, with intervals."""
+    rows = [(metric, c) for metric in METRICS for c in evidence(run).equal_load(metric)]
+    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "FP8 / BF16")
+    return "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference."
+
+
+@figure("ablation", "Which half of FP8 does it?")
+def ablation_figure(axes, run: Run) -> str:
+    """What FP8 weights and the FP8 KV cache each do, and their interaction."""
+    rows = [(metric, c) for metric in METRICS for c in evidence(run).ablation(metric)]
+    rows = [(metric, c) for metric, c in rows if math.isinf(c.rate) or metric == "joules_per_output_token"]
+    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "ratio")
+    return "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown."
+
+
+def _row(metric: str, c: Compared) -> str:
+    setup = "" if c.variants["bf16"] == "bf16" else f", {c.brief}"
+    return f"{METRICS[metric][0]}, {rate_name(c.rate)}{setup}" + (f": {c.effect}" if c.effect else "")
+
+
+def worth_figure(*runs: Run, rows: Mapping[tuple[str, float, str], str] | None = None) -> Figure:
+    """The throughput ratios at equal load that rest on repeats, run by run, with what limited them, beside the published one.
+    `rows` chooses among them and names them: text by (run, rate, setup)."""
+    return _worth(*([run for run in once(runs) if _repeated(run)] or once(runs)), rows=rows)
+
+
+def _repeated(run: Run) -> list[Compared]:
+    return [c for c in evidence(run).equal_load("output_token_throughput") if c.ratio.pairs >= 2]
+
+
+@figure("worth", "What is FP8 worth, and what was the limit?")
+def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) -> str:
+    claim, drawn = claim_of("C1"), {}
+    bf16, fp8 = claim["bf16"], claim["fp8"]
+    for run in runs:
+        for c in _repeated(run):
+            behind = "" if c.variants["bf16"] == "bf16" else f", behind {c.brief}"
+            name = (rows or {}).get((run.path.name, c.rate, c.setup), f"{run.path.name}, {rate_name(c.rate)}{behind}")
+            limit = _mostly(*(causes(evidence(run), c.variants[base], c.rate) for base in ("bf16", "fp8")))
+            drawn[run.path.name, c.rate, c.setup] = (f"{name}\nlimit: {limit}", c.ratio)
+    text = f"published, other loads:\nFP8 at {fp8['rate']}, BF16 at {bf16['rate']} req/s"
+    shown = [drawn[key] for key in (rows or drawn)]
+    forest(axes, shown, "output tokens/s, FP8 / BF16", said=(text, fp8["value"] / bf16["value"]))
+    return (
+        "Same rate, trace and seeds, 95 % intervals; a bar across 1 shows no difference. Star: the published ratio, which "
+        "crosses two loads. Where the API server is the limit the ratio is not the card's."
+    )
+
+
+def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
+    """What limited most levels of each variant in a few words; once where it is the same."""
+    causes = [Counter({}), Counter({})]
+    for plain, one in zip(causes, (bf16, fp8), strict=True):
+        for cause, count in one.items():
+            plain[cause.partition(",")[0]] += count
+    told = [f"{'' if len(one) == 1 else 'mostly '}{one.most_common(1)[0][0]}" for one in causes]
+    return told[0] if told[0] == told[1] else f"BF16 {told[0]}, FP8 {told[1]}"

@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ...config.profile import rate_name
-from ...config.trace import Trace
-from ...errors import BadInput
-from ...experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
-from ...experiment.step_fit import apart, held_out, judgeable, replay
-from ...metrics.slo import SLO
-from ...metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, StepModel
-from ...results.run_folder import Run
-from ...ui.status import StatusLine
-from ...ui.table import Table
-from ...ui.text import shown
-from ..verdict import card_note
+from ..config.profile import rate_name
+from ..config.trace import Trace
+from ..errors import BadInput
+from ..experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
+from ..experiment.step_fit import apart, held_out, judgeable, replay
+from ..metrics.slo import SLO
+from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, StepModel
+from ..results.run_folder import Run
+from ..ui.status import StatusLine
+from ..ui.text import Table, shown
+from .drawing import INK, figure, plainly
+from .verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
           "p99_ttft_ms": "TTFT p99", JOULES: "J/token"}  # fmt: skip
@@ -86,14 +86,8 @@ def cards_plan_table(
         joules = predict_rates({variant: model}, draw, [each])[0].played.found.get(JOULES) if each else None
         rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
     status.done(f"{len(models)} variants searched")
-    columns = (
-        "variant",
-        "a server meets it up to, req/s",
-        "cards",
-        "req/s a server",
-        "J/token then",
-        *(["an hour costs"] if price else []),
-    )
+    columns = ("variant", "a server meets it up to, req/s", "cards", "req/s a server", "J/token then")
+    columns += ("an hour costs",) if price else ()
     return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
 
 
@@ -103,15 +97,12 @@ def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = m
     for variant, model in models.items():
         now = predict(variant, model, trace, rate).played.found
         changed = {what: (one, trace) for what, one in what_if(model).items()}
-        changed |= {
-            "prompts twice as long": (model, longer(trace, prompts=2)),
-            "answers twice as long": (model, longer(trace, answers=2)),
-        }
+        changed["prompts twice as long"] = (model, longer(trace, prompts=2))
+        changed["answers twice as long"] = (model, longer(trace, answers=2))
         for what, (one, load) in changed.items():
             then = predict(variant, one, load, rate).played.found
-            ratios = [
-                f"{then[name] / now[name]:.2f}×" for name in ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
-            ]
+            metrics = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
+            ratios = [f"{then[name] / now[name]:.2f}×" for name in metrics]
             rows.append((variant, what, shown(then["output_token_throughput"]), *ratios))
     columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
     return Table(f"PREDICTED: what if, {len(trace):,} requests, {rate_name(rate)}", columns, rows)
@@ -146,19 +137,46 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
         cells.append(f"{shown(summary.kv_cache_usage_max, '.0%')}, {most:.0%}")
         preempted = f"{summary.preemptions or 0:,.0f}, {played.course.preemptions:,}"
         rows.append((level_id, "fitted" if seen else "held out" if level_id in unseen else "unseen", *cells, preempted))
-    columns = (
-        "level",
-        "by the fit",
-        *(f"{_WORDS[name]}, off by" for name in JUDGED),
-        "KV cache at most, PREDICTED",
-        "preempted, PREDICTED",
-    )
+    columns = ("level", "by the fit", *(f"{_WORDS[name]}, off by" for name in JUDGED))
+    columns += ("KV cache at most, PREDICTED", "preempted, PREDICTED")
     if not rows:
         measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
         raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
     within = {name: held for name in JUDGED if (held := [one[name] for one in off if name in one])}
     told = ", ".join(f"{_WORDS[name]} {np.median(held):.1%} ({max(held):.0%})" for name, held in within.items())
     judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
-    return Table(
-        f"{card_note(run)}Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}", columns, rows
-    )
+    caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
+    return Table(f"{card_note(run)}{caption}", columns, rows)
+
+
+# Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
+_STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"),
+           ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
+
+
+@figure("predicted", "PREDICTED: what a card would do, by the rate that is offered", columns=2)
+def predicted_figure(
+    axes, models: Mapping[str, StepModel], draw: Callable[[int], Trace], rates: Sequence[float], *, requests: int = 2000
+) -> str:
+    """Output tokens/s, and the time that 99 % of first tokens come within (logarithmic), of each variant at these rates
+    (requests/s)."""
+    trace = draw(requests)
+    for (variant, model), (colour, marker) in zip(models.items(), _STYLES, strict=False):
+        levels = [predict(variant, model, trace, rate) for rate in sorted(rates)]
+        for one, name in zip(axes, ("output_token_throughput", "p99_ttft_ms"), strict=True):
+            values = [level.played.found[name] for level in levels]
+            style = {"color": colour, "marker": marker, "ls": (0, (6, 2, 1, 2)), "lw": 1.4, "ms": 7}
+            one.plot(sorted(rates), values, label=variant, **style)
+    axes[0].set(xlabel="offered, requests/s", ylabel="output tokens/s", ylim=(0, None))
+    axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms", yscale="log")
+    for one in axes:
+        one.xaxis.set_major_formatter(plainly)
+        one.text(0.98, 0.04, "PREDICTED", transform=one.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
+    axes[0].yaxis.set_major_formatter(plainly)
+    for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+        ticks(plainly)
+    axes[0].legend(frameon=False, fontsize=9)
+    if left_out := list(models)[len(_STYLES) :]:
+        raise BadInput(f"{len(models)} variants are more than {len(_STYLES)} lines; draw without {', '.join(left_out)}")
+    scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
+    return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")

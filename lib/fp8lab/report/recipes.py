@@ -3,16 +3,16 @@
 import math
 from statistics import fmean
 
-from ...config.dimensions import weight_format
-from ...config.profile import rate_name
-from ...experiment.quality import comparisons
-from ...metrics.quality import Comparison
-from ...results.evidence import Evidence, evidence
-from ...results.run_folder import Run
-from ...ui.table import Table
-from ...ui.text import shown
-from ..verdict import card_note
+from ..config.dimensions import weight_format
+from ..config.profile import rate_name
+from ..experiment.quality import comparisons
+from ..metrics.quality import Comparison
+from ..results.evidence import Evidence, evidence
+from ..results.run_folder import Run
+from ..ui.text import Table, shown
 from .comparison import causes, mean_of, over
+from .drawing import INK, figure, label_where_free, plainly
+from .verdict import card_note
 
 _BURST, _TOKENS, _JOULES = math.inf, "output_token_throughput", "joules_per_output_token"
 
@@ -90,3 +90,35 @@ def chosen(
                 (variant, tokens, slowest, servers[0].model_memory_gib, joules and 1 / joules, held.get(variant))
             )
     return rows
+
+
+# Colours of the formats, told apart also by their names beside them.
+_COLOURS = {"bf16": "#0072B2", "fp8": "#D55E00", "int8": "#009E73", "int4": "#CC79A7", "w4a8": "#E69F00"}
+
+
+@figure("recipes", "Which number format is fast, and what does it cost?", columns=2)
+def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
+    """Tokens a second (all requests at once, or the most that was delivered; those of one request at the lowest rate) against the
+    share of positions at which the trained model of `answers` has the same likeliest token as its reference, or, without
+    `answers`, against tokens a joule; the area of a mark is the weights' memory."""
+    label = "same likeliest token, % of positions" if answers else "output tokens a joule"
+    rows = [
+        (variant, tokens, alone, gib, 100 * one.top1_agreement.value if one else None if answers else per_joule)
+        for variant, tokens, alone, gib, per_joule, one in chosen(run, answers)
+    ]
+    drawn = [row for row in rows if row[4] is not None]
+    left_out = [row[0] for row in rows if row[4] is None]
+    places = zip(axes, (1, 2), ("fullest load, output tokens/s", "lowest rate, tokens/s of a request"), strict=True)
+    for one, place, across in places:
+        here = [row for row in drawn if row[place]]
+        for row in here:
+            colour = _COLOURS.get(row[0].partition("-")[0], INK)
+            one.scatter(row[place], row[4], s=12 * (row[3] or 4), color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
+        one.set(xlabel=across, ylabel=label)
+        one.margins(0.25, 0.2)
+        one.xaxis.set_major_formatter(plainly)
+        label_where_free(one, [(row[0], row[place], row[4]) for row in here])
+    said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""
+    model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
+    least = "" if answers else "Tokens a joule are those of the fullest load. "
+    return f"Right and up is better; a mark's area is the memory of its weights. {least}{said}{model}".strip()

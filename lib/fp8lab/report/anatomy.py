@@ -1,11 +1,11 @@
 """A step taken apart: its GPU kernels by kind beside what the datasheet allows, its wall time, what the EngineCore did."""
 
-from ...experiment.anatomy import BatchAnatomy, anatomies, floors_of
-from ...metrics.anatomy import OTHER, STAGES
-from ...results.run_folder import Run
-from ...ui.table import Table
-from ...ui.text import shown
-from ..verdict import card_note
+from ..experiment.anatomy import BatchAnatomy, anatomies, floors_of
+from ..metrics.anatomy import KINDS, OTHER, STAGES
+from ..results.run_folder import Run
+from ..ui.text import Table, shown
+from .drawing import GREY, INK, figure, name_rows
+from .verdict import card_note
 
 _NOT_RUN = "not run: kernels are profiled on a GPU"
 
@@ -79,3 +79,35 @@ def _brief(kernel: str, most: int = 72) -> str:
     """The beginning of a kernel's name, which goes on with all its parameters."""
     name = kernel.removeprefix("void ")
     return name if len(name) <= most else f"{name[:most]}…"
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#009E73", "#999999", "#cccccc", "#000000")
+
+
+@figure("step", "Where does each millisecond of a decode step go?")
+def step_figure(axes, run: Run) -> str:
+    """By variant and batch the GPU time of a decode step by kind, the floors of all kinds together, and the wall time."""
+    held = [(variant, one) for variant, batches in anatomies(run).items() for one in batches]
+    drawn = {}  # by name, for the legend
+    for y, (variant, one) in enumerate(held):
+        drawn["step, wall time"] = axes.barh(y, one.wall_ms, 0.72, color="white", edgecolor=GREY)
+        if step := one.decode:
+            left = 0.0
+            for kind, ms in step.times.items():
+                drawn[kind] = axes.barh(y, ms, 0.5, left, color=_COLOURS[KINDS.index(kind)])
+                left += ms
+            if floors := floors_of(run, variant, step.work):
+                drawn["floor"] = axes.plot([sum(floors.values())] * 2, [y - 0.36, y + 0.36], color=INK, lw=2)[0]
+    name_rows(axes, [f"{variant}, {one.batch:,}" for variant, one in held], 1.9, 0.42)
+    axes.set_xlabel("milliseconds a step")
+    names = [name for name in ("floor", "step, wall time", *KINDS) if name in drawn]
+    # Below the bars, which may be long.
+    place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
+    axes.figure.legend([drawn[name] for name in names], names, **place)
+    kinds = "Kernels were not profiled: no GPU."
+    if any(one.decode for _, one in held):
+        kinds = "Colours: GPU kernels by kind, from a profiler. Black line: the least that the datasheet allows all of them."
+    return (
+        f"{kinds} Frame: a step's wall time without a profiler; what it has beyond the colours the host adds, or more where the profiled "
+        "steps had longer contexts, less where they had shorter ones (they are in the table)."
+    )

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.profile import Profile
-from ...metrics.statistics import Ratio
-from ...paths import writing
-from ...results.run_folder import Run
-from ..verdict import card_mark, card_note
+from ..config.profile import Profile
+from ..metrics.statistics import Ratio
+from ..paths import writing
+from ..results.run_folder import Run
+from .verdict import card_mark, card_note
 
 # Okabe-Ito colours, told apart also in grey and by marker; a base keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
@@ -177,19 +177,27 @@ def legend(axes, where: str) -> None:
         axes.legend(frameon=False, loc=where, fontsize=8)
 
 
+def name_rows(axes, names: Sequence[str], inches: float, each: float) -> None:
+    """Names rows of bars, the first at the top, on a canvas that is so many inches high and for `each` row more."""
+    axes.figure.set_figheight(inches + each * max(1, len(names)))
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+
+
 def plainly(value: float, _position: int) -> str:
     return f"{value:,.0f}"
 
 
-def forest(axes, title: str, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | None = None) -> None:
+def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | None = None) -> None:
     """Ratios with their 95 % intervals, one a line: `rows` are (text, ratio), drawn from the top; filled where the interval
     leaves out 1. `said` is a (text, ratio) without an interval, somebody else's, drawn first as a star."""
     lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)
     canvas = axes.figure
     canvas.set_figheight(max(1.6, 0.9 + 0.24 * lines))
     # Over the whole figure: beside long names little room is left above the axes.
+    canvas.suptitle(axes.get_title(loc="left"), x=0.01, ha="left", fontsize=11, color=INK)
     axes.set_title("", loc="left")
-    canvas.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     axes.grid(axis="y", visible=False)
     axes.axvline(1, color=INK, lw=1)
     beyond = False
