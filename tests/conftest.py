@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def _marked_truly():
         patch.setattr(Server, "_launch", checked(Server._launch))
         patch.setattr(notebooks, "execute", checked(notebooks.execute))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_serves_on():
+    """A test's HTTP server is shut down with it: once its socket is closed, a thread that still serves it spins, and takes
+    its time from every test after this one."""
+    before = set(threading.enumerate())
+    yield
+    left = [one for one in set(threading.enumerate()) - before if "serve_forever" in one.name and one.is_alive()]
+    for one in left:
+        one.join(2)  # it was told to end a moment ago
+    if any(one.is_alive() for one in left):
+        pytest.fail("this test leaves a thread behind that serves: shut its server down", pytrace=False)
 
 
 SHORT = """

@@ -10,16 +10,14 @@ import pytest
 from fp8lab import cli
 from fp8lab.config.profile_file import read_profile
 from fp8lab.results.run_folder import open_run
-
-
-def fp8lab(*arguments, timeout=120) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fp8lab.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+from warm_cli import fp8lab
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.NAMES)])
 def test_help_teaches_by_example(command):
-    done = fp8lab(*command, "--help")
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8lab.cli", *command, "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout
 
 

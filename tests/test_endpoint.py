@@ -21,7 +21,7 @@ from fp8lab.errors import BadInput, LevelFailed
 from fp8lab.load.endpoint import Endpoint, remedy, words
 from fp8lab.load.level import measure_level, warm_up
 from fp8lab.metrics.slo import SLO, goodput, required_requests
-from test_cli import fp8lab
+from warm_cli import fp8lab
 
 TRACE = fixed_length(3, input_tokens=5, output_tokens=4)
 SHORT = ["--trace", "random", "--input-tokens", "5", "--output-tokens", "4", "--requests", "3", "--model", "m"]

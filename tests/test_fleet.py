@@ -13,8 +13,8 @@ from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.generator import send_load
 from fp8lab.load.level import measure_level, warm_up
 from fp8lab.metrics.summary import Summary
-from test_cli import fp8lab
 from test_endpoint import SHORT, recording, refuse, stream
+from warm_cli import fp8lab
 
 TRACE = fixed_length(60, input_tokens=5, output_tokens=10)
 

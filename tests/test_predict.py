@@ -20,7 +20,7 @@ from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
 from fp8lab.results.run_folder import open_run
 from fp8lab.server.command import build_environment
-from test_cli import fp8lab
+from warm_cli import fp8lab
 
 FIT = "h100-80gb-unsealed"
 MODEL = StepModel(

@@ -269,8 +269,10 @@ def other_server(reply):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Endpoint(f"http://127.0.0.1:{server.server_port}", "other")
-        server.shutdown()
+        try:
+            yield Endpoint(f"http://127.0.0.1:{server.server_port}", "other")
+        finally:
+            server.shutdown()  # a thread that serves a closed socket spins until the process ends
 
 
 def test_a_server_without_log_probabilities_is_one_clear_error():

@@ -7,7 +7,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer
 
 import fp8lab as lab
 from fp8lab.config.dimensions import FORMATS, RECIPES, weight_format
@@ -276,6 +275,8 @@ def test_every_recipe_has_a_known_format():
 
 
 def test_every_id_that_random_weights_may_answer_with_is_a_token_with_a_text():
+    from transformers import AutoTokenizer  # 3 s of CPU, which every collection of the tests would pay
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder("qwen2.5-32b"))
     assert len(tokenizer) >= 152_064
     assert all(tokenizer.decode([i]) for i in (0, 128_255, 128_256, 140_000, 152_063))

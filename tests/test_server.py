@@ -18,6 +18,7 @@ from conftest import marked, nothing_left, wait_for
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput
+from fp8lab.load.telemetry import _by_role
 from fp8lab.server import auth, command, log, orphans
 
 
@@ -219,6 +220,13 @@ def test_the_emulated_gpu_takes_prompts_in_pieces_and_survives_preemption(crowde
     said = {line.partition("{")[0]: line for line in crowded.metrics().splitlines()}
     assert result.summary.completed == 12 and result.summary.output_tokens == 1200
     assert float(said["vllm:num_preemptions_total"].rpartition(" ")[2]) > 0
+
+
+def test_the_emulated_gpus_engine_is_a_fork_of_the_api_server_and_known_by_its_title(crowded):
+    """Nothing is imported twice: a spawned one would have a helper beside it, and a command line of Python's."""
+    api_server, engine = sorted(map(psutil.Process, crowded.pids()), key=lambda one: one.create_time())
+    assert engine.ppid() == api_server.pid and engine.cmdline()[0] == "VLLM::EngineCore"
+    assert _by_role(crowded.pids()) == {"frontend": [api_server], "engine": [engine]}
 
 
 def test_an_engine_that_dies_under_load_is_noticed_and_the_level_kept(crowded, monkeypatch):

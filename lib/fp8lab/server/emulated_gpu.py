@@ -16,13 +16,17 @@ last one. Tokens have no meaning. The card comes as JSON in the environment vari
 (see `settings`). Written against vLLM 0.32.0.
 """
 
+import functools
 import json
+import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import Future
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.engine import utils as engine
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -38,6 +42,11 @@ GIB = 2**30
 # Below vLLM's own package, so that its log configuration applies and the lines reach the server's log.
 logger = init_logger("vllm.fp8lab.emulated_gpu")
 
+# vLLM's CPU build spawns its EngineCore, which then imports vLLM once more: OpenMP's threads do not survive a fork. Nothing
+# is computed here, so it is forked: a start takes half the CPU time. The API server imports this before it starts one.
+engine.get_mp_context = functools.partial(multiprocessing.get_context, "fork")
+# The parent's event loop hears of signals through a descriptor that a forked process would write the child's into.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 # What a worker answers that has nothing to do.
 _ANSWERS = {
