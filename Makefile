@@ -8,6 +8,7 @@
 # make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
 # make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
+# make calibrator  llmcompressor beside it, for recipes that a text calibrates (`fp8lab quantize --recipe int4-by-gptq`)
 #
 # ENV=cpu|gpu overrides the choice of environment (default: gpu where an NVIDIA GPU is visible).
 # PYTHON=...  the interpreter to build on: 3.11 or later for cpu, 3.12 for gpu.
@@ -19,15 +20,25 @@ STAMP := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help env reproduce steps quick test nightly lab lint bench bench-servers soak bundle front clean
+.PHONY: help env calibrator reproduce steps quick test nightly lab lint bench bench-servers soak bundle front clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 14
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
 
 env: $(STAMP)
 
 $(STAMP): env/$(ENV).txt env/extra.txt env/lab-settings.json env/setup.sh pyproject.toml
 	PYTHON="$(PYTHON)" bash env/setup.sh "$(ENV)" "$(VENV)"
+	@touch $@
+
+# It sees the main environment's packages (torch among them), and holds what it wants in other versions.
+calibrator: .venv/calibrator/.ready
+
+.venv/calibrator/.ready: env/calibrator.txt $(STAMP)
+	$(BIN)/python -m venv --clear .venv/calibrator
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv/calibrator/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	.venv/calibrator/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r env/calibrator.txt
 	@touch $@
 
 reproduce: $(STAMP)

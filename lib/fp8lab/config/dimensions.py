@@ -1,6 +1,7 @@
 """A Llama-like model's sizes, by arithmetic: what its weights and its KV cache take, what a token costs to compute; and the
 number formats that its weights can be written in."""
 
+import dataclasses
 import json
 import math
 import re
@@ -56,7 +57,8 @@ class Recipe:
     """How a checkpoint's weights are written by `models.quantize`, and named by a variant that serves them (`recipe = "int8"`):
     `weights` names their format, `scheme` compressed-tensors' name of its kind
     (None: `method` has one of its own), `says` what it is. `group`: for how many weights of a row INT4 has one scale.
-    `divisor`: what both dimensions of a matrix must be a multiple of."""
+    `divisor`: what both dimensions of a matrix must be a multiple of. `calibration`: by what llmcompressor rounds the weights on a
+    text, gptq or awq ("": each is rounded to the nearest value)."""
 
     says: str
     weights: str
@@ -65,13 +67,14 @@ class Recipe:
     format: str = "float-quantized"
     group: int = 128
     divisor: int = 16
+    calibration: str = ""
 
     @property
     def head(self) -> bool:
         return FORMATS[self.weights].head
 
 
-RECIPES: Mapping[str, Recipe] = {
+_NEAREST = {
     "bf16": Recipe("BF16 weights, as they are", "bf16", method="none", divisor=1),
     "fp8-static": Recipe("FP8 weights and activations, a fixed scale a tensor", "fp8", "FP8"),
     "fp8-channel": Recipe("FP8 weights with a scale a row, activations scaled token by token", "fp8", "FP8_DYNAMIC"),
@@ -88,6 +91,12 @@ RECIPES: Mapping[str, Recipe] = {
     "int4-gptq": Recipe("INT4 weights in groups of 128, in GPTQ's format", "int4", method="gptq", divisor=128),
     "int4-awq": Recipe("INT4 weights in groups of 128, in AWQ's format", "int4", method="awq", divisor=128),
 }  # fmt: skip
+_METHODS = {"int8": ("gptq",), "int4": ("gptq", "awq"), "int4-64": ("gptq", "awq"), "w4a8": ("gptq",)}
+RECIPES: Mapping[str, Recipe] = _NEAREST | {
+    f"{name}-by-{by}": dataclasses.replace(_NEAREST[name], says=f"{_NEAREST[name].says}; {by.upper()}", calibration=by)
+    for name, methods in _METHODS.items()
+    for by in methods
+}
 
 
 def recipe(name: str) -> Recipe:

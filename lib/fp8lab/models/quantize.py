@@ -1,17 +1,19 @@
 """Checkpoints by a recipe (`config.dimensions`), made here out of one in BF16, or out of a model's shapes with random weights.
 
-Each weight of the layers' matrices is rounded to the nearest value that its format has. That is all that speed needs. The
-answers of a checkpoint whose rounding was calibrated on text (GPTQ's and AWQ's own tools) are better: what is made here
-in their formats is for speed alone. Formats and packing are those of compressed-tensors, GPTQ and AutoAWQ, as vLLM reads
-them.
+Each weight of the layers' matrices is rounded to the nearest value that its format has: all that speed needs, and what the
+formats of GPTQ and AutoAWQ hold here. Answers are better where a text calibrates the rounding: a recipe `...-by-gptq` or
+`...-by-awq` has llmcompressor do it (`calibrate.py`), in the same format. Packing is as vLLM reads it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
-from ..paths import DATA, cache_dir
+from ..paths import DATA, PROJECT, cache_dir, writing
 from ..system.locks import Lock
 from ..ui.status import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
@@ -37,6 +39,9 @@ _SHARD_BYTES = 2 << 30
 # AutoAWQ's order of the eight 4-bit values in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _TO_SPARE = 64 << 20
+CALIBRATOR = PROJECT / ".venv" / "calibrator" / "bin" / "python"
+# What calibrates where no other text is named: not the one that answers are judged on, though of the same author.
+TEXT = DATA / "texts" / "opticks-book-2.txt"
 # Beside the weights, what they were made of: a source that was changed since gives another checkpoint.
 _MADE_OF = ".fp8lab-made-of"
 # What stands beside a checkpoint's weights: tokenizer, configurations, templates.
@@ -55,14 +60,18 @@ def source_of(model: str) -> tuple[Path, bool]:
     return (packaged_model(model), False) if model in PACKAGED else (model_folder(model), True)
 
 
-def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = False) -> Path:
+def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = False, text: Path = TEXT) -> Path:
     """Writes the checkpoint in `source` (safetensors, BF16; with `drawn` only its configuration is read, the weights are
-    drawn) into the folder `target` by a recipe, and returns that.
+    drawn) into the folder `target` by a recipe, calibrated on `text` if it is one that calibrates, and returns that.
 
-    A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves whole files in `TARGET.partial`, from which the
-    next one goes on; `target` itself is there only when it is whole. Raises BadInput for what cannot be quantised so or has
+    A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves
+    whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew); `target` itself is there
+    only when it is whole. Raises BadInput for what cannot be quantised so or has
     no room, NotWritten when the disk fills up meanwhile, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
+    if how.calibration and drawn:
+        raise BadInput(f"recipe {recipe_name}: there is nothing to calibrate in random weights; choose "
+                       f"{recipe_name.partition('-by-')[0]}, or a trained model")  # fmt: skip
     config = json.loads((source / "config.json").read_text())
     made = config | ({"quantization_config": _quantization_config(how)} if how.method != "none" else {})
     if (target / "config.json").is_file():
@@ -79,7 +88,10 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     lock = _alone(target)
     try:
         if not (target / "config.json").is_file():
-            _write(source, target, how, weights, made, shards)
+            if how.calibration:
+                _calibrate(source, target, how, weights, made, shards, text)
+            else:
+                _write(source, target, how, weights, made, shards)
     finally:
         lock.release()
     return target
@@ -129,6 +141,59 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
             "round on the CPU"
         ) from None
     StatusLine().done(f"{target.name}: {sum(sizes) / 2**30:.2f} GiB of weights, {how.says}")
+
+
+def _calibrate(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, text: Path) -> None:
+    """As `_write`, with the rounding left to llmcompressor; that it wrote what the recipe says is checked tensor by tensor."""
+    if not CALIBRATOR.is_file():
+        raise BadInput(f"recipe {target.name}: no llmcompressor in .venv/calibrator: run `make calibrator` once, or make the "
+                       "checkpoint where there is network and bring its folder")  # fmt: skip
+    planned = {part: tensor for shard in shards for parts in shard.values() for part, tensor in parts.items()}
+    _check_room(_bytes(planned), target)
+    with writing(target), contextlib.ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent))
+        folder, spec = Path(scratch, "checkpoint"), Path(scratch, "spec.json")
+        spec.write_text(json.dumps({
+            "source": str(source.resolve()), "target": str(folder), "text": str(text.resolve()), "scheme": how.scheme,
+            "group": how.group, "method": how.calibration,
+        }))  # fmt: skip
+        _run_calibrator(spec, target.name)
+        written = {}
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as opened:
+                written |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        if written != {name: tuple(tensor.shape) for name, tensor in planned.items()}:
+            odd = sorted(written.keys() ^ planned.keys())[:3]
+            raise BadInput(
+                f"llmcompressor wrote another checkpoint than recipe {how.says} has ({', '.join(odd) or 'shapes'})"
+            )
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("model"):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(made, indent=2))
+        (folder / _MADE_OF).write_text(_key(made, weights))
+        os.rename(folder, target)
+    StatusLine().done(f"{target.name}: {_bytes(planned) / 2**30:.2f} GiB of weights, {how.says}")
+
+
+def _run_calibrator(spec: Path, name: str) -> None:
+    """Runs `calibrate.py` on `spec` in its own environment. Raises BadInput with its last line when it fails."""
+    status, said = StatusLine(), b""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"LLM_COMPRESSOR_LOG_DISABLED": "true"}
+    command = [CALIBRATOR, Path(__file__).with_name("calibrate.py"), spec]
+    with subprocess.Popen(command, env=environment, cwd=spec.parent, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:  # fmt: skip
+        try:
+            while more := process.stdout.read1():
+                said = (said + more)[-4096:]
+                if layers := re.findall(rb"\((\d+)/(\d+)\): ", said):
+                    status.update(f"{name}: layer {int(layers[-1][0])} of {int(layers[-1][1])} calibrated")
+        finally:
+            process.kill()
+    if process.returncode:
+        last = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+        raise BadInput(f"{name} cannot be calibrated: {last[-1].strip()[:300]}")
 
 
 def checkpoint_bytes(source: Path, recipe_name: str, *, drawn: bool = False) -> int:

@@ -75,21 +75,8 @@ def find(name: str) -> list[Path]:
     return named or [Path(name)]
 
 
-def _import_nbformat() -> None:
-    """jsonschema, under nbformat, builds 38 grammars when it finds rfc3987_syntax, for formats that no notebook has: without
-    it the import takes 0.4 s in place of 2.4."""
-    hidden = "rfc3987_syntax" not in sys.modules
-    if hidden:
-        sys.modules["rfc3987_syntax"] = None
-    import nbformat  # noqa: F401
-
-    if hidden:
-        del sys.modules["rfc3987_syntax"]
-
-
 def declared(notebook: Path) -> dict:
     """The parameters that a notebook declares, with their defaults."""
-    _import_nbformat()
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
@@ -140,7 +127,6 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     BadInput for undeclared or impossible parameters and NotebookFailed, with the
     cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
     """
-    _import_nbformat()
     import papermill
 
     check_parameters(notebook, parameters)

@@ -1,0 +1,42 @@
+"""Rounds a model's weights with llmcompressor, calibrated on a text, in the environment that `make calibrator` builds.
+
+A program of its own, since that environment holds another transformers than vLLM's: `calibrate.py SPEC.json`, called by
+`models.quantize`. SPEC holds `source` and `target` (folders), `scheme` (compressed-tensors' name of the format), `group` (for
+how many weights of a row there is one scale, where the format has groups), `method` (gptq or awq) and `text` (a file).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# What llmcompressor's own examples take is 512 documents of 2,048 tokens, of a large model's; GPTQ's authors took 128.
+DOCUMENTS, DOCUMENT_TOKENS = 128, 512
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    scheme = preset_name_to_scheme(spec["scheme"], ["Linear"])
+    if scheme.weights.group_size:
+        scheme.weights.group_size = spec["group"]
+    how = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    steps = [GPTQModifier(**how)] if spec["method"] == "gptq" else [AWQModifier(), QuantizationModifier(**how)]
+    model = AutoModelForCausalLM.from_pretrained(spec["source"], dtype=torch.bfloat16)
+    tokens = AutoTokenizer.from_pretrained(spec["source"])(Path(spec["text"]).read_text()).input_ids
+    begins = range(0, len(tokens) - DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS)[:DOCUMENTS]
+    documents = [tokens[at : at + DOCUMENT_TOKENS] for at in begins]
+    held = Dataset.from_dict({"input_ids": documents, "attention_mask": [[1] * DOCUMENT_TOKENS for _ in documents]})
+    options = {"max_seq_length": DOCUMENT_TOKENS, "num_calibration_samples": len(documents), "batch_size": 8}
+    oneshot(model=model, dataset=held, recipe=steps, **options)
+    model.save_pretrained(spec["target"], save_compressed=True)
+
+
+if __name__ == "__main__":
+    main()
