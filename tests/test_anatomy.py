@@ -210,8 +210,9 @@ def test_kinds_follow_todays_names_and_the_head_stays():
 @pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-unsealed"])
 def test_the_recorded_steps_add_up_and_are_judged(name):
     run = lab.open_run(source=name)
-    for batches in experiment.anatomies(run).values():
-        assert [one.batch for one in batches] == [64, 128, 256, 1024]
+    for variant, batches in experiment.anatomies(run).items():
+        # The fastest variant was taken apart on another day, and not at 128.
+        assert [one.batch for one in batches] == [64, *([] if variant == "fp8-unsealed" else [128]), 256, 1024]
         for step in (step for one in batches for step in one.steps):
             assert sum(step.times.values()) == pytest.approx(step.busy_ms, rel=0.03)
             assert step.times.get(anatomy.OTHER, 0.0) < 0.01 * step.busy_ms

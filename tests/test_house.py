@@ -55,7 +55,9 @@ def test_every_folder_says_what_it_is_for():
 
 def test_what_is_imported_is_asked_for_by_name():
     """A package that another one happens to bring may be gone with its next version."""
-    asked = " ".join((PROJECT / "env" / name).read_text() for name in ("common.in", "cpu.in", "extra.txt"))
+    asked = " ".join(
+        (PROJECT / "env" / name).read_text() for name in ("common.in", "cpu.in", "extra.txt", "calibrator.txt")
+    )
     named = {name.lower().replace("_", "-") for name in re.findall(r"^([A-Za-z][\w.-]*)", asked, re.MULTILINE)}
     homes = importlib.metadata.packages_distributions()
     files = [*LIB.rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]

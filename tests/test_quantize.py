@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,9 @@ from fp8lab import cli
 from fp8lab.config.dimensions import RECIPES
 from fp8lab.errors import BadInput
 from fp8lab.models import quantize as making
+from fp8lab.models.checkpoints import model_folder
 from fp8lab.models.quantize import checkpoint_bytes, quantize
+from fp8lab.paths import PROJECT
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 384,
@@ -72,7 +76,7 @@ def assert_same(held: dict, weights: dict):
     assert held.keys() == weights.keys() and all(held[key].equal(weights[key]) for key in held)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, how in RECIPES.items() if not how.calibration])
 def test_a_checkpoint_holds_the_nearest_values_in_exactly_the_bytes_foretold(name, source, tmp_path):
     foretold, how = checkpoint_bytes(source, name), RECIPES[name]
     made = quantize(source, name, tmp_path / "made")
@@ -92,6 +96,41 @@ def test_a_checkpoint_holds_the_nearest_values_in_exactly_the_bytes_foretold(nam
     grouped = was.abs().unflatten(1, (-1, how.group)).amax(2).repeat_interleave(how.group, 1)
     allowed = most.get(name.partition("-")[0], grouped / 14)
     assert (off <= allowed * 1.02 + 1e-6).all() and off.max() > 0
+
+
+def test_what_cannot_be_calibrated_is_one_error(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "CALIBRATOR", tmp_path / "nowhere")
+    with pytest.raises(
+        BadInput, match=r"made: no llmcompressor .* run `make calibrator` once, or make the"
+    ):
+        quantize(source, "int8-by-gptq", tmp_path / "made")
+    monkeypatch.setattr(making, "CALIBRATOR", Path(sys.executable))  # an environment without it
+    with pytest.raises(
+        BadInput, match="made cannot be calibrated: ModuleNotFoundError: No module named 'llmcompressor'"
+    ):
+        quantize(source, "int8-by-gptq", tmp_path / "made")
+    with pytest.raises(BadInput, match="nothing to calibrate in random weights; choose int8, or a trained model"):
+        quantize(source, "int8-by-gptq", tmp_path / "made", drawn=True)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["int8-by-gptq", "int4-64-by-awq"])
+def test_a_calibrated_checkpoint_has_the_same_format_and_other_values(name, tmp_path):
+    subprocess.run(["make", "calibrator"], cwd=PROJECT, check=True)
+    source = checkpoint(tmp_path / "model", vocab_size=128_256)
+    for path in model_folder("tiny-llama").glob("tokenizer*"):
+        shutil.copyfile(path, source / path.name)
+    nearest, made = (quantize(source, one, tmp_path / one) for one in (name.partition("-by-")[0], name))
+    assert json.loads((made / "config.json").read_text()) == json.loads((nearest / "config.json").read_text())
+    (near, how), calibrated = (tensors(nearest), RECIPES[name]), load_file(next(made.glob("*.safetensors")))
+    assert {k: (v.shape, v.dtype) for k, v in calibrated.items()} == {k: (v.shape, v.dtype) for k, v in near.items()}
+    both = [
+        {key.removeprefix(f"{MATRIX}."): held[key] for key in held if key.startswith(MATRIX)}
+        for held in (near, calibrated)
+    ]
+    one, other = (values_of(parts, how) for parts in both)
+    assert 0 < (one - other).abs().mean() < 0.5 * one.abs().mean()
 
 
 def test_weights_are_drawn_for_shapes_alone(source, tmp_path):

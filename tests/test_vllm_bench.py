@@ -47,11 +47,11 @@ def test_a_client_that_fails_is_one_clear_error(monkeypatch, client, said):
 
 def test_a_client_that_hangs_is_ended_at_its_deadline(monkeypatch):
     monkeypatch.setattr(vllm_bench, "_RUN", HANGS)
-    began = time.monotonic()
+    began, before = time.monotonic(), psutil.Process().children()
     with pytest.raises(LevelFailed, match="vllm bench serve did not end within 1 s: sending"):
         run_client(timeout_s=1.0)
     assert time.monotonic() - began < 10
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_a_failure_quotes_no_key(monkeypatch):

@@ -62,7 +62,8 @@ def _wait_for_work() -> dict:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the tests' folder, which `-m` would not see
+    if not sys.flags.safe_path:
+        sys.path.pop(0)  # the tests' folder, which `-m` would not see
     import httpx  # noqa: F401
     import nbformat  # noqa: F401
     import numpy  # noqa: F401

@@ -146,7 +146,7 @@ def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards:
 def _calibrate(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, text: Path) -> None:
     """As `_write`, with the rounding left to llmcompressor; that it wrote what the recipe says is checked tensor by tensor."""
     if not CALIBRATOR.is_file():
-        raise BadInput(f"recipe {target.name}: no llmcompressor in .venv/calibrator: run `make calibrator` once, or make the "
+        raise BadInput(f"{target.name}: no llmcompressor in .venv/calibrator to calibrate it: run `make calibrator` once, or make the "
                        "checkpoint where there is network and bring its folder")  # fmt: skip
     planned = {part: tensor for shard in shards for parts in shard.values() for part, tensor in parts.items()}
     _check_room(_bytes(planned), target)
@@ -180,7 +180,7 @@ def _calibrate(source: Path, target: Path, how: Recipe, weights, made: dict, sha
 def _run_calibrator(spec: Path, name: str) -> None:
     """Runs `calibrate.py` on `spec` in its own environment. Raises BadInput with its last line when it fails."""
     status, said = StatusLine(), b""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"LLM_COMPRESSOR_LOG_DISABLED": "true"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR"}
     command = [CALIBRATOR, Path(__file__).with_name("calibrate.py"), spec]
     with subprocess.Popen(command, env=environment, cwd=spec.parent, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as process:  # fmt: skip
