@@ -271,7 +271,7 @@ class Run:
 
     def read_parts(self, folder: str) -> dict[str, dict]:
         """The summaries that `write_part` stored in `folder`, by name."""
-        paths = sorted(self.path.glob(f"{folder}/[!.]*.json"))
+        paths = sorted(self.path.glob(f"{folder}/[!.]*.json"), key=lambda path: path.stem)
         return {path.stem: read_json(path, f"delete it to measure {path.stem} again") for path in paths}
 
     def read_table(self, folder: str, name: str) -> pd.DataFrame:
