@@ -13,6 +13,7 @@ import slow_stream
 from conftest import NIGHTLY, streaming_server
 from fp8lab.config.profile import Level
 from fp8lab.config.trace import fixed_length
+from fp8lab.load import events
 from fp8lab.load.connection import Connection
 from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.events import Outcome
@@ -222,6 +223,22 @@ def test_the_fast_reader_and_the_slow_reference_agree(cut):
     assert_alike(*cut)
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_first_choice_of_a_later_stream_is_counted_too(monkeypatch, indexed):
+    """What one stream proved of its chunks is taken for the next one's, whose choices are counted all the same."""
+    monkeypatch.setattr(events.Reader, "_known", None)
+
+    def of(index: int) -> dict:
+        return {"id": "a", "choices": [({"index": index} if indexed or index else {}) | {"text": " time"}]}
+
+    teaching = body_of(of(0), of(0), b"[DONE]")
+    assert_alike(teaching, [at for at in range(len(teaching)) if teaching[:at].endswith(b"\n\n")])
+    assert events.Reader._known
+    two = body_of(of(0), of(1), b"[DONE]")
+    ends = [at for at in range(len(two)) if two[:at].endswith(b"\n\n")]
+    assert assert_alike(two, ends).choices == 1 + indexed
+
+
 def body_of(*events, field=b"data: ", end=b"\n\n") -> bytes:
     return b"".join(field + (one if isinstance(one, bytes) else json.dumps(one).encode()) + end for one in events)
 
@@ -377,7 +394,6 @@ def test_the_end_of_the_connection_ends_a_body_without_a_length_and_cuts_one_wit
 
 def test_a_plain_chunk_is_not_decoded_and_any_other_is(monkeypatch):
     """Most chunks of any stream pass undecoded: of a server whose field order, spaces, line ends or names are its own too."""
-    from fp8lab.load import events
 
     decoded = []
     monkeypatch.setattr(events, "_json", lambda data, read=events._json: decoded.append(data) or read(data))
@@ -541,7 +557,6 @@ def test_a_level_shows_what_is_to_be_known_of_its_streams_and_is_read_back(strea
 
 def test_what_one_stream_proved_spares_the_next_its_first_chunk(monkeypatch):
     """Their ids differ, and a reasoning chunk stays one."""
-    from fp8lab.load import events
 
     decoded = []
     monkeypatch.setattr(events, "_json", lambda data, read=events._json: decoded.append(data) or read(data))

@@ -109,12 +109,14 @@ def broken(finish_reason: str | None) -> bool:
 
 
 class _Pattern(NamedTuple):
-    """A chunk of any stream of a server: `head`, its id, `middle`, any plain text, `after`. It holds reasoning or an answer."""
+    """A chunk of any stream of a server: `head`, its id, `middle`, any plain text, `after`. It holds reasoning or an answer of
+    its first choice, which is `indexed` (0) or the only one."""
 
     head: bytes
     middle: bytes
     after: bytes
     reasoning: bool
+    indexed: bool
 
 
 class Reader:
@@ -178,6 +180,9 @@ class Reader:
         if self._clean and body.startswith(b"data: "):
             if self._before is _MATCHES_NOTHING and self._adopt(body):
                 problem = self.feed(body, now)
+                if self._outcome.chunks and self._index < 0 and Reader._known.indexed:
+                    self._indices.add(0)
+                    self._index = 0
                 if self._outcome.chunks and Reader._known.reasoning:
                     self._reasoned = True
                 elif self._outcome.chunks:
@@ -329,12 +334,13 @@ class Reader:
             before, after = data[: at + 1], data[at + len(quoted) - 1 :]
             if _json(before + b"x" + after) == event:
                 self._before, self._after = b"data: " + before, after + blank
-                if _count_of(said) == 1 and not choice.get("index"):
-                    self._share(event, before, after, blank, reasoning=name in REASONING)
+                if _count_of(said) == 1 and choice.get("index") in (0, None):
+                    indexed = type(choice.get("index")) is int
+                    self._share(event, before, after, blank, reasoning=name in REASONING, indexed=indexed)
                 return
 
     @staticmethod
-    def _share(event: dict, before: bytes, after: bytes, blank: bytes, reasoning: bool) -> None:
+    def _share(event: dict, before: bytes, after: bytes, blank: bytes, reasoning: bool, indexed: bool) -> None:
         """Makes a pattern known, where any plain id in place of this one says the same too."""
         name = event.get("id")
         if not isinstance(name, str):
@@ -342,7 +348,7 @@ class Reader:
         head, found, middle = before.partition(b'"%s"' % name.encode(errors="replace"))
         event["id"] = "x"
         if found and _json(head + b'"x"' + middle + b"x" + after) == event:
-            Reader._known = _Pattern(b'data: %s"' % head, b'"' + middle, after + blank, reasoning)
+            Reader._known = _Pattern(b'data: %s"' % head, b'"' + middle, after + blank, reasoning, indexed)
 
 
 def _first(said: dict, names: tuple[str, ...]) -> str:
