@@ -58,7 +58,7 @@ lint: $(STAMP)
 PYTEST := $(BIN)/python -m pytest --durations 10
 
 # Two files at a time: what the tests of a file share is made once. What times itself has the machine for itself.
-BESIDE := $(PYTEST) -n 2 --dist loadfile
+BESIDE := $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: lint
 	$(BESIDE) -m "not servers and not timing" $(ARGS)
