@@ -87,6 +87,16 @@ def _marked_truly():
 
 
 @pytest.fixture(autouse=True)
+def own_environment():
+    """What the command line settles for its process (PYTHONPATH, HOME) does not outlive the test that calls it in this one."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _no_thread_serves_on():
     """A test's HTTP server is shut down with it: once its socket is closed, a thread that still serves it spins, and takes
     its time from every test after this one."""

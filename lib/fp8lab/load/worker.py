@@ -72,6 +72,7 @@ class Worker:
         self.counts = dict.fromkeys(("sent", "done", "failed", "tokens", "first_tokens"), 0)
         self.ttft_sum = 0.0
         self.stall_s = 0.0
+        self.next_pulse: asyncio.TimerHandle | None = None
         # When each free slot of a closed loop became free.
         self.slots = deque([0.0] * (job.max_concurrency or 0))
         self.slot = asyncio.Event()
@@ -91,14 +92,14 @@ class Worker:
         # A collection in the middle of a level would stall every stream; the records have no cycles.
         gc.disable()
         ticker = asyncio.create_task(self.tick(start))
-        pulse = asyncio.create_task(self.pulse())
+        self.pulse(asyncio.get_running_loop(), monotonic())
         try:
             await self.send_all(start)
             await self.first_of(self.all_done, self.stopping)
             await self.fail_unfinished()
         finally:
             ticker.cancel()
-            pulse.cancel()
+            self.next_pulse.cancel()
             self.flush()
             with contextlib.suppress(OSError):  # what it could not write is told already
                 self.spool.close()
@@ -259,12 +260,12 @@ class Worker:
             live = {"in_flight": len(self.busy) + len(self.opening), "streaming": streaming, "ttft_sum": self.ttft_sum}
             tell("progress", at=now - start, cpu_s=time.process_time(), **self.counts, **live)
 
-    async def pulse(self) -> None:
-        """Notes how late the event loop wakes up: its stalls are what timestamps cannot be trusted in."""
-        while True:
-            due = monotonic() + 0.01
-            await asyncio.sleep(0.01)
-            self.stall_s = max(self.stall_s, monotonic() - due)
+    def pulse(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        """Notes, a hundred times a second, how late the event loop wakes up: its stalls are what timestamps cannot be trusted
+        in. No task, whose wake-ups cost a paced load 3 % of its CPU."""
+        now = monotonic()
+        self.stall_s = max(self.stall_s, now - due)
+        self.next_pulse = loop.call_later(0.01, self.pulse, loop, now + 0.01)
 
     def flush(self) -> None:
         """Appends what ended to the spool; when that cannot be written, the level is stopped."""
