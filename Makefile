@@ -1,6 +1,6 @@
 # make reproduce   the published comparison, and the fair one, on this machine
 # make quick       formatting, linting, and the tests that need no server (about 4 min on two cores)
-# make test        the same with servers, notebooks and a browser (about 23 min on two cores)
+# make test        the same with servers, notebooks and a browser (about 26 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
@@ -58,7 +58,7 @@ lint: $(STAMP)
 PYTEST := $(BIN)/python -m pytest --durations 10
 
 # Two files at a time: what the tests of a file share is made once. What times itself has the machine for itself.
-BESIDE := $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+BESIDE := $(PYTEST) -n 2 --dist loadfile
 
 quick: lint
 	$(BESIDE) -m "not servers and not timing" $(ARGS)

@@ -40,8 +40,6 @@ NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
-# Whose tests take longest together, longest first: begun last, one worker would be at them while the other has nothing left.
-_LONGEST = ("notebooks", "browser", "quality", "server", "anatomy", "batch", "run_faults", "ray", "predict", "quantize")
 _now_running = []
 
 
@@ -51,8 +49,6 @@ def pytest_collection_modifyitems(config, items):
     if not NIGHTLY:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
-    rank = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(item.module.__name__, len(rank)))
     for item in items:
         by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):
