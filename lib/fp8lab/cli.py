@@ -166,15 +166,18 @@ EngineCore does. One server a variant; without a GPU the host's half alone.""", 
         fp8lab anatomy --profile tiny-cpu --batch 16      no GPU: what the EngineCore does
     """),
     ("quantize", """\
-Write a checkpoint in another number format, each weight rounded to the nearest value that it has. What is written is told \
-beforehand, and refused without room for it; an interrupted call goes on where it stopped.""", (
+Write a checkpoint in another number format, each weight rounded to the nearest value that it has or, by a recipe …-by-gptq or \
+…-by-awq, as a text calibrates it. What is written is told beforehand, and refused without room for it; an interrupted call goes \
+on where it stopped, one that calibrates begins anew.""", (
         ("model", "MODEL", "a folder of safetensors in BF16, or a model of data/models", {}),
         ("--recipe", "R", f"one of {', '.join(RECIPES)}", {"required": True, "choices": RECIPES}),
+        ("--text", "FILE", "what calibrates (default: Newton's Opticks, Book II)", _TEXT),
         ("--out", "DIR", "folder to be made (default: MODEL-R, of a name in the cache)", _TEXT),
     ), """
         fp8lab quantize /path/to/a/model --recipe int8                a checkpoint of your own, into /path/to/a/model-int8
         fp8lab quantize llama-3-8b --recipe int4 --out /data/int4     random weights of true shapes: for speed
         fp8lab quantize smollm2-135m-instruct --recipe fp8-channel    the trained model that the environment brings
+        fp8lab quantize /path/to/a/model --recipe int4-by-gptq --text mine.txt    calibrated (once before: make calibrator)
     """),
     ("plan", "Show which levels a profile measures and about how long they take.", (
         _PROFILE, _PROTOCOL, ("--run", "DIR", "count only what this run does not hold yet", _TEXT),

@@ -127,7 +127,8 @@ def quantize(args) -> None:
     size, says = making.checkpoint_bytes(source, args.recipe, drawn=drawn), recipe(args.recipe).says
     weights = "random weights" if drawn else "the weights"
     StatusLine().done(f"{weights} of {args.model}: {says}; {size / 2**30:.2f} GiB in {target}")
-    print(repository_relative(making.quantize(source, args.recipe, target, drawn=drawn)))
+    text = Path(args.text) if args.text else making.TEXT
+    print(repository_relative(making.quantize(source, args.recipe, target, drawn=drawn, text=text)))
 
 
 def fit(args) -> None:

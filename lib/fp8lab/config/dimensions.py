@@ -55,10 +55,10 @@ BF16, FP8 = FORMATS["bf16"], FORMATS["fp8"]
 @dataclass(frozen=True)
 class Recipe:
     """How a checkpoint's weights are written by `models.quantize`, and named by a variant that serves them (`recipe = "int8"`):
-    `weights` names their format, `scheme` compressed-tensors' name of its kind
-    (None: `method` has one of its own), `says` what it is. `group`: for how many weights of a row INT4 has one scale.
-    `divisor`: what both dimensions of a matrix must be a multiple of. `calibration`: by what llmcompressor rounds the weights on a
-    text, gptq or awq ("": each is rounded to the nearest value)."""
+    `weights` names their format, `scheme` compressed-tensors' name of its kind (None: `method` has one of its own), `says` what
+    it is. `group`: for how many weights of a row INT4 has one scale. `divisor`: what both dimensions of a matrix must be a
+    multiple of. `calibration`: by what llmcompressor rounds the weights on a text, gptq or awq ("": each is rounded to the
+    nearest value)."""
 
     says: str
     weights: str

@@ -262,7 +262,7 @@ class Worker:
 
     def pulse(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         """Notes, a hundred times a second, how late the event loop wakes up: its stalls are what timestamps cannot be trusted
-        in. No task, whose wake-ups cost a paced load 3 % of its CPU."""
+        in. A timer, since a task's wake-up does more."""
         now = monotonic()
         self.stall_s = max(self.stall_s, now - due)
         self.next_pulse = loop.call_later(0.01, self.pulse, loop, now + 0.01)

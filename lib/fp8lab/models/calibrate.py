@@ -15,6 +15,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # What llmcompressor's own examples take is 512 documents of 2,048 tokens, of a large model's; GPTQ's authors took 128.
@@ -28,9 +29,14 @@ def main() -> None:
         scheme.weights.group_size = spec["group"]
     how = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
     steps = [GPTQModifier(**how)] if spec["method"] == "gptq" else [AWQModifier(), QuantizationModifier(**how)]
+    if not torch.cuda.is_available():
+        # llmcompressor 0.14 pins memory for copies to a GPU, also where there is none.
+        IntermediatesCache.pin_memory = lambda *_arguments: None
     model = AutoModelForCausalLM.from_pretrained(spec["source"], dtype=torch.bfloat16)
     tokens = AutoTokenizer.from_pretrained(spec["source"])(Path(spec["text"]).read_text()).input_ids
     begins = range(0, len(tokens) - DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS)[:DOCUMENTS]
+    if not begins:
+        sys.exit(f"its text has {len(tokens)} tokens; at least {DOCUMENT_TOKENS} are needed")
     documents = [tokens[at : at + DOCUMENT_TOKENS] for at in begins]
     held = Dataset.from_dict({"input_ids": documents, "attention_mask": [[1] * DOCUMENT_TOKENS for _ in documents]})
     options = {"max_seq_length": DOCUMENT_TOKENS, "num_calibration_samples": len(documents), "batch_size": 8}

@@ -5,7 +5,6 @@ formats of GPTQ and AutoAWQ hold here. Answers are better where a text calibrate
 `...-by-awq` has llmcompressor do it (`calibrate.py`), in the same format. Packing is as vLLM reads it.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
-from ..paths import DATA, PROJECT, cache_dir, writing
+from ..paths import DATA, PROJECT, cache_dir
 from ..system.locks import Lock
 from ..ui.status import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
@@ -66,18 +65,19 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
 
     A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves
     whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew); `target` itself is there
-    only when it is whole. Raises BadInput for what cannot be quantised so or has
-    no room, NotWritten when the disk fills up meanwhile, with nothing of it left."""
+    only when it is whole. Raises BadInput for what cannot be quantised so or has no room, NotWritten when the disk fills up
+    meanwhile, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
     if how.calibration and drawn:
         raise BadInput(f"recipe {recipe_name}: there is nothing to calibrate in random weights; choose "
                        f"{recipe_name.partition('-by-')[0]}, or a trained model")  # fmt: skip
     config = json.loads((source / "config.json").read_text())
     made = config | ({"quantization_config": _quantization_config(how)} if how.method != "none" else {})
+    key = _key(made, weights, text if how.calibration else None)
     if (target / "config.json").is_file():
         kept = target / _MADE_OF
         same = json.loads((target / "config.json").read_text()) == made
-        if not same or (kept.is_file() and kept.read_text() != _key(made, weights)):
+        if not same or (kept.is_file() and kept.read_text() != key):
             raise BadInput(
                 f"{target} holds another checkpoint, or one of other weights: choose another folder, or remove it"
             )
@@ -89,17 +89,31 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     try:
         if not (target / "config.json").is_file():
             if how.calibration:
-                _calibrate(source, target, how, weights, made, shards, text)
+                _calibrate(source, target, how, made, shards, key, text)
             else:
-                _write(source, target, how, weights, made, shards)
+                _write(source, target, how, weights, made, shards, key)
+            size = sum(_bytes(parts) for shard in shards for parts in shard.values())
+            StatusLine().done(f"{target.name}: {size / 2**30:.2f} GiB of weights, {how.says}")
+    except OSError as error:
+        raise NotWritten(f"{target} cannot be written: {error.strerror or error}; nothing of it is left") from None
     finally:
         lock.release()
     return target
 
 
-def _key(made: dict, weights) -> str:
-    """What a checkpoint is made of: its configuration, and the source's files or that they are drawn."""
-    return hashlib.sha256(json.dumps([made, weights.key, sorted(weights.shapes)]).encode()).hexdigest()
+def _key(made: dict, weights, text: Path | None) -> str:
+    """What a checkpoint is made of: its configuration, the source's files or that they are drawn, and what calibrates it."""
+    of = [made, weights.key, sorted(weights.shapes)]
+    if text:
+        of.append(hashlib.sha256(_read(text)).hexdigest())
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
+
+
+def _read(text: Path) -> bytes:
+    try:
+        return text.read_bytes()
+    except OSError as error:
+        raise BadInput(f"no text at {text} to calibrate on ({error.strerror})") from None
 
 
 def _alone(target: Path) -> Lock:
@@ -113,46 +127,45 @@ def _alone(target: Path) -> Lock:
             time.sleep(1.0)
 
 
-def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list) -> None:
+def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, key: str) -> None:
     sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
     partial = target.with_name(f"{target.name}.partial")
-    plan = partial / "plan"
-    made_of = _key(made, weights)
-    key = json.dumps([made_of, [list(shard) for shard in shards]])
-    if partial.is_dir() and not (plan.is_file() and plan.read_text() == key):
+    plan, planned = partial / "plan", json.dumps([key, [list(shard) for shard in shards]])
+    if partial.is_dir() and not (plan.is_file() and plan.read_text() == planned):
         shutil.rmtree(partial)
     left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
     _check_room(left, target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        plan.write_text(key)
+        plan.write_text(planned)
         for number, shard in enumerate(shards):
             _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
-        _finish(source, partial, made, shards)
-        (partial / _MADE_OF).write_text(made_of)
+        held = {part: _file(n, shards) for n, shard in enumerate(shards) for parts in shard.values() for part in parts}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": held}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index))
         plan.unlink()
-        os.rename(partial, target)
-    except OSError as error:
+        _finish(source, partial, made, key, target)
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        raise NotWritten(f"{target} cannot be written: {error.strerror or error}; nothing of it is left") from None
+        raise
     except torch.OutOfMemoryError:
         raise BadInput(
             "the GPU has no room to round weights on: another process holds it; wait, or set CUDA_VISIBLE_DEVICES= (empty) to "
             "round on the CPU"
         ) from None
-    StatusLine().done(f"{target.name}: {sum(sizes) / 2**30:.2f} GiB of weights, {how.says}")
 
 
-def _calibrate(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, text: Path) -> None:
+def _calibrate(source: Path, target: Path, how: Recipe, made: dict, shards: list, key: str, text: Path) -> None:
     """As `_write`, with the rounding left to llmcompressor; that it wrote what the recipe says is checked tensor by tensor."""
     if not CALIBRATOR.is_file():
-        raise BadInput(f"{target.name}: no llmcompressor in .venv/calibrator to calibrate it: run `make calibrator` once, or make the "
-                       "checkpoint where there is network and bring its folder")  # fmt: skip
+        raise BadInput(
+            f"{target.name}: no llmcompressor in .venv/calibrator to calibrate it: run `make calibrator` once, or make the "
+            "checkpoint where there is network and bring its folder"
+        )
     planned = {part: tensor for shard in shards for parts in shard.values() for part, tensor in parts.items()}
     _check_room(_bytes(planned), target)
-    with writing(target), contextlib.ExitStack() as stack:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         folder, spec = Path(scratch, "checkpoint"), Path(scratch, "spec.json")
         spec.write_text(json.dumps({
             "source": str(source.resolve()), "target": str(folder), "text": str(text.resolve()), "scheme": how.scheme,
@@ -164,17 +177,9 @@ def _calibrate(source: Path, target: Path, how: Recipe, weights, made: dict, sha
             with safe_open(file, framework="pt") as opened:
                 written |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         if written != {name: tuple(tensor.shape) for name, tensor in planned.items()}:
-            odd = sorted(written.keys() ^ planned.keys())[:3]
-            raise BadInput(
-                f"llmcompressor wrote another checkpoint than recipe {how.says} has ({', '.join(odd) or 'shapes'})"
-            )
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("model"):
-                shutil.copyfile(path, folder / path.name)
-        (folder / "config.json").write_text(json.dumps(made, indent=2))
-        (folder / _MADE_OF).write_text(_key(made, weights))
-        os.rename(folder, target)
-    StatusLine().done(f"{target.name}: {_bytes(planned) / 2**30:.2f} GiB of weights, {how.says}")
+            odd = ", ".join(sorted(written.keys() ^ planned.keys())[:3]) or "shapes"
+            raise BadInput(f"llmcompressor wrote another checkpoint than {how.says} has ({odd})")
+        _finish(source, folder, made, key, target)
 
 
 def _run_calibrator(spec: Path, name: str) -> None:
@@ -189,6 +194,7 @@ def _run_calibrator(spec: Path, name: str) -> None:
                 said = (said + more)[-4096:]
                 if layers := re.findall(rb"\((\d+)/(\d+)\): ", said):
                     status.update(f"{name}: layer {int(layers[-1][0])} of {int(layers[-1][1])} calibrated")
+            process.wait()  # it may take a moment to end after its last word
         finally:
             process.kill()
     if process.returncode:
@@ -402,13 +408,11 @@ def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) ->
         unfinished.unlink(missing_ok=True)
 
 
-def _finish(source: Path, folder: Path, config: dict, shards: list) -> None:
-    """What stands beside the weights: their index, the tokenizer, and the configuration."""
-    held = {part: _file(n, shards) for n, shard in enumerate(shards) for parts in shard.values() for part in parts}
-    size = sum(_bytes(parts) for shard in shards for parts in shard.values())
-    index = {"metadata": {"total_size": size}, "weight_map": held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def _finish(source: Path, folder: Path, config: dict, key: str, target: Path) -> None:
+    """Puts beside the weights in `folder` the tokenizer, the configuration and what they were made of, and makes it `target`."""
     for path in source.iterdir():
         if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("model"):
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / _MADE_OF).write_text(key)
+    os.rename(folder, target)
