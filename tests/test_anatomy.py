@@ -244,6 +244,18 @@ def test_each_change_stands_beside_what_it_adds_to():
     assert "fp8-unsealed over fp8: 1.43×" in str(lab.conclusion(run, "unsealing"))
 
 
+def test_another_version_of_vllm_is_a_change_like_any_other():
+    run = lab.open_run(source="h200-80gb-versions")
+    table = lab.unsealing_table(run)
+    old, new = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (new["variant"], new["beside"], new["changes"]) == (
+        "fp8-unsealed-033",
+        old["variant"],
+        "python v33/bin/python",
+    )
+    assert "fp8-unsealed-033 over fp8-unsealed: 0.98×" in str(lab.conclusion(run, "unsealing"))
+
+
 @pytest.mark.servers
 def test_the_unsealing_on_real_vllm(tmp_path):
     profile, run_dir = tmp_path / "unsealed.toml", tmp_path / "run"

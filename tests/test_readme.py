@@ -14,7 +14,7 @@ from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.predict import step_models
 from fp8lab.experiment.quality import comparisons
 from fp8lab.experiment.step_fit import replay
-from fp8lab.metrics.anatomy import LAYERS
+from fp8lab.metrics.anatomy import ATTENTION, LAYERS, QUANTISATION
 from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
 from fp8lab.metrics.slo import SLO, attains
@@ -272,7 +272,31 @@ def card_numbers() -> list[str]:
     idle = [1 - s.gpu_util_steady for s in seen.levels(("fp8-tp2",), math.inf).values()]
     assert all("EngineCore" in seen.limit(level).cause for level in seen.levels(("fp8-tp2",), math.inf))
     assert next(one for one in judge(seen.run) if one.id == "R5").verdict == "undecided"
-    return [*told, *half_numbers(), f"end {100 * min(idle):.0f} to {100 * max(idle):.0f} % of the time"]
+    return [
+        *told,
+        *half_numbers(),
+        *version_numbers(),
+        *format_steps(),
+        f"end {100 * min(idle):.0f} to {100 * max(idle):.0f} % of the time",
+    ]
+
+
+def format_steps() -> list[str]:
+    """Those of a step in four number formats."""
+    found = anatomies(open_run(source="h200-80gb-recipes"))
+    full, small = (
+        {v: one.decode.times for v, batches in found.items() for one in batches if one.batch == n} for n in (1024, 64)
+    )
+    layers = {v: times[LAYERS] for v, times in full.items()}
+    quantised = [full[v][QUANTISATION] for v in ("fp8-online", "int8")]
+    attention = [times[ATTENTION] for times in full.values()]
+    few = {v: times[LAYERS] for v, times in small.items()}
+    return [
+        f"take {layers['bf16']:.1f} ms in BF16, {layers['fp8-online']:.1f} in FP8, {layers['int8']:.1f} in INT8 and {layers['int4']:.1f} in INT4",
+        f"add {quantised[0]:.1f} and {quantised[1]:.1f} ms to quantise",
+        f"Attention takes {min(attention):.1f} to {max(attention):.1f} ms",
+        f"take {few['int4']:.1f} ms, BF16's {few['bf16']:.1f} and FP8's {few['fp8-online']:.1f}",
+    ]
 
 
 def half_numbers() -> list[str]:
@@ -290,14 +314,44 @@ def half_numbers() -> list[str]:
         told.append(f"{seen.compare('fp8', 'bf16-tp2', rate, joules).value:.2f}×")
         fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8", "bf16-tp2"))
         told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
+    return [*told, *four_cards_numbers()]
+
+
+def four_cards_numbers() -> list[str]:
+    """Those of a model in BF16 on four cards, in FP8 on two of them, and in two such copies."""
     seen = evidence(open_run(source="h200-80gb-x4-70b"))
+    tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
     assert {seen.limit(level).cause for level in seen.levels(("bf16-tp4",), math.inf)} == {"GPU power limit"}
-    two, four = (seen.seeds(variant, math.inf, tokens)[1] for variant in ("fp8-tp2", "bf16-tp4"))
-    cost = seen.compare("fp8-tp2", "bf16-tp4", math.inf, joules).value
-    told.append(
-        f"serves {two:,.0f} tokens/s where BF16 on four serves {four:,.0f}, which is {2 * two / four:.2f}× a card"
-    )
-    return [*told, f"for {cost:.2f}× the joules a token. BF16's cards"]
+    two, four, copies = (mean_of(seen, variant, tokens) for variant in ("fp8-tp2", "bf16-tp4", "fp8-tp2-dp2"))
+    worth, cost = (seen.compare("fp8-tp2", "bf16-tp4", math.inf, name) for name in (tokens, joules))
+    told = [
+        f"serves {two:,.0f} tokens/s where BF16 on four serves {four:,.0f}, which is {worth.times(2)} a card for {cost}"
+    ]
+    worth, cost = (seen.compare("fp8-tp2-dp2", "bf16-tp4", math.inf, name) for name in (tokens, joules))
+    told.append(f"serve {copies:,.0f}, {worth} of what BF16 does for {cost}")
+    for rate in (5, 10):
+        assert {seen.limit(level).cause for level in seen.levels(seen.variants(), rate)} == {"offered load"}
+        told.append(f"{seen.compare('fp8-tp2', 'bf16-tp4', rate, joules).value:.2f}×")
+        fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8-tp2", "bf16-tp4"))
+        told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
+    return told
+
+
+def version_numbers() -> list[str]:
+    """Those of a newer vLLM beside the one of the recorded runs."""
+    seen = evidence(open_run(source="h200-80gb-versions"))
+    names = ("output_token_throughput", "steady_output_token_throughput", "joules_per_output_token")
+    whole, steady, cost = (seen.compare("fp8-unsealed-033", "fp8-unsealed", math.inf, name) for name in names)
+    new, old = (mean_of(seen, variant, names[0]) for variant in ("fp8-unsealed-033", "fp8-unsealed"))
+    assert {seen.limit(level).cause for level in seen.levels(("fp8-unsealed-033",), math.inf)} == {"GPU power limit"}
+    power = [
+        fmean(s.gpu_power_w_steady for s in seen.levels((variant,), math.inf).values())
+        for variant in ("fp8-unsealed-033", "fp8-unsealed")
+    ]
+    return [
+        f"{new:,.0f} tokens/s where 0.26.0 serves {old:,.0f}, {whole}, {steady} in the steady state, for {cost}",
+        f"{power[0]:.0f} W against {power[1]:.0f}",
+    ]
 
 
 def test_headline_numbers_are_those_of_the_recorded_run():

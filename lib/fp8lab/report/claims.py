@@ -148,18 +148,22 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
     """How far each base came with all changes, and what FP8 is worth then. Another scheduler than vLLM's takes no part."""
-    told, last, profile = [], {}, seen.run.profile
-    for variant, _, change in unsealing_steps(seen):
-        if change and flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
+    told, first, last, profile = [], {}, {}, seen.run.profile
+    for variant, _, _ in unsealing_steps(seen):
+        if flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
             last[profile.base(variant)] = variant
+            first.setdefault(profile.base(variant), variant)
     for base, variant in last.items():
-        whole, steady = (seen.compare(variant, base, math.inf, metric) for metric in UNSEALED)
+        if variant == first[base]:
+            continue
+        whole, steady = (seen.compare(variant, first[base], math.inf, metric) for metric in UNSEALED)
         if whole and steady:
             now = [shown(mean_of(seen, variant, metric)) for metric in UNSEALED]
             told.append(
-                f"{variant} over {base}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
+                f"{variant} over {first[base]}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
             )
-    if {"bf16", "fp8"} <= last.keys() and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
+    changed = all(last.get(base, base) != base for base in ("bf16", "fp8"))
+    if changed and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
         limits = [" or the ".join(causes(seen, last[base], math.inf)) for base in ("fp8", "bf16")]
         told.append(
             f"{last['fp8']} over {last['bf16']}: {worth} over the whole run; limited by the {' and the '.join(limits)}."

@@ -37,7 +37,7 @@ def equal_load_table(run: Run) -> Table:
     ]  # fmt: skip
     columns = ("metric", "offered", "server", "FP8 / BF16", "95 % interval", "so", "steady clock, FP8 / BF16")
     caption = f"{card_note(run)}FP8 over BF16 at equal load, run {run.path.name}"
-    return _with_parts(caption, (*columns, "interval from", "part of the run"), rows)
+    return with_parts(caption, (*columns, "interval from", "part of the run"), rows)
 
 
 def ablation_table(run: Run) -> Table:
@@ -56,7 +56,7 @@ def ablation_table(run: Run) -> Table:
     if not rows:
         caption = f"Run {run.path.name} does not hold all four variants at one rate"
     columns = ("metric", "offered", "server", "effect", "ratio", "95 % interval", "so", "part of the run")
-    return _with_parts(f"{card_note(run)}{caption}", columns, rows)
+    return with_parts(f"{card_note(run)}{caption}", columns, rows)
 
 
 def worth_table(*runs: Run) -> Table:
@@ -73,7 +73,7 @@ def worth_table(*runs: Run) -> Table:
             ))  # fmt: skip
     columns = ("run", "offered", "server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
     columns += ("steady clock, FP8 / BF16", "BF16 limited by", "FP8 limited by", "part of the run")
-    return _with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
+    return with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 
 
 def unsealing_table(run: Run) -> Table:
@@ -88,11 +88,12 @@ def unsealing_table(run: Run) -> Table:
             variant, change or "–", before or "–", shown(means[0]), ratios[0], shown(means[1]), ratios[1],
             shown(mean_of(seen, variant, "mean_ttft_ms")), shown(mean_of(seen, variant, "mean_tpot_ms"), ",.1f"),
             shown(servers[0].kv_cache_tokens), shown(fmean(server.startup_s for server in servers)), " or the ".join(causes(seen, variant, burst)),
+            seen.parts([name for name in (variant, before) if name], burst),
         ))  # fmt: skip
     columns = ("variant", "changes", "beside", "tok/s, whole run", "over that", "tok/s, steady", "over that, steady", "TTFT ms",
-               "TPOT ms", "KV cache, tokens", "start, s", "limited by")  # fmt: skip
+               "TPOT ms", "KV cache, tokens", "start, s", "limited by", "part of the run")  # fmt: skip
     caption = f"{card_note(run)}One change after the other, all requests at once, run {run.path.name}; 95 % intervals"
-    return Table(caption if rows else f"{caption}: no such level", columns, rows)
+    return with_parts(caption if rows else f"{caption}: no such level", columns, rows)
 
 
 def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
@@ -101,7 +102,11 @@ def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
     measured, its changes are those to its base."""
     profile, found = seen.run.profile, []
     held = [v for v in seen.variants() if v in profile.variants and math.inf in seen.rates(v)]
-    names = {v: {flag.name for flag in parse(profile.variant(v).flags)} | set(profile.variant(v).env) for v in held}
+    fields = {v: profile.variant(v) for v in held}
+    names = {
+        v: {flag.name for flag in parse(f.flags)} | set(f.env) | ({"python"} if f.python else set())
+        for v, f in fields.items()
+    }
     for variant in sorted(held, key=lambda v: (profile.base(v), len(names[v]))):
         base = profile.base(variant)
         beside = [v for v in held if profile.base(v) == base and names[v] < names[variant]]
@@ -147,7 +152,7 @@ def _clocks(seen: Evidence, c: Compared) -> str:
     return f"{fp8 / bf16:.2f}× ({fp8:,.0f} / {bf16:,.0f} MHz)"
 
 
-def _with_parts(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def with_parts(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose last column says in which parts of a run a comparison was measured; without it for a run in one."""
     if not any(row[-1] for row in rows):
         return Table(caption, columns[:-1], [row[:-1] for row in rows])
@@ -209,13 +214,13 @@ def cards_table(run: Run, *, price: float | None = None) -> Table:
                 rate_name(rate), variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards),
                 over(seen, variant, beside, rate, _THROUGHPUT, its_cards / cards), shown(steady), shown(tpot, ",.1f"),
                 shown(joules, ".4f"), over(seen, variant, beside, rate, _JOULES), *([shown(cost, ".3f")] if price else []),
-                _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)),
+                _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)), seen.parts((variant, beside), rate),
             ))  # fmt: skip
     columns = ("offered", "variant", "cards", "tok/s, whole run", "tok/s a card", "over the first's", "tok/s, steady",
                "TPOT ms", "J/token", "over the first's",
-               *(["a million tokens cost"] if price else []), "each card, steady, first seed", "limited by")  # fmt: skip
+               *(["a million tokens cost"] if price else []), "each card, steady, first seed", "limited by", "part of the run")  # fmt: skip
     caption = f"{card_note(run)}By cards, run {run.path.name}" + (f"; {price:g} an hour and card" if price else "")
-    return Table(caption, columns, rows)
+    return with_parts(caption, columns, rows)
 
 
 def _each_card(seen: Evidence, level_id: str, cards: int) -> str:

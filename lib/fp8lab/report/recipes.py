@@ -10,7 +10,7 @@ from ..metrics.quality import Comparison
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
-from .comparison import causes, mean_of, over
+from .comparison import causes, mean_of, over, with_parts
 from .drawing import INK, figure, label_where_free, plainly
 from .verdict import card_note
 
@@ -60,14 +60,14 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
             ttft, tpot, served, cost, mhz = (mean_of(seen, variant, name, rate) for name in names)
             rows.append((
                 rate_name(rate), variant, shown(ttft), shown(tpot, ",.2f"), shown(served), tokens, shown(cost, ".4f"), joules,
-                shown(mhz), " or the ".join(causes(seen, variant, rate)),
+                shown(mhz), " or the ".join(causes(seen, variant, rate)), seen.parts((variant, beside), rate),
             ))  # fmt: skip
     columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",
-               "steady MHz", "limited by")  # fmt: skip
+               "steady MHz", "limited by", "part of the run")  # fmt: skip
     starts = min((seen.starts((variant,), _BURST) for variant in formats if seen.levels((variant,), _BURST)), default=0)
     spread = f", all at once over {starts} start{'s' * (starts > 1)} of each" if starts else ""
     caption = f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals over seeds{spread}; a ratio "
-    return Table(f"{caption}without one is a single seed's", columns, rows)
+    return with_parts(f"{caption}without one is a single seed's", columns, rows)
 
 
 def chosen(
