@@ -404,7 +404,11 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     assert f"满载时 tokens/s {tokens:.1f} %、TPOT {tpot:.1f} %；换成别的长度，最坏是 {' % 和 '.join(far)} %" in CHINESE
     assert f"foretold {100 * min(late):.0f} to {100 * max(late):.0f} % too long" in " ".join(DATA_README.split())
     assert f"is named rightly in {sum(named)} of the {len(named)} that" in " ".join(DATA_README.split())
+    recipes = evidence(open_run(source="h200-80gb-recipes"))
+    odd = [mean_of(recipes, f"fp8-{form}", "mean_tpot_ms", 50) for form in ("online", "static", "channel")]
+    said = f"took {odd[0]:.1f} ms a token where FP8's other two forms took {odd[1]:.1f} and {odd[2]:.1f}."
     assert f"Their TPOT is within 10 % in {sum(near)}." in " ".join(DATA_README.split())
+    assert len(near) - sum(near) == 2 and said in " ".join(DATA_README.split())
 
 
 @pytest.fixture(scope="module")
