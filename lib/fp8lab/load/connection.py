@@ -23,14 +23,16 @@ from .events import Outcome, Reader
 
 _MAX_ERROR_BYTES = 2000
 _MAX_NAME = 80
-_HEADERS = {b"content-length", b"transfer-encoding", b"location", b"content-encoding", b"keep-alive"}
+_MAX_HEAD_BYTES = 1 << 20
+_BLANK_LINE = b"\r\n\r\n"
+_UNUSUAL = re.compile(rb"\n(?:content-encoding|keep-alive):", re.IGNORECASE)
 # A refusal may repeat the whole prompt before, or after, it says what is wrong with it.
 _MAX_REFUSAL_BYTES = 1 << 18
 # uvicorn closes a connection that was idle for 5 s; one that might be closing is not used again. A server that says when
 # (the header Keep-Alive) is taken at its word, with the same margin.
 _MAX_IDLE_S = 4.0
 _IDLE_SHARE = 0.8
-_KEEP_ALIVE = re.compile(rb"timeout\s*=\s*(\d{1,6})", re.IGNORECASE)
+_KEEP_ALIVE = re.compile(r"timeout\s*=\s*(\d{1,6})", re.IGNORECASE)
 
 # Where a host has several addresses, one that does not accept within this is passed over. TCP asks again after 1 s.
 _PROBE_S = 2.5
@@ -56,7 +58,7 @@ class Connection(asyncio.Protocol):
         self._request = b""
         self._tail = b""
         self._reader: Reader | None = None
-        self._framed, self._location, self._encoding = False, "", ""
+        self._head = b""
         self._status = 0
         self._now = 0.0
         self._fresh, self._stale = True, False
@@ -74,7 +76,8 @@ class Connection(asyncio.Protocol):
         """Writes `request`; `outcome` takes what comes back. A connection that waited (`stale`) may be closed by the server
         just as it is used: that is no failure, the request is handed back."""
         self.outcome, self._request, self._stale = outcome, request, stale
-        self._tail, self._status, self._reader = b"", 0, None
+        self._head = self._tail = b""
+        self._status, self._reader = 0, None
         self.last_bytes = outcome.sent = outcome.sent or self._clock()
         self._transport.write(request)
 
@@ -105,6 +108,10 @@ class Connection(asyncio.Protocol):
         self._now = self.last_bytes = self._clock()
         if self.outcome is None:
             return self.close()  # bytes that nobody asked for
+        if not self._status:
+            self._head += data
+            if len(self._head) > _MAX_HEAD_BYTES:
+                return self.fail(f"not HTTP: more than {_MAX_HEAD_BYTES >> 20} MiB without an end of the headers")
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -112,7 +119,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error) -> None:
         self._transport = None
-        if error is None and self._status >= 200 and not self._framed:
+        framed = self._header("content-length") or "chunked" in self._header("transfer-encoding").lower()
+        if error is None and self._status >= 200 and not framed:
             self.on_message_complete()  # a body without a length ends where its connection does
         outcome, self.outcome = self.outcome, None
         self._parser = None
@@ -126,27 +134,26 @@ class Connection(asyncio.Protocol):
 
     # httptools callbacks
 
-    def on_message_begin(self) -> None:
-        self._framed, self._location, self._encoding = False, "", ""
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name not in _HEADERS:
-            return
-        if name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
-            self._framed = True
-        elif name == b"location":
-            self._location = value.decode(errors="replace")
-        elif name == b"content-encoding":
-            self._encoding = value.decode(errors="replace")[:_MAX_NAME]
-        elif name == b"keep-alive" and (seconds := _KEEP_ALIVE.search(value)):
-            self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
+    # No on_header: a call of it for each header cost as much as ten chunks.
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-        compressed = self._encoding.lower() not in ("", "identity")
+        compressed = False
+        if _UNUSUAL.search(self._head):
+            compressed = self._header("content-encoding").lower() not in ("", "identity")
+            if seconds := _KEEP_ALIVE.search(self._header("keep-alive")):
+                self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
         if self.outcome and self._status == 200 and not compressed:
             self._reader = Reader(self.outcome)
+
+    def _header(self, name: str) -> str:
+        """A header of the answer; "" where it has none."""
+        found = re.search(
+            rf"^{name}:(.*)$",
+            self._head.partition(_BLANK_LINE)[0].decode(errors="replace"),
+            re.IGNORECASE | re.MULTILINE,
+        )
+        return found[1].strip() if found else ""
 
     def on_body(self, body: bytes) -> None:
         if self._reader:
@@ -157,7 +164,9 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if 100 <= self._status < 200 and self._status != 101:
-            return  # an interim answer (100 Continue, 103 Early Hints): the answer follows
+            # An interim answer (100 Continue, 103 Early Hints): the answer follows.
+            self._status, self._head = 0, self._head.partition(_BLANK_LINE)[2]
+            return
         outcome, self.outcome = self.outcome, None
         if outcome is None:
             return
@@ -165,11 +174,11 @@ class Connection(asyncio.Protocol):
             outcome.error = self._reader.end()
         elif self._status == 200:
             outcome.error = (
-                f"the answer is compressed ({self._encoding}), though that was not asked for, and compressed streams are "
+                f"the answer is compressed ({self._header('content-encoding')[:_MAX_NAME]}), though that was not asked for, and compressed streams are "
                 "not timed; switch compression off in the server or the proxy before it (nginx: gzip off)"
             )
-        elif self._location and 300 <= self._status < 400:
-            where = target(self._url, self._location)
+        elif 300 <= self._status < 400 and (location := self._header("location")):
+            where = target(self._url, location)
             outcome.error = f"HTTP {self._status}: the server redirects to {where}; give that as --base-url"
         else:
             outcome.error = f"HTTP {self._status}: {words(self._tail)[:_MAX_ERROR_BYTES]}"

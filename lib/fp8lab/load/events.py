@@ -122,21 +122,26 @@ class _Pattern(NamedTuple):
 class Reader:
     """Reads the body of one stream into `outcome`."""
 
+    # One block of memory without a dictionary: a chunk that wakes an idle worker finds nothing of it in the caches.
+    __slots__ = ("_after", "_after_cr", "_append", "_before", "_blanks", "_clean", "_data", "_first_line", "_held", "_index",
+                 "_indices", "_kind", "_no_event", "_now", "_outcome", "_pattern_at", "_patterns", "_reasoned", "_stray",
+                 "_tail")  # fmt: skip
+
     # The last pattern that was proved; what it proves holds for every stream.
     _known: _Pattern | None = None
-    _reasoned = False
-    # What is not complete yet: a line, the kind of an event; and how much is held.
-    _tail, _kind, _held = b"", b"", 0
-    _first_line, _after_cr, _clean, _no_event = True, False, True, True
-    _now = 0.0
-    _before, _after = _MATCHES_NOTHING, b""
-    _patterns, _pattern_at = _PATTERNS, 0
 
     def __init__(self, outcome: Outcome):
         self._outcome = outcome
         self._append = outcome.chunks.append
+        self._now = 0.0
+        self._before, self._after = _MATCHES_NOTHING, b""
+        self._patterns, self._pattern_at = _PATTERNS, 0
+        # What is not complete yet: a line, the kind of an event, its data; and how much is held.
+        self._tail, self._kind, self._held = b"", b"", 0
+        self._data: list[bytes] = []
+        self._first_line, self._after_cr, self._clean, self._no_event = True, False, True, True
+        self._reasoned = False
         self._blanks: list[float] = []  # times of chunks that may be a token without text
-        self._data: list[bytes] = []  # of an event that is not complete yet
         self._indices: set[int] = set()  # of choices
         self._index = -1  # the last one
         self._stray: list[bytes] = []  # lines where events should stand
