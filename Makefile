@@ -57,17 +57,19 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# Two files at a time: what the tests of a file share is made once. What times itself has the machine for itself.
+# Two files at a time: what the tests of a file share is made once.
 BESIDE := $(PYTEST) -n 2 --dist loadfile
 
 quick: lint
 	$(BESIDE) -m "not servers and not timing" $(ARGS)
 
-# Two servers at a time fill two cores: what fails beside another test (pytest's exit code 1) is run once more, alone.
+# What fails beside another test (pytest's exit code 1), since a server fills a core or since it times itself, is run once
+# more, alone.
+AGAIN = $(BESIDE) -m $(1) $(ARGS) || { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m $(1) $(ARGS); }
+
 test: quick
-	$(BESIDE) -m "servers and not timing" $(ARGS) || \
-	  { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m "servers and not timing" $(ARGS); }
-	$(PYTEST) -m timing $(ARGS)
+	$(call AGAIN,"servers and not timing")
+	$(call AGAIN,timing)
 
 nightly: export FP8LAB_NIGHTLY = 1
 nightly: test
