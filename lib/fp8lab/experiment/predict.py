@@ -25,7 +25,7 @@ _SLOWEST, _FASTEST = 1e-3, 1e6  # requests/s
 _MOST_REQUESTS = 10_000
 _PROBES = 16
 # A seed's bracket is made this narrow, if each rate in it can be decided.
-_NARROW = 0.02
+_NARROW, _NEARBY = 0.02, 1.08
 # What every step answers in vLLM's own scheduling.
 _TOKEN = 7
 
@@ -79,15 +79,16 @@ def highest_rate(variant: str, model: StepModel, draw: Callable[[int], Trace], s
     alone = predict(variant, model, draw(probe_requests(slo)), 1e-3, seed=seed).played.records
     if attains(alone, slo).bound == "missed":
         return Bracket(0.0, 0.0)
-    found, start = [], 10.0
+    found, start, step = [], 10.0, 2.0
     for one in range(seed, seed + _SEEDS):
 
         def probe(rate: float, seed: int = one) -> str:
             requests = max(probe_requests(slo), math.ceil(rate * _SEARCHED_S))
             return attains(predict(variant, model, draw(requests), rate, seed=seed).played.records, slo).bound
 
-        found.append(search(probe, start, tolerance=_NARROW, max_probes=_PROBES)[0])
-        start = found[-1].low or start
+        found.append(search(probe, start, step=step, tolerance=_NARROW, max_probes=_PROBES)[0])
+        if found[-1].low:
+            start, step = found[-1].low, _NEARBY  # another seed's limit is not far
     return Bracket(min(one.low for one in found), max(one.high for one in found))
 
 

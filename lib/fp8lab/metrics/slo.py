@@ -201,10 +201,11 @@ def search(
     start: float = 25.0,
     *,
     known: Iterable[tuple[float, str]] = (),
+    step: float = 2.0,
     tolerance: float = 0.05,
     max_probes: int = 8,
 ) -> tuple[Bracket, list[tuple[float, str]]]:
-    """Finds the limit by doubling (or halving), then by bisection; (bracket, what was tried in order).
+    """Finds the limit by doubling or halving (or by another `step`), then by bisection; (bracket, what was tried in order).
 
     `probe(rate)` measures one level and returns its `Attainment.bound`, or "invalid" for one that does not count. `known`
     are the (rate, bound) of earlier levels: the search goes on from them, and from `start` where they bound nothing. It ends
@@ -212,10 +213,12 @@ def search(
     for any limit from a half to eight times `start`. After a probe that says nothing it goes on below, and bounds nothing
     with it.
     """
-    if not (start > 0 and tolerance > 0 and max_probes > 0):
-        raise BadInput(f"search: start {start}, tolerance {tolerance} and max_probes {max_probes} must be above 0")
+    if not (start > 0 and step > 1 and tolerance > 0 and max_probes > 0):
+        raise BadInput(
+            f"search: start {start}, tolerance {tolerance} and max_probes {max_probes} must be above 0, step {step} above 1"
+        )
     known, tried = list(known), []
-    while len(tried) < max_probes and (rate := _next_rate([*known, *tried], start, tolerance)):
+    while len(tried) < max_probes and (rate := _next_rate([*known, *tried], start, step, tolerance)):
         state = probe(rate)
         if state == "invalid":
             break
@@ -223,13 +226,13 @@ def search(
     return bracket([*known, *tried]), tried
 
 
-def _next_rate(tried: Sequence[tuple[float, str]], start: float, tolerance: float) -> float | None:
+def _next_rate(tried: Sequence[tuple[float, str]], start: float, step: float, tolerance: float) -> float | None:
     """The rate to try next; None when the limit is known within `tolerance`."""
     low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
     if low == 0:
-        return start if high == math.inf else high / 2
+        return start if high == math.inf else high / step
     if high == math.inf:
-        return low * 2
+        return low * step
     if high / low - 1 <= tolerance:
         return None
     # The geometric middle halves the relative width; three digits, so that the level's name is readable.
