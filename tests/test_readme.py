@@ -442,7 +442,10 @@ def answer():
             f"{one.compare('fp8-unsealed', 'bf16-unsealed', math.inf, metric).value:.2f}" for one in unsealed
         ],
         "joules": f"{h100.compare('fp8', 'bf16', 50, 'joules_per_output_token').value:.2f}",
-        "half": f"{2 * evidence(open_run(source='h200-80gb-x2-32b')).compare('fp8', 'bf16-tp2', math.inf, metric).value:.2f}",
+        "half": [
+            f"{2 * evidence(open_run(source=f'h200-80gb-{run}')).compare(fp8, bf16, math.inf, metric).value:.2f}"
+            for run, fp8, bf16 in (("x2-32b", "fp8", "bf16-tp2"), ("x4-70b", "fp8-tp2", "bf16-tp4"))
+        ],
     }
 
 
@@ -466,7 +469,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"run at {a['unsealed'][0]} tokens/s, {a['unsealed'][2]} in the steady state, where the published command gives "
         f"{a['unsealed'][1]} and {a['unsealed'][3]} on the same machine. FP8 is then worth {each[0]}×, on the lengths of two real "
         f"services {each[1]}× (conversation) and {each[2]}× (coding;",
-        f"A 32 B model in FP8 on one card serves {a['half']}× the tokens/s a card of BF16 on two",
+        f"A 32 B model in FP8 on one card serves {a['half'][0]}× the tokens/s a card of BF16 on two, a 70 B one on two cards {a['half'][1]}× that",
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -480,7 +483,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"每个 token 的能耗只有 {a['joules']} 倍。",
         f"全程从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，稳定阶段从 {a['unsealed'][3]} 升到 {a['unsealed'][2]}。 此时 FP8 是 BF16 的 {each[0]} 倍；"
         f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
-        f"平均每张卡的吞吐是 BF16 用两张卡时的 {a['half']} 倍",
+        f"平均每张卡的吞吐是 BF16 用两张卡时的 {a['half'][0]} 倍；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {a['half'][1]} 倍",
     ):
         assert row in chinese
 
