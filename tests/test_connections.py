@@ -462,6 +462,22 @@ def test_answers_of_every_framing_are_read(parts, close):
         ([HEAD + http_chunk(TOKEN)], "connection closed by the server after 1 chunks"),
         ([b"HTTP/1.0 500 Oops\r\n\r\nout of luck"], "HTTP 500: out of luck"),
         ([b"HTTP/1.1 100 Continue\r\n\r\n"], "connection closed by the server after no token"),
+        (
+            [OK + b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n" + http_chunk(TOKEN)],
+            "connection closed by",
+        ),
+        (
+            [OK + b"Content-Encoding: identity\r\nContent-Encoding: gzip\r\n\r\n" + BODY],
+            "the answer is compressed (identity, gzip)",
+        ),
+        (
+            [b"\r\n\r\nHTTP/1.1 302 Found\r\nLocation: http://login.test/in\r\n\r\n"],
+            "HTTP 302: the server redirects to http://login.test/in",
+        ),
+        (
+            [b"HTTP/1.1 100 Continue\r\n\r\n\r\n\r\nHTTP/1.1 302 Found\r\nLocation: http://login.test/in\r\n\r\n"],
+            "HTTP 302: the server redirects",
+        ),
         ([b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"], "HTTP 101"),
         ([b"\x00\x00\x12\x04\x00\x00\x00\x00\x00"], "not HTTP"),
         ([b"HTTP/1.1 204 No Content\r\n\r\n"], "HTTP 204"),
@@ -521,12 +537,30 @@ def test_a_request_on_a_connection_that_closes_as_it_is_used_is_sent_once_more_a
         assert sum(raw.served) == 8
 
 
+def test_a_request_that_a_server_began_to_answer_is_not_sent_again():
+    async def interim(writer, _request, served):
+        if served == 1:
+            writer.write(SIZED + b"\r\n" + BODY)
+            await writer.drain()
+            return True
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await writer.drain()
+        return False
+
+    with Raw(interim) as raw:
+        trace = fixed_length(2, input_tokens=5, output_tokens=3)
+        sent = send(raw.url, trace, due=np.arange(2) * 0.2, workers=1, connections_ahead=1)
+        assert [outcome.error for outcome in sent.outcomes] == [None, "connection closed by the server after no token"]
+        assert len(raw.opened) == 1
+
+
 @pytest.mark.parametrize(
     ("header", "gap_s", "connections"),
     [
         (b"Keep-Alive: timeout=1\r\n", 0.9, 3),
         (b"Keep-Alive: timeout=1, max=100\r\n", 0.3, 1),
         (b"keep-alive: max=5, timeout = 1\r\n", 0.9, 3),
+        (b"Keep-Alive: max=9\r\nKeep-Alive: timeout=1\r\n", 0.9, 3),
         (b"Keep-Alive: timeout=0\r\n", 0.1, 3),
         (b"Keep-Alive: timeout=75\r\n", 0.9, 1),
         (b"Keep-Alive: nonsense\r\n", 0.3, 1),

@@ -14,7 +14,7 @@ from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.predict import step_models
 from fp8lab.experiment.quality import comparisons
 from fp8lab.experiment.step_fit import replay
-from fp8lab.metrics.anatomy import ATTENTION, LAYERS, QUANTISATION
+from fp8lab.metrics.anatomy import ATTENTION, LAYERS, NORMS, QUANTISATION
 from fp8lab.metrics.bottleneck import backlog_growth
 from fp8lab.metrics.quality import distinguishable
 from fp8lab.metrics.slo import SLO, attains
@@ -288,53 +288,47 @@ def format_steps() -> list[str]:
         {v: one.decode.times for v, batches in found.items() for one in batches if one.batch == n} for n in (1024, 64)
     )
     layers = {v: times[LAYERS] for v, times in full.items()}
-    quantised = [full[v][QUANTISATION] for v in ("fp8-online", "int8")]
-    attention = [times[ATTENTION] for times in full.values()]
+    passes = {v: times.get(QUANTISATION, 0) + times[NORMS] for v, times in full.items()}
+    adds = [passes[v] - passes["bf16"] for v in ("fp8-online", "int8")]
+    work = {v: one.decode.work for v, batches in found.items() for one in batches if one.batch == 1024}
+    read = {v: 1e6 * full[v][ATTENTION] / work[v].decode_context for v in full}  # ns a token of context
+    shares = [read[v] / read["bf16"] for v in full if v != "bf16"]
     few = {v: times[LAYERS] for v, times in small.items()}
     return [
-        f"take {layers['bf16']:.1f} ms in BF16, {layers['fp8-online']:.1f} in FP8, {layers['int8']:.1f} in INT8 and {layers['int4']:.1f} in INT4",
-        f"add {quantised[0]:.1f} and {quantised[1]:.1f} ms to quantise",
-        f"Attention takes {min(attention):.1f} to {max(attention):.1f} ms",
+        f"take {layers['bf16']:.1f} ms in BF16, {layers['fp8-online']:.1f} in FP8 (online), {layers['int8']:.1f} in INT8 and {layers['int4']:.1f} in INT4",
+        f"quantising what goes into them adds {adds[0]:.1f} and {adds[1]:.1f} ms",
+        f"takes {min(shares):.2f} to {max(shares):.2f} of the time that BF16's takes for a token of context",
         f"take {few['int4']:.1f} ms, BF16's {few['bf16']:.1f} and FP8's {few['fp8-online']:.1f}",
     ]
 
 
 def half_numbers() -> list[str]:
-    """Those of a model in BF16 on two cards and in FP8 on one."""
-    seen = evidence(open_run(source="h200-80gb-x2-32b"))
-    tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
-    assert {seen.limit(level).cause for level in seen.levels(("bf16-tp2",), math.inf)} == {"GPU power limit"}
-    two, one = (mean_of(seen, variant, tokens) for variant in ("bf16-tp2", "fp8"))
-    worth, cost = (seen.compare("fp8", "bf16-tp2", math.inf, name) for name in (tokens, joules))
-    told = [
-        f"serves {one:,.0f} tokens/s where BF16 on two serves {two:,.0f}, which is {worth.times(2)} a card for {cost}"
-    ]
-    for rate in (5, 10):
-        assert {seen.limit(level).cause for level in seen.levels(seen.variants(), rate)} == {"offered load"}
-        told.append(f"{seen.compare('fp8', 'bf16-tp2', rate, joules).value:.2f}×")
-        fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8", "bf16-tp2"))
-        told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
-    return [*told, *four_cards_numbers()]
-
-
-def four_cards_numbers() -> list[str]:
-    """Those of a model in BF16 on four cards, in FP8 on two of them, and in two such copies."""
-    seen = evidence(open_run(source="h200-80gb-x4-70b"))
-    tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
-    assert {seen.limit(level).cause for level in seen.levels(("bf16-tp4",), math.inf)} == {"GPU power limit"}
-    two, four, copies = (mean_of(seen, variant, tokens) for variant in ("fp8-tp2", "bf16-tp4", "fp8-tp2-dp2"))
-    worth, cost = (seen.compare("fp8-tp2", "bf16-tp4", math.inf, name) for name in (tokens, joules))
-    told = [
-        f"serves {two:,.0f} tokens/s where BF16 on four serves {four:,.0f}, which is {worth.times(2)} a card for {cost}"
-    ]
-    worth, cost = (seen.compare("fp8-tp2-dp2", "bf16-tp4", math.inf, name) for name in (tokens, joules))
-    told.append(f"serve {copies:,.0f}, {worth} of what BF16 does for {cost}")
-    for rate in (5, 10):
-        assert {seen.limit(level).cause for level in seen.levels(seen.variants(), rate)} == {"offered load"}
-        told.append(f"{seen.compare('fp8-tp2', 'bf16-tp4', rate, joules).value:.2f}×")
-        fp8, bf16 = (mean_of(seen, variant, tpot, rate) for variant in ("fp8-tp2", "bf16-tp4"))
-        told.append(f"of {fp8:.1f} against {bf16:.1f} ms")
-    return told
+    """Those of a model in BF16 on some cards and in FP8 on half of them, and of two such copies."""
+    tokens, steady, joules = "output_token_throughput", "steady_output_token_throughput", "joules_per_output_token"
+    told = []
+    for name, fp8, bf16, cards in (("x2-32b", "fp8", "bf16-tp2", "two"), ("x4-70b", "fp8-tp2", "bf16-tp4", "four")):
+        seen = evidence(open_run(source=f"h200-80gb-{name}"))
+        assert {seen.limit(level).cause for level in seen.levels((bf16,), math.inf)} == {"GPU power limit"}
+        half, whole = (mean_of(seen, variant, tokens) for variant in (fp8, bf16))
+        worth, then, cost = (seen.compare(fp8, bf16, math.inf, metric) for metric in (tokens, steady, joules))
+        told.append(
+            f"serves {half:,.0f} tokens/s where BF16 on {cards} serves {whole:,.0f}, which is {worth.times(2)} a card over the "
+            f"whole run and {then.times(2)} in the steady state, for {cost} the joules"
+        )
+        for rate in (5, 10):
+            assert {seen.limit(level).cause for level in seen.levels(seen.variants(), rate)} == {"offered load"}
+            told.append(f"{seen.compare(fp8, bf16, rate, joules).value:.2f}×")
+            one, other = (mean_of(seen, variant, "mean_tpot_ms", rate) for variant in (fp8, bf16))
+            told.append(f"of {one:.1f} against {other:.1f} ms")
+    copies = (seen.compare("fp8-tp2-dp2", "bf16-tp4", math.inf, metric) for metric in (tokens, steady, joules))
+    worth, then, cost = copies
+    told.append(
+        f"serve {mean_of(seen, 'fp8-tp2-dp2', tokens):,.0f}, {worth} of what BF16 does and {then} in the steady state, for {cost}"
+    )
+    (beside,) = (part["machine"]["beside"] for part in seen.run.manifest["continued"])
+    first = seen.summaries["bf16-tp4-infrps-r1"].output_token_throughput
+    control = re.search(r"once more there: ([\d,]+) tok/s", beside)[1]
+    return [*told, f"gave {first:,.0f} tokens/s on its host and {control} on that of FP8"]
 
 
 def version_numbers() -> list[str]:
@@ -443,8 +437,9 @@ def answer():
         ],
         "joules": f"{h100.compare('fp8', 'bf16', 50, 'joules_per_output_token').value:.2f}",
         "half": [
-            f"{2 * evidence(open_run(source=f'h200-80gb-{run}')).compare(fp8, bf16, math.inf, metric).value:.2f}"
+            f"{2 * evidence(open_run(source=f'h200-80gb-{run}')).compare(fp8, bf16, math.inf, name).value:.2f}"
             for run, fp8, bf16 in (("x2-32b", "fp8", "bf16-tp2"), ("x4-70b", "fp8-tp2", "bf16-tp4"))
+            for name in (metric, "steady_output_token_throughput")
         ],
     }
 
@@ -469,7 +464,8 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"run at {a['unsealed'][0]} tokens/s, {a['unsealed'][2]} in the steady state, where the published command gives "
         f"{a['unsealed'][1]} and {a['unsealed'][3]} on the same machine. FP8 is then worth {each[0]}×, on the lengths of two real "
         f"services {each[1]}× (conversation) and {each[2]}× (coding;",
-        f"A 32 B model in FP8 on one card serves {a['half'][0]}× the tokens/s a card of BF16 on two, a 70 B one on two cards {a['half'][1]}× that",
+        "A 32 B model in FP8 on one card serves {}× the tokens/s a card of BF16 on two ({}× in the steady state), a 70 B one on two "
+        "cards {}× those of BF16 on four ({}×)".format(*a["half"]),
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -483,7 +479,9 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"每个 token 的能耗只有 {a['joules']} 倍。",
         f"全程从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，稳定阶段从 {a['unsealed'][3]} 升到 {a['unsealed'][2]}。 此时 FP8 是 BF16 的 {each[0]} 倍；"
         f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
-        f"平均每张卡的吞吐是 BF16 用两张卡时的 {a['half'][0]} 倍；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {a['half'][1]} 倍",
+        "平均每张卡的吞吐是 BF16 用两张卡时的 {} 倍（稳态 {} 倍）；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {} 倍（稳态 {} 倍）".format(
+            *a["half"]
+        ),
     ):
         assert row in chinese
 

@@ -140,20 +140,18 @@ class Connection(asyncio.Protocol):
         self._status = self._parser.get_status_code()
         compressed = False
         if _UNUSUAL.search(self._head):
-            compressed = self._header("content-encoding").lower() not in ("", "identity")
+            compressed = any(
+                coding.strip().lower() not in ("", "identity") for coding in self._header("content-encoding").split(",")
+            )
             if seconds := _KEEP_ALIVE.search(self._header("keep-alive")):
                 self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
         if self.outcome and self._status == 200 and not compressed:
             self._reader = Reader(self.outcome)
 
     def _header(self, name: str) -> str:
-        """A header of the answer; "" where it has none."""
-        found = re.search(
-            rf"^{name}:(.*)$",
-            self._head.partition(_BLANK_LINE)[0].decode(errors="replace"),
-            re.IGNORECASE | re.MULTILINE,
-        )
-        return found[1].strip() if found else ""
+        """A header of the answer, one that is repeated with commas between; "" where it has none."""
+        head = self._head.lstrip(b"\r\n").partition(_BLANK_LINE)[0].decode(errors="replace")
+        return ", ".join(value.strip() for value in re.findall(rf"(?im)^{name}:(.*)$", head))
 
     def on_body(self, body: bytes) -> None:
         if self._reader:
@@ -165,7 +163,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if 100 <= self._status < 200 and self._status != 101:
             # An interim answer (100 Continue, 103 Early Hints): the answer follows.
-            self._status, self._head = 0, self._head.partition(_BLANK_LINE)[2]
+            self._status, self._head = 0, self._head.lstrip(b"\r\n").partition(_BLANK_LINE)[2]
+            self._stale = False  # the server has begun to answer
             return
         outcome, self.outcome = self.outcome, None
         if outcome is None:

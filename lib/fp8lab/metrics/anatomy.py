@@ -27,9 +27,10 @@ _KIND_OF_NAME = (
     (KV_WRITE, r"reshape_and_cache|concat_and_cache"),
     (ATTENTION, r"flash|fmha|attn|attention|varlen"),
     (SAMPLING, r"gumbel|sampl|argmax|top_?[kp]\b|top_?[kp]_|min_p|penalt|logprob|bincount"),
+    (NORMS, r"^triton_(red|poi|per)_fused"),  # what is done before or after a product bears its name too
     (LAYERS, r"gemm|gemv|nvjet|cutlass|cublas|split_?k|matmul|machete|marlin"),
     (QUANTISATION, r"quant|scaled_fp8|float8|amax|clamp"),
-    (NORMS, r"norm|silu|rotary|rope|embedding|triton_(red|poi|per)_fused"),
+    (NORMS, r"norm|silu|rotary|rope|embedding"),
     (COPIES, r"memcpy|memset|copy|fill|index|scatter|gather|elementwise"),
 )
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _KIND_OF_NAME)

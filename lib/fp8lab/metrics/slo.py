@@ -205,12 +205,13 @@ def search(
     tolerance: float = 0.05,
     max_probes: int = 8,
 ) -> tuple[Bracket, list[tuple[float, str]]]:
-    """Finds the limit by doubling or halving (or by another `step`), then by bisection; (bracket, what was tried in order).
+    """Finds the limit by doubling or halving, then by bisection; (bracket, what was tried in order). Where it is expected near
+    `start`, a smaller first `step`, which widens up to that, takes fewer probes.
 
     `probe(rate)` measures one level and returns its `Attainment.bound`, or "invalid" for one that does not count. `known`
     are the (rate, bound) of earlier levels: the search goes on from them, and from `start` where they bound nothing. It ends
-    when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. Eight probes suffice
-    for any limit from a half to eight times `start`. After a probe that says nothing it goes on below, and bounds nothing
+    when the bracket is within `tolerance` (high / low - 1), after `max_probes`, or at an invalid one. By doubling, eight probes
+    suffice for any limit from a half to eight times `start`. After a probe that says nothing it goes on below, and bounds nothing
     with it.
     """
     if not (start > 0 and step > 1 and tolerance > 0 and max_probes > 0):
@@ -229,12 +230,17 @@ def search(
 def _next_rate(tried: Sequence[tuple[float, str]], start: float, step: float, tolerance: float) -> float | None:
     """The rate to try next; None when the limit is known within `tolerance`."""
     low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
+    wide = min(2.0, step**2 ** (len(tried) - 1)) if tried else step
     if low == 0:
-        return start if high == math.inf else high / step
+        return start if high == math.inf else _three_digits(high / wide)
     if high == math.inf:
-        return low * step
+        return _three_digits(low * wide)
     if high / low - 1 <= tolerance:
         return None
-    # The geometric middle halves the relative width; three digits, so that the level's name is readable.
-    rate = float(f"{math.sqrt(low * high):.3g}")
+    rate = _three_digits(math.sqrt(low * high))  # the geometric middle halves the relative width
     return rate if low < rate < high else None
+
+
+def _three_digits(rate: float) -> float:
+    """So that a level's name is readable."""
+    return float(f"{rate:.3g}")

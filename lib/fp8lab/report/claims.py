@@ -148,19 +148,23 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
     """How far each base came with all changes, and what FP8 is worth then. Another scheduler than vLLM's takes no part."""
-    told, first, last, profile = [], {}, {}, seen.run.profile
-    for variant, _, _ in unsealing_steps(seen):
+    told, last, profile, title = [], {}, seen.run.profile, "What all changes together give."
+    before = {variant: adds_to for variant, adds_to, _ in unsealing_steps(seen)}
+    for variant in before:
         if flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
             last[profile.base(variant)] = variant
-            first.setdefault(profile.base(variant), variant)
-    for base, variant in last.items():
-        if variant == first[base]:
-            continue
-        whole, steady = (seen.compare(variant, first[base], math.inf, metric) for metric in UNSEALED)
-        if whole and steady:
+    for variant in last.values():
+        first = variant
+        while before[first]:
+            first = before[first]
+        cards = {s.cards for s in seen.levels((first, variant), math.inf).values()}
+        whole, steady = (seen.compare(variant, first, math.inf, metric) for metric in UNSEALED)
+        if variant != first and len(cards) == 1 and whole and steady:
+            if profile.changes(variant, first).startswith("python "):
+                title = "What another version of vLLM gives."
             now = [shown(mean_of(seen, variant, metric)) for metric in UNSEALED]
             told.append(
-                f"{variant} over {first[base]}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
+                f"{variant} over {first}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
             )
     changed = all(last.get(base, base) != base for base in ("bf16", "fp8"))
     if changed and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
@@ -168,11 +172,7 @@ def _unsealing(seen: Evidence) -> tuple[str, str]:
         told.append(
             f"{last['fp8']} over {last['bf16']}: {worth} over the whole run; limited by the {' and the '.join(limits)}."
         )
-    return (
-        ("What all changes together give.", " ".join(told))
-        if told
-        else ("No change to a server is measured in this run.", "")
-    )
+    return (title, " ".join(told)) if told else ("No change to a server is measured in this run.", "")
 
 
 def _ratios(what: str, compared: Callable) -> tuple[str, str]:

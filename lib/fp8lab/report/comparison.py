@@ -211,13 +211,14 @@ def cards_table(run: Run, *, price: float | None = None) -> Table:
             tokens, steady, joules, tpot = (mean_of(seen, variant, metric, rate) for metric in metrics)
             cost = price * cards / (tokens * 3600 / 1e6) if price and tokens else None
             rows.append((
-                rate_name(rate), variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards),
-                over(seen, variant, beside, rate, _THROUGHPUT, its_cards / cards), shown(steady), shown(tpot, ",.1f"),
+                f"{rate_name(rate)}, {held[0][1].requests:,}", variant, f"{cards}", shown(tokens), shown(tokens and tokens / cards),
+                over(seen, variant, beside, rate, _THROUGHPUT, its_cards / cards), shown(steady and steady / cards),
+                over(seen, variant, beside, rate, UNSEALED[1], its_cards / cards), shown(tpot, ",.1f"),
                 shown(joules, ".4f"), over(seen, variant, beside, rate, _JOULES), *([shown(cost, ".3f")] if price else []),
                 _each_card(seen, held[0][0], cards), " or the ".join(causes(seen, variant, rate)), seen.parts((variant, beside), rate),
             ))  # fmt: skip
-    columns = ("offered", "variant", "cards", "tok/s, whole run", "tok/s a card", "over the first's", "tok/s, steady",
-               "TPOT ms", "J/token", "over the first's",
+    columns = ("offered, requests", "variant", "cards", "tok/s, whole run", "tok/s a card", "over the first's", "steady, a card",
+               "over the first's", "TPOT ms", "J/token", "over the first's",
                *(["a million tokens cost"] if price else []), "each card, steady, first seed", "limited by", "part of the run")  # fmt: skip
     caption = f"{card_note(run)}By cards, run {run.path.name}" + (f"; {price:g} an hour and card" if price else "")
     return with_parts(caption, columns, rows)
