@@ -516,6 +516,20 @@ def test_the_answers_are_those_of_the_recorded_run():
     assert f"after {floor.same_prefix.value:.0f} tokens" in " ".join(DATA_README.split())
 
 
+def test_what_int8_does_to_answers_is_that_of_the_recorded_run():
+    held, told = comparisons(open_run(source="smollm2-cpu-recipes")), " ".join(DATA_README.split())
+    assert held["fp32-again"].top1_agreement.value == 1.0  # "agrees with itself everywhere"
+    nearest, gptq = (held[variant] for variant in ("int8", "int8-by-gptq"))
+    worth = [
+        f"{one.perplexity_ratio.value:.3f}× ({one.perplexity_ratio.low:.3f} to {one.perplexity_ratio.high:.3f})"
+        for one in (nearest, gptq)
+    ]
+    same = [f"{100 * one.top1_agreement.value:.1f} %" for one in (nearest, gptq, held["bf16"])]
+    assert f"a perplexity of {worth[0]} and the same likeliest token at {same[0]} of positions" in told
+    assert f"{worth[1]} and {same[1]}, with a KL divergence of {gptq.kl_mean.value:.4f} nats" in told
+    assert f"in place of {nearest.kl_mean.value:.4f}. BF16 has {same[2]} there." in told
+
+
 def test_the_fastest_commands_give_the_answers_of_the_published_ones():
     for name, reference, where in (
         ("smollm2-h100-unsealed", "bf16", "(`smollm2-h100-unsealed`) the likeliest token is the same at"),
