@@ -115,6 +115,17 @@ def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("step", "source"),
+    [("08", "h100-80gb-unseal"), ("09", "h200-80gb-recipes"), ("10", "h200-80gb-x2-8b")],
+)
+def test_what_was_recorded_on_cards_is_drawn_without_one(step, source, tmp_path):
+    (notebook,) = notebooks.find(step)
+    page = notebooks.execute(notebook, tmp_path / notebook.name, {"source": source}).read_text()
+    assert "Traceback" not in page and page.count("<table") > 5
+
+
 def short_load(step) -> dict:
     """Parameters with which a step takes seconds."""
     search = {"share": 0.9, "seconds": 2, "start": 60, "max_probes": 3, "variants": ["fp8"]}
