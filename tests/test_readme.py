@@ -164,6 +164,14 @@ def unsealed_numbers() -> list[str]:
     told += [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
     last = [mean_of(one, "fp8-unsealed", metrics[0]) for one in (both, seen)]
     told.append(f"{min(last):,.0f} and {max(last):,.0f} in two runs")
+    there = [evidence(open_run(source=f"h200-80gb{name}")) for name in ("", "-versions", "-x2-8b")]
+    ends = [mean_of(there[0], "fp8", metrics[0])]
+    ends += [mean_of(one, "fp8-unsealed", metric) for metric in metrics for one in there[1:]]
+    told.append(
+        "the first gives {:,.0f} (one seed) and the last {:,.0f} and {:,.0f}, in the steady state {:,.0f} and {:,.0f}.".format(
+            *ends
+        )
+    )
     assert {both.limit(level).cause for level in both.levels(("bf16-unsealed",), math.inf)} == {"GPU power limit"}
     told += held_back(both, "-unsealed", 3)[1:]
     named = ("request_throughput", "mean_tpot_ms")
