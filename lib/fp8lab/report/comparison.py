@@ -84,8 +84,9 @@ def unsealing_table(run: Run) -> Table:
         servers = [s.server for s in seen.levels((variant,), burst).values()]
         means = [mean_of(seen, variant, metric) for metric in UNSEALED]
         ratios = [str(seen.compare(variant, before, burst, metric) or "–") if before else "–" for metric in UNSEALED]
+        version = f"vLLM {servers[0].vllm}: " if servers[0].vllm else ""
         rows.append((
-            variant, change or "–", before or "–", shown(means[0]), ratios[0], shown(means[1]), ratios[1],
+            variant, f"{version}{change or '–'}", before or "–", shown(means[0]), ratios[0], shown(means[1]), ratios[1],
             shown(mean_of(seen, variant, "mean_ttft_ms")), shown(mean_of(seen, variant, "mean_tpot_ms"), ",.1f"),
             shown(servers[0].kv_cache_tokens), shown(fmean(server.startup_s for server in servers)), " or the ".join(causes(seen, variant, burst)),
             seen.parts([name for name in (variant, before) if name], burst),

@@ -43,7 +43,7 @@ def environment_table(run: Run) -> Table:
 def _other_vllms(run: Run) -> list[tuple[str, str]]:
     """The vLLM of each variant that has a Python of its own."""
     servers = {s.server.variant: s.server for s in run.summaries().values() if s.server and s.server.software}
-    return [(f"vLLM of {name}", dict(server.rows())["vLLM"]) for name, server in servers.items()]
+    return [(f"vLLM of {name}", server.vllm) for name, server in servers.items()]
 
 
 def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
