@@ -91,6 +91,15 @@ def test_the_search_ends_when_nothing_meets_or_everything_does():
     assert found == (200, math.inf) and str(found) == "at least 200"
 
 
+@pytest.mark.parametrize(("limit", "most"), [(97, 5), (103, 5), (130, 9), (420, 12), (22, 12)])
+def test_a_search_near_its_start_takes_few_probes_and_widens_up_to_doubling(limit, most):
+    found, tried = search(
+        lambda rate: "met" if rate <= limit else "missed", 100, step=1.08, tolerance=0.02, max_probes=16
+    )
+    assert found.low <= limit < found.high <= found.low * 1.02 and len(tried) <= most
+    assert all(rate == float(f"{rate:.3g}") for rate, _ in tried)
+
+
 def test_an_invalid_probe_bounds_nothing_and_ends_the_search():
     states = {25.0: "met", 50.0: "met", 100.0: "invalid"}
     assert search(states.get, 25.0) == (Bracket(50.0, math.inf), [(25.0, "met"), (50.0, "met")])

@@ -231,10 +231,11 @@ def _next_rate(tried: Sequence[tuple[float, str]], start: float, step: float, to
     """The rate to try next; None when the limit is known within `tolerance`."""
     low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
     wide = min(2.0, step**2 ** (len(tried) - 1)) if tried else step
-    if low == 0:
-        return start if high == math.inf else _three_digits(high / wide)
-    if high == math.inf:
-        return _three_digits(low * wide)
+    if low == 0 and high == math.inf:
+        return start
+    if low == 0 or high == math.inf:
+        rate = high / wide if low == 0 else low * wide
+        return rate if wide == 2 else _three_digits(rate)
     if high / low - 1 <= tolerance:
         return None
     rate = _three_digits(math.sqrt(low * high))  # the geometric middle halves the relative width
