@@ -47,8 +47,9 @@ reproduce: $(STAMP)
 steps: $(STAMP)
 	$(BIN)/fp8lab reproduce --notebook steps $(ARGS)
 
+# In a container one is root, and Jupyter then wants to be told so.
 lab: $(STAMP)
-	$(BIN)/jupyter lab project_reproduce.ipynb $(ARGS)
+	$(BIN)/jupyter lab project_reproduce.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

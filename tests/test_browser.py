@@ -129,7 +129,7 @@ def lab(browser, tmp_path_factory):
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".spaces"),
     }
     command = [sys.executable, "-m", "jupyter", *recipe()[1:], "--ip=127.0.0.1", f"--port={preflight.free_port()}"]
-    command += ["--allow-root", "--ServerApp.browser=echo opens %s"]
+    command += ["--ServerApp.browser=echo opens %s"]
     log = folder / "lab.log"
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=folder, env=os.environ | own, stdout=output, stderr=output)
