@@ -375,7 +375,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
         r"^\| `([\w-]+)`(, by the datasheets)? \| (the same run|`[\w-]+`): .*? \| (\d+) \| (.*) \|$", DATA_README, re.M
     )
     assert len(rows) == 10
-    named, near, full, worst, late = [], [], [], [0.0, 0.0], []
+    named, near, full, worst, late, joules = [], [], [], [0.0, 0.0], [], []
     for fitted, scaled, of, count, told in rows:
         models = by_datasheet if scaled else fits[fitted]
         run = open_run(source=fitted if of == "the same run" else of.strip("`"))
@@ -389,6 +389,8 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
                     full += [off[-1]["output_token_throughput"]] * (of == "the same run" and cause != "offered load")
                     if "azure" in of and s.level.rate == math.inf:
                         late.append(played.found["mean_ttft_ms"] / s.mean_ttft_ms - 1)
+                if not scaled and s.level.rate == math.inf and s.level.variant.startswith("fp8"):
+                    joules.append(played.found["joules_per_output_token"] / s.joules_per_output_token - 1)
                 gpu = played.limit == "GPU" and ("GPU" in cause or cause == "EngineCore")
                 named += [] if scaled else [gpu or played.limit == cause]
                 near += [] if scaled else [off[-1]["mean_tpot_ms"] <= 0.1]
@@ -404,6 +406,9 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     said = f"within {tokens:.1f} % of a full card's tokens/s and {tpot:.1f} % of the TPOT, at worst, on other lengths, {' and '.join(far)} %"
     assert said in " ".join(README.split())
     assert f"满载时 tokens/s {tokens:.1f} %、TPOT {tpot:.1f} %；换成别的长度，最坏是 {' % 和 '.join(far)} %" in CHINESE
+    assert f"bursts in FP8 are foretold up to {100 * max(joules):.0f} % too many joules" in " ".join(
+        DATA_README.split()
+    )
     assert f"foretold {100 * min(late):.0f} to {100 * max(late):.0f} % too long" in " ".join(DATA_README.split())
     assert f"is named rightly in {sum(named)} of the {len(named)} that" in " ".join(DATA_README.split())
     recipes = evidence(open_run(source="h200-80gb-recipes"))

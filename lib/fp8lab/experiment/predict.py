@@ -24,7 +24,8 @@ _LEVEL_S, _SEARCHED_S, _SEEDS = 60.0, 300.0, 3
 _SLOWEST, _FASTEST = 1e-3, 1e6  # requests/s
 _MOST_REQUESTS = 10_000
 _PROBES = 16
-# A seed's bracket is made this narrow, if each rate in it can be decided.
+# A seed's bracket is made this narrow, if each rate in it can be decided; after the first seed the search begins at its limit,
+# with steps of this.
 _NARROW, _NEARBY = 0.02, 1.08
 # What every step answers in vLLM's own scheduling.
 _TOKEN = 7

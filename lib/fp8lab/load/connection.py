@@ -119,8 +119,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error) -> None:
         self._transport = None
-        framed = self._header("content-length") or "chunked" in self._header("transfer-encoding").lower()
-        if error is None and self._status >= 200 and not framed:
+        if error is None and self._status >= 200 and not self._framed():
             self.on_message_complete()  # a body without a length ends where its connection does
         outcome, self.outcome = self.outcome, None
         self._parser = None
@@ -152,6 +151,10 @@ class Connection(asyncio.Protocol):
         """A header of the answer, one that is repeated with commas between; "" where it has none."""
         head = self._head.lstrip(b"\r\n").partition(_BLANK_LINE)[0].decode(errors="replace")
         return ", ".join(value.strip() for value in re.findall(rf"(?im)^{name}:(.*)$", head))
+
+    def _framed(self) -> bool:
+        """Whether the answer says where it ends."""
+        return bool(self._header("content-length")) or "chunked" in self._header("transfer-encoding").lower()
 
     def on_body(self, body: bytes) -> None:
         if self._reader:
