@@ -140,6 +140,9 @@ def test_a_search_goes_on_from_what_is_known():
     found, tried = search(lambda rate: "met", known=known)
     assert [rate for rate, _ in tried] == [31.6, 35.6, 37.7, 38.8] and found == bracket(known + tried) == (38.8, 40)
     assert search(pytest.fail, known=[(50.0, "met"), (52.0, "missed")]) == ((50, 52), [])
+    many = [(float(rate), "met") for rate in range(1, 41)]  # a run with as many levels as one likes
+    assert search(lambda rate: "missed", known=many, max_probes=1) == ((40, 80), [(80, "missed")])
+    assert search(lambda rate: "met", known=[(1.0, "missed")] * 20 + many[:1], max_probes=1)[1] == [(0.5, "met")]
 
 
 @pytest.mark.parametrize("values", [{"ttft_ms": 0}, {"tpot_ms": -1}, {"share": 1.0}, {"share": 99}])

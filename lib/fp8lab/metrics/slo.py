@@ -230,10 +230,10 @@ def search(
 def _next_rate(tried: Sequence[tuple[float, str]], start: float, step: float, tolerance: float) -> float | None:
     """The rate to try next; None when the limit is known within `tolerance`."""
     low, high = bracket((rate, "met" if state == "met" else "missed") for rate, state in tried)
-    wide = min(2.0, step**2 ** (len(tried) - 1)) if tried else step
     if low == 0 and high == math.inf:
         return start
     if low == 0 or high == math.inf:
+        wide = min(2.0, step ** min(2 ** (len(tried) - 1), 512))
         rate = high / wide if low == 0 else low * wide
         return rate if wide == 2 else _three_digits(rate)
     if high / low - 1 <= tolerance:
