@@ -123,9 +123,9 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
     if violations > allowed_violations(requests, slo.share):
         if _at_most(requests - violations, requests, slo.share) <= 1 - CONFIDENCE:
             return Attainment("missed", counted, violations, requests)
-        close = f"{counted}: too close to call without {required_requests(violations, slo.share):,} requests"
-        at_limit = requests >= probe_requests(slo)
-        return Attainment("undecided", close + ", so not shown to be met" * at_limit, violations, requests, at_limit)
+        needed, at_limit = f"{required_requests(violations, slo.share):,} requests", requests >= probe_requests(slo)
+        why = "too close to call without {}, so not shown to be met" if at_limit else "too few to tell, it takes {}"
+        return Attainment("undecided", f"{counted}: {why.format(needed)}", violations, requests, at_limit)
     kept, times = keeps_up(records), lasted(records)
     if kept and times >= RAMP_OVER:
         return Attainment("met", counted, violations, requests)
