@@ -37,6 +37,10 @@ def test_a_step_takes_what_its_parts_take():
     assert twice == pytest.approx(2 * large, rel=1e-3)
     read, mixed = (MODEL.seconds(Step(64, p, 64, 10**6)) - MODEL.seconds(Step(64, p, 64, 0)) for p in (0, 1))
     assert (read, mixed) == (pytest.approx(0.04), pytest.approx(0.06))
+    # Beyond the largest CUDA graph a step that only decodes costs more, at once.
+    eager = dataclasses.replace(MODEL, graphs=32, eager_ms=7.0)
+    more = [eager.seconds(Step(n, p, n, 0)) - MODEL.seconds(Step(n, p, n, 0)) for n, p in ((32, 0), (33, 0), (33, 1))]
+    assert more == [0.0, pytest.approx(0.007), 0.0]
 
 
 def test_another_card_reads_and_multiplies_as_its_datasheet_says():
@@ -50,28 +54,34 @@ def test_another_card_reads_and_multiplies_as_its_datasheet_says():
     assert there.worst == {} and "not fitted there" in there.note
 
 
-def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch):
+@pytest.mark.parametrize("eager_ms", [0.0, 9.0])
+def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch, eager_ms):
     """Levels played with a known model, and sampled as a server's are, give the model back."""
-    found = fit(_as_if_measured(monkeypatch), "fp8-unsealed")
     truth = _truth()
+    if eager_ms:
+        truth = dataclasses.replace(truth, graphs=512, eager_ms=eager_ms)
+        monkeypatch.setattr("fp8lab.experiment.step_fit._graphs", lambda command: 512)
+    found = fit(_as_if_measured(monkeypatch, truth), "fp8-unsealed")
+    assert ("eager_ms" in found.low) == bool(eager_ms)
     # Two levels do not tell every number from every other; how long steps like theirs take they do.
     for step in (Step(800, 0, 800, 300_000), Step(100, 0, 100, 30_000), Step(100, 400, 102, 30_000)):
         assert found.seconds(step) == pytest.approx(truth.seconds(step), rel=0.15)
     assert found.worst["output_token_throughput"] < 0.02 and found.worst["mean_tpot_ms"] < 0.05
     assert found.worst["joules_per_output_token"] < 0.05 and found.idle_w == pytest.approx(truth.idle_w, rel=0.3)
     assert set(found.levels) == {"fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1"}
-    assert all(found.low[name] <= getattr(found, name) <= found.high[name] for name in FITTED)
+    assert all(low <= getattr(found, name) <= found.high[name] for name, low in found.low.items())
+    assert set(FITTED) - set(found.low) <= {"eager_ms"} and found.host and found.mhz_low <= found.mhz_high
 
 
 def _truth() -> StepModel:
     return dataclasses.replace(read_fits(FIT)["fp8-unsealed"], base_ms=2.0, token_us=18.0, context_ns=25.0)
 
 
-def _as_if_measured(monkeypatch):
+def _as_if_measured(monkeypatch, truth):
     """The recorded run, three levels of which are what `_truth` makes of their requests."""
     from fp8lab.results.run_folder import LevelResult, Run
 
-    run, truth = open_run(source=FIT), _truth()
+    run = open_run(source=FIT)
     names = ("fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1", "fp8-unsealed-infrps-r2")
     made = {}
     for name in names:
@@ -210,6 +220,20 @@ def test_one_python_api_server_is_not_modelled():
         fit(open_run(source="h100-80gb-unseal"), "bf16-unsealed")
 
 
+def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
+    model, trace = read_fits(FIT)["fp8-unsealed"], lab.drawing()(600)
+    free, full = (experiment.predict.predict("x", one, trace, math.inf).played for one in (model, model.behind(200)))
+    assert free.limit == "GPU" and full.limit == "API server"
+    assert full.found["output_token_throughput"] == pytest.approx(5000, rel=0.1)
+    # Two processes hand out twice as much; one that takes next to nothing changes nothing.
+    two, idle = (
+        experiment.predict.predict("x", one, trace, math.inf).played
+        for one in (model.behind(200, 2), model.behind(1e-3))
+    )
+    assert two.found["output_token_throughput"] == pytest.approx(10_000, rel=0.15)
+    assert idle.found["output_token_throughput"] == pytest.approx(free.found["output_token_throughput"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -218,6 +242,7 @@ def test_one_python_api_server_is_not_modelled():
         ([FIT, "--rate", "0"], "rate 0: expected 0.001 to 1e+06 requests/s, or inf"),
         ([FIT, "--rate", "1e300"], "rate 1e+300: expected 0.001 to 1e+06 requests/s"),
         ([FIT, "--seed", "-1"], "seed -1 is below 0"),
+        ([FIT, "--api-us", "0"], "0 µs a token in 1 processes is no API server"),
         ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
         ([FIT, "--trace", "random", "--input-tokens", "10000000"], "at most 134,217,728 are sent"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
@@ -268,7 +293,7 @@ def test_a_models_numbers_are_told_with_how_well_they_are_known():
     assert all(re.fullmatch(r"[\d.]+ \((at its bound|[\d.]+ to [\d.]+)\)", cell) for cell in rows["weights_ms"])
     assert all(float(cell) > 0 for cell in rows["step_j"])
     there = {row[0]: row[2:] for row in lab.models_table(lab.step_models(FIT, card="h200-80gb")).rows}
-    assert set(there["step_j"]) == {"–"}
+    assert "step_j" not in there  # energy is on no datasheet
 
 
 def test_a_minute_at_each_rate():
@@ -306,6 +331,8 @@ def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95
+    assert float(what["one Python API server process, 105 µs a token"][3].strip("×")) < 0.95
+    assert "what if?" in lab.what_if_figure(models, draw(200)).alt
     figure = lab.predicted_figure(models, draw, [5, 10], requests=100)
     assert figure.svg.count("PREDICTED") or "PREDICTED" in figure.alt
     assert not {"#0072B2", "#D55E00"} & set(re.findall(r"#[0-9A-Fa-f]{6}", figure.svg.upper()))

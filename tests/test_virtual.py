@@ -25,10 +25,12 @@ LOADS = st.lists(
 
 
 @settings(max_examples=2000 if NIGHTLY else 150, deadline=None)
-@given(load=LOADS, blocks=st.integers(33, 159), depth=st.sampled_from([1, 2]))
-def test_it_does_what_vllms_scheduler_does(load, blocks, depth):
+@given(
+    load=LOADS, blocks=st.integers(33, 159), depth=st.sampled_from([1, 2]), api=st.sampled_from([0.0, 1 / 16, 1 / 4])
+)
+def test_it_does_what_vllms_scheduler_does(load, blocks, depth, api):
     prompts, answers, due = zip(*sorted(load, key=lambda one: one[2]), strict=True)
-    limits = Limits(requests=SEATS, step_tokens=TOKENS, blocks=blocks, block=BLOCK, depth=depth)
+    limits = Limits(requests=SEATS, step_tokens=TOKENS, blocks=blocks, block=BLOCK, depth=depth, api_s=api)
     steps, vllms = [], []
     mine = play(prompts, answers, due, limits, seconds, watch=lambda *step: steps.append(step))
     real = play_with_vllm(prompts, answers, due, limits, seconds, watch=lambda *step: vllms.append(step))
@@ -52,6 +54,15 @@ def test_a_prediction_by_vllms_scheduler_is_the_same(capsys):
         assert cli.main([*few, scheduler]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "fp8-unsealed" in said[0]
+
+
+def test_an_api_server_that_is_full_is_the_limit():
+    """Sixty-four requests all at once, whose steps take far less than their tokens keep the API server busy."""
+    load = [16] * 64, [32] * 64, [0.0] * 64
+    free, full = (play(*load, Limits(64, 2048, 1024, api_s=api), lambda step: 2**-10) for api in (0.0, 2**-8))
+    assert free.last_s.max() == 32 * 2**-10 and free.busy_s == full.busy_s
+    # Every token takes its time, one after the other, from the end of the first step on.
+    assert full.last_s.max() == 2**-10 + 64 * 32 * 2**-8 and full.first_s.max() == 2**-10 + 64 * 2**-8
 
 
 def test_what_can_never_run_is_refused():

@@ -1,8 +1,8 @@
 """The command line in a process of its own that has its imports behind it: a fork of one that waits for work.
 
 What a command does, says and returns is as in a shell, for a tenth of the CPU time; that it starts from nothing is shown by
-the tests that start it so. What Python or the loader reads at their start (PYTHONPATH, the locale) cannot be changed in
-a fork: then it is started from nothing.
+the tests that start it so. What Python, the loader or the library reads at its start (PYTHONPATH, the locale, the folder of all
+runs) cannot be changed in a fork: then it is started from nothing.
 """
 
 import atexit
@@ -15,18 +15,18 @@ import sys
 import tempfile
 
 _COMMAND = [sys.executable, "-m", "fp8lab.cli"]
-_AT_START = ("PYTHON", "LC_", "LANG", "LD_")
+_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "FP8LAB_RUNS")
 _waiting: list[tuple[subprocess.Popen, dict]] = []
 
 
 def fp8lab(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
     """`fp8lab ARGUMENTS`, with this process's variables and folder."""
     command = [*_COMMAND, *arguments]
-    if not _waiting:
+    if not _waiting and "FP8LAB_RUNS" not in os.environ:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _waiting.append((subprocess.Popen([sys.executable, __file__], text=True, **pipes), _fixed()))
         atexit.register(_waiting[0][0].communicate)  # its pipe's end is its own
-    one, fixed = _waiting[0]
+    one, fixed = _waiting[0] if _waiting else (None, None)
     if fixed != _fixed():
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

@@ -46,7 +46,7 @@ _HOMES = {
     ),
     "report.notebooks": ("check_injected",),
     "report.predicted": (
-        "cards_plan_table", "foretold_table", "models_table", "predicted_figure", "predicted_table", "what_if_table",
+        "cards_plan_table", "foretold_table", "models_table", "predicted_figure", "predicted_table", "what_if_figure", "what_if_table",
     ),
     "report.quality": (
         "answers_table", "asked_table", "divergence_figure", "formats_figure", "formats_table", "kv_rounding_table",

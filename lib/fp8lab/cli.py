@@ -220,12 +220,15 @@ a fit says. PREDICTED, in seconds, on any machine.""", (
          "requests", {"choices": ("virtual", "vllm"), "default": "virtual"}),
         ("--slo", "LIMITS", "ttft=200,tpot=50: also the highest rate that meets it", _TEXT),
         ("--card", "P", "on the card of this profile instead, by the datasheets", _TEXT),
+        ("--api-us", "US", "behind one Python API server process, vLLM's default, that takes so many µs of CPU a token (60 to 130 "
+         "on the recorded hosts); of latencies that then says little", {"type": float}),
         ("--against", "RUN", "every level of a run beside what is foretold of it; nothing else", _TEXT),
     ), """
         fp8lab predict h100-80gb-unsealed --rate 50 --rate 100        both variants of the fit, on requests like ShareGPT's
         fp8lab predict h100-80gb-unsealed --variant fp8-unsealed --trace azure-conv --rate 20 --slo ttft=500,tpot=50
         fp8lab predict h100-80gb-unsealed --trace random --input-tokens 2048 --output-tokens 512 --requests 300
         fp8lab predict h100-80gb-unsealed --card h200-80gb            on another card, by the datasheets alone
+        fp8lab predict h100-80gb-unsealed --rate 100 --api-us 105     behind vLLM's default API server
         fp8lab predict h100-80gb-unsealed --against h100-80gb-azure-conv    beside what was measured
     """),
     ("share", "Make one page and one archive of a run, to be sent to someone.", (

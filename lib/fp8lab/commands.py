@@ -182,6 +182,8 @@ def fit_model(args) -> int:
 
 def predict(args) -> None:
     models = foretelling.step_models(args.fit, args.variant, card=args.card)
+    if args.api_us is not None:
+        models = {variant: model.behind(args.api_us) for variant, model in models.items()}
     loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
     if args.against and (idle := [name for name, given in loads.items() if given]):
         raise BadInput(f"--against RUN takes the load of each level of the run: leave out {', '.join(idle)}")

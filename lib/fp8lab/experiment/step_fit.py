@@ -10,7 +10,7 @@ import fnmatch
 import itertools
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,12 @@ from ..errors import BadInput
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
-from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, TIMES, StepModel
+from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, STEPS, TIMES, StepModel
 from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, play
 from ..results.run_folder import LevelResult, Run
 from ..ui.status import StatusLine
+from .anatomy import anatomies
 
 # Power is NVML's mean over the second before.
 _POWER_LATE_S = 0.5
@@ -35,25 +36,33 @@ _POWER_LATE_S = 0.5
 _STEP_TOKENS = 8192
 # How full the cache is where it holds others back.
 _FULL = 0.99
-_START = (2.0, 3.0, 15.0, 2.0, 40.0, 1.0, 60.0)
+# Busy for this part of a level, the first and the last requests of which give it little to do, an API server is its limit.
+_FULL_API = 0.85
+# vLLM's largest CUDA graph, by default.
+_GRAPHS = 512
+_START = {"base_ms": 2.0, "weights_ms": 3.0, "token_us": 15.0, "request_us": 2.0, "context_ns": 40.0, "mixed_ms": 1.0,
+          "mixed_context_ns": 60.0, "eager_ms": 5.0, "api_ms": 2.0}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Played:
-    """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it (joules where the model has them), and
-    how many blocks of KV cache there were."""
+    """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it (joules where the model has them),
+    how many blocks of KV cache there were, and for what part of the time tokens kept the API server busy."""
 
     course: Course
     records: pd.DataFrame
     found: dict[str, float]
     blocks: int
+    api_busy: float = 0.0
 
     @property
     def limit(self) -> str:
-        """What limits it: the "offered load", the "KV capacity", or the "GPU" with the EngineCore, whose parts of a step no
+        """What limits it: the "offered load", the "API server", the "KV capacity", or the "GPU" with the EngineCore, whose parts of a step no
         model of this kind tells apart."""
         if keeps_up(self.records) is not False:
             return "offered load"
+        if self.api_busy > _FULL_API:
+            return "API server"
         if backlog_growth(self.records) <= growth_by_chance(self.records):
             return "not known: too short to tell a backlog from chance"
         full = self.course.preemptions > PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
@@ -85,7 +94,13 @@ def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None 
         values = each[f"{name}_ms"].dropna()
         found |= {f"mean_{name}_ms": float(values.mean()), f"p99_{name}_ms": float(values.quantile(0.99))}
     joules = model.joules(course, span)
-    return Played(course, records, found | ({JOULES: joules / tokens} if joules else {}), limits.blocks)
+    return Played(
+        course,
+        records,
+        found | ({JOULES: joules / tokens} if joules else {}),
+        limits.blocks,
+        tokens * limits.api_s / span,
+    )
 
 
 def replay(model: StepModel, level: LevelResult) -> Played:
@@ -129,7 +144,7 @@ def fit(run: Run, variant: str) -> StepModel:
     if one := next((k for k, level in levels.items() if _one_python_process(level)), None):
         raise BadInput(
             f"{variant}: one Python process is its API server ({one}), which is full before the card is: how its queue grows is not "
-            "modelled; fit a variant with the Rust API server or several"
+            "fitted; fit a variant with the Rust API server or several, and ask what it does behind one process (--api-us)"
         )
     spans = [_spans(level) for level in levels.values() if level.telemetry is not None]
     if len(levels) < 2 or not (rows := [span for span in spans if len(span)]):
@@ -141,7 +156,7 @@ def fit(run: Run, variant: str) -> StepModel:
     taken = {
         "requests": most_running(server.command) or 1024, "step_tokens": _most_tokens(server.command),
         "kv_tokens": server.kv_cache_tokens, "card": run.profile.name, "run": run.path.name, "levels": tuple(levels),
-        "cards": server.cards,
+        "cards": server.cards, "graphs": _graphs(server.command), **_measured(run, variant, list(summaries.values())),
     }  # fmt: skip
     if limit := [s.gpu_power_limit_w for s in summaries.values() if s.gpu_power_limit_w]:
         taken["limit_w"] = float(max(limit))
@@ -150,16 +165,20 @@ def fit(run: Run, variant: str) -> StepModel:
     status = StatusLine()
     status.update(f"{variant}: {len(rows):,} intervals of {len(levels)} levels")
 
-    def of_spans(logs: np.ndarray) -> np.ndarray:
-        return _foretold(np.exp(logs), rows) / rows[:, 0] - 1
+    graphed = taken["graphs"] >= taken["requests"]  # then no step is beyond its graphs
+    names = [name for name in FITTED if not (graphed and name == "eager_ms")]
+    lowest, of_steps = np.array([_floors(run, variant).get(name, -np.inf) for name in names]), len(names) - 1
 
-    lowest = _floors(run, variant)
-    start = np.maximum(np.log(_START), lowest + 0.05)
-    first = least_squares(of_spans, start, bounds=(lowest, math.log(MOST)), loss="soft_l1", f_scale=0.1)
+    def of_spans(logs: np.ndarray) -> np.ndarray:
+        return _foretold(dict(zip(names, np.exp(logs), strict=False)), taken["graphs"], rows) / rows[:, 0] - 1
+
+    start = np.maximum(np.log([_START[name] for name in names]), lowest + 0.05)
+    bounds = lowest[:of_steps], math.log(MOST)
+    first = least_squares(of_spans, start[:of_steps], bounds=bounds, loss="soft_l1", f_scale=0.1)
 
     def model_of(logs: np.ndarray) -> StepModel:
         # As a file holds them: near saturation a level turns on the last digit.
-        values = {name: float(f"{value:.6g}") for name, value in zip(FITTED, np.exp(logs), strict=True)}
+        values = {name: float(f"{value:.6g}") for name, value in zip(names, np.exp(logs), strict=True)}
         return StepModel(**values, **taken)
 
     def of_levels(logs: np.ndarray) -> np.ndarray:
@@ -168,12 +187,12 @@ def fit(run: Run, variant: str) -> StepModel:
             found = replay(model, level).found
             apart += [weight * math.log(found[name] / getattr(level.summary, name)) for name, weight in TIMES.items()]
         # The first pass keeps its say, as much as one level has.
-        spans = of_spans(logs[:-1]) / math.sqrt(len(rows))
+        spans = of_spans(logs[:of_steps]) / math.sqrt(len(rows))
         return np.concatenate([apart, 2 * spans])
 
     status.update(f"{variant}: playing {len(levels)} levels again and again")
-    bounds = (np.append(lowest, -np.inf), math.log(MOST))
-    found = least_squares(of_levels, np.append(first.x, math.log(2.0)), bounds=bounds, diff_step=0.02, max_nfev=25)
+    begin = np.append(first.x, start[of_steps:])
+    found = least_squares(of_levels, begin, bounds=(lowest, math.log(MOST)), diff_step=0.02, max_nfev=25)
     model = model_of(found.x)
     model = dataclasses.replace(model, **_energy(model, list(levels.values()), rows))
     status.done(f"{variant}: fitted to {', '.join(levels)}")
@@ -184,7 +203,7 @@ def fit(run: Run, variant: str) -> StepModel:
         "median": {name: float(np.median(values)) for name, values in off.items() if values},
         "worst": {name: max(values) for name, values in off.items() if values},
     }
-    return dataclasses.replace(model, **_intervals(found, model, len(levels), bounds[0]), **seen)
+    return dataclasses.replace(model, **_intervals(found, model, names, len(levels), lowest), **seen)
 
 
 def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:
@@ -238,15 +257,16 @@ def _spans(level: LevelResult) -> np.ndarray:
     return np.array(found).reshape(-1, 7)
 
 
-def _foretold(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _foretold(values: Mapping[str, float], graphs: int, rows: np.ndarray) -> np.ndarray:
     """The seconds that steps take which so much was done in; `StepModel.seconds` for many at a time."""
-    base, weights, token, request, context, mixed, mixed_context = values
+    base, weights, token, request, context, mixed, mixed_context = (values[name] for name in STEPS[:-1])
     _, steps, running, read, held, with_prompts, _ = rows.T
 
     def products(tokens):
         return (weights**4 + (1e-3 * token * tokens) ** 4) ** 0.25
 
-    alone = (steps - with_prompts) * (products(running) + 1e-6 * context * held)
+    eager = values.get("eager_ms", 0.0) * (running > graphs)
+    alone = (steps - with_prompts) * (products(running) + 1e-6 * context * held + eager)
     together = products(running + read / np.maximum(with_prompts, 1e-9)) + mixed + 1e-6 * mixed_context * held
     return 1e-3 * (steps * (base + 1e-3 * request * running) + alone + with_prompts * together)
 
@@ -262,15 +282,38 @@ def _one_python_process(level: LevelResult) -> bool:
     return not several and server.environment.get(RUST, "0") == "0"
 
 
-def _floors(run: Run, variant: str) -> np.ndarray:
+def _graphs(command: Sequence[str]) -> int:
+    asked = flag_of(command, "--max-cudagraph-capture-size")
+    return int(asked) if asked.isdecimal() else _GRAPHS
+
+
+def _measured(run: Run, variant: str, levels: Sequence[Summary]) -> dict[str, object]:
+    """What was measured beside the levels' times: the host, the API server's CPU a token, the clock, what the host adds to a step."""
+    from scipy.optimize import nnls
+
+    fullest = max(levels, key=lambda one: one.frontend_cpu_max_steady or 0.0)
+    clocks = [one.gpu_sm_mhz_steady for one in levels if one.gpu_sm_mhz_steady] or [0.0]
+    found = {"api_us": fullest.frontend_us_per_token or 0.0, "mhz_low": min(clocks), "mhz_high": max(clocks)}
+    if held := [one for one in anatomies(run).get(variant, ()) if one.decode]:
+        adds = np.array([max(0.0, one.wall_ms - one.decode.busy_ms) for one in held])
+        parts = np.stack([np.ones(len(held)), [1e-3 * one.batch * (len(held) > 1) for one in held]], axis=1)
+        found |= dict(zip(("host_ms", "host_us"), nnls(parts, adds)[0], strict=True))
+    machine = run.manifest["machine"]
+    return {
+        "host": f"{machine['cpu']}, {machine['cores']} cores",
+        **{name: float(f"{one:.6g}") for name, one in found.items()},
+    }
+
+
+def _floors(run: Run, variant: str) -> dict[str, float]:
     """The logarithms that a fit may not go below: weights and contexts are read at the card's bandwidth at most."""
-    profile, low = run.profile, np.full(len(FITTED) - 1, -np.inf)
+    profile, low = run.profile, {}
     card, shape, flags = profile.gpu, profile.shape(variant), profile.flags(variant)
     if card and shape:
         weights = 1e3 * shape.weight_bytes_read(weight_format(flags, shape)) / card.hbm_bytes_per_s
         token = 1e9 * shape.kv_bytes_per_token(1 if fp8_kv(flags, shape) else 2) / card.hbm_bytes_per_s
         for name, value in (("weights_ms", weights), ("context_ns", token), ("mixed_context_ns", token)):
-            low[FITTED.index(name)] = math.log(value / (cards(flags) // replicas(flags)))
+            low[name] = math.log(value / (cards(flags) // replicas(flags)))
     return low
 
 
@@ -278,15 +321,17 @@ def _floors(run: Run, variant: str) -> np.ndarray:
 _AT_BOUND = 1.02
 
 
-def _intervals(found, model: StepModel, levels: int, lowest: np.ndarray) -> dict[str, dict[str, float]]:
+def _intervals(
+    found, model: StepModel, names: Sequence[str], levels: int, lowest: np.ndarray
+) -> dict[str, dict[str, float]]:
     """How well the levels tell each number, from the curvature at the best fit, of the logarithms of what was fitted; no lower
     than the datasheet allows, and the number itself where it is at that. What is judged of a level goes together: it counts as
     two, and all of telemetry as one level does."""
-    freedom = max(1, 2 * (levels + 1) - len(FITTED))
+    freedom = max(1, 2 * (levels + 1) - len(names))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
     half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
     ends = {"low": {}, "high": {}}
-    for name, spread, least in zip(FITTED, half, np.exp(lowest), strict=True):
+    for name, spread, least in zip(names, half, np.exp(lowest), strict=True):
         value = getattr(model, name)
         at_bound = value <= _AT_BOUND * least
         ends["low"][name] = value if at_bound else max(float(least), value * math.exp(-spread))

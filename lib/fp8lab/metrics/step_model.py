@@ -2,12 +2,17 @@
 
     base + (weights^4 + (token x tokens)^4)^(1/4) + request x requests that get a token
          + context x tokens of context, in a step that only decodes
+           + eager, if it decodes more requests than CUDA graphs were captured for
          + mixed + mixed_context x tokens of context, in one that reads prompts too
 
 Weights have to be read whatever the batch; once it is large, products take longer than that: whichever is longer counts, with
 a smooth passage. In a step with prompts attention may read the contexts of those that decode less well. Neither weights nor
-contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell. The API server is a wait
-before the first token: one Python process that is full itself is no such server, and no model of this kind is fitted to it.
+contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell.
+
+The API server is a wait before the first token. One of Python processes, each with a core at most, is a queue too (`behind`): tokens
+are handed out in the order in which they come, each after so many µs of CPU. Latencies of one that is full turn on more than that, so
+that no model is fitted to it. vLLM's EngineCore looks for work all the time, so that its CPU says nothing; what it adds to a step is
+in `base` and `request`, and told by itself where steps were taken apart.
 
 What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read,
 and never more than the card's power limit allows.
@@ -50,6 +55,15 @@ class StepModel:
     card: str  # the profile that has the card's datasheet
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
+    host: str = ""  # the CPU that EngineCore and API server ran on
+    eager_ms: float = 0.0  # a step that decodes more requests than `graphs`
+    graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
+    api_us: float = 0.0  # CPU of the API server, a token, as measured at its fullest
+    api_processes: int = 0  # that share it, a core each; 0: it was never full
+    host_ms: float = 0.0  # what of `base_ms` is the GPU's wait for the host, by steps taken apart
+    host_us: float = 0.0  # and of `request_us`
+    mhz_low: float = 0.0  # the SM clock in the steady state of the levels: it falls at the power limit
+    mhz_high: float = 0.0
     idle_w: float = 0.0  # what the card draws whatever it does
     step_j: float = 0.0  # a step: reading the weights, and launching
     token_mj: float = 0.0  # a token's matrix products
@@ -73,6 +87,8 @@ class StepModel:
         read = 1e-6 * self.context_ns * step.context
         if step.prompt:
             read = self.mixed_ms + 1e-6 * self.mixed_context_ns * step.context
+        elif 0 < self.graphs < step.decoding:
+            read += self.eager_ms
         return 1e-3 * (self.base_ms + products + 1e-3 * self.request_us * step.emitted + read)
 
     def joules(self, course: Course, span_s: float) -> float | None:
@@ -85,7 +101,21 @@ class StepModel:
     @property
     def limits(self) -> Limits:
         """What its server takes on; asynchronous scheduling is vLLM's default."""
-        return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK)
+        api = 1e-6 * self.api_us / self.api_processes if self.api_processes else 0.0
+        return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK, api_s=api)
+
+    def behind(self, us: float, processes: int = 1) -> "StepModel":
+        """The same behind an API server of so many processes, whose CPU a token takes for so many µs. Raises BadInput for what is
+        no such server."""
+        if not (0 < us <= MOST and processes > 0):
+            raise BadInput(
+                f"{us:g} µs a token in {processes} processes is no API server: expected above 0 to {MOST:g} µs, and one process"
+            )
+        note = (
+            f"{self.note}; " * bool(self.note)
+            + f"behind {processes} API server process{'es' * (processes > 1)} of {us:g} µs a token"
+        )
+        return dataclasses.replace(self, api_us=us, api_processes=processes, note=note)
 
     def on(self, other: Card, name: str) -> "StepModel":
         """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
@@ -121,7 +151,10 @@ def _toml(value) -> str:
 
 
 # The fitted numbers, in order.
-FITTED = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "api_ms")
+STEPS = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "eager_ms")
+FITTED = (*STEPS, "api_ms")
+# What else was measured: of the host, and the clock.
+MEASURED = ("api_us", "host_ms", "host_us", "mhz_low", "mhz_high")
 # What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as
 # sensitive to a step's length as what it delivers.
 TIMES = {
@@ -158,8 +191,11 @@ def read_fits(name: str) -> dict[str, StepModel]:
 
 def _check(variant: str, model: StepModel) -> None:
     """Raises ValueError for what no fit has written."""
-    fitted = {name: (int | float, 0, MOST) for name in (*FITTED, *ENERGY)} | {"base_ms": (int | float, 1 / MOST, MOST)}
+    fitted = {name: (int | float, 0, MOST) for name in (*FITTED, *MEASURED, *ENERGY)} | {
+        "base_ms": (int | float, 1 / MOST, MOST)
+    }
     whole = dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
+    whole |= dict.fromkeys(("graphs", "api_processes"), (int, 0, 10**9))
     for name, (kind, least, most) in (fitted | whole).items():
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:

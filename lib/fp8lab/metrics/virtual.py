@@ -23,13 +23,14 @@ from ..errors import BadInput
 @dataclass(frozen=True)
 class Limits:
     """What a server takes on at once: running requests, tokens a step, blocks of KV cache and tokens a block; how many steps
-    it has in hand (`depth`)."""
+    it has in hand (`depth`); and for how long a token keeps its API server busy (s; 0: that is never full)."""
 
     requests: int
     step_tokens: int
     blocks: int
     block: int = 16
     depth: int = 2
+    api_s: float = 0.0
 
 
 class Step(NamedTuple):
@@ -57,6 +58,13 @@ class Course:
     running_max: int = 0
     blocks_max: int = 0
     preemptions: int = 0
+
+
+def handed_out(given_s: float, work_s: float, steps: int, first_end: float, last_end: float) -> float:
+    """When the API server has handed out the tokens of so many steps, which ended from `first_end` to `last_end`: those of each keep
+    it busy for `work_s`, after all it had before, until `given_s`. Steps grow longer, so that it is the first or the last one, if
+    any, that finds it idle."""
+    return max(given_s + steps * work_s, first_end + steps * work_s, last_end + work_s)
 
 
 class _Request:
@@ -127,6 +135,7 @@ class _Play:
         self.ended: deque[tuple[int, int]] = deque()
         # The step that is put together now, when that is, when it begins, and the last one whose tokens are known.
         self.step, self.made, self.begins, self.known = 1, 0.0, 0.0, 0
+        self.given = 0.0  # when all tokens that have come are handed out
         self.preempted = False  # while the coming step was put together
         for one in self.all:
             if self._blocks(one.prompt + one.answer - 1) > limits.blocks:
@@ -246,8 +255,9 @@ class _Play:
         course.tokens += taken * (now.decoding + now.prompt)
         course.context += taken * now.context + now.decoding * taken * (taken - 1) // 2
         self.made = end if self.limits.depth == 1 else self.begins + before
+        self.given = handed_out(self.given, now.emitted * self.limits.api_s, taken, self.begins + took, end)
         self.begins, self.known = end, max(self.known, self.step - self.limits.depth)
-        self._tokens_come(step, end)
+        self._tokens_come(step)
 
     def _alike(self, now: Step, took: float, more: float, next_due: float) -> int:
         """How many steps from this one on decode the same requests, with nobody to admit in between."""
@@ -280,16 +290,16 @@ class _Play:
             m += 1
         return m
 
-    def _tokens_come(self, step: int, end: float) -> None:
-        """Notes first and last tokens of the steps from `step` on, the last of which ends at `end`."""
+    def _tokens_come(self, step: int) -> None:
+        """Notes first and last tokens of the steps from `step` on, which come when those of the last are handed out."""
         for one in reversed(self.seats):
             if 0 <= one.read < step:
                 break
             if one.read == step and not one.had:
-                self.course.first_s[one.index] = end
+                self.course.first_s[one.index] = self.given
         while self.ends and self.ends[0][0] < self.step:
             one = self.all[heapq.heappop(self.ends)[1]]
             self.decoding.change(one, -1)
-            self.course.last_s[one.index] = end
+            self.course.last_s[one.index] = self.given
             self.idle_blocks += self._blocks(one.tokens(one.last))
             self.ended.append((one.last, one.index))

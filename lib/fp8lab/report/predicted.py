@@ -1,7 +1,7 @@
 """What was foretold: of loads that nobody measured, and of levels that were measured, beside them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
 from ..experiment.step_fit import apart, held_out, judgeable, replay
 from ..metrics.slo import SLO
-from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, StepModel
+from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, StepModel
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
 from ..ui.text import Table, shown
@@ -25,10 +25,19 @@ _MEANS = {
     "base_ms": "ms, each step, whatever it computes", "weights_ms": "ms, to read the weights once",
     "token_us": "µs, a token's matrix products, where they take longer than that", "request_us": "µs, a request that gets a token",
     "context_ns": "ns, a token of context, in a step that only decodes", "mixed_ms": "ms, a step that reads prompts too",
-    "mixed_context_ns": "ns, a token of context in such a step", "api_ms": "ms, a request's way through the API server",
+    "mixed_context_ns": "ns, a token of context in such a step", "eager_ms": "ms, a step that decodes more requests than CUDA graphs hold",
+    "api_ms": "ms, a request's way through the API server", "api_us": "µs of the API server's CPU, a token, measured",
+    "host_ms": "ms of each step that the host adds to the GPU's time, by steps taken apart; part of base_ms",
+    "host_us": "µs a request of it; part of request_us", "mhz_low": "MHz, the lowest SM clock of the levels, measured",
+    "mhz_high": "MHz, the highest",
     "idle_w": "W, whatever it computes", "step_j": "J, each step", "token_mj": "mJ, a token's matrix products",
     "context_uj": "µJ, a token of context, read",
 }  # fmt: skip
+
+
+# Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
+_STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"),
+           ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
 
 
 def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]) -> Table:
@@ -51,14 +60,20 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
 def models_table(models: Mapping[str, StepModel]) -> Table:
     """What each number of a step model is, with how well its levels tell it where it was fitted."""
     rows = []
-    for name in (*FITTED, *ENERGY):
+    for name in (*FITTED, *MEASURED, *ENERGY):
+        if not any(getattr(model, name) for model in models.values()):
+            continue
         cells = []
         for model in models.values():
             low, high = model.low.get(name), model.high.get(name)
             ends = "" if low is None else " (at its bound)" if low == high else f" ({low:.3g} to {high:.3g})"
-            cells.append(f"{getattr(model, name):.3g}{ends}" if getattr(model, name) or name in FITTED else "–")
+            value = getattr(model, name)
+            cells.append(f"{value:{',.0f' if value >= 1000 else '.3g'}}{ends}" if value else "–")
         rows.append((name, _MEANS[name], *cells))
-    fitted = "; ".join(dict.fromkeys(model.note or f"fitted to run {model.run}" for model in models.values()))
+    known = (
+        model.note or f"fitted to run {model.run}{f' on {model.host}' * bool(model.host)}" for model in models.values()
+    )
+    fitted = "; ".join(dict.fromkeys(known))
     note = "in brackets how well its levels tell each; at its bound: as fast as the datasheet's bandwidth allows"
     return Table(f"Step models: {fitted}; {note}", ("number", "what it is", *models), rows)
 
@@ -91,9 +106,23 @@ def cards_plan_table(
     return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
 
 
+_OVER_NOW = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
+
+
 def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> Table:
     """PREDICTED: what a change would be worth, beside the same load without it."""
-    rows = []
+    rows = [
+        (variant, what, shown(tokens), *(f"{ratio:.2f}×" for ratio in ratios))
+        for variant, what, tokens, ratios in _what_ifs(models, trace, rate)
+    ]
+    columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
+    return Table(f"PREDICTED: what if, {len(trace):,} requests, {rate_name(rate)}", columns, rows)
+
+
+def _what_ifs(
+    models: Mapping[str, StepModel], trace: Trace, rate: float
+) -> Iterator[tuple[str, str, float, list[float]]]:
+    """(variant, what changes, tokens/s then, the ratios of `_OVER_NOW`)."""
     for variant, model in models.items():
         now = predict(variant, model, trace, rate).played.found
         changed = {what: (one, trace) for what, one in what_if(model).items()}
@@ -101,11 +130,27 @@ def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = m
         changed["answers twice as long"] = (model, longer(trace, answers=2))
         for what, (one, load) in changed.items():
             then = predict(variant, one, load, rate).played.found
-            metrics = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
-            ratios = [f"{then[name] / now[name]:.2f}×" for name in metrics]
-            rows.append((variant, what, shown(then["output_token_throughput"]), *ratios))
-    columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
-    return Table(f"PREDICTED: what if, {len(trace):,} requests, {rate_name(rate)}", columns, rows)
+            yield variant, what, then["output_token_throughput"], [then[name] / now[name] for name in _OVER_NOW]
+
+
+@figure("what-if", "PREDICTED: what if?")
+def what_if_figure(axes, models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> str:
+    """Tokens/s of each variant after a change, over those without it."""
+    found = list(_what_ifs(models, trace, rate))
+    places = {what: -place for place, what in enumerate(dict.fromkeys(what for _, what, _, _ in found))}
+    for number, (variant, (colour, marker)) in enumerate(zip(models, _STYLES, strict=False)):
+        mine = [(ratios[0], places[what]) for one, what, _, ratios in found if one == variant]
+        ratios, at = zip(
+            *((ratio, place + 0.3 * (0.5 - number / max(1, len(models) - 1))) for ratio, place in mine), strict=True
+        )
+        axes.hlines(at, 1, ratios, color=colour, lw=2)
+        axes.plot(ratios, at, ls="", marker=marker, color=colour, ms=9, mew=2, label=variant)
+    axes.axvline(1, color=INK, lw=1)
+    axes.set_yticks(list(places.values()), list(places))
+    axes.set(xlabel="output tokens/s over now")
+    axes.text(0.98, 0.34, "PREDICTED", transform=axes.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    return f"{len(trace):,} requests of {trace.name}, {rate_name(rate)}."
 
 
 def errors_of(model: StepModel) -> str:
@@ -147,11 +192,6 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
     judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
     caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
     return Table(f"{card_note(run)}{caption}", columns, rows)
-
-
-# Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
-_STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"),
-           ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
 
 
 @figure("predicted", "PREDICTED: what a card would do, by the rate that is offered", columns=2)
