@@ -14,7 +14,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput
 from fp8lab.experiment.predict import highest_rate, predict
-from fp8lab.experiment.step_fit import JUDGED, apart, fit, held_out, play_level, replay
+from fp8lab.experiment.step_fit import JUDGED, _graphs, apart, fit, held_out, play_level, replay
 from fp8lab.metrics.slo import SLO
 from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
@@ -60,9 +60,12 @@ def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch, eager_ms)
     truth = _truth()
     if eager_ms:
         truth = dataclasses.replace(truth, graphs=512, eager_ms=eager_ms)
-        monkeypatch.setattr("fp8lab.experiment.step_fit._graphs", lambda command: 512)
+        monkeypatch.setattr("fp8lab.experiment.step_fit._graphs", lambda command, requests: 512)
     found = fit(_as_if_measured(monkeypatch, truth), "fp8-unsealed")
     assert ("eager_ms" in found.low) == bool(eager_ms)
+    if eager_ms:
+        beyond, within = (found.seconds(Step(n, 0, n, 300 * n)) for n in (513, 512))
+        assert beyond - within == pytest.approx(1e-3 * eager_ms, rel=0.3)
     # Two levels do not tell every number from every other; how long steps like theirs take they do.
     for step in (Step(800, 0, 800, 300_000), Step(100, 0, 100, 30_000), Step(100, 400, 102, 30_000)):
         assert found.seconds(step) == pytest.approx(truth.seconds(step), rel=0.15)
@@ -213,8 +216,18 @@ def test_only_what_it_is_a_model_of_is_fitted():
         fit(open_run(source="h200-80gb-x2-8b"), "fp8-dp2")
 
 
+@pytest.mark.parametrize(("flags", "most"), [
+    ("", 512), ("--max-cudagraph-capture-size 1024", 1024), ("--cudagraph-capture-sizes 1 8 64 --port 1", 64),
+    ("--enforce-eager", 2048), ("--max-cudagraph-capture-size=0", 2048),
+])  # fmt: skip
+def test_where_cuda_graphs_end_is_read_off_the_command(flags, most):
+    assert _graphs(["vllm", "serve", *flags.split()], 2048) == most
+    with pytest.raises(BadInput, match="may end CUDA graphs anywhere"):
+        _graphs(["vllm", "serve", "--compilation-config", "{}", *flags.split()], 2048)
+
+
 def test_one_python_api_server_is_not_modelled():
-    with pytest.raises(BadInput, match="one Python process is its API server"):
+    with pytest.raises(BadInput, match="a Python process is its API server"):
         fit(open_run(source="h100-80gb"), "fp8")
     with pytest.raises(BadInput, match="two at least are needed"):
         fit(open_run(source="h100-80gb-unseal"), "bf16-unsealed")
@@ -225,13 +238,17 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
     free, full = (experiment.predict.predict("x", one, trace, math.inf).played for one in (model, model.behind(200)))
     assert free.limit == "GPU" and full.limit == "API server"
     assert full.found["output_token_throughput"] == pytest.approx(5000, rel=0.1)
-    # Two processes hand out twice as much; one that takes next to nothing changes nothing.
-    two, idle = (
-        experiment.predict.predict("x", one, trace, math.inf).played
-        for one in (model.behind(200, 2), model.behind(1e-3))
+    # One that takes next to nothing changes nothing; one that takes a little less than the steps is not called the limit.
+    idle, nearly, above = (
+        experiment.predict.predict("x", model.behind(us), trace, math.inf).played for us in (1e-3, 30, 70)
     )
-    assert two.found["output_token_throughput"] == pytest.approx(10_000, rel=0.15)
     assert idle.found["output_token_throughput"] == pytest.approx(free.found["output_token_throughput"], rel=1e-3)
+    assert nearly.limit == "GPU" and above.limit == "API server"
+    # Of latencies behind a full one nothing is said.
+    (row,) = lab.predicted_table(
+        lab.predict_rates({"x": model.behind(200)}, lab.drawing(), [math.inf]), {"x": model.behind(200)}
+    ).rows
+    assert row[4:8] == ("–",) * 4 and row[3] != "–"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +259,9 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
         ([FIT, "--rate", "0"], "rate 0: expected 0.001 to 1e+06 requests/s, or inf"),
         ([FIT, "--rate", "1e300"], "rate 1e+300: expected 0.001 to 1e+06 requests/s"),
         ([FIT, "--seed", "-1"], "seed -1 is below 0"),
-        ([FIT, "--api-us", "0"], "0 µs a token in 1 processes is no API server"),
+        ([FIT, "--api-us", "0"], "0 µs a token: an API server takes more than 0"),
+        ([FIT, "--api-us", "nan"], "nan µs a token: an API server takes more than 0"),
+        ([FIT, "--api-us", "90", "--slo", "tpot=50"], "leave out one"),
         ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
         ([FIT, "--trace", "random", "--input-tokens", "10000000"], "at most 134,217,728 are sent"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
@@ -282,6 +301,12 @@ def test_a_file_that_is_no_fit_is_one_clear_error(tmp_path):
         (whole.replace("base_ms = ", "base_ms = 0.0 #", 1), "base_ms is 0.0, expected a number from 0.0001"),
         (whole.replace("weights_ms = ", "weights_ms = 1e100 #", 1), "weights_ms is 1e+100, expected a number from 0 to 10000"),
         (whole.replace("median = {", 'median = { tea = "x",', 1), "{'tea': 'x'} is none of output_token_throughput"),
+        (whole.replace("worst = { output_token_throughput = ", "worst = { output_token_throughput = inf #", 1), "is no fit of step models"),
+        (re.sub(r"low = .*", "low = 3", whole), "is no fit of step models"),
+        (re.sub(r"limit_w = .*", "limit_w = -5", whole), "limit_w is -5, expected a number from 1"),
+        (re.sub(r"hbm_bytes_per_s = .*", 'hbm_bytes_per_s = "x"', whole), "hbm_bytes_per_s is 'x', expected a number"),
+        (re.sub(r"\nrun = .*", "\nrun = 5", whole), "run is 5, expected a name"),
+        (re.sub(r"(worst = .*mean_tpot_ms = )[^,]*", r"\1inf", whole), "{'mean_tpot_ms': inf} is none of"),
     ):  # fmt: skip
         broken.write_text(text)
         with pytest.raises(BadInput, match=re.escape(said)):
@@ -328,11 +353,20 @@ def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
     low = float(bracket.split()[0])
     assert variant == "fp8-unsealed" and int(cards) == math.ceil(1000 / low) and float(cost) == 2.5 * int(cards)
     assert float(each) <= low and 0.02 < float(joules) < 0.2 and plan.caption.startswith("PREDICTED")
+    # How far off it may be stands beside each number, where levels that the fit never saw say so.
+    scaled = lab.step_models(FIT, ["fp8-unsealed"], card="h200-80gb")
+    for each, known in ((models, True), ({"fp8-unsealed": models["fp8-unsealed"].behind(90)}, False), (scaled, False)):
+        (row,) = lab.predicted_table(lab.predict_rates(each, draw, [2]), each).rows
+        assert all(bool(re.fullmatch(r"[\d.,]+ ± \d+%", cell)) == known for cell in row[3:8]), row
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95
     assert float(what["one Python API server process, 105 µs a token"][3].strip("×")) < 0.95
-    assert "what if?" in lab.what_if_figure(models, draw(200)).alt
+    assert "fp8-unsealed" in lab.what_if_figure(models, draw(200)).alt
+    many = {f"v{n}": models["fp8-unsealed"] for n in range(9)}
+    for draws in (lambda: lab.what_if_figure(many, draw(200)), lambda: lab.predicted_figure(many, draw, [5])):
+        with pytest.raises(BadInput, match="9 variants are more than 8 lines; draw without v8"):
+            draws()
     figure = lab.predicted_figure(models, draw, [5, 10], requests=100)
     assert figure.svg.count("PREDICTED") or "PREDICTED" in figure.alt
     assert not {"#0072B2", "#D55E00"} & set(re.findall(r"#[0-9A-Fa-f]{6}", figure.svg.upper()))

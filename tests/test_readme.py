@@ -11,7 +11,7 @@ import pytest
 import fp8lab as lab
 from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
-from fp8lab.experiment.predict import highest_rate, step_models
+from fp8lab.experiment.predict import PYTHON_US, highest_rate, step_models
 from fp8lab.experiment.quality import comparisons
 from fp8lab.experiment.step_fit import replay
 from fp8lab.metrics.anatomy import ATTENTION, LAYERS, NORMS, QUANTISATION
@@ -88,8 +88,16 @@ def headline_numbers() -> list[str]:
     told = [f"{one.value:.2f}×" for one in (*ratios, *halved)]
     told += [f"{one.low:.2f} to {one.high:.2f}" for one in ratios]
     told += held_back(h100, "-rust-graphs", 3) + held_back(starts, "-rust-graphs", 2) + held_back(long_prompts, "", 3)
-    apart = [abs(s.meters_apart) for one in (h100, seen, long_prompts, starts) for s in one.summaries.values()]
-    told.append(f"{100 * max(apart):.1f} %")
+    apart, alone = [], []
+    for folder in (PROJECT / "data" / "recorded").iterdir():
+        for level, s in open_run(source=folder.name).summaries().items():
+            if s.meters_apart is not None:
+                (alone if folder.name == "h200-80gb-recipes" and "-0.5rps-" in level else apart).append(
+                    abs(s.meters_apart)
+                )
+    told.append(
+        f"is within {100 * max(apart):.1f} % of it in every level, and within {100 * max(alone):.1f} % where requests"
+    )
     for one in (h100, seen):
         assert not one.compare("fp8", "bf16", 100, metric).shown  # "no difference"
         fp8 = [s for level, s in one.summaries.items() if level.startswith("fp8-100rps")]
@@ -255,8 +263,15 @@ def recipe_numbers() -> list[str]:
         told.append(f"| `{variant}` | {took[variant]} | {worth} | {cost} | {alone:.2f} | {at25:.2f} |")
     found = {one.id: one for one in judge(seen.run)}
     assert (found["B4"].verdict, found["R4"].verdict) == ("not reproduced", "undecided")
-    assert seen.compare("int8", "fp8-channel", math.inf, joules).high < 1
-    told.append(f"the same KV cache is {seen.compare('int8', 'fp8-kv', math.inf, tokens)}.")
+    fewer = [seen.compare("int8", f"fp8-{form}", math.inf, joules) for form in ("channel", "static", "online")]
+    assert fewer[0].high < 1 and fewer[1].high < 1 <= fewer[2].high
+    less = sorted(100 * (1 - one.value) for one in fewer[:2])
+    told.append(f"for {less[0]:.0f} to {less[1]:.0f} % fewer joules than FP8 from a checkpoint")
+    assert (
+        min(seen.compare("int8", f"fp8-{form}", math.inf, tokens).high for form in ("channel", "static", "online")) >= 1
+    )
+    told.append(f"what it says holds, {seen.compare('int4', 'fp8-kv', math.inf, tokens)}.")
+    told.append(f"the same KV cache is {seen.compare('int8', 'fp8-kv', math.inf, tokens)};")
     loads = re.search(r"quantised\), (.*?×.*?\)); a whole start takes (\d+)", found["R4"].reason)
     return [*told, f"loads in {loads[1]} of the time, about a second of a start of {loads[2]}."]
 
@@ -342,14 +357,20 @@ def half_numbers() -> list[str]:
     told.append(
         f"serve {mean_of(seen, 'fp8-tp2-dp2', tokens):,.0f}, {worth} of what BF16 does and {then} in the steady state, for {cost}"
     )
-    limit = seen.slo_limit("bf16-tp4", GOAL)
+    limit, tried = seen.slo_limit("bf16-tp4", GOAL), dict(seen.attainment("bf16-tp4", GOAL))
+    missed = tried[limit.high]
     told.append(
-        f"are shown to meet at {limit.low:g} req/s and not at {limit.high:g}; two in FP8 are not shown to meet it at"
+        f"are shown to meet at {limit.low:g} req/s and not at {limit.high:g} ({missed.violations} of {missed.requests:,} outside). Of two"
     )
-    lowest, *others = [(rate, one) for rate, one in seen.attainment("fp8-tp2", GOAL) if one.at_limit]
-    assert seen.slo_limit("fp8-tp2", GOAL) == (0, lowest[0]) and limit.low / 2 < lowest[0] < 0.6 * limit.low
-    told.append(f"at {lowest[0]:g}, where {lowest[1].violations} of {lowest[1].requests} requests were outside, nor at")
-    told.append("nor at {:g}, {:g} and {:g}.".format(*(rate for rate, _ in others)))
+    near, over = [], []
+    for rate, one in seen.attainment("fp8-tp2", GOAL):
+        assert one.state == "undecided"  # "no rate was measured for long enough"
+        if one.at_limit:
+            within = one.violations < 0.01 * one.requests
+            (near if within else over).append((rate, f"{one.violations} of {one.requests}"))
+    for several in (near, over):
+        ((first, out), (second, too)) = several
+        told.append(f"at {first:g} and {second:g} {out} and {too}")
     quick = [seen.summaries[f"{variant}-5rps-r1"].p99_ttft_ms for variant in ("fp8-tp2", "bf16-tp4")]
     told.append(f"within {quick[0]:.0f} ms on two and {quick[1]:.0f} on four.")
     beside = seen.run.manifest["continued"][0]["machine"]["beside"]
@@ -419,7 +440,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
             told_of = (100 * median(full), 100 * median(each[1]))
         assert (count, told) == (
             f"{len(off)}",
-            " | ".join(f"{100 * median(v):.1f} % ({100 * v[-1]:.0f} %)" if v else "–" for v in each),
+            " | ".join(f"{100 * median(v):.1f} % ({100 * v[-1]:.{int(v[-1] < 0.01)}f} %)" if v else "–" for v in each),
         ), of
     (tokens, tpot), far = told_of, [f"{100 * one:.0f}" for one in worst]
     said = f"within {tokens:.1f} % of a full card's tokens/s and {tpot:.1f} % of the TPOT, at worst, on other lengths, {' and '.join(far)} %"
@@ -432,14 +453,16 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     assert f"is named rightly in {sum(named)} of the {len(named)} that" in " ".join(DATA_README.split())
     recipes = evidence(open_run(source="h200-80gb-recipes"))
     odd = [mean_of(recipes, f"fp8-{form}", "mean_tpot_ms", 50) for form in ("online", "static", "channel")]
-    said = f"took {odd[0]:.1f} ms a token where FP8's other two forms took {odd[1]:.1f} and {odd[2]:.1f},"
+    said = f"took {odd[0]:.1f} ms a token where FP8's other two forms took {odd[1]:.1f} and {odd[2]:.1f}."
     assert f"Their TPOT is within 10 % in {sum(near)}." in " ".join(DATA_README.split())
     assert len(near) - sum(near) == 3 and said in " ".join(DATA_README.split())
-    first, second, third = (
-        f"{s.output_token_throughput:,.0f}"
-        for level, s in open_run(source="h200-80gb").summaries().items() if level.startswith("fp8-rust-inf")
-    )  # fmt: skip
-    assert f"served {second} tokens/s where the others served {first} and {third}." in " ".join(DATA_README.split())
+    bursts = [
+        s.output_token_throughput
+        for level, s in open_run(source="h200-80gb").summaries().items()
+        if level.startswith("fp8-rust-inf")
+    ]
+    said = "which served {:,.0f}, {:,.0f} and {:,.0f} tokens/s: the fit saw the slowest".format(*bursts)
+    assert said in " ".join(DATA_README.split()) and min(bursts) == bursts[0]
 
 
 @pytest.mark.servers  # half a minute, though it starts none
@@ -454,25 +477,39 @@ def test_a_highest_rate_was_foretold_as_is_said():
         in told
     )
     assert f"at {fp8.low:g} to {fp8.high:g} in FP8 on two" in told
-    p99 = [
-        seen.summaries[level].p99_ttft_ms for level in seen.levels(("fp8-tp2",)) if re.search(r"-1[2-5].*rps", level)
-    ]
-    assert f"is {min(p99):.0f} to {max(p99):.0f} ms." in told and len(p99) == 4
+    assert f"is met at {measured.low:g} and not shown to be at {measured.high:g};" in told
+    over = [rate for rate, one in seen.attainment("fp8-tp2", GOAL) if one.violations > 0.01 * one.requests]
+    assert f"a little too high: at {over[0]:g} and {over[1]:g} more than 1 % were outside." in told and len(over) == 2
 
 
 def test_what_one_python_api_server_hands_out_is_as_far_off_as_is_said():
-    models, run, off, free = step_models("h100-80gb-unsealed"), open_run(source="h100-80gb"), [], []
-    for s in run.summaries().values():
-        if s.level.variant in ("bf16", "fp8") and s.valid and s.frontend_cpu_max_steady > 0.99:
-            model = dataclasses.replace(models[f"{s.level.variant}-unsealed"], requests=1024)
-            for one, found in ((model.behind(s.frontend_us_per_token), off), (model, free)):
-                played = replay(one, run.read(s.level))
-                found.append(played.found["output_token_throughput"] / s.output_token_throughput - 1)
-                assert found is free or played.limit == "API server"
+    models, run, off = (
+        step_models("h100-80gb-unsealed"),
+        open_run(source="h100-80gb"),
+        {"all": [], "own": [], "free": []},
+    )
+    full = [
+        s for s in run.summaries().values()
+        if s.level.variant in ("bf16", "fp8") and s.valid and s.frontend_cpu_max_steady > 0.99
+    ]  # fmt: skip
+    for s in full:
+        model = dataclasses.replace(models[f"{s.level.variant}-unsealed"], requests=1024)
+        for name, one in (
+            ("all", model.behind(PYTHON_US)),
+            ("own", model.behind(s.frontend_us_per_token)),
+            ("free", model),
+        ):
+            played = replay(one, run.read(s.level))
+            off[name].append(played.found["output_token_throughput"] / s.output_token_throughput - 1)
+            assert name == "free" or played.limit == "API server"
+    each = [s.frontend_us_per_token for s in full]
+    apart = {name: (100 * median(map(abs, values)), 100 * max(map(abs, values))) for name, values in off.items()}
     assert (
-        f"the tokens/s of its {len(off)} full levels are foretold within {100 * median(map(abs, off)):.1f} % in the median, "
-        f"{100 * max(map(abs, off)):.0f} % at worst; with an API server that is never full they would be "
-        f"{100 * min(free):.0f} to {100 * max(free):.0f} % too many"
+        f"{PYTHON_US:g} µs of CPU a token for all, about their mean, the tokens/s of the published command's {len(full)} full levels on another host "
+        f"(`h100-80gb`) are foretold within {apart['all'][0]:.1f} % in the median, {apart['all'][1]:.0f} % at worst; with what each "
+        f"level's own API server took, {min(each):.0f} to {max(each):.0f} µs, which is known only afterwards, within "
+        f"{apart['own'][0]:.1f} %, {apart['own'][1]:.0f} % at worst. With an API server that is never full they would be "
+        f"{100 * min(off['free']):.0f} to {100 * max(off['free']):.0f} % too many."
     ) in " ".join(DATA_README.split())
 
 
@@ -531,12 +568,12 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"{a['C3'][1]} req/s: two hosts |",
         f"| C4: 39 ms a token stays usable | {said['C4']} | it waits for the same API server | {a['C4'][0]} and {a['C4'][1]} ms |",
         f"{a['long']}× the tokens/s on long prompts, where BF16's KV cache was full; {a['burst']}× on the published requests all "
-        f"at once, where BF16 stands at the card's power limit; {a['joules']}× the joules a token at 50 req/s.",
+        f"at once, behind vLLM's Rust API server with larger CUDA graphs, where BF16 stands at the card's power limit; {a['joules']}× the joules a token at 50 req/s.",
         f"run at {a['unsealed'][0]} tokens/s, {a['unsealed'][2]} in the steady state, where the published command gives "
         f"{a['unsealed'][1]} and {a['unsealed'][3]} on the same machine. FP8 is then worth {each[0]}×, on the lengths of two real "
         f"services {each[1]}× (conversation) and {each[2]}× (coding;",
         "A 32 B model in FP8 on one card serves {}× the tokens/s a card of BF16 on two ({}× in the steady state), a 70 B one on two "
-        "cards {}× those of BF16 on four ({}×)".format(*a["half"]),
+        "cards {}× those of BF16 on four ({}×; two hosts)".format(*a["half"]),
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -546,11 +583,11 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C2：并发 5 倍 | {shown['C2']} | 来的请求多，在途的自然多；KV 缓存最多只用到 {a['full']} | 同为 100 req/s 时，是 {a['peak'][0]} 倍和 {a['peak'][1]} 倍，看不出差别 |",
         f"| C3：63 req/s 是这张卡的极限 | {shown['C3']} | 占满的是一个 Python API server 进程，不是显卡 | 两台主机上各为 {a['C3'][0]} 和 {a['C3'][1]} req/s |",
         f"| C4：每个 token 39 ms，仍可用 | {shown['C4']} | 卡在同一个 API server 上 | {a['C4'][0]} 和 {a['C4'][1]} ms |",
-        f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达、BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "
+        f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达，换用 Rust API server 和更大的 CUDA graph，BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "
         f"每个 token 的能耗只有 {a['joules']} 倍。",
         f"全程从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，稳定阶段从 {a['unsealed'][3]} 升到 {a['unsealed'][2]}。 此时 FP8 是 BF16 的 {each[0]} 倍；"
         f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
-        "平均每张卡的吞吐是 BF16 用两张卡时的 {} 倍（稳态 {} 倍）；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {} 倍（稳态 {} 倍）".format(
+        "平均每张卡的吞吐是 BF16 用两张卡时的 {} 倍（稳态 {} 倍）；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {} 倍（稳态 {} 倍，两台主机）".format(
             *a["half"]
         ),
     ):
@@ -606,9 +643,11 @@ def test_what_other_formats_do_to_answers_is_that_of_the_recorded_run():
         assert row in DATA_README
     same, apart = 100 * floor.top1_agreement.value, floor.kl_mean.value
     assert f"BF16 agrees with itself there at {same:.1f} % of positions, {apart:.4f} nats apart." in told
-    # "about as much as FP8 weights do"
-    fp8 = comparisons(open_run(source="smollm2-h200"))["fp8-weights"]
-    assert abs(held["int8"].perplexity_ratio.value - fp8.perplexity_ratio.value) < 0.005
+    # "By perplexity and likeliest token ... about as much as FP8 weights do", whose answers are no longer
+    fp8 = comparisons(open_run(source="smollm2-h200"))
+    assert abs(held["int8"].perplexity_ratio.value - fp8["fp8-weights"].perplexity_ratio.value) < 0.005
+    assert abs(held["int8"].top1_agreement.value - fp8["fp8-weights"].top1_agreement.value) < 0.01
+    assert not distinguishable("output_ratio", fp8["fp8-weights"], fp8["bf16-again"])
 
 
 def test_the_fastest_commands_give_the_answers_of_the_published_ones():

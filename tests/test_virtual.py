@@ -9,7 +9,7 @@ from conftest import NIGHTLY
 from fp8lab import cli
 from fp8lab.errors import BadInput
 from fp8lab.experiment.predict import play_with_vllm
-from fp8lab.metrics.virtual import Limits, play
+from fp8lab.metrics.virtual import Limits, handed_out, play
 
 BLOCK, SEATS, TOKENS = 4, 12, 48
 
@@ -63,6 +63,19 @@ def test_an_api_server_that_is_full_is_the_limit():
     assert free.last_s.max() == 32 * 2**-10 and free.busy_s == full.busy_s
     # Every token takes its time, one after the other, from the end of the first step on.
     assert full.last_s.max() == 2**-10 + 64 * 32 * 2**-8 and full.first_s.max() == 2**-10 + 64 * 2**-8
+
+
+@given(
+    steps=st.lists(st.integers(1, 50), min_size=1, max_size=30), more=st.integers(0, 5), work=st.integers(0, 60),
+    given_s=st.integers(0, 3000), begins=st.integers(0, 2000),
+)  # fmt: skip
+def test_steps_that_are_alike_are_handed_out_as_one_by_one(steps, more, work, given_s, begins):
+    """Steps each of which takes `more` longer than the one before it, from an API server that may have something to do still."""
+    took, ends, handed = steps[0], [], float(given_s)
+    for number in range(len(steps)):
+        ends.append((ends[-1] if ends else begins) + took + more * number)
+        handed = max(handed, ends[-1]) + work
+    assert handed_out(given_s, work, len(ends), ends[0], ends[-1]) == handed
 
 
 def test_what_can_never_run_is_refused():

@@ -185,6 +185,10 @@ def predict(args) -> None:
     if args.api_us is not None:
         models = {variant: model.behind(args.api_us) for variant, model in models.items()}
     loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
+    if args.slo and args.api_us is not None:
+        raise BadInput(
+            "--slo asks for latencies, of which a full API server's queue (--api-us) says little: leave out one"
+        )
     if args.against and (idle := [name for name, given in loads.items() if given]):
         raise BadInput(f"--against RUN takes the load of each level of the run: leave out {', '.join(idle)}")
     if args.slo and args.scheduler == "vllm":

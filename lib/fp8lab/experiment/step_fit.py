@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
-from ..config.flags import flag_of
+from ..config.flags import flag_of, parse
 from ..config.profile import RUST
 from ..errors import BadInput
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
@@ -36,8 +36,10 @@ _POWER_LATE_S = 0.5
 _STEP_TOKENS = 8192
 # How full the cache is where it holds others back.
 _FULL = 0.99
-# Busy for this part of a level, the first and the last requests of which give it little to do, an API server is its limit.
-_FULL_API = 0.85
+# The part of a core from which on an API server's process is full.
+_FULL_CORE = 0.95
+# An API server that was so far behind, as a part of a level's time, was its limit.
+_BEHIND = 0.1
 # vLLM's largest CUDA graph, by default.
 _GRAPHS = 512
 _START = {"base_ms": 2.0, "weights_ms": 3.0, "token_us": 15.0, "request_us": 2.0, "context_ns": 40.0, "mixed_ms": 1.0,
@@ -47,13 +49,13 @@ _START = {"base_ms": 2.0, "weights_ms": 3.0, "token_us": 15.0, "request_us": 2.0
 @dataclass(frozen=True)
 class Played:
     """A level in virtual time: its course, its records as a run's, what is `JUDGED` of it (joules where the model has them),
-    how many blocks of KV cache there were, and for what part of the time tokens kept the API server busy."""
+    how many blocks of KV cache there were, and how far the API server was behind at most, as a part of the level's time."""
 
     course: Course
     records: pd.DataFrame
     found: dict[str, float]
     blocks: int
-    api_busy: float = 0.0
+    behind: float = 0.0
 
     @property
     def limit(self) -> str:
@@ -61,7 +63,7 @@ class Played:
         model of this kind tells apart."""
         if keeps_up(self.records) is not False:
             return "offered load"
-        if self.api_busy > _FULL_API:
+        if self.behind > _BEHIND:
             return "API server"
         if backlog_growth(self.records) <= growth_by_chance(self.records):
             return "not known: too short to tell a backlog from chance"
@@ -99,7 +101,7 @@ def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None 
         records,
         found | ({JOULES: joules / tokens} if joules else {}),
         limits.blocks,
-        tokens * limits.api_s / span,
+        course.behind_s / span,
     )
 
 
@@ -141,10 +143,10 @@ def fit(run: Run, variant: str) -> StepModel:
             f"{variant}: {one} ran {summaries[one].replicas} replicas, each with a scheduler of its own: fit one of them"
         )
     levels = {level_id: run.read(s.level) for level_id, s in summaries.items()}
-    if one := next((k for k, level in levels.items() if _one_python_process(level)), None):
+    if one := next((k for k, level in levels.items() if _python_is_full(level.summary)), None):
         raise BadInput(
-            f"{variant}: one Python process is its API server ({one}), which is full before the card is: how its queue grows is not "
-            "fitted; fit a variant with the Rust API server or several, and ask what it does behind one process (--api-us)"
+            f"{variant}: a Python process is its API server ({one}), which is full before the card is: how its queue grows is not "
+            "fitted; fit a variant with the Rust API server or more processes, and ask what it does behind one process (--api-us)"
         )
     spans = [_spans(level) for level in levels.values() if level.telemetry is not None]
     if len(levels) < 2 or not (rows := [span for span in spans if len(span)]):
@@ -153,10 +155,11 @@ def fit(run: Run, variant: str) -> StepModel:
             "needed, one of them with the card full"
         )
     rows, server = np.vstack(rows), next(iter(levels.values())).summary
+    requests = most_running(server.command) or 1024
     taken = {
-        "requests": most_running(server.command) or 1024, "step_tokens": _most_tokens(server.command),
+        "requests": requests, "step_tokens": _most_tokens(server.command),
         "kv_tokens": server.kv_cache_tokens, "card": run.profile.name, "run": run.path.name, "levels": tuple(levels),
-        "cards": server.cards, "graphs": _graphs(server.command), **_measured(run, variant, list(summaries.values())),
+        "cards": server.cards, "graphs": _graphs(server.command, requests), **_measured(run, list(summaries.values())),
     }  # fmt: skip
     if limit := [s.gpu_power_limit_w for s in summaries.values() if s.gpu_power_limit_w]:
         taken["limit_w"] = float(max(limit))
@@ -194,7 +197,8 @@ def fit(run: Run, variant: str) -> StepModel:
     begin = np.append(first.x, start[of_steps:])
     found = least_squares(of_levels, begin, bounds=(lowest, math.log(MOST)), diff_step=0.02, max_nfev=25)
     model = model_of(found.x)
-    model = dataclasses.replace(model, **_energy(model, list(levels.values()), rows))
+    beside = _energy(model, list(levels.values()), rows) | _host_adds(run, variant, model.context_ns)
+    model = dataclasses.replace(model, **beside)
     status.done(f"{variant}: fitted to {', '.join(levels)}")
     unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
     each = [apart(replay(model, level), level.summary) for level in unseen]
@@ -276,33 +280,49 @@ def _most_tokens(command: Sequence[str]) -> int:
     return int(asked) if asked.isdecimal() else _STEP_TOKENS
 
 
-def _one_python_process(level: LevelResult) -> bool:
-    server = level.summary.server
-    several = flag_of(server.command, "--api-server-count") not in ("auto", "1")
-    return not several and server.environment.get(RUST, "0") == "0"
+def _python_is_full(summary: Summary) -> bool:
+    """Whether the API server is one Python process, which is full sooner or later, or one of several was."""
+    several = flag_of(summary.command, "--api-server-count") not in ("auto", "1")
+    python = summary.server.environment.get(RUST, "0") == "0"
+    return python and (not several or (summary.frontend_cpu_max_steady or 0.0) > _FULL_CORE)
 
 
-def _graphs(command: Sequence[str]) -> int:
-    asked = flag_of(command, "--max-cudagraph-capture-size")
-    return int(asked) if asked.isdecimal() else _GRAPHS
+def _graphs(command: Sequence[str], requests: int) -> int:
+    """The requests of the largest CUDA graph; all where there is none, so that every step is launched alike. Raises BadInput for a
+    command that says it in JSON."""
+    given = {flag.name: flag.values for flag in parse(command)}
+    if "--compilation-config" in given:
+        raise BadInput(
+            "--compilation-config may end CUDA graphs anywhere: serve with --max-cudagraph-capture-size in its place"
+        )
+    asked = [*given.get("--cudagraph-capture-sizes", ()), *given.get("--max-cudagraph-capture-size", ())]
+    most = max((int(one) for one in asked if one.isdecimal()), default=_GRAPHS)
+    return requests if "--enforce-eager" in given or not most else most
 
 
-def _measured(run: Run, variant: str, levels: Sequence[Summary]) -> dict[str, object]:
-    """What was measured beside the levels' times: the host, the API server's CPU a token, the clock, what the host adds to a step."""
-    from scipy.optimize import nnls
-
-    fullest = max(levels, key=lambda one: one.frontend_cpu_max_steady or 0.0)
+def _measured(run: Run, levels: Sequence[Summary]) -> dict[str, object]:
+    """What was measured beside the levels' times: the host, the API server's CPU a token, the clock."""
+    fullest, machine = max(levels, key=lambda one: one.frontend_cpu_max_steady or 0.0), run.manifest["machine"]
     clocks = [one.gpu_sm_mhz_steady for one in levels if one.gpu_sm_mhz_steady] or [0.0]
     found = {"api_us": fullest.frontend_us_per_token or 0.0, "mhz_low": min(clocks), "mhz_high": max(clocks)}
-    if held := [one for one in anatomies(run).get(variant, ()) if one.decode]:
-        adds = np.array([max(0.0, one.wall_ms - one.decode.busy_ms) for one in held])
-        parts = np.stack([np.ones(len(held)), [1e-3 * one.batch * (len(held) > 1) for one in held]], axis=1)
-        found |= dict(zip(("host_ms", "host_us"), nnls(parts, adds)[0], strict=True))
-    machine = run.manifest["machine"]
     return {
         "host": f"{machine['cpu']}, {machine['cores']} cores",
         **{name: float(f"{one:.6g}") for name, one in found.items()},
     }
+
+
+def _host_adds(run: Run, variant: str, context_ns: float) -> dict[str, float]:
+    """What the host adds to a step, as so much a step and so much a request of it, by least squares over the steps that were taken
+    apart; their timed and their profiled contexts made equal by what a token of context takes."""
+    from scipy.optimize import nnls
+
+    held = [one for one in anatomies(run).get(variant, ()) if one.decode and one.context and one.decode.context]
+    if not held:
+        return {}
+    longer = [1e-6 * context_ns * one.batch * (one.context - one.decode.context) for one in held]
+    adds = np.array([max(0.0, one.wall_ms - one.decode.busy_ms - more) for one, more in zip(held, longer, strict=True)])
+    parts = np.stack([np.ones(len(held)), [1e-3 * one.batch * (len(held) > 1) for one in held]], axis=1)
+    return {name: float(f"{one:.6g}") for name, one in zip(("host_ms", "host_us"), nnls(parts, adds)[0], strict=True)}
 
 
 def _floors(run: Run, variant: str) -> dict[str, float]:
@@ -319,6 +339,8 @@ def _floors(run: Run, variant: str) -> dict[str, float]:
 
 # Nearer than this to the datasheet's bound a number is at it.
 _AT_BOUND = 1.02
+# A number that moves nothing by more than this, relative to it, is told by nothing.
+_UNFELT = 1e-6
 
 
 def _intervals(
@@ -330,10 +352,11 @@ def _intervals(
     freedom = max(1, 2 * (levels + 1) - len(names))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
     half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
+    half[np.abs(found.jac).max(axis=0) < _UNFELT] = math.log(100)  # the levels do not tell it at all
     ends = {"low": {}, "high": {}}
     for name, spread, least in zip(names, half, np.exp(lowest), strict=True):
         value = getattr(model, name)
-        at_bound = value <= _AT_BOUND * least
+        at_bound = 0 < value <= _AT_BOUND * least
         ends["low"][name] = value if at_bound else max(float(least), value * math.exp(-spread))
         ends["high"][name] = value if at_bound else value * math.exp(spread)
     return ends

@@ -9,9 +9,9 @@ Weights have to be read whatever the batch; once it is large, products take long
 a smooth passage. In a step with prompts attention may read the contexts of those that decode less well. Neither weights nor
 contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell.
 
-The API server is a wait before the first token. One of Python processes, each with a core at most, is a queue too (`behind`): tokens
-are handed out in the order in which they come, each after so many µs of CPU. Latencies of one that is full turn on more than that, so
-that no model is fitted to it. vLLM's EngineCore looks for work all the time, so that its CPU says nothing; what it adds to a step is
+The API server is a wait before the first token. One Python process, with about a core, is a queue too (`behind`): tokens are handed
+out in the order in which they come, each after so many µs of CPU. Latencies of one that is full turn on more than that, so that no
+model is fitted to it. vLLM's EngineCore looks for work all the time, so that its CPU says nothing; what it adds to a step is
 in `base` and `request`, and told by itself where steps were taken apart.
 
 What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read,
@@ -59,8 +59,8 @@ class StepModel:
     eager_ms: float = 0.0  # a step that decodes more requests than `graphs`
     graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
     api_us: float = 0.0  # CPU of the API server, a token, as measured at its fullest
-    api_processes: int = 0  # that share it, a core each; 0: it was never full
-    host_ms: float = 0.0  # what of `base_ms` is the GPU's wait for the host, by steps taken apart
+    queue_us: float = 0.0  # for how long a token keeps it busy that is one process; 0: it is never full
+    host_ms: float = 0.0  # what of `base_ms` is the GPU's wait for the host, where the run has steps taken apart
     host_us: float = 0.0  # and of `request_us`
     mhz_low: float = 0.0  # the SM clock in the steady state of the levels: it falls at the power limit
     mhz_high: float = 0.0
@@ -101,21 +101,20 @@ class StepModel:
     @property
     def limits(self) -> Limits:
         """What its server takes on; asynchronous scheduling is vLLM's default."""
-        api = 1e-6 * self.api_us / self.api_processes if self.api_processes else 0.0
+        api = 1e-6 * self.queue_us
         return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK, api_s=api)
 
-    def behind(self, us: float, processes: int = 1) -> "StepModel":
-        """The same behind an API server of so many processes, whose CPU a token takes for so many µs. Raises BadInput for what is
-        no such server."""
-        if not (0 < us <= MOST and processes > 0):
-            raise BadInput(
-                f"{us:g} µs a token in {processes} processes is no API server: expected above 0 to {MOST:g} µs, and one process"
-            )
-        note = (
-            f"{self.note}; " * bool(self.note)
-            + f"behind {processes} API server process{'es' * (processes > 1)} of {us:g} µs a token"
-        )
-        return dataclasses.replace(self, api_us=us, api_processes=processes, note=note)
+    def behind(self, us: float) -> "StepModel":
+        """The same behind an API server of one process, which a token keeps busy for so many µs. Raises BadInput for what is no
+        such server."""
+        if not 0 < us <= MOST:
+            raise BadInput(f"{us:g} µs a token: an API server takes more than 0 and at most {MOST:g}")
+        note = f"{self._origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"
+        return dataclasses.replace(self, queue_us=us, note=note, median={}, worst={})
+
+    @property
+    def _origin(self) -> str:
+        return self.note or f"fitted to run {self.run}"
 
     def on(self, other: Card, name: str) -> "StepModel":
         """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
@@ -127,10 +126,11 @@ class StepModel:
             )
         read, products = self.hbm_bytes_per_s / other.hbm_bytes_per_s, self.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
-        scaled |= {"token_us": self.token_us * products} | dict.fromkeys(ENERGY, 0.0)
+        scaled |= {"token_us": self.token_us * products} | dict.fromkeys((*ENERGY, "mhz_low", "mhz_high"), 0.0)
         unknown = {key: {} for key in ("low", "high", "median", "worst")}
         note = f"scaled from {self.card_name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
-        return dataclasses.replace(self, **scaled, **unknown, card=name, note=note)
+        note = f"{self.note}; {note}" if self.note else note
+        return dataclasses.replace(self, **scaled, **unknown, card=name, note=note, limit_w=math.inf)
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
@@ -185,23 +185,31 @@ def read_fits(name: str) -> dict[str, StepModel]:
         if not models:
             raise ValueError("it holds no variant")
         return models
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput(f"{path} is no fit of step models: {error}; make it again with `fp8lab fit-model`") from None
 
 
 def _check(variant: str, model: StepModel) -> None:
     """Raises ValueError for what no fit has written."""
-    fitted = {name: (int | float, 0, MOST) for name in (*FITTED, *MEASURED, *ENERGY)} | {
-        "base_ms": (int | float, 1 / MOST, MOST)
+    bounds = dict.fromkeys((*FITTED, *MEASURED, *ENERGY, "queue_us"), (int | float, 0, MOST))
+    bounds |= dict.fromkeys(("hbm_bytes_per_s", "bf16_flops"), (int | float, 0, 1e20))
+    bounds |= dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
+    bounds |= {
+        "graphs": (int, 0, 10**9),
+        "base_ms": (int | float, 1 / MOST, MOST),
+        "limit_w": (int | float, 1, math.inf),
     }
-    whole = dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
-    whole |= dict.fromkeys(("graphs", "api_processes"), (int, 0, 10**9))
-    for name, (kind, least, most) in (fitted | whole).items():
+    for name, (kind, least, most) in bounds.items():
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
             raise ValueError(f"{variant}: {name} is {value!r}, expected a number from {least:g} to {most:g}")
+    for name in ("card", "run", "host", "card_name"):
+        if not isinstance(getattr(model, name), str):
+            raise ValueError(f"{variant}: {name} is {getattr(model, name)!r}, expected a name")
     for each, known in ((model.low, FITTED), (model.high, FITTED), (model.median, JUDGED), (model.worst, JUDGED)):
-        if wrong := {k: v for k, v in each.items() if k not in known or not isinstance(v, (int, float)) or v != v}:
+        if wrong := {
+            k: v for k, v in each.items() if k not in known or not isinstance(v, int | float) or not 0 <= v < math.inf
+        }:
             raise ValueError(f"{variant}: {wrong} is none of {', '.join(known)} with a number")
     if model.median.keys() != model.worst.keys() or model.low.keys() != model.high.keys():
         raise ValueError(f"{variant}: median and worst, or low and high, are of other names")

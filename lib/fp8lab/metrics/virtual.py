@@ -47,7 +47,7 @@ class Step(NamedTuple):
 class Course:
     """How a load went: for each request when its first and its last token came (s; nan: never); how many steps, in how many
     seconds of them, the tokens that they computed and the tokens of context that they read, how many requests ran and blocks
-    were held at most, and how many were preempted."""
+    were held at most, how many were preempted; and how far the API server was behind at most (s)."""
 
     first_s: np.ndarray
     last_s: np.ndarray
@@ -58,6 +58,7 @@ class Course:
     running_max: int = 0
     blocks_max: int = 0
     preemptions: int = 0
+    behind_s: float = 0.0
 
 
 def handed_out(given_s: float, work_s: float, steps: int, first_end: float, last_end: float) -> float:
@@ -256,6 +257,7 @@ class _Play:
         course.context += taken * now.context + now.decoding * taken * (taken - 1) // 2
         self.made = end if self.limits.depth == 1 else self.begins + before
         self.given = handed_out(self.given, now.emitted * self.limits.api_s, taken, self.begins + took, end)
+        course.behind_s = max(course.behind_s, self.given - end)
         self.begins, self.known = end, max(self.known, self.step - self.limits.depth)
         self._tokens_come(step)
 

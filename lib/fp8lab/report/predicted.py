@@ -20,6 +20,7 @@ from .verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
           "p99_ttft_ms": "TTFT p99", JOULES: "J/token"}  # fmt: skip
+_UNITS = {name: f"{word}, ms" for name, word in _WORDS.items() if name.endswith("_ms")}
 _DIGITS = {"mean_tpot_ms": ",.1f", "p99_tpot_ms": ",.1f", JOULES: ".4f"}
 _MEANS = {
     "base_ms": "ms, each step, whatever it computes", "weights_ms": "ms, to read the weights once",
@@ -27,8 +28,8 @@ _MEANS = {
     "context_ns": "ns, a token of context, in a step that only decodes", "mixed_ms": "ms, a step that reads prompts too",
     "mixed_context_ns": "ns, a token of context in such a step", "eager_ms": "ms, a step that decodes more requests than CUDA graphs hold",
     "api_ms": "ms, a request's way through the API server", "api_us": "µs of the API server's CPU, a token, measured",
-    "host_ms": "ms of each step that the host adds to the GPU's time, by steps taken apart; part of base_ms",
-    "host_us": "µs a request of it; part of request_us", "mhz_low": "MHz, the lowest SM clock of the levels, measured",
+    "host_ms": "ms that the host adds to the GPU's time of each step, by the run's steps taken apart",
+    "host_us": "µs that it adds for each request of the step", "mhz_low": "MHz, the lowest SM clock of the levels, measured",
     "mhz_high": "MHz, the highest",
     "idle_w": "W, whatever it computes", "step_j": "J, each step", "token_mj": "mJ, a token's matrix products",
     "context_uj": "µJ, a token of context, read",
@@ -40,21 +41,39 @@ _STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"
            ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
 
 
+def _styles(models: Mapping[str, StepModel]) -> dict[str, tuple[str, str]]:
+    if left_out := list(models)[len(_STYLES) :]:
+        raise BadInput(f"{len(models)} variants are more than {len(_STYLES)} lines; draw without {', '.join(left_out)}")
+    return dict(zip(models, _STYLES, strict=False))
+
+
 def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]) -> Table:
-    """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get."""
+    """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get; ± where the fit is known to be off by
+    so much."""
     rows = []
     for level in levels:
-        model, course, found = models[level.variant], level.played.course, level.played.found
+        model, course = models[level.variant], level.played.course
+
+        def within(name: str, level=level, worst=model.worst) -> str:
+            value = level.played.found.get(name, math.nan)
+            if not math.isfinite(value) or (name.endswith("_ms") and level.played.limit == "API server"):
+                return "–"
+            off = f" ± {math.ceil(100 * worst[name])}%" if name in worst else ""
+            return f"{value:{_DIGITS.get(name, ',.0f')}}{off}"
+
         rows.append((
-            level.variant, rate_name(level.rate), f"{len(level.played.records):,}", shown(found["output_token_throughput"]),
-            f"{found['mean_ttft_ms']:,.0f} / {found['p99_ttft_ms']:,.0f}", f"{found['mean_tpot_ms']:,.1f} / {found['p99_tpot_ms']:,.1f}",
-            f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}",
-            f"{course.preemptions:,}", shown(found.get(JOULES), ".4f"), level.played.limit,
+            level.variant, rate_name(level.rate), f"{len(level.played.records):,}", *map(within, JUDGED),
+            f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}", f"{course.preemptions:,}",
+            level.played.limit,
         ))  # fmt: skip
-    columns = ("variant", "offered", "requests", "tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "running at most",
-               "KV cache at most", "preempted", "J/token", "limited by")  # fmt: skip
-    told = "; ".join(f"{variant}: {errors_of(model)}" for variant, model in models.items())
-    return Table(f"PREDICTED, nothing was measured. {told}", columns, rows)
+    columns = ("variant", "offered", "requests", *(_UNITS.get(name, word) for name, word in _WORDS.items()), "running at most",
+               "KV cache at most", "preempted", "limited by")  # fmt: skip
+    told = [f"{variant}: {errors_of(model)}" for variant, model in models.items() if not model.worst]
+    known = list(dict.fromkeys(model.run for model in models.values() if model.worst))
+    if known:
+        told.insert(0, f"± is the greatest error of such predictions, of levels of run {', '.join(known)} that the fit never saw; on other "
+                    "lengths and hosts it may be greater (`--against`)")  # fmt: skip
+    return Table(f"PREDICTED, nothing was measured. {'; '.join(told)}", columns, rows)
 
 
 def models_table(models: Mapping[str, StepModel]) -> Table:
@@ -67,6 +86,7 @@ def models_table(models: Mapping[str, StepModel]) -> Table:
         for model in models.values():
             low, high = model.low.get(name), model.high.get(name)
             ends = "" if low is None else " (at its bound)" if low == high else f" ({low:.3g} to {high:.3g})"
+            ends = " (its levels do not tell)" if low and high / low > _UNTOLD else ends
             value = getattr(model, name)
             cells.append(f"{value:{',.0f' if value >= 1000 else '.3g'}}{ends}" if value else "–")
         rows.append((name, _MEANS[name], *cells))
@@ -109,10 +129,13 @@ def cards_plan_table(
 _OVER_NOW = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
 
 
+_UNTOLD = 9e3  # how many times the lower end the upper one is, of a number that could as well be any
+
+
 def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> Table:
     """PREDICTED: what a change would be worth, beside the same load without it."""
     rows = [
-        (variant, what, shown(tokens), *(f"{ratio:.2f}×" for ratio in ratios))
+        (variant, what, shown(tokens), *(f"{ratio:.2f}×" if math.isfinite(ratio) else "–" for ratio in ratios))
         for variant, what, tokens, ratios in _what_ifs(models, trace, rate)
     ]
     columns = ("variant", "if", "tok/s", "over now", "TPOT over now", "TTFT over now")
@@ -129,19 +152,26 @@ def _what_ifs(
         changed["prompts twice as long"] = (model, longer(trace, prompts=2))
         changed["answers twice as long"] = (model, longer(trace, answers=2))
         for what, (one, load) in changed.items():
-            then = predict(variant, one, load, rate).played.found
-            yield variant, what, then["output_token_throughput"], [then[name] / now[name] for name in _OVER_NOW]
+            played = predict(variant, one, load, rate).played
+            ratios = [played.found[name] / now[name] for name in _OVER_NOW]
+            told = ratios if played.limit != "API server" else [ratios[0], math.nan, math.nan]
+            yield variant, what, played.found["output_token_throughput"], told
 
 
 @figure("what-if", "PREDICTED: what if?")
 def what_if_figure(axes, models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> str:
     """Tokens/s of each variant after a change, over those without it."""
+    styles = _styles(models)
     found = list(_what_ifs(models, trace, rate))
     places = {what: -place for place, what in enumerate(dict.fromkeys(what for _, what, _, _ in found))}
-    for number, (variant, (colour, marker)) in enumerate(zip(models, _STYLES, strict=False)):
+    for number, (variant, (colour, marker)) in enumerate(styles.items()):
         mine = [(ratios[0], places[what]) for one, what, _, ratios in found if one == variant]
         ratios, at = zip(
-            *((ratio, place + 0.3 * (0.5 - number / max(1, len(models) - 1))) for ratio, place in mine), strict=True
+            *(
+                (ratio, place + 0.3 * ((len(models) - 1) / 2 - number) / max(1, len(models) - 1))
+                for ratio, place in mine
+            ),
+            strict=True,
         )
         axes.hlines(at, 1, ratios, color=colour, lw=2)
         axes.plot(ratios, at, ls="", marker=marker, color=colour, ms=9, mew=2, label=variant)
@@ -201,7 +231,8 @@ def predicted_figure(
     """Output tokens/s, and the time that 99 % of first tokens come within (logarithmic), of each variant at these rates
     (requests/s)."""
     trace = draw(requests)
-    for (variant, model), (colour, marker) in zip(models.items(), _STYLES, strict=False):
+    for variant, (colour, marker) in _styles(models).items():
+        model = models[variant]
         levels = [predict(variant, model, trace, rate) for rate in sorted(rates)]
         for one, name in zip(axes, ("output_token_throughput", "p99_ttft_ms"), strict=True):
             values = [level.played.found[name] for level in levels]
@@ -216,7 +247,5 @@ def predicted_figure(
     for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
         ticks(plainly)
     axes[0].legend(frameon=False, fontsize=9)
-    if left_out := list(models)[len(_STYLES) :]:
-        raise BadInput(f"{len(models)} variants are more than {len(_STYLES)} lines; draw without {', '.join(left_out)}")
     scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
     return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")
