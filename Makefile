@@ -58,15 +58,15 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# Two files at a time: what the tests of a file share is made once.
-BESIDE := $(PYTEST) -n 2 --dist loadfile
+# So many files at a time: what the tests of a file share is made once. Three where tests wait more than they compute.
+BESIDE = $(PYTEST) -n $(1) --dist loadfile
 
 quick: lint
-	$(BESIDE) -m "not servers and not timing" $(ARGS)
+	$(call BESIDE,2) -m "not servers and not timing" $(ARGS)
 
 # What fails beside another test (pytest's exit code 1), since a server fills a core or since it times itself, is run once
 # more, alone.
-AGAIN = $(BESIDE) -m $(1) $(ARGS) || { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m $(1) $(ARGS); }
+AGAIN = $(call BESIDE,3) -m $(1) $(ARGS) || { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m $(1) $(ARGS); }
 
 test: quick
 	$(call AGAIN,"servers and not timing")
