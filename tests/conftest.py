@@ -35,6 +35,8 @@ gc.set_threshold(100_000, 50, 1000)
 
 # Rare events are looked for at length, and more real servers started, by `make nightly` alone.
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
+# Whatever takes two users: nobody else may become another one, or see what it started.
+AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root may act as another user")
 
 
 # What starts a server for its tests, and what times itself against a streaming server.

@@ -13,6 +13,7 @@ import uuid
 import nbformat
 import pytest
 
+from conftest import AS_ROOT
 from fp8lab.errors import BadInput, InUse
 from fp8lab.paths import PROJECT, cache_dir, nameless, with_home
 from fp8lab.report import notebooks
@@ -107,7 +108,7 @@ def test_a_home_that_cannot_be_written_to_is_replaced(tmp_path, home):
     assert own.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user whom the machine has no name for")
+@AS_ROOT
 def test_a_user_without_a_name_has_a_home():
     code = f"import os, tempfile, pwd; from fp8lab import paths; tempfile.gettempdir(); os.setuid(54321); {HOMES}"
     done = run([sys.executable, "-c", code], cwd="/", HOME=None, XDG_CACHE_HOME=None, TMPDIR="/tmp")

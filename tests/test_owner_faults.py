@@ -16,7 +16,7 @@ import pytest
 from jupyter_client import BlockingKernelClient, KernelManager
 
 import fp8lab as lab
-from conftest import marked, nothing_left, wait_for
+from conftest import AS_ROOT, marked, nothing_left, wait_for
 from fp8lab.server import orphans, preflight
 
 START = "import fp8lab as lab; server = lab.start_server(lab.load_profile({profile!r}), 'bf16', log_path={log!r})"
@@ -237,7 +237,7 @@ def test_a_server_that_runs_as_it_should_is_no_leftover(fake_vllm, tmp_path):
         assert not [one for one in said if f"({profile.name}" in str(one.message) or "bf16, pids" in str(one.message)]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root sees other users' processes, and may start one")
+@AS_ROOT
 def test_another_users_server_is_none_of_roots():
     mark = orphans.mark(id="other-1", variant="other", profile="other-users", port=1)
     command = ["/bin/sleep", "60"]

@@ -25,7 +25,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fp8lab as lab
-from conftest import marked, nothing_left, wait_for
+from conftest import AS_ROOT, marked, nothing_left, wait_for
 from fp8lab.config.profile import Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
@@ -639,7 +639,7 @@ def shared(tmp_path, monkeypatch):
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may act as two users")
+@AS_ROOT
 def test_the_lock_is_the_same_for_all_users(shared):
     code = f"from pathlib import Path; from fp8lab.system import locks; locks._SHARED = (Path({str(shared)!r}),)\n"
     code += "try: lock = locks.machine_lock('x', 'x')\nexcept locks.InUse as error: print(error, flush=True)\n"

@@ -9,7 +9,7 @@ from conftest import NIGHTLY
 from fp8lab import cli
 from fp8lab.errors import BadInput
 from fp8lab.experiment.predict import play_with_vllm
-from fp8lab.metrics.virtual import Limits, handed_out, play
+from fp8lab.metrics.virtual import Course, Limits, play
 
 BLOCK, SEATS, TOKENS = 4, 12, 48
 
@@ -75,7 +75,9 @@ def test_steps_that_are_alike_are_handed_out_as_one_by_one(steps, more, work, gi
     for number in range(len(steps)):
         ends.append((ends[-1] if ends else begins) + took + more * number)
         handed = max(handed, ends[-1]) + work
-    assert handed_out(given_s, work, len(ends), ends[0], ends[-1]) == handed
+    course = Course(np.empty(0), np.empty(0), given_s=given_s)
+    assert course.hand_out(work, len(ends), ends[0], ends[-1]) == course.given_s == handed
+    assert course.behind_s == handed - ends[-1]
 
 
 def test_what_can_never_run_is_refused():

@@ -14,7 +14,7 @@ from ..config.trace import Trace, arrival_times, begun_anew
 from ..errors import BadInput
 from ..metrics.slo import SLO, Bracket, attains, probe_requests, search
 from ..metrics.step_model import StepModel, read_fits
-from ..metrics.virtual import Course, Limits, Step, handed_out, play
+from ..metrics.virtual import Course, Limits, Step, play
 from ..models.checkpoints import model_folder
 from .step_fit import Played, play_level
 
@@ -230,7 +230,7 @@ class _Course:
     def run(self) -> Course:
         """vLLM's `step_with_batch_queue`, or with one step in hand its `step`: tokens are given to it when they are known."""
         scheduler, depth, arrived = self.scheduler, self.limits.depth, 0
-        step, made, begins, known, given = 1, 0.0, 0.0, 0, 0.0
+        step, made, begins, known = 1, 0.0, 0.0, 0
         while True:
             while arrived < len(self.due) and self.due[arrived] <= made:
                 scheduler.add_request(self._request(arrived))
@@ -250,8 +250,7 @@ class _Course:
                 continue
             now, emitting = self._step(output, lengths)
             took = self.seconds(now)
-            given = handed_out(given, now.emitted * self.limits.api_s, 1, begins + took, begins + took)
-            self.course.behind_s = max(self.course.behind_s, given - begins - took)
+            given = self.course.hand_out(now.emitted * self.limits.api_s, 1, begins + took, begins + took)
             self.in_hand[step] = _InHand(output, emitting, given)
             self._note(step, now, took)
             made = begins + took if depth == 1 else begins

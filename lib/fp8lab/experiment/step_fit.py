@@ -23,7 +23,7 @@ from ..errors import BadInput
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
-from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, STEPS, TIMES, StepModel
+from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, STEPS, TIMES, UNTOLD, StepModel
 from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, play
 from ..results.run_folder import LevelResult, Run
@@ -170,7 +170,8 @@ def fit(run: Run, variant: str) -> StepModel:
 
     graphed = taken["graphs"] >= taken["requests"]  # then no step is beyond its graphs
     names = [name for name in FITTED if not (graphed and name == "eager_ms")]
-    lowest, of_steps = np.array([_floors(run, variant).get(name, -np.inf) for name in names]), len(names) - 1
+    floors, of_steps = _floors(run, variant), len(names) - 1
+    lowest = np.array([floors.get(name, -np.inf) for name in names])
 
     def of_spans(logs: np.ndarray) -> np.ndarray:
         return _foretold(dict(zip(names, np.exp(logs), strict=False)), taken["graphs"], rows) / rows[:, 0] - 1
@@ -302,13 +303,12 @@ def _graphs(command: Sequence[str], requests: int) -> int:
 
 def _measured(run: Run, levels: Sequence[Summary]) -> dict[str, object]:
     """What was measured beside the levels' times: the host, the API server's CPU a token, the clock."""
-    fullest, machine = max(levels, key=lambda one: one.frontend_cpu_max_steady or 0.0), run.manifest["machine"]
+    fullest, parts = max(levels, key=lambda one: one.frontend_cpu_max_steady or 0.0), run.parts
     clocks = [one.gpu_sm_mhz_steady for one in levels if one.gpu_sm_mhz_steady] or [0.0]
     found = {"api_us": fullest.frontend_us_per_token or 0.0, "mhz_low": min(clocks), "mhz_high": max(clocks)}
-    return {
-        "host": f"{machine['cpu']}, {machine['cores']} cores",
-        **{name: float(f"{one:.6g}") for name, one in found.items()},
-    }
+    hosts = (parts[(one.part or 1) - 1]["machine"] for one in levels)
+    named = "; ".join(dict.fromkeys(f"{host['cpu']}, {host['cores']} cores" for host in hosts))
+    return {"host": named, **{name: float(f"{one:.6g}") for name, one in found.items()}}
 
 
 def _host_adds(run: Run, variant: str, context_ns: float) -> dict[str, float]:
@@ -351,8 +351,8 @@ def _intervals(
     two, and all of telemetry as one level does."""
     freedom = max(1, 2 * (levels + 1) - len(names))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
-    half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(100))
-    half[np.abs(found.jac).max(axis=0) < _UNFELT] = math.log(100)  # the levels do not tell it at all
+    half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(UNTOLD))
+    half[np.abs(found.jac).max(axis=0) < _UNFELT] = math.log(UNTOLD)  # the levels do not tell it at all
     ends = {"low": {}, "high": {}}
     for name, spread, least in zip(names, half, np.exp(lowest), strict=True):
         value = getattr(model, name)

@@ -55,14 +55,14 @@ class StepModel:
     card: str  # the profile that has the card's datasheet
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
-    host: str = ""  # the CPU that EngineCore and API server ran on
+    host: str = ""  # the CPU that EngineCore and API server ran on, in the levels fitted
     eager_ms: float = 0.0  # a step that decodes more requests than `graphs`
     graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
     api_us: float = 0.0  # CPU of the API server, a token, as measured at its fullest
     queue_us: float = 0.0  # for how long a token keeps it busy that is one process; 0: it is never full
     host_ms: float = 0.0  # what of `base_ms` is the GPU's wait for the host, where the run has steps taken apart
     host_us: float = 0.0  # and of `request_us`
-    mhz_low: float = 0.0  # the SM clock in the steady state of the levels: it falls at the power limit
+    mhz_low: float = 0.0  # the mean SM clock of a level's steady state, in the lowest: it falls at the power limit
     mhz_high: float = 0.0
     idle_w: float = 0.0  # what the card draws whatever it does
     step_j: float = 0.0  # a step: reading the weights, and launching
@@ -109,12 +109,13 @@ class StepModel:
         such server."""
         if not 0 < us <= MOST:
             raise BadInput(f"{us:g} µs a token: an API server takes more than 0 and at most {MOST:g}")
-        note = f"{self._origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"
+        note = f"{self.origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"
         return dataclasses.replace(self, queue_us=us, note=note, median={}, worst={})
 
     @property
-    def _origin(self) -> str:
-        return self.note or f"fitted to run {self.run}"
+    def origin(self) -> str:
+        """Where it comes from, in words."""
+        return self.note or f"fitted to run {self.run}{f' on {self.host}' if self.host else ''}"
 
     def on(self, other: Card, name: str) -> "StepModel":
         """The same on another card, by the datasheets alone: what is read takes the time that the other's memory does, what
@@ -166,6 +167,8 @@ TIMES = {
 }
 JOULES = "joules_per_output_token"
 JUDGED = (*TIMES, JOULES)
+# A number that may be so many times more or less is told by no level.
+UNTOLD = 100.0
 # Beyond this (ms, µs, ns, W, ...) no fitted number lies.
 MOST = 1e4
 ENERGY = ("idle_w", "step_j", "token_mj", "context_uj")

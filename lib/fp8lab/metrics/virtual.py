@@ -47,7 +47,8 @@ class Step(NamedTuple):
 class Course:
     """How a load went: for each request when its first and its last token came (s; nan: never); how many steps, in how many
     seconds of them, the tokens that they computed and the tokens of context that they read, how many requests ran and blocks
-    were held at most, how many were preempted; and how far the API server was behind at most (s)."""
+    were held at most, how many were preempted. And of the API server until when it has something to do, and how far it was behind
+    at most (s)."""
 
     first_s: np.ndarray
     last_s: np.ndarray
@@ -58,14 +59,16 @@ class Course:
     running_max: int = 0
     blocks_max: int = 0
     preemptions: int = 0
+    given_s: float = 0.0
     behind_s: float = 0.0
 
-
-def handed_out(given_s: float, work_s: float, steps: int, first_end: float, last_end: float) -> float:
-    """When the API server has handed out the tokens of so many steps, which ended from `first_end` to `last_end`: those of each keep
-    it busy for `work_s`, after all it had before, until `given_s`. Steps grow longer, so that it is the first or the last one, if
-    any, that finds it idle."""
-    return max(given_s + steps * work_s, first_end + steps * work_s, last_end + work_s)
+    def hand_out(self, work_s: float, steps: int, first_end: float, last_end: float) -> float:
+        """When the API server has handed out the tokens of so many steps, which ended from `first_end` to `last_end`: those of each
+        keep it busy for `work_s`, after all it had before. Steps grow longer, so that it is the first or the last one, if any, that
+        finds it idle."""
+        self.given_s = max(self.given_s + steps * work_s, first_end + steps * work_s, last_end + work_s)
+        self.behind_s = max(self.behind_s, self.given_s - last_end)
+        return self.given_s
 
 
 class _Request:
@@ -136,7 +139,6 @@ class _Play:
         self.ended: deque[tuple[int, int]] = deque()
         # The step that is put together now, when that is, when it begins, and the last one whose tokens are known.
         self.step, self.made, self.begins, self.known = 1, 0.0, 0.0, 0
-        self.given = 0.0  # when all tokens that have come are handed out
         self.preempted = False  # while the coming step was put together
         for one in self.all:
             if self._blocks(one.prompt + one.answer - 1) > limits.blocks:
@@ -256,10 +258,9 @@ class _Play:
         course.tokens += taken * (now.decoding + now.prompt)
         course.context += taken * now.context + now.decoding * taken * (taken - 1) // 2
         self.made = end if self.limits.depth == 1 else self.begins + before
-        self.given = handed_out(self.given, now.emitted * self.limits.api_s, taken, self.begins + took, end)
-        course.behind_s = max(course.behind_s, self.given - end)
+        given = course.hand_out(now.emitted * self.limits.api_s, taken, self.begins + took, end)
         self.begins, self.known = end, max(self.known, self.step - self.limits.depth)
-        self._tokens_come(step)
+        self._tokens_come(step, given)
 
     def _alike(self, now: Step, took: float, more: float, next_due: float) -> int:
         """How many steps from this one on decode the same requests, with nobody to admit in between."""
@@ -292,16 +293,16 @@ class _Play:
             m += 1
         return m
 
-    def _tokens_come(self, step: int) -> None:
-        """Notes first and last tokens of the steps from `step` on, which come when those of the last are handed out."""
+    def _tokens_come(self, step: int, given: float) -> None:
+        """Notes first and last tokens of the steps from `step` on, those of the last of which are handed out at `given`."""
         for one in reversed(self.seats):
             if 0 <= one.read < step:
                 break
             if one.read == step and not one.had:
-                self.course.first_s[one.index] = self.given
+                self.course.first_s[one.index] = given
         while self.ends and self.ends[0][0] < self.step:
             one = self.all[heapq.heappop(self.ends)[1]]
             self.decoding.change(one, -1)
-            self.course.last_s[one.index] = self.given
+            self.course.last_s[one.index] = given
             self.idle_blocks += self._blocks(one.tokens(one.last))
             self.ended.append((one.last, one.index))

@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
 from ..experiment.step_fit import apart, held_out, judgeable, replay
 from ..metrics.slo import SLO
-from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, StepModel
+from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, UNTOLD, StepModel
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
 from ..ui.text import Table, shown
@@ -29,8 +29,8 @@ _MEANS = {
     "mixed_context_ns": "ns, a token of context in such a step", "eager_ms": "ms, a step that decodes more requests than CUDA graphs hold",
     "api_ms": "ms, a request's way through the API server", "api_us": "µs of the API server's CPU, a token, measured",
     "host_ms": "ms that the host adds to the GPU's time of each step, by the run's steps taken apart",
-    "host_us": "µs that it adds for each request of the step", "mhz_low": "MHz, the lowest SM clock of the levels, measured",
-    "mhz_high": "MHz, the highest",
+    "host_us": "µs that it adds for each request of the step", "mhz_low": "MHz, the mean SM clock of a level's steady state, in the lowest",
+    "mhz_high": "MHz, in the highest",
     "idle_w": "W, whatever it computes", "step_j": "J, each step", "token_mj": "mJ, a token's matrix products",
     "context_uj": "µJ, a token of context, read",
 }  # fmt: skip
@@ -86,14 +86,11 @@ def models_table(models: Mapping[str, StepModel]) -> Table:
         for model in models.values():
             low, high = model.low.get(name), model.high.get(name)
             ends = "" if low is None else " (at its bound)" if low == high else f" ({low:.3g} to {high:.3g})"
-            ends = " (its levels do not tell)" if low and high / low > _UNTOLD else ends
+            ends = " (its levels do not tell)" if low and high / low > 0.9 * UNTOLD**2 else ends
             value = getattr(model, name)
             cells.append(f"{value:{',.0f' if value >= 1000 else '.3g'}}{ends}" if value else "–")
         rows.append((name, _MEANS[name], *cells))
-    known = (
-        model.note or f"fitted to run {model.run}{f' on {model.host}' * bool(model.host)}" for model in models.values()
-    )
-    fitted = "; ".join(dict.fromkeys(known))
+    fitted = "; ".join(dict.fromkeys(model.origin for model in models.values()))
     note = "in brackets how well its levels tell each; at its bound: as fast as the datasheet's bandwidth allows"
     return Table(f"Step models: {fitted}; {note}", ("number", "what it is", *models), rows)
 
@@ -127,9 +124,6 @@ def cards_plan_table(
 
 
 _OVER_NOW = ("output_token_throughput", "mean_tpot_ms", "mean_ttft_ms")
-
-
-_UNTOLD = 9e3  # how many times the lower end the upper one is, of a number that could as well be any
 
 
 def what_if_table(models: Mapping[str, StepModel], trace: Trace, rate: float = math.inf) -> Table:
@@ -166,13 +160,8 @@ def what_if_figure(axes, models: Mapping[str, StepModel], trace: Trace, rate: fl
     places = {what: -place for place, what in enumerate(dict.fromkeys(what for _, what, _, _ in found))}
     for number, (variant, (colour, marker)) in enumerate(styles.items()):
         mine = [(ratios[0], places[what]) for one, what, _, ratios in found if one == variant]
-        ratios, at = zip(
-            *(
-                (ratio, place + 0.3 * ((len(models) - 1) / 2 - number) / max(1, len(models) - 1))
-                for ratio, place in mine
-            ),
-            strict=True,
-        )
+        shift = 0.3 * ((len(models) - 1) / 2 - number) / max(1, len(models) - 1)
+        ratios, at = zip(*((ratio, place + shift) for ratio, place in mine), strict=True)
         axes.hlines(at, 1, ratios, color=colour, lw=2)
         axes.plot(ratios, at, ls="", marker=marker, color=colour, ms=9, mew=2, label=variant)
     axes.axvline(1, color=INK, lw=1)

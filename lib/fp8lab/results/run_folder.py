@@ -306,18 +306,22 @@ class Run:
                 write_json(self.path / "run.json", self.manifest)
             del self.profile
 
+    @property
+    def parts(self) -> list[dict]:
+        """Where the run was measured, a part for each machine, software and profile: `Summary.part` counts them from 1."""
+        return [self.manifest, *self.manifest.get("continued", [])]
+
     def _note_place(self) -> int:
         """The part of the run, from 1, that is measured here and now. A machine, software, source or profile that the run
         was not begun or continued with is another part: it is added to `continued`."""
         here = plain(_place(self.profile))
-        known = [self.manifest, *self.manifest.get("continued", [])]
         alike = ("machine", "software", "measured_with")
-        for part, place in enumerate(known, start=1):
+        for part, place in enumerate(self.parts, start=1):
             if all(place.get(key) == here[key] for key in alike):
                 return part
         self.manifest.setdefault("continued", []).append(here)
         write_json(self.path / "run.json", self.manifest)
-        return len(known) + 1
+        return len(self.parts)
 
     def _folder(self, level_id: str) -> Path:
         return self.path / "levels" / level_id
@@ -421,7 +425,6 @@ def other_card(run: Run) -> str | None:
     card = run.profile.gpu
     if card is None or run.profile.device != "cuda":
         return None
-    places = [run.manifest, *run.manifest.get("continued", [])]
     # A server takes the first GPU that is visible.
-    first = [gpus[0] for place in places if (gpus := place.get("machine", {}).get("gpus"))]
+    first = [gpus[0] for place in run.parts if (gpus := place.get("machine", {}).get("gpus"))]
     return next((name for name in first if not card.fits(name)), None)
