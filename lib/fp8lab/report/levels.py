@@ -165,7 +165,8 @@ def slo_table(run: Run, objectives=OBJECTIVES) -> Table:
     rows = [(variant, *(str(seen.slo_limit(variant, slo)) for slo in objectives)) for variant in seen.variants()]
     caption = (
         f"{card_note(run)}The highest rate that meets the objective lies between (req/s), run {run.path.name}; with "
-        "several seeds a rate counts as met when all that are long enough to tell meet it"
+        "several seeds a rate counts as met when all that are long enough to tell meet it; one that a level of full length leaves "
+        "too close to call counts as missed"
     )
     return Table(caption, ("variant", *(slo.name for slo in objectives)), rows)
 
