@@ -17,7 +17,7 @@ if kind == "gpu" and version != (3, 12):
     sys.exit(f"Python {version[0]}.{version[1]}: the gpu environment is pinned for 3.12; set PYTHON=python3.12")
 PY
 
-echo "preparing the $kind environment in $venv (about 2 minutes on two cores, 4 GB; the gpu one downloads more)"
+echo "preparing the $kind environment in $venv (3 to 4 minutes on two cores, 4 GB; the gpu one downloads more)"
 "$python" -m venv --clear "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 if [ "$kind" = cpu ]; then
