@@ -123,14 +123,14 @@ warmup_requests = 4
 
 [protocols."as published"]
 levels = [
-  { variant = "bf16", rate = 50, requests = 40 },
-  { variant = "fp8", rate = 100, requests = 80 },
+  { variant = "bf16", rate = 50, requests = 20 },
+  { variant = "fp8", rate = 100, requests = 40 },
 ]
 
 [protocols."equal load"]
 levels = [
-  { variant = "bf16", rate = 100, requests = 80 },
-  { variant = "fp8", rate = 50, requests = 40 },
+  { variant = "bf16", rate = 100, requests = 40 },
+  { variant = "fp8", rate = 50, requests = 20 },
 ]
 """
 

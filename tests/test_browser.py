@@ -37,7 +37,7 @@ pytestmark = [
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 RECORDED = "h200-80gb"
 # One level lasts long enough to be stopped in its middle.
-PROFILE = SHORT.replace('"fp8", rate = 100, requests = 80', '"fp8", rate = 100, requests = 150')
+PROFILE = SHORT.replace('"fp8", rate = 100, requests = 40', '"fp8", rate = 100, requests = 150')
 
 
 @pytest.fixture(scope="module")

@@ -641,15 +641,24 @@ def test_the_environment_of_the_cross_check_leads_past_the_proxy(proxied, monkey
     assert vllm_bench._unproxied(Endpoint(f"http://{host}:1", "m"))["no_proxy"] == "*"
 
 
+def ask_vllms_client(url: str, model: str) -> dict:
+    trace, tokenizer = fixed_length(8, input_tokens=5, output_tokens=10), str(model_folder("tiny-llama"))
+    return vllm_bench.run(Endpoint(url, model), trace, 50.0, tokenizer=tokenizer)
+
+
 @pytest.mark.servers
-def test_vllms_own_client_is_direct_and_counts_only_if_something_completed(sse_url, monkeypatch):
+def test_vllms_own_client_is_direct(sse_url, monkeypatch):
     for name in PROXIES:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    trace, options = fixed_length(8, input_tokens=5, output_tokens=10), {"tokenizer": str(model_folder("tiny-llama"))}
-    result = vllm_bench.run(Endpoint(sse_url, "ok"), trace, 50.0, **options)
+    result = ask_vllms_client(sse_url, "ok")
     assert (result["completed"], result["failed"]) == (8, 0) and result["mean_ttft_ms"] > 10
+
+
+@pytest.mark.nightly  # it asks twice, and each takes half a core-minute to import
+@pytest.mark.servers
+def test_vllms_own_client_counts_only_if_something_completed(sse_url):
     with pytest.raises(LevelFailed, match="vllm bench serve completed none of 8 requests: .*Oops"):
-        vllm_bench.run(Endpoint(sse_url, "http-500"), trace, 50.0, **options)
+        ask_vllms_client(sse_url, "http-500")
 
 
 # Closed loop, patience

@@ -14,6 +14,8 @@ def test_the_values_of_the_specification(name, count, largest, smallest):
     values = number_formats.values(name)
     assert len(values) == count and values[-1] == largest == -values[0] == number_formats.largest(name)
     assert values[values > 0][0] == smallest
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, number_formats.FORMATS[name][2])).double()
+    assert np.array_equal(values, np.unique(codes[codes.isfinite()].numpy()))
 
 
 def test_rounding_is_to_the_nearest_and_clips():

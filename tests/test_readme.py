@@ -272,8 +272,12 @@ def recipe_numbers() -> list[str]:
     )
     told.append(f"what it says holds, {seen.compare('int4', 'fp8-kv', math.inf, tokens)}.")
     told.append(f"the same KV cache is {seen.compare('int8', 'fp8-kv', math.inf, tokens)};")
-    loads = re.search(r"quantised\), (.*?×.*?\)); a whole start takes (\d+)", found["R4"].reason)
-    return [*told, f"loads in {loads[1]} of the time, about a second of a start of {loads[2]}."]
+    (static, first), (channel, last) = re.findall(
+        r"fp8-\w+ in [\d.]+ s, (.*?×.*?\)), of a start of (\d+)", found["R4"].reason
+    )
+    told.append(f"loads in {static} of the time with one scale a tensor and in {channel} by channel, about a second of a start of "
+                f"{first} to {last}.")  # fmt: skip
+    return told
 
 
 def card_numbers() -> list[str]:
@@ -505,7 +509,7 @@ def test_what_one_python_api_server_hands_out_is_as_far_off_as_is_said():
     each = [s.frontend_us_per_token for s in full]
     apart = {name: (100 * median(map(abs, values)), 100 * max(map(abs, values))) for name, values in off.items()}
     assert (
-        f"{PYTHON_US:g} µs of CPU a token for all, about their mean, the tokens/s of the published command's {len(full)} full levels on another host "
+        f"{PYTHON_US:g} µs of CPU a token for all, about their median, the tokens/s of the published command's {len(full)} full levels on another host "
         f"(`h100-80gb`) are foretold within {apart['all'][0]:.1f} % in the median, {apart['all'][1]:.0f} % at worst; with what each "
         f"level's own API server took, {min(each):.0f} to {max(each):.0f} µs, which is known only afterwards, within "
         f"{apart['own'][0]:.1f} %, {apart['own'][1]:.0f} % at worst. With an API server that is never full they would be "
@@ -561,7 +565,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
     for row in (
         f"| C1: 60 % more tokens/s | {said['C1']} | the load rose with it: BF16 alone, from 50 to 100 req/s, gives "
         f"{a['load'][0]} and {a['load'][1]} | at the same 50 req/s FP8 gives {a['equal'][0]}× and {a['equal'][1]}× |",
-        f"| C2: 5 times the concurrency | {said['C2']} | who is offered more holds more in flight; the KV cache was at most "
+        f"| C2: 5 times more in flight (170 to 1,033) | {said['C2']} | who is offered more holds more in flight; the KV cache was at most "
         f"{a['full']} full | at the same 100 req/s {a['peak'][0]}× and {a['peak'][1]}×: "
         "no difference shown |",
         f"| C3: 63 req/s is the card's limit | {said['C3']} | one Python API server was full, not the card | {a['C3'][0]} and "
@@ -580,7 +584,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
     for row in (
         f"| C1：吞吐多 6 成 | {shown['C1']} | 负载也翻了一倍：单是 BF16 从 50 加到 100 req/s，就有 {load[0]}和 {load[1]} | "
         f"同为 50 req/s 时，FP8 是 {a['equal'][0]} 倍和 {a['equal'][1]} 倍 |",
-        f"| C2：并发 5 倍 | {shown['C2']} | 来的请求多，在途的自然多；KV 缓存最多只用到 {a['full']} | 同为 100 req/s 时，是 {a['peak'][0]} 倍和 {a['peak'][1]} 倍，看不出差别 |",
+        f"| C2：并发多出 5 倍（170 到 1,033） | {shown['C2']} | 来的请求多，在途的自然多；KV 缓存最多只用到 {a['full']} | 同为 100 req/s 时，是 {a['peak'][0]} 倍和 {a['peak'][1]} 倍，看不出差别 |",
         f"| C3：63 req/s 是这张卡的极限 | {shown['C3']} | 占满的是一个 Python API server 进程，不是显卡 | 两台主机上各为 {a['C3'][0]} 和 {a['C3'][1]} req/s |",
         f"| C4：每个 token 39 ms，仍可用 | {shown['C4']} | 卡在同一个 API server 上 | {a['C4'][0]} 和 {a['C4'][1]} ms |",
         f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达，换用 Rust API server 和更大的 CUDA graph，BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "

@@ -6,6 +6,7 @@ dashes, cut short, or switched off (`--no-flag`); `--flag.key value` sets one ke
 is given twice the last counts.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def _is_flag(word: str) -> bool:
     return looks_so and not _NUMBER.fullmatch(word)
 
 
+@functools.lru_cache(maxsize=512)
 def _whole(name: str) -> tuple[str, bool]:
     """A flag's whole name, and whether it is switched off."""
     name = name.replace("_", "-") if name.startswith("--") else name

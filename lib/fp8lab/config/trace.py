@@ -342,9 +342,9 @@ def _truncated_lognormal(rng: np.random.Generator, mu: float, sigma: float, requ
 
 
 def _word_prompts(lengths: np.ndarray, rng: np.random.Generator) -> list[str]:
-    picks = rng.integers(len(WORDS), size=int(lengths.sum()))
-    ends = np.cumsum(lengths)
-    return ["".join(f" {WORDS[i]}" for i in picks[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+    spaced = [f" {word}" for word in WORDS]
+    picks, ends = rng.integers(len(WORDS), size=int(lengths.sum())), np.cumsum(lengths)
+    return ["".join([spaced[i] for i in picks[end - n : end].tolist()]) for end, n in zip(ends, lengths, strict=True)]
 
 
 def _check_size(name: str, requests: int, tokens: int) -> None:

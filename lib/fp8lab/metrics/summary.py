@@ -111,9 +111,9 @@ class Summary:
     # Latency in ms over completed requests, as `vllm bench serve` defines it. TTFT: first token of
     # any kind - sent. TTFO: first answer token - sent (time to first output token, as AIPerf has it), over the requests that
     # came to one; None where no output was reasoning: it is the TTFT. TPOT: (E2EL - TTFT) / (output tokens after the first
-    # chunk), which is vLLM's N - 1 where a chunk is a token; None where each answer was one chunk. The summaries in
-    # data/recorded have N - 1 throughout: up to 0.6 % less, where a chunk held 1.44 tokens. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule:
-    # from the instant when the request was due.
+    # chunk), which is vLLM's N - 1 where a chunk is a token; None where each answer was one chunk. The oldest
+    # runs of data/recorded (h100-80gb, h200-80gb, h100-80gb-long-prompts) have N - 1: up to 0.6 % less, where a chunk held 1.44
+    # tokens. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule: from the instant when the request was due.
     mean_ttft_ms: float | None = None
     p50_ttft_ms: float | None = None
     p90_ttft_ms: float | None = None

@@ -108,8 +108,8 @@ class _Decoding:
         return self.offsets + self.count * step
 
     def blocks(self, step: int) -> int:
-        up = step + self.block - 1
-        return self.whole + sum(n * ((rest + up) // self.block) for rest, n in enumerate(self.rests) if n)
+        each, left = divmod(step + self.block - 1, self.block)
+        return self.whole + self.count * each + sum(self.rests[self.block - left :])
 
 
 def play(
@@ -174,7 +174,10 @@ class _Play:
         return -(-tokens // self.limits.block)
 
     def _held(self, step: int) -> int:
-        return self.decoding.blocks(step) + self.idle_blocks + sum(self._blocks(one.computed) for one in self.reading)
+        held = self.decoding.blocks(step) + self.idle_blocks
+        for one in self.reading:
+            held += self._blocks(one.computed)
+        return held
 
     def _release(self) -> None:
         """Frees what has ended and is known to have."""

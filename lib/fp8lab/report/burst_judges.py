@@ -82,32 +82,34 @@ def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
 def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?
     The loads of each start are compared, with their interval."""
-    online = claim["online"]
-    before = next((v for v in claim["before"] if seen.levels((v,), _BURST)), claim["before"][0])
-    ids = [level for variant in (online, before) for level in _levels(seen, variant)]
+    online, least, words, told = claim["online"], 1 - claim["tolerance"], [], []
+    forms = [v for v in claim["before"] if seen.levels((v,), _BURST)] or claim["before"][:1]
+    ids = [level for variant in (online, *forms) for level in _levels(seen, variant)]
     if unjudged := _unjudged(seen, ids):
         return _judged(claim, seen, ids, *unjudged)
-    starts = {v: list({s.start: s for s in seen.levels((v,), _BURST).values()}.values()) for v in (online, before)}
+    starts = {v: list({s.start: s for s in seen.levels((v,), _BURST).values()}.values()) for v in (online, *forms)}
     loads = {v: {s.level.repeat: s.server.load_s for s in each if s.server.load_s} for v, each in starts.items()}
-    served = seen.compare(before, online, _BURST, _TOKENS)
     if not all(loads.values()):
         return _judged(claim, seen, ids, "undecided", "vLLM did not say how long weights took to load")
-    if (took := paired(loads[before], loads[online])) is None:
-        return _judged(claim, seen, ids, "undecided", "no two starts served the same seed")
-    least = 1 - claim["tolerance"]
-    word = "undecided"  # with one start of each nothing says how much starts differ
-    if served.high < least or took.low > least:
-        word = "not reproduced"
-    elif took.high < least:
-        word = "reproduced"
     load = {v: fmean(each.values()) for v, each in loads.items()}
     whole = {v: fmean(s.server.startup_s for s in each) for v, each in starts.items()}
-    reason = (
-        f"weights are loaded in {four_digits(load[before])} s ({before}) against {four_digits(load[online])} s ({online}, read in "
-        f"BF16 and quantised), {took}; a whole start takes {whole[before]:.0f} and {whole[online]:.0f} s; tokens/s, {before} over "
-        f"{online}: {served}"
+    for before in forms:
+        served = seen.compare(before, online, _BURST, _TOKENS)
+        if (took := paired(loads[before], loads[online])) is None:
+            return _judged(claim, seen, ids, "undecided", "no two starts served the same seed")
+        word = "undecided"  # with one start of each nothing says how much starts differ
+        if served.high < least or took.low > least:
+            word = "not reproduced"
+        elif took.high < least:
+            word = "reproduced"
+        words.append(word)
+        told.append(
+            f"{before} in {four_digits(load[before])} s, {took}, of a start of {whole[before]:.0f}, for {served} the tokens/s"
+        )
+    reason = f"{online}, which reads BF16 and quantises, loads its weights in {four_digits(load[online])} s of a start of {whole[online]:.0f}"
+    return _judged(
+        claim, seen, ids, weakest(words), "; ".join([reason, *told]), measured=load[forms[0]], measured_parts=load
     )
-    return _judged(claim, seen, ids, word, reason, measured=load[before], measured_parts=load)
 
 
 def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:

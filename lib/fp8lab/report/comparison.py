@@ -309,10 +309,14 @@ def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) 
 
 
 def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
-    """What limited most levels of each variant in a few words; once where it is the same."""
+    """What limited most levels of each variant in a few words, if most have one limit; once where it is the same."""
     causes = [Counter({}), Counter({})]
     for plain, one in zip(causes, (bf16, fp8), strict=True):
         for cause, count in one.items():
             plain[cause.partition(",")[0]] += count
-    told = [f"{'' if len(one) == 1 else 'mostly '}{one.most_common(1)[0][0]}" for one in causes]
+    told = []
+    for one in causes:
+        ((cause, levels),) = one.most_common(1)
+        most = f"mostly {cause}" if 2 * levels > one.total() else "differs by seed"
+        told.append(cause if len(one) == 1 else most)
     return told[0] if told[0] == told[1] else f"BF16 {told[0]}, FP8 {told[1]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
+from ..metrics import number_formats
 from ..metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
 from ..results.run_folder import Run
 from ..ui.text import Table
@@ -90,8 +91,6 @@ def published_table(run: Run) -> Table:
 
 def formats_table() -> Table:
     """The values that each format has."""
-    from ..metrics import number_formats
-
     rows = []
     for name in number_formats.FORMATS:
         every = number_formats.values(name)
@@ -105,7 +104,6 @@ def formats_table() -> Table:
 
 def weights_table(folder: Path) -> Table:
     """What rounding does to the model's weight matrices, by kind, with per-tensor scales."""
-    from ..metrics import number_formats
     from ..models.checkpoints import matrices
 
     found: dict[str, list[tuple]] = {}
@@ -125,7 +123,6 @@ def weights_table(folder: Path) -> Table:
 
 def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     """What rounding does to keys and values: with scale 1.0, as the published flags leave it, and calibrated."""
-    from ..metrics import number_formats
     from ..models.checkpoints import kv_cache
 
     rows = []
@@ -203,7 +200,6 @@ def parting_figure(axes, run: Run) -> str:
 @figure("quality_formats", "What is lost at each magnitude", columns=2)
 def formats_figure(axes, folder: Path) -> str:
     """E4M3 and E5M2: rounding error by magnitude over where the model's scaled weights are, and an outlier's cost."""
-    from ..metrics import number_formats
     from ..models.checkpoints import matrices
 
     left, right = axes
@@ -240,7 +236,6 @@ def _visible(count: int, first: int) -> np.ndarray:
 
 def _scaled_weights(folder: Path) -> np.ndarray:
     """Magnitudes of a sample of every matrix's weights, each over its own E4M3 scale."""
-    from ..metrics import number_formats
     from ..models.checkpoints import matrices
 
     samples = []
@@ -265,18 +260,16 @@ def _label(name: str) -> str:
 @figure("number_line", "Which numbers do E4M3 and E5M2 have?", height=2.1)
 def number_line_figure(axes) -> str:
     """The positive values of the two FP8 formats up to 16, and how far each goes."""
-    from ..metrics.number_formats import FORMATS, largest, values
-
     axes.grid(axis="y", visible=False)
     told, top = [], 16
-    for y, name in enumerate(FORMATS):
-        shown = [value for value in values(name) if 0 <= value <= top]
+    for y, name in enumerate(number_formats.FORMATS):
+        shown = [value for value in number_formats.values(name) if 0 <= value <= top]
         axes.vlines(shown, y - 0.3, y + 0.3, color=INK, lw=1)
-        note(axes, f"… to {largest(name):,.0f}", (top, y), (8, 0), va="center", fontsize=9)
+        note(axes, f"… to {number_formats.largest(name):,.0f}", (top, y), (8, 0), va="center", fontsize=9)
         between = sum(1 <= value < 2 for value in shown)
-        told.append(f"{name} has {between} values from 1 to below 2 and goes to {largest(name):,.0f}")
-    axes.set_yticks(range(len(FORMATS)), list(FORMATS))
-    axes.set_ylim(len(FORMATS) - 0.5, -0.5)
+        told.append(f"{name} has {between} values from 1 to below 2 and goes to {number_formats.largest(name):,.0f}")
+    axes.set_yticks(range(len(number_formats.FORMATS)), list(number_formats.FORMATS))
+    axes.set_ylim(len(number_formats.FORMATS) - 0.5, -0.5)
     powers = (0, 1, 2, 4, 8, top)
     axes.set_xticks(powers, [f"{power}" for power in powers])
     axes.set(xlabel="value (negative ones mirror these)", xlim=(-0.3, top + 3))
