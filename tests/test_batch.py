@@ -18,11 +18,12 @@ from fp8lab import batch as batches
 from fp8lab import hosts
 from fp8lab.batch import _Queue, load_matrix, write_pages
 from fp8lab.config.profile_file import read_profile
-from fp8lab.errors import BadInput
+from fp8lab.errors import BadInput, InUse
 from fp8lab.hosts import Job, Place
 from fp8lab.paths import DATA
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
+from fp8lab.system.locks import Lock
 
 # One level of some requests in a tiny run.
 PROFILE = """
@@ -303,4 +304,26 @@ def test_a_workload_with_arrival_times_is_refused_before_any_job(tmp_path):
     matrix = tmp_path / "matrix.toml"
     matrix.write_text('profiles = ["emulated-h100"]\n[workloads.mine]\ntrace = "mine.csv"\n')
     with pytest.raises(BadInput, match="holds arrival times"):
+        load_matrix(matrix)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"jobs": []}', '{"jobs": {"emulated-h100": "done"}}', "torn {"])
+def test_a_damaged_queue_begins_anew(tmp_path, text):
+    (tmp_path / "queue.json").write_text(text)
+    queue = _Queue(tmp_path, jobs("emulated-h100"), [])
+    assert queue.jobs == {"emulated-h100": {"state": "waiting"}}
+
+
+def test_a_batch_folder_takes_one_batch_at_a_time(tmp_path, matrix):
+    lock = Lock(tmp_path / "out" / ".lock", "another batch")
+    with pytest.raises(InUse, match="batch folder"):
+        batches.run_batch(load_matrix(matrix), tmp_path / "out")
+    lock.release()
+
+
+def test_a_matrix_with_a_secret_is_refused_before_it_is_written_down(tmp_path, matrix, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "a-secret-of-mine")
+    with (tmp_path / "small.toml").open("a") as file:
+        file.write('[variant_env.bf16]\nOTHER = "a-secret-of-mine"\n')
+    with pytest.raises(BadInput, match="holds the value of MY_TOKEN"):
         load_matrix(matrix)

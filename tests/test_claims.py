@@ -1,10 +1,12 @@
 import itertools
 import json
+import shutil
 
 import pytest
 
 import fp8lab as lab
 from fp8lab.config.profile_file import read_profile
+from fp8lab.paths import DATA
 from fp8lab.report import claims, drawing, judges, verdict
 from fp8lab.results.evidence import evidence
 from fp8lab.results.files import write_json
@@ -371,3 +373,27 @@ def test_other_variants_stand_for_the_published_ones():
     assert own["C3"] != verdicts["C3"].measured and own["R1"] != p99
     with pytest.raises(lab.BadInput, match="no variant 'fp4'"):
         lab.judge(run, {"fp8": "fp4"})
+
+
+def test_levels_that_share_no_seed_leave_a_claim_open(tmp_path):
+    for name, levels, claim in (("h200-80gb", ("bf16-rust-infrps-r[12]", "fp8-rust-infrps-r[23]"), "R2"),
+                                ("h200-80gb-recipes", ("int8-infrps-r[12]", "fp8-kv-infrps-r[23]"), "B4"),
+                                ("h200-80gb-x2-8b", ("fp8-unsealed-infrps-r1", "fp8-[td]p2-infrps-r[23]"), "R5")):  # fmt: skip
+        shutil.copytree(DATA / "recorded" / name, tmp_path / name)
+        for path in [path for pattern in levels for path in (tmp_path / name / "levels").glob(pattern)]:
+            shutil.rmtree(path)
+        found = next(one for one in lab.judge(open_run(source=tmp_path / name)) if one.id == claim)
+        assert found.verdict == "undecided" and "no seed" in found.reason, found
+
+
+def test_the_service_line_is_of_all_seeds(tmp_path):
+    shutil.copytree(DATA / "recorded" / "h200-80gb", tmp_path / "run")
+    levels = tmp_path / "run" / "levels"
+    slow, name = levels / "fp8-100rps-r1", "fp8-60rps-r2"
+    shutil.copytree(slow, levels / name)
+    said = json.loads((slow / "summary.json").read_text())
+    said["level"] |= {"rate": 60.0, "repeat": 2}
+    (levels / name / "summary.json").write_text(json.dumps(said))
+    found = next(one for one in lab.judge(open_run(source=tmp_path / "run")) if one.id == "R1")
+    assert found.verdict == "not reproduced" and found.measured == said["p99_ttft_ms"] > 120
+    assert name in found.levels and "of 2 seeds that is the slowest" in found.reason

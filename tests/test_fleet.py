@@ -123,7 +123,7 @@ def test_a_fleet_from_the_command_line(tmp_path):
         urls = ["--base-url", f"{one.url}/a/v1?region=x", "--base-url", f"{two.url}/b"]
         done = fp8lab("load-test", *urls, *SHORT, "--warmup", "1", "--out", str(tmp_path / "fleet"))
         searched = fp8lab(
-            "load-test", *urls, *SHORT, "--find-max-rate", "--slo", "ttft=5000,p50", "--max-probes", "1", "--rate", "20",
+            "load-test", *urls, *SHORT, "--requests", "8", "--find-max-rate", "--slo", "ttft=5000,p50", "--max-probes", "1", "--rate", "20",
             "--balance", "least-in-flight", "--out", str(tmp_path / "search"),
         )  # fmt: skip
     said = json.loads(done.stdout)
@@ -135,7 +135,16 @@ def test_a_fleet_from_the_command_line(tmp_path):
     assert f"  {two.url}/b/completions: " in done.stderr and "warm-up: 2 requests" in done.stderr
     assert set(pd.read_parquet(tmp_path / "fleet" / "records.parquet")["endpoint"]) == {0, 1}
     alone = fp8lab(
-        "load-test", *urls[:2], *SHORT, "--find-max-rate", "--slo", "ttft=5000,p50", "--out", str(tmp_path / "search")
+        "load-test",
+        *urls[:2],
+        *SHORT,
+        "--requests",
+        "8",
+        "--find-max-rate",
+        "--slo",
+        "ttft=5000,p50",
+        "--out",
+        str(tmp_path / "search"),
     )
     assert alone.returncode == 2 and "holds a search with others" in alone.stderr
     asked = json.loads((tmp_path / "search" / "search.json").read_text())["asked"]

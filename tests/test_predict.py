@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 
 import numpy as np
@@ -12,12 +13,13 @@ import fp8lab as lab
 from fp8lab import cli, experiment
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
-from fp8lab.errors import BadInput
-from fp8lab.experiment.predict import highest_rate, predict
+from fp8lab.errors import BadInput, NotWritten
+from fp8lab.experiment.predict import drawing, highest_rate, predict, step_models
 from fp8lab.experiment.step_fit import JUDGED, _graphs, apart, fit, held_out, play_level, replay
 from fp8lab.metrics.slo import SLO
 from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
+from fp8lab.paths import write_text
 from fp8lab.results.run_folder import open_run
 from fp8lab.server.command import build_environment
 from warm_cli import fp8lab
@@ -421,3 +423,28 @@ def test_an_emulated_variant_that_the_fit_lacks_is_refused(tmp_path):
     path.write_text('extends = "emulated-h100-unsealed"\n[variants]\nint8 = { recipe = "int8" }\n')
     with pytest.raises(BadInput, match="variant int8: fit h100-80gb-unsealed has no step model of that name"):
         build_environment(read_profile(str(path)), "int8")
+
+
+def test_a_draw_is_the_same_whatever_was_drawn_before(tmp_path):
+    path = tmp_path / "few.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "".join(f"{10 + i},{5 + i}\n" for i in range(50)))
+    fresh, asked_before = (drawing(str(path), seed=3) for _ in range(2))
+    asked_before(120)
+    assert asked_before(40).output_tokens == fresh(40).output_tokens == asked_before(120).output_tokens[:40]
+    with pytest.raises(BadInput, match="seed -1 is below 0"):
+        drawing("azure-conv", seed=-1)(5)
+
+
+def test_variants_of_one_name_are_refused():
+    with pytest.raises(BadInput, match="called the same"):
+        step_models("h100-80gb-unsealed", ["fp8-unsealed=x", "bf16-unsealed=x"])
+
+
+def test_a_fit_that_cannot_be_written_leaves_the_file(tmp_path, monkeypatch):
+    target = tmp_path / "mine.toml"
+    target.write_text((FITS / "h100-80gb-unsealed.toml").read_text())
+    before = target.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(NotWritten):
+        write_text(target, "short")
+    assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["mine.toml"]

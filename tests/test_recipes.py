@@ -21,7 +21,6 @@ from fp8lab.results.run_folder import open_run
 from fp8lab.server import log
 from fp8lab.server.command import build_command, build_environment, make_checkpoint, served_model
 from fp8lab.server.launch import Server
-from fp8lab.ui.text import four_digits
 
 PROFILE = "h100-80gb-recipes"
 

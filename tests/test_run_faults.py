@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fp8lab.config.profile import Level
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse, NotWritten, RunDamaged, ServerFailed
 from fp8lab.metrics.summary import MeasuredLevel
+from fp8lab.paths import DATA
 from fp8lab.results.run_folder import open_run
 from fp8lab.system import locks as folders
 from test_runs import LEVEL, make_result
@@ -535,3 +537,27 @@ def test_two_runs_on_one_folder_the_second_is_refused(fake_vllm, tmp_path):
         first.kill()
     wait_for(lambda: not marked(path), 20, "the end of the first run's server")
     run.write(make_result())  # the lock died with its holder
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("run.json", {"profile": "x"}),
+        ("anatomy/fp8.json", {"batches": None}),
+        ("levels/fp8-50rps-r1/summary.json", {"level": "x"}),
+        ("levels/fp8-50rps-r1/summary.json", {"server": [1]}),
+        ("levels/fp8-50rps-r1/telemetry.parquet", lambda table: table.drop(columns="running")),
+        ("levels/fp8-50rps-r1/records.parquet", lambda table: table.assign(sent_us="soon")),
+    ],
+)
+def test_a_file_that_holds_something_else_is_one_clear_error(tmp_path, file, changed):
+    shutil.copytree(DATA / "recorded" / "h100-80gb", tmp_path / "run")
+    path = tmp_path / "run" / file
+    if callable(changed):
+        changed(pd.read_parquet(path)).to_parquet(path)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        held = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(held | changed))
+    with pytest.raises(RunDamaged, match=re.escape(str(path))):
+        lab.judge(open_run(source=tmp_path / "run"))

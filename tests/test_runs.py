@@ -315,3 +315,55 @@ def test_provenance_names_no_host_and_no_user(run):
     text = (run.path / "run.json").read_text()
     assert {"machine", "software", "source", "profile", "created"} <= run.manifest.keys()
     assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text) and f'"{getpass.getuser()}"' not in text
+
+
+def test_what_another_process_added_to_a_run_stays(run, profile, monkeypatch):
+    here, there = open_run(run.path), open_run(run.path)
+    more = dataclasses.replace(
+        profile, variants={**profile.variants, "mine": Variant(flags=("--kv-cache-dtype", "fp8"))}
+    )
+    there.adopt(more)
+    place = {"machine": {"cpu": "another"}, "software": {}, "created": "", "source": {}, "measured_with": "other"}
+    monkeypatch.setattr(run_folder, "_place", lambda _profile: place)
+    there.write(make_result())
+    monkeypatch.setattr(run_folder, "_place", lambda _profile: place | {"measured_with": "ours"})
+    here.write(make_result(dataclasses.replace(LEVEL, repeat=2)))
+    held = open_run(run.path)
+    assert [part.get("measured_with") for part in held.parts[1:]] == ["other", "ours"]
+    assert "mine" in held.profile.variants
+    assert [one.part for one in held.summaries().values()] == [2, 3]
+
+
+def test_two_runs_of_one_second_are_two(profile, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path)
+    assert len({open_run("", profile).path for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate"), [("fp8-2", "50"), ("vllm-0.33", "100"), ("fp8", "1e-05"), ("bf16", "inf"), ("bf16", "0.5")]
+)
+def test_a_level_is_known_by_its_name(variant, rate):
+    assert run_folder._LEVEL_ID.fullmatch(f"{variant}-{rate}rps-r3").groups() == (variant, rate, "3")
+
+
+def test_a_recording_that_is_interrupted_leaves_the_earlier_one(run, monkeypatch, tmp_path):
+    record_below(monkeypatch, tmp_path / "data")
+    run.write(make_result())
+    record(run, "mine")
+    earlier = sorted(path.name for path in (tmp_path / "data").rglob("*"))
+    rename = type(tmp_path).rename
+
+    def interrupted(path, target):
+        if path.name == "whole":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record(run, "mine")
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == earlier
+
+
+def test_a_recorded_run_is_not_opened_to_be_measured_into():
+    with pytest.raises(BadInput, match="h100-80gb is a recorded run: read it with --source"):
+        open_run(run_folder.DATA / "recorded" / "h100-80gb")

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from conftest import running
+from fp8lab.config import flags
 from fp8lab.server import orphans, preflight, watchdog
 
 SCRIPT = Path(watchdog.__file__)
@@ -129,3 +130,19 @@ def test_a_server_without_a_watchdog_is_told_of_once_it_stays(seconds, warned):
     finally:
         process.kill()
         process.wait()
+
+
+def test_secrets_are_blotted_out_whole(tmp_path):
+    log = tmp_path / "log"
+    words = "hf_abcdefgh hf_abcdefghSUPERSECRET http://alice:pa55word99@proxy"
+    secrets = {"A_TOKEN": "hf_abcdefgh", "B_KEY": "hf_abcdefghSUPERSECRET", "PROXY": "http://alice:pa55word99@proxy:80"}
+    command = [sys.executable, "-c", f"print({words!r})"]
+    with watchdog.popen(command, os.environ | secrets, log, grace_s=1) as guard:
+        guard.wait(20)
+    assert log.read_text() == f"{'*' * 11} {'*' * 22} http://alice:{'*' * 10}@proxy\n"
+    assert flags.secret_texts(secrets) == [*secrets.values(), "pa55word99"]
+
+
+@pytest.mark.parametrize("name", ["GHTOKEN", "OPENAIKEY", "SSHPASS", "HF_TOKEN", "MY_PAT"])
+def test_what_ends_as_a_secret_does_is_one(name):
+    assert flags.is_secret(name) and not flags.is_secret(f"{name}_FILE") and not flags.is_secret("SPAT")

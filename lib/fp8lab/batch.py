@@ -22,7 +22,7 @@ from . import hosts
 from .config.dimensions import cards
 from .config.profile import Level, Profile
 from .config.profile_file import read_changed, read_profile, with_paths
-from .config.this_machine import check_workload
+from .config.this_machine import check_environment, check_workload
 from .errors import INVALID, BadInput, Fp8labError
 from .hosts import Job, Lost, Place
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
@@ -33,6 +33,7 @@ from .report.verdict import card_mark, card_note
 from .results.evidence import evidence
 from .results.files import write_json
 from .results.run_folder import Run, open_run
+from .system.locks import Lock
 from .ui.text import COUNTS, LEVEL, Column, Table, view
 
 _LOOK_S = 0.5
@@ -103,7 +104,9 @@ def load_matrix(path: Path) -> Matrix:
         raise BadInput(f"{path}: two profiles have the same name: {', '.join(sorted(names))}")
     for _, profile, workload in matrix.jobs():
         _levels(matrix, profile)
-        check_workload(read_changed(profile, {"workload": dict(workload)}, path, "workloads"))
+        changed = read_changed(profile, {"workload": dict(workload)}, path, "workloads")
+        check_environment(changed)
+        check_workload(changed)
     return matrix
 
 
@@ -114,6 +117,14 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
     are measured again and valid, the next call draws its pages anew. What a lost host was running is run again on another."""
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
+    lock = Lock(folder / ".lock", f"batch folder {repository_relative(folder)}")
+    try:
+        return _run(matrix, folder, ray)
+    finally:
+        lock.release()
+
+
+def _run(matrix: Matrix, folder: Path, ray: str) -> int:
     places = hosts.ray_hosts(ray, folder) if ray else [hosts.ThisMachine()]
     jobs = [_job(matrix, folder / name, name, profile, workload) for name, profile, workload in matrix.jobs()]
     most = max(place.cards for place in places)
@@ -162,8 +173,11 @@ class _Queue:
         self._lock = threading.Lock()
         self.closed = False
         held = {}
-        with contextlib.suppress(OSError, ValueError):
-            held = json.loads((folder / "queue.json").read_text())["jobs"]
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # a damaged one begins anew
+            noted = json.loads((folder / "queue.json").read_text())["jobs"].items()
+            held = {name: job for name, job in noted if isinstance(job, dict)}
         # What was running when the last batch ended is run again: its run folder knows how far it came.
         # What has INVALID levels is not, unless they have been measured again since: its pages are then drawn anew.
         self.jobs = {name: held.get(name, {}) for name in self.asked}

@@ -26,7 +26,7 @@ from .experiment import quality as answers
 from .experiment import speed, step_fit
 from .metrics.slo import SLO
 from .metrics.step_model import FITS, read_fits
-from .paths import RUNS, cache_dir, repository_relative, writing
+from .paths import RUNS, cache_dir, repository_relative, write_text
 from .report.anatomy import host_table, kernels_table, steps_table
 from .report.claims import claims_across, claims_table
 from .report.levels import levels_table, validity_table
@@ -77,7 +77,13 @@ def reproduce(args) -> int:
 def measure(args) -> int:
     if args.again and not args.run:
         raise BadInput(f"--again {args.again[0]}: name the run that holds it with --run DIR (or --run latest)")
-    run = open_run(args.run, args.profile)
+    if args.workers is not None and args.workers < 1:
+        raise BadInput(f"--workers {args.workers} is below 1")
+    profile = args.profile
+    if not args.run:  # what cannot be measured makes no folder
+        profile = load_profile(profile)
+        speed.plan_table(profile, args.protocol or list(profile.protocols))
+    run = open_run(args.run, profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
@@ -107,8 +113,13 @@ def quality(args) -> None:
 
 
 def anatomy(args) -> None:
-    run = open_run(args.run, args.profile, source=args.source)
-    variants = args.variant or ("bf16", "fp8")
+    variants, profile = args.variant or ("bf16", "fp8"), args.profile
+    decoding.check_batches(args.batch or decoding.BATCHES)
+    if not (args.run or args.source):  # what cannot be taken apart makes no folder
+        profile = load_profile(profile)
+        for variant in variants:
+            profile.variant(variant)
+    run = open_run(args.run, profile, source=args.source)
     with _resumable(run):
         decoding.measure_anatomy(run, run.profile, variants, batches=args.batch or decoding.BATCHES)
     held = decoding.anatomies(run)
@@ -172,8 +183,7 @@ def fit_model(args) -> int:
     if not models:
         raise BadInput(f"run {run.path.name}: no variant can be fitted ({len(wrong)} tried)")
     head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`; `fp8lab.metrics.step_model` says what each number is.\n\n"
-    with writing(target):
-        target.write_text(head + "\n".join(model.as_toml(variant) for variant, model in (earlier | models).items()))
+    write_text(target, head + "\n".join(model.as_toml(variant) for variant, model in (earlier | models).items()))
     for variant, model in models.items():
         print(f"{variant}: {errors_of(model)}")
     print(repository_relative(target))

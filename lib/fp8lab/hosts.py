@@ -19,6 +19,7 @@ from typing import TextIO
 
 from .errors import BadInput
 from .paths import cache_dir
+from .results.files import put_in_place
 from .results.provenance import digest, versions
 from .system.gpu import visible
 
@@ -207,9 +208,7 @@ def _unpack(packed: bytes, target: Path) -> None:
             archive.extractall(f"{scratch}/run", filter="data")
         if not os.path.isdir(f"{scratch}/run"):
             return  # there was none
-        if target.exists():
-            os.rename(target, f"{scratch}/before")
-        os.rename(f"{scratch}/run", target)
+        put_in_place(Path(scratch, "run"), target)
 
 
 def _software() -> dict[str, str]:

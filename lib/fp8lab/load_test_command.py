@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--warmup {args.warmup} is below 0")
     if args.find_max_rate:
         return _search(args, endpoint, slo, out)
-    if (out / "records.parquet").exists() or (out / "search.json").exists():
+    if (out / "summary.json").exists() or (out / "search.json").exists():  # what is written last
         raise BadInput(f"{out} already holds a result; choose another --out folder")
     return _level(args, endpoint, slo, out)
 
@@ -68,7 +68,7 @@ def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: P
 
 
 def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
-    from .experiment.max_rate import find_endpoint_max_rate
+    from .experiment.max_rate import check_requests, find_endpoint_max_rate
 
     if not slo:
         raise BadInput("--find-max-rate: name the objective with --slo (ttft=200,tpot=50)")
@@ -80,7 +80,9 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         raise BadInput(
             f"--find-max-rate: --max-probes {args.max_probes} and --rate {args.rate} must be above 0, and finite"
         )
-    if (out / "records.parquet").exists():
+    if args.requests is not None:
+        check_requests(args.requests, slo)
+    if (out / "summary.json").exists():
         raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
     _drawn(args, 1, args.seed)  # refused before anything is sent
 

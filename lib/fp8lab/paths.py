@@ -99,6 +99,8 @@ def repository_relative(path: Path) -> str:
 
 def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
+    if argument.startswith("{"):  # JSON, with a path anywhere in it
+        return nameless(argument)
     named = (_below(argument, folder, name) for folder, name in ((PROJECT, "."), (cache_dir(), _CACHE)))
     return next((path for path in named if path), None) or without_home(argument)
 
@@ -139,5 +141,19 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise NotWritten(
             f"{path} cannot be written: {error.strerror or error}; what was complete before is untouched. "
-            "Make room (or choose another --run folder) and run the same command again"
+            "Make room, or choose another folder, and run the same command again"
         ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` beside `path` and renames: a reader sees the whole file or none. Raises NotWritten."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with scratch.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import BadInput
 from .paths import DATA, PLAIN_NAME, made, repository_relative, writing
-from .results.files import read_parquet, to_the_microsecond, write_tables
+from .results.files import put_in_place, read_parquet, to_the_microsecond, write_tables
 from .results.run_folder import Run
 
 
@@ -61,9 +61,7 @@ def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
                 write_tables(copy.parent, **{file.stem: to_the_microsecond(read_parquet(file, "record another run"))})
             else:
                 shutil.copyfile(file, copy)
-        if target.exists():
-            target.rename(Path(scratch, "earlier"))
-        whole.rename(target)
+        put_in_place(whole, target)
     return target
 
 

@@ -255,37 +255,36 @@ def fp8_kv(command: Sequence[str], shape: ModelShape | None = None) -> bool:
 
 def replicas(command: Sequence[str]) -> int:
     """How many copies of the model a vLLM command serves side by side (data parallel), each with an EngineCore of its own."""
-    return _count(command, "--data-parallel-size") or 1
+    return count_of(command, "--data-parallel-size") or 1
 
 
 def pipeline_stages(command: Sequence[str]) -> int:
     """In how many stages, each on cards of its own, a vLLM command puts the layers (pipeline parallel)."""
-    return _count(command, "--pipeline-parallel-size") or 1
+    return count_of(command, "--pipeline-parallel-size") or 1
 
 
 def cards(command: Sequence[str]) -> int:
     """How many cards a vLLM command takes: those that share each layer, times those that share the layers, times its
     replicas."""
-    shared = [_count(command, name) or 1 for name in ("--tensor-parallel-size", "--prefill-context-parallel-size")]
+    shared = [count_of(command, name) or 1 for name in ("--tensor-parallel-size", "--prefill-context-parallel-size")]
     return replicas(command) * pipeline_stages(command) * math.prod(shared)
 
 
 def most_running(command: Sequence[str]) -> int | None:
     """How many requests a vLLM command lets run at once; None when it leaves that to vLLM."""
-    return _count(command, "--max-num-seqs")
+    return count_of(command, "--max-num-seqs")
 
 
-def _count(command: Sequence[str], name: str) -> int | None:
-    value = flag_of(command, name)
-    return int(value) if value.isdecimal() else None
+def count_of(command: Sequence[str], name: str) -> int | None:
+    """A flag's whole number, also as 8k, 1000s, or 8K, 1024s."""
+    written = _LENGTH.fullmatch(flag_of(command, name))
+    return int(float(written[1]) * _UNITS[written[2]]) if written else None
 
 
 def context(command: Sequence[str], shape: ModelShape | None = None) -> int | None:
-    """The most tokens, in and out together, that a vLLM command takes in a request (`--max-model-len`, also as 8k, 1000s, or
-    8K, 1024s), else its model's, of this `shape`; None where that is not known."""
-    if written := _LENGTH.fullmatch(flag_of(command, "--max-model-len")):
-        return int(float(written[1]) * _UNITS[written[2]])
-    return shape.context if shape else None
+    """The most tokens, in and out together, that a vLLM command takes in a request, else its model's, of this `shape`; None where
+    that is not known."""
+    return count_of(command, "--max-model-len") or (shape.context if shape else None)
 
 
 def memory_share(command: Sequence[str]) -> float | None:

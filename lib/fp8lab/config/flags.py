@@ -34,9 +34,7 @@ _ADDING = {"--middleware"}
 _NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 _TWO_IN_ONE = re.compile(r"(--?[A-Za-z][\w.-]*)\s")
 # A personal access token (PAT) and the like, with or without what it is for.
-_SECRET = re.compile(
-    r"((^|_)(TOKEN|KEY|PASS|PAT|CREDENTIALS?)|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE
-)
+_SECRET = re.compile(r"(TOKEN|KEY|PASS|(^|_)(PAT|CREDENTIALS?)|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
 # As in HTTPS_PROXY or DATABASE_URL: scheme://user:password@host.
 PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@:]*:(?P<password>[^\s/?#@]+)@", re.IGNORECASE)
 # What is shorter is a word, which a log holds anyway.
@@ -155,3 +153,10 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if (len(value) >= SECRET_LENGTH and is_secret(name)) or PASSWORD.search(value)
     }
+
+
+def secret_texts(environment: Mapping[str, str]) -> list[str]:
+    """What may stand in no file: the values of `secrets_of`, and the passwords of those that are URLs."""
+    values = list(secrets_of(environment).values())
+    passwords = (found["password"] for value in values for found in PASSWORD.finditer(value))
+    return [*values, *(one for one in passwords if len(one) >= SECRET_LENGTH)]

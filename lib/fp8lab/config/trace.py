@@ -129,13 +129,14 @@ def from_file(
     OpenAI's); which it is shows in its columns or keys. It has the file's name, or `name`.
 
     `requests` of them are drawn by the seed, a shorter trace again a prefix of a longer one; all, or None, come in the file's
-    order. Arrival times that are kept make that a stretch of consecutive requests, begun where the seed says, from its first
+    order (but with `fewer` they are drawn). Arrival times that are kept make that a stretch of consecutive requests, begun where the seed says, from its first
     arrival on; "refused" refuses those of fp8lab's own format and drops the others. Prompts of lengths are words.
     Conversations need a `tokenizer` (a folder or hub name, or what gives it); vLLM's filter is applied: question and answer
     of at least 4 tokens, the question <= 1,024, both <= 2,048. Requests of more than `max_context` tokens in and out are left
     out, and `notes` say how many. Raises BadInput for a file that cannot be read, or holds fewer than `requests` unless
     `fewer` will do.
     """
+    _check_seed(seed)
     path = _trace_path(path)
     name = name or path.name
     if requests is not None:
@@ -185,7 +186,8 @@ def _of_lengths(
             share = f"{left:,} of {len(lengths.prompt):,} requests left out"
             notes.append(f"{share}: more than the {max_context:,} tokens in and out together that the context takes")
     _check_enough(name, len(rows), least, notes)
-    if requests is not None and requests < len(rows):
+    # One that is begun anew is drawn whole, too: a shorter draw is then the beginning of a longer one.
+    if requests is not None and (requests < len(rows) or (least is None and lengths.arrival_s is None)):
         draw = np.random.default_rng([seed, 0, 3])
         if lengths.arrival_s is None:
             rows = draw.permutation(rows)[:requests]

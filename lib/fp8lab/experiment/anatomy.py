@@ -109,9 +109,7 @@ def measure_anatomy(
     if run.read_only:
         return anatomies(run)
     run.check_profile(profile)
-    for batch in batches:
-        if batch < 1:
-            raise BadInput(f"batch {batch} is below 1 (requests that decode together)")
+    check_batches(batches)
     held = anatomies(run)
     for variant in variants:
         known = {one.batch for one in held.get(variant, ())}
@@ -123,12 +121,20 @@ def measure_anatomy(
     return anatomies(run)
 
 
+def check_batches(batches: Sequence[int]) -> None:
+    """Raises BadInput for one that is no number of requests."""
+    for batch in batches:
+        if batch < 1:
+            raise BadInput(f"batch {batch} is below 1 (requests that decode together)")
+
+
 def anatomies(run: Run) -> dict[str, list[BatchAnatomy]]:
     """What the run holds, by variant, the smallest batch first."""
-    return {
-        variant: sorted(map(BatchAnatomy.read, held["batches"]), key=lambda one: one.batch)
-        for variant, held in run.read_parts(_FOLDER).items()
-    }
+    found = {}
+    for variant, held in run.read_parts(_FOLDER).items():
+        with run.reading(f"{_FOLDER}/{variant}.json"):
+            found[variant] = sorted(map(BatchAnatomy.read, held["batches"]), key=lambda one: one.batch)
+    return found
 
 
 def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict[str, float]:

@@ -107,6 +107,14 @@ class Probed(NamedTuple):
     found: Attainment | None
 
 
+def check_requests(requests: int, slo: SLO) -> None:
+    """Raises BadInput for so few that they cannot show the objective met."""
+    if requests < (fewest := required_requests(0, slo.share)):
+        raise BadInput(
+            f"{requests} requests cannot show that {100 * slo.share:.4g}% meet an objective: at least {fewest} can"
+        )
+
+
 def find_endpoint_max_rate(
     measure: Callable[[str, float, int, int], Measured],
     slo: SLO,
@@ -126,11 +134,8 @@ def find_endpoint_max_rate(
     refuses are its answer to the load, and miss the objective, as long as any completes. Raises BadInput for `requests` that
     cannot show the objective met.
     """
-    fewest = required_requests(0, slo.share)
-    if requests is not None and requests < fewest:
-        raise BadInput(
-            f"{requests} requests cannot show that {100 * slo.share:.4g}% meet an objective: at least {fewest} can"
-        )
+    if requests is not None:
+        check_requests(requests, slo)
 
     def needed(rate: float) -> int:
         return requests or max(probe_requests(slo), math.ceil(seconds * rate))

@@ -104,6 +104,8 @@ def step_models(fit: str, variants: Sequence[str] | None = None, *, card: str = 
     if unknown := [one for one, _, _ in named if one not in fits]:
         raise BadInput(f"the fit holds no variant {', '.join(unknown)} (it holds: {', '.join(fits)})")
     models = {name or one: fits[one] for one, _, name in named}
+    if len(models) < len(named):
+        raise BadInput(f"two of the variants are called the same ({', '.join(name or one for one, _, name in named)})")
     if not card:
         return models
     if (other := read_profile(card).gpu) is None:

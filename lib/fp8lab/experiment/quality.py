@@ -149,7 +149,11 @@ def comparisons(run: Run) -> dict[str, Comparison]:
     def read(fields: dict) -> Comparison:
         return Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields.items()})
 
-    return {name: read(summary["comparison"]) for name, summary in summaries(run).items()}
+    found = {}
+    for name, summary in summaries(run).items():
+        with run.reading(f"{_FOLDER}/{name}.json"):
+            found[name] = read(summary["comparison"])
+    return found
 
 
 def summaries(run: Run) -> dict[str, dict]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
+from ..config.dimensions import cards, count_of, fp8_kv, most_running, replicas, weight_format
 from ..config.flags import flag_of, parse
 from ..config.profile import RUST
 from ..errors import BadInput
@@ -277,8 +277,7 @@ def _foretold(values: Mapping[str, float], graphs: int, rows: np.ndarray) -> np.
 
 
 def _most_tokens(command: Sequence[str]) -> int:
-    asked = flag_of(command, "--max-num-batched-tokens")
-    return int(asked) if asked.isdecimal() else _STEP_TOKENS
+    return count_of(command, "--max-num-batched-tokens") or _STEP_TOKENS
 
 
 def _python_is_full(summary: Summary) -> bool:

@@ -6,6 +6,7 @@ k violations among n requests the percentile is met when so few would be seen, w
 tests: for the 99th percentile n must be 459 with no violation, 662 with one, and so on.
 """
 
+import bisect
 import functools
 import math
 import re
@@ -141,8 +142,8 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
 
 def allowed_violations(requests: int, share: float = 0.99) -> int:
     """The most violations among `requests` that still show the SLO met; -1 when the level is too short for any."""
-    chance = _at_most(np.arange(requests + 1), requests, 1 - share)
-    return int(np.searchsorted(chance, 1 - CONFIDENCE, side="right")) - 1
+    by_chance = functools.partial(_at_most, n=requests, p=1 - share)
+    return bisect.bisect_right(range(requests + 1), 1 - CONFIDENCE, key=by_chance) - 1
 
 
 @functools.cache

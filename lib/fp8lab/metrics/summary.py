@@ -185,6 +185,9 @@ class Summary:
         """The summary that a run folder holds. Keys that are no field (of an older or newer version) are left out; raises
         TypeError or ValueError for what cannot be one."""
         kept = _fields(cls, values)
+        for name in ("level", "server"):
+            if not isinstance(kept.get(name), Mapping | None):
+                raise ValueError(f"{name} is {kept[name]!r}, no table")
         if isinstance(kept.get("level"), Mapping):
             level = _fields(MeasuredLevel, kept["level"])
             kept["level"] = MeasuredLevel(**level | {"rate": float(level["rate"])})

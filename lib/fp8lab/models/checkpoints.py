@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from ..config.dimensions import model_names
 from ..errors import BadInput
-from ..paths import DATA, cache_dir
+from ..paths import DATA, cache_dir, write_text
 from ..ui.status import StatusLine
 
 if TYPE_CHECKING:
@@ -82,7 +81,8 @@ def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -
             except OSError:
                 if not (target / last).is_file():
                     raise
-    shutil.copyfile(config, target / "config.json")
+    if not (target / "config.json").is_file() or (target / "config.json").read_bytes() != config.read_bytes():
+        write_text(target / "config.json", config.read_text())  # whole: a server beside this may read it
     return target
 
 

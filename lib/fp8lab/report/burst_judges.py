@@ -39,6 +39,8 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     if unjudged := _unjudged(seen, ids):
         return _judged(claim, seen, ids, *unjudged)
     ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in (*others, fp8)}
+    if apart := [v for v, one in ratios.items() if one is None]:
+        return _judged(claim, seen, ids, "undecided", f"{under} shares no seed with {', '.join(apart)}")
     words = [by_interval(claim, 1.0, ratios[v].value, ratios[v].low, ratios[v].high)[0] for v in others]
     word = weakest(words)  # the claim is about both: one of them that is faster is enough to contradict it
     told = ", ".join(f"{variant} {one}" for variant, one in ratios.items())
@@ -94,8 +96,8 @@ def quantised_before(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     load = {v: fmean(each.values()) for v, each in loads.items()}
     whole = {v: fmean(s.server.startup_s for s in each) for v, each in starts.items()}
     for before in forms:
-        served = seen.compare(before, online, _BURST, _TOKENS)
-        if (took := paired(loads[before], loads[online])) is None:
+        served, took = seen.compare(before, online, _BURST, _TOKENS), paired(loads[before], loads[online])
+        if served is None or took is None:
             return _judged(claim, seen, ids, "undecided", "no two starts served the same seed")
         word = "undecided"  # with one start of each nothing says how much starts differ
         if served.high < least or took.low > least:
@@ -124,8 +126,10 @@ def scaling(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     if len(set.union(*loads.values())) > 1:
         each = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in sorted(held))}" for v, held in loads.items())
         return _judged(claim, seen, ids, "undecided", f"the load a card differs: {each} requests", protocol=protocol)
-    ratios = {v: seen.compare(v, one, _BURST, _TOKENS) for v in two}
-    joules = {v: seen.compare(v, one, _BURST, "joules_per_output_token") for v in two}
+    ratios = {v: ratio for v in two if (ratio := seen.compare(v, one, _BURST, _TOKENS))}
+    if not ratios:
+        return _judged(claim, seen, ids, "undecided", f"{one} shares no seed with {', '.join(two)}", protocol=protocol)
+    joules = {v: seen.compare(v, one, _BURST, "joules_per_output_token") for v in ratios}
     best = max(ratios.values(), key=lambda ratio: ratio.value)
     word, how_near = by_interval(claim, claim["fp8"]["value"], best.value, best.low, best.high)
     reason = f"{how_near}; tokens/s over {one}: {', '.join(f'{v} {ratio}' for v, ratio in ratios.items())}"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import BadInput, RunDamaged
-from ..paths import cache_dir, writing
+from ..paths import cache_dir, write_text, writing
 
 # More is damage: the likeliest tokens of every position of a text of three million tokens, the most that is stored.
 _MOST_ROWS = 1 << 26
@@ -51,18 +52,23 @@ def to_the_microsecond(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes `value` beside `path` and renames: a reader sees the whole file or none. Raises NotWritten."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        try:
-            with scratch.open("w") as file:
-                json.dump(plain(value), file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+    """`value` as JSON; see `write_text`."""
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def put_in_place(whole: Path, target: Path) -> None:
+    """Renames the folder `whole` to `target`; what was there is removed then, and stays when that cannot be done. Until then it
+    lies beside the folder that `whole` is in."""
+    earlier = whole.parent.with_name(f".earlier-{os.getpid()}-{target.name}")
+    try:
+        if target.exists():
+            target.rename(earlier)
+        whole.rename(target)
+    except BaseException:
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -38,11 +38,13 @@ from .files import plain, read_json, read_parquet, sync, unpacked, write_json, w
 from .provenance import collect, digest
 
 SCHEMA = 1
-_LEVEL_ID = re.compile(r"(.+?)-([\d.e+-]+|inf)rps-r(\d+)")
+_LEVEL_ID = re.compile(r"(.+?)-(\d[\d.]*(?:e[+-]?\d+)?|inf)rps-r(\d+)")
 # The columns of its tables; see `load.level.to_tables`.
 _RECORDS = ("request", "prompt_tokens", "output_tokens_asked", "output_tokens", "chunks", "scheduled_s", "sent_s")
 _RECORDS += ("first_token_s", "last_token_s", "finish_reason", "error")
+_TEXTS = ("finish_reason", "error")
 _TOKENS = ("request", "at_s")
+_TELEMETRY = ("at_s", "running", "waiting", "kv_cache_usage", "prompt_tokens", "generation_tokens", "gpu_power_w")
 # A day of telemetry, five times a second.
 _MOST_SAMPLES = 24 * 3600 * 5
 
@@ -100,7 +102,19 @@ class Run:
     @functools.cached_property
     def profile(self) -> Profile:
         """The profile that this run was made with, as resolved then."""
-        return from_dict(self.manifest["profile"])
+        with self.reading("run.json"):
+            return from_dict(self.manifest["profile"])
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turns what comes of a file that holds something else than it should into RunDamaged."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise RunDamaged(
+                f"{self.path / name} cannot be used ({said}); restore it from a copy of the run, or choose another"
+            ) from None
 
     @property
     def emulated(self) -> bool:
@@ -203,6 +217,9 @@ class Run:
         folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
         kept, token, sample = (folder / f"{name}.parquet" for name in ("records", "tokens", "telemetry"))
         records = read_parquet(kept, remedy, _RECORDS, most_rows=level.requests)
+        text = [c for c in _RECORDS if c not in _TEXTS and records[c].dtype == object and records[c].notna().any()]
+        if text:
+            raise RunDamaged(f"{kept} holds {', '.join(text)} that are no numbers; {remedy}")
         if len(records) != summary.requests:
             raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
         try:
@@ -210,7 +227,7 @@ class Run:
         except (TypeError, ValueError):
             raise RunDamaged(f"{kept} holds chunks that are no numbers; {remedy}") from None
         tokens = read_parquet(token, remedy, _TOKENS, most_rows=chunks) if token.exists() else None
-        telemetry = read_parquet(sample, remedy, most_rows=_MOST_SAMPLES) if sample.exists() else None
+        telemetry = read_parquet(sample, remedy, _TELEMETRY, _MOST_SAMPLES) if sample.exists() else None
         return LevelResult(level, summary, records, tokens, telemetry)
 
     def write(self, result: LevelResult) -> None:
@@ -299,12 +316,21 @@ class Run:
         """Goes on with `profile`, which may name other protocols than when the run was made. A variant that it no longer
         names stays as it was: its levels may be here."""
         self.check_profile(profile)
-        profile = dataclasses.replace(profile, variants={**self.profile.variants, **profile.variants})
-        if not self.read_only and profile != self.profile:
-            with self.locked():
-                self.manifest["profile"] = plain(profile.as_dict())
-                write_json(self.path / "run.json", self.manifest)
-            del self.profile
+        if self.read_only or self._joined(profile) == self.profile:
+            return
+        with self.locked():
+            self._read_again()
+            self.manifest["profile"] = plain(self._joined(profile).as_dict())
+            write_json(self.path / "run.json", self.manifest)
+        del self.profile
+
+    def _joined(self, profile: Profile) -> Profile:
+        return dataclasses.replace(profile, variants={**self.profile.variants, **profile.variants})
+
+    def _read_again(self) -> None:
+        """Reads what another process may have added since, before this one writes: it holds the lock."""
+        self.manifest = _manifest(self.path)
+        self.__dict__.pop("profile", None)
 
     @property
     def parts(self) -> list[dict]:
@@ -314,6 +340,7 @@ class Run:
     def _note_place(self) -> int:
         """The part of the run, from 1, that is measured here and now. A machine, software, source or profile that the run
         was not begun or continued with is another part: it is added to `continued`."""
+        self._read_again()
         here = plain(_place(self.profile))
         alike = ("machine", "software", "measured_with")
         for part, place in enumerate(self.parts, start=1):
@@ -341,6 +368,8 @@ class Run:
 
     def _again(self, level_id: str) -> str:
         """What to do about a level that cannot be used as it is."""
+        if self.path.resolve().is_relative_to(DATA / "recorded"):
+            return "it is a recorded run's: restore it from the repository"
         return f"measure it again with `fp8lab measure --run {repository_relative(self.path)} --again {level_id}`"
 
     def __repr__(self) -> str:
@@ -363,13 +392,19 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         run_dir = (RUNS / "latest").resolve() if (RUNS / "latest").exists() else ""
     remedy = f"choose another --run folder, or name one for all runs in the variable {RUNS_VARIABLE}"
     if run_dir and (Path(run_dir) / "run.json").is_file():
+        if Path(run_dir).resolve().is_relative_to(DATA / "recorded"):
+            raise BadInput(
+                f"{run_dir} is a recorded run: read it with --source; to measure, choose another --run folder"
+            )
         made(Path(run_dir), f"read this run with --source, or {remedy}")
         run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
         if profile != "auto":
             run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    path = Path(run_dir) if run_dir else RUNS / f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    path = Path(run_dir) if run_dir else next(RUNS / one for one in names if not (RUNS / one).exists())
     if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
     made(path, remedy)
@@ -426,5 +461,5 @@ def other_card(run: Run) -> str | None:
     if card is None or run.profile.device != "cuda":
         return None
     # A server takes the first GPU that is visible.
-    first = [gpus[0] for place in run.parts if (gpus := place.get("machine", {}).get("gpus"))]
+    first = [gpus[0] for place in run.parts if (gpus := (place.get("machine") or {}).get("gpus"))]
     return next((name for name in first if not card.fits(name)), None)

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 
 from ..config.dimensions import cards, pipeline_stages, replicas, weight_format
-from ..config.flags import flag_of, secrets_of
+from ..config.flags import flag_of, secret_texts
 from ..config.profile import Profile, interpreter
 from ..config.this_machine import check_device, check_environment
 from ..errors import InUse, ServerFailed, Stopped
 from ..metrics.summary import ServerInfo
-from ..paths import cache_dir, portable, writing
+from ..paths import cache_dir, nameless, portable, writing
 from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
@@ -74,7 +74,7 @@ class Server(Shown):
         self._idle_pids: set[int] = set()
         self._processes: list[psutil.Process] = []
         self._memory_before: float | None = None
-        self._secrets: Mapping[str, str] = {}
+        self._secrets: list[str] = []
         self._scratch: Scratch | None = None
         self._heard_at = 0.0
         self._stopping = self._ended = False
@@ -133,7 +133,7 @@ class Server(Shown):
 
     def log(self) -> str:
         """What the server wrote so far, without the secrets that it was given."""
-        return log.read(self.log_path, self._secrets.values())
+        return log.read(self.log_path, self._secrets)
 
     def _gpu_problem(self) -> str | None:
         if not self._gpu_locks:
@@ -178,6 +178,7 @@ class Server(Shown):
             guard.kill()
             guard.wait()
             guard.stdout.close()
+            watchdog.blot_out(str(self.log_path), self._secrets)  # the watchdog may have been killed before it did
         if self._scratch:
             self._scratch.remove()
 
@@ -220,7 +221,7 @@ class Server(Shown):
             orphans.MARK: mark,
             "SPT_NOENV": "1",
         }
-        self._secrets = secrets_of(environment)
+        self._secrets = secret_texts(environment)
         with writing(self.log_path):
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
@@ -248,7 +249,7 @@ class Server(Shown):
         said = log.reported(self.log())
         python = self.profile.variant(self.variant).python
         self.info = ServerInfo(
-            variant=self.variant, command=(interpreter(python), *map(portable, command[1:])), environment=extra,
+            variant=self.variant, command=(interpreter(python), *map(portable, command[1:])), environment={name: nameless(value) for name, value in extra.items()},
             software=software_of(python) if python else {}, startup_s=seconds,
             **said._asdict(), weights_doubt=self._weights_doubt(said.model_memory_gib),
             emulated=self.profile.emulated, gpu_doubt=doubt, cards=self.cards, replicas=replicas(command),

@@ -30,7 +30,10 @@ _REMEDIES = (
         "the GPU has too little free memory; see `fp8lab status` and `nvidia-smi` for who holds it",
     ),
     (r"unrecognized arguments|invalid choice|expected one argument", "this vLLM version does not know that flag"),
-    (r"gated repo|401 Client|Access to model", "the checkpoint is gated: set HF_TOKEN, or use --weights random"),
+    (
+        r"gated repo|401 Client|Access to model",
+        'the checkpoint is gated: set HF_TOKEN, or serve random weights (weights = "random" in [model])',
+    ),
     (
         r"not a valid model identifier|is not a local folder|Repository Not Found|can't load the configuration",
         "no such model; check its name or path",
@@ -69,7 +72,7 @@ def read(path: Path, secrets: Iterable[str] = ()) -> str:
     except FileNotFoundError:
         return ""
     said = text.decode(errors="replace")
-    for secret in secrets:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
         said = said.replace(secret, "[secret]")
     return said
 

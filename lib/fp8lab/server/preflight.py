@@ -38,6 +38,8 @@ def check_port(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
+        except PermissionError:
+            raise BadInput(f"port {port} is for root alone here; choose one from 1024 on, or leave it out") from None
         except OSError:
             taken = f"port {port} is taken on {HOST} by {listener(port)}"
             raise InUse(f"{taken}; choose another, or leave it out to have a free one chosen") from None

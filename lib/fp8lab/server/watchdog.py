@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import mmap
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,6 +27,8 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
+# In a URL; what is shorter is a word, which a log holds anyway (as `config.flags` has it, which is not imported here).
+_PASSWORD = re.compile(r"://[^\s/?#@:]*:([^\s/?#@]{8,})@")
 
 
 def main() -> int:
@@ -57,7 +60,8 @@ def main() -> int:
         if (owner.poll(POLL_S * 1000) and not os.read(0, 4096)) or os.getppid() != owner_pid:
             stopping.append(True)
     end_descendants(server, args.grace if stopping else 0.0)
-    blot_out(args.log, [os.environ[name] for name in args.secret if os.environ.get(name)])
+    secrets = [os.environ[name] for name in args.secret if os.environ.get(name)]
+    blot_out(args.log, [*secrets, *(word for one in secrets for word in _PASSWORD.findall(one))])
     if args.scratch:
         shutil.rmtree(args.scratch, ignore_errors=True)
     tell(f"exited {server.returncode}")
@@ -126,7 +130,8 @@ def blot_out(path: str, secrets) -> None:
     """Overwrites every occurrence of `secrets` in the file, in place, with asterisks."""
     try:
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as text:
-            for secret in map(os.fsencode, secrets):
+            # The longest first: one may begin another.
+            for secret in sorted(map(os.fsencode, secrets), key=len, reverse=True):
                 at = text.find(secret)
                 while at >= 0:
                     text[at : at + len(secret)] = b"*" * len(secret)
