@@ -194,6 +194,16 @@ def test_planted_secrets_are_in_no_file_of_a_run(fake_vllm, tmp_path, monkeypatc
         assert not [name for name, value in PLANTED.items() if value.encode() in data], path
 
 
+def test_a_killed_watchdog_leaves_no_secret_in_the_log(fake_vllm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    log, profile = tmp_path / "x.log", lab.load_profile(str(fake_vllm("tell-secrets")))
+    server = lab.start_server(profile, "bf16", log_path=log)
+    server._watchdog.kill()
+    server._watchdog.wait()
+    server.stop()
+    assert "'HF_TOKEN': '****" in log.read_text() and PLANTED["HF_TOKEN"] not in log.read_text()
+
+
 def test_a_failed_start_quotes_no_secret(fake_vllm, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
     with pytest.raises(lab.ServerFailed, match="RuntimeError: no access with [*[]") as failed:

@@ -178,7 +178,8 @@ class Server(Shown):
             guard.kill()
             guard.wait()
             guard.stdout.close()
-            watchdog.blot_out(str(self.log_path), self._secrets)  # the watchdog may have been killed before it did
+            if guard.returncode:  # killed, before it did this
+                watchdog.blot_out(str(self.log_path), self._secrets)
         if self._scratch:
             self._scratch.remove()
 
