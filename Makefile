@@ -1,6 +1,6 @@
 # make reproduce   the published comparison, and the fair one, on this machine
 # make quick       formatting, linting, and the tests that need no server (3 to 4 min on two cores)
-# make test        the same with servers, notebooks and a browser (about 18 min on two cores)
+# make test        the same with servers, notebooks and a browser (about 15 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
@@ -66,11 +66,11 @@ quick: lint
 
 # What fails beside another test (pytest's exit code 1), since a server fills a core or since it times itself, is run once
 # more, alone.
-AGAIN = $(call BESIDE,3) -m $(1) $(ARGS) || { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m $(1) $(ARGS); }
+AGAIN = $(call BESIDE,$(2)) -m $(1) $(ARGS) || { [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m $(1) $(ARGS); }
 
 test: quick
-	$(call AGAIN,"servers and not timing")
-	$(call AGAIN,timing)
+	$(call AGAIN,"servers and not timing",3)
+	$(call AGAIN,timing,4)
 
 nightly: export FP8LAB_NIGHTLY = 1
 nightly: test

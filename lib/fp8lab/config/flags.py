@@ -25,9 +25,11 @@ ALIASES = {
 }  # fmt: skip
 # What this kit reads or sets itself. vLLM takes each cut short, too, as far as no other flag begins so.
 _KNOWN = (
-    "--api-key", "--config", "--distributed-executor-backend", "--dtype", "--gpu-memory-utilization", "--hf-token", "--host", "--kv-cache-dtype",
-    "--load-format", "--max-num-batched-tokens", "--max-num-seqs", "--model", "--pipeline-parallel-size", "--port",
-    "--quantization", "--served-model-name", "--tensor-parallel-size", "--uds",
+    "--api-key", "--api-server-count", "--compilation-config", "--config", "--cudagraph-capture-sizes", "--data-parallel-size",
+    "--distributed-executor-backend", "--dtype", "--enforce-eager", "--gpu-memory-utilization", "--hf-token", "--host",
+    "--kv-cache-dtype", "--load-format", "--max-cudagraph-capture-size", "--max-model-len", "--max-num-batched-tokens",
+    "--max-num-seqs", "--model", "--pipeline-parallel-size", "--port", "--prefill-context-parallel-size", "--quantization",
+    "--scheduler-cls", "--served-model-name", "--tensor-parallel-size", "--uds",
 )  # fmt: skip
 # Each of these adds to the ones before it.
 _ADDING = {"--middleware"}

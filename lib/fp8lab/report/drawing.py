@@ -194,7 +194,7 @@ def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | No
     leaves out 1. `said` is a (text, ratio) without an interval, somebody else's, drawn first as a star."""
     lines = sum(1 + text.count("\n") * 0.7 for text, _ in rows) + (1.7 if said else 0)
     canvas = axes.figure
-    canvas.set_figheight(max(1.6, 0.9 + 0.24 * lines))
+    canvas.set_figheight(max(2.1, 0.9 + 0.24 * lines))
     # Over the whole figure: beside long names little room is left above the axes.
     canvas.suptitle(axes.get_title(loc="left"), x=0.01, ha="left", fontsize=11, color=INK)
     axes.set_title("", loc="left")

@@ -108,7 +108,7 @@ def throughputs_table(run: Run) -> Table:
         LEVEL, Column("whole run, tok/s", "output_token_throughput", ",.0f"),
         Column("steady state, tok/s", "steady_output_token_throughput", ",.0f"),
         Column("steady / whole", lambda row: row.steady_output_token_throughput / row.output_token_throughput, ".2f"),
-        Column("fullest second, chunks", "peak_output_tokens_per_s", ",.0f"), Column("whole run, s", "duration_s", ",.0f"),
+        Column("fullest second, tokens", "peak_output_tokens_per_s", ",.0f"), Column("whole run, s", "duration_s", ",.0f"),
     )  # fmt: skip
     return view(f"{card_note(run)}Two throughputs, run {run.path.name}", frame, columns)
 

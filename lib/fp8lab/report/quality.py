@@ -179,9 +179,10 @@ def divergence_figure(axes, run: Run) -> str:
 @figure("quality_parting", "For how long do greedy answers stay the same?")
 def parting_figure(axes, run: Run) -> str:
     """The share of greedy answers that are still the reference's, word for word, after so many tokens."""
+    others = _others(run)
     reference = list(tables(run, reference_variant(run.profile))[1]["tokens"])
     longest = max(len(tokens) for tokens in reference)
-    for name in _others(run):
+    for name in others:
         answers = list(tables(run, name)[1]["tokens"])
         # An answer that never parts counts as the same to the right edge.
         shared = [(identical_prefix(a, b), a, b) for a, b in zip(reference, answers, strict=True)]
