@@ -9,6 +9,7 @@ import pytest
 
 from fp8lab import cli
 from fp8lab.config.profile_file import read_profile
+from fp8lab.results import run_folder
 from fp8lab.results.run_folder import open_run
 from warm_cli import fp8lab
 
@@ -174,3 +175,19 @@ def test_stop_ends_what_nobody_owns():
         assert "ended fp8 (lost), 1 processes" in fp8lab("stop").stdout
         assert lost.wait(5) != 0
     assert "nothing" in fp8lab("stop").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["measure --protocol nope", "measure --workers 0", "anatomy --variant fp9", "anatomy --batch 0"],
+)
+def test_what_cannot_be_measured_makes_no_folder(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path)
+    assert cli.main([*arguments.split(), "--profile", "emulated-h100"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_shows_nothing_leaves_no_result(tmp_path):
+    search = ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--find-max-rate", "--slo", "ttft=1,p50"]
+    assert cli.main([*search, "--requests", "3", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()

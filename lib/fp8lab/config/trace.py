@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -246,10 +247,12 @@ def begun_anew(trace: str, requests: int, *, seed: int, **options) -> Trace:
     first = parts[0]
     each = (sum(first.prompt_tokens) + sum(first.output_tokens)) / len(first)
     _check_size(first.name, requests, int(each * requests))
-    while lacking := requests - sum(map(len, parts)):
+    lacking = requests - len(first)
+    while lacking:
         parts.append(draw(lacking, seed + len(parts)))
+        lacking -= len(parts[-1])
     columns = ("prompts", "prompt_tokens", "output_tokens")
-    return Trace(first.name, *(sum((getattr(part, column) for part in parts), ()) for column in columns))
+    return Trace(first.name, *(tuple(chain(*(getattr(part, column) for part in parts))) for column in columns))
 
 
 def named_trace(
