@@ -173,9 +173,8 @@ class _Queue:
         self._lock = threading.Lock()
         self.closed = False
         held = {}
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError
-        ):  # a damaged one begins anew
+        # A damaged one begins anew.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             noted = json.loads((folder / "queue.json").read_text())["jobs"].items()
             held = {name: job for name, job in noted if isinstance(job, dict)}
         # What was running when the last batch ended is run again: its run folder knows how far it came.

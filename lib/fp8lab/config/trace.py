@@ -130,8 +130,9 @@ def from_file(
     OpenAI's); which it is shows in its columns or keys. It has the file's name, or `name`.
 
     `requests` of them are drawn by the seed, a shorter trace again a prefix of a longer one; all, or None, come in the file's
-    order (but with `fewer` they are drawn). Arrival times that are kept make that a stretch of consecutive requests, begun where the seed says, from its first
-    arrival on; "refused" refuses those of fp8lab's own format and drops the others. Prompts of lengths are words.
+    order (but with `fewer` they are drawn). Arrival times that are kept make that a stretch of consecutive requests, begun
+    where the seed says, from its first arrival on; "refused" refuses those of fp8lab's own format and drops the others.
+    Prompts of lengths are words.
     Conversations need a `tokenizer` (a folder or hub name, or what gives it); vLLM's filter is applied: question and answer
     of at least 4 tokens, the question <= 1,024, both <= 2,048. Requests of more than `max_context` tokens in and out are left
     out, and `notes` say how many. Raises BadInput for a file that cannot be read, or holds fewer than `requests` unless

@@ -14,8 +14,8 @@ from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
 from ..metrics.statistics import Ratio, contrast, ratio
 from ..metrics.summary import Summary
-from ..results.evidence import Evidence
-from ..results.run_folder import Run, other_card, unmeasured
+from ..results.evidence import Evidence, other_card, unmeasured
+from ..results.run_folder import Run
 from ..ui.text import four_digits
 from .burst_judges import integer_formats, quantised_before, scaling, schemes
 from .verdict import Verdict, allowed, by_interval, found, left_out, near, not_judged, verdict, weakest

@@ -23,8 +23,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..paths import DATA
-from ..results.evidence import Evidence
-from ..results.run_folder import Run, other_card, unmeasured
+from ..results.evidence import Evidence, other_card, unmeasured
+from ..results.run_folder import Run
 from ..ui.text import four_digits
 
 

@@ -13,7 +13,7 @@ from ..metrics.resources import Clock, Roofline, clock, roofline
 from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
 from ..metrics.statistics import ABLATION, Cells, Noise, Ratio, Seeds, contrast, pooled_noise
 from ..metrics.summary import MeasuredLevel, Summary
-from .run_folder import LevelResult, Run, other_card
+from .run_folder import LevelResult, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -317,3 +317,22 @@ def evidence(run: Run, instead: Mapping[str, str] | None = None) -> Evidence:
 @functools.lru_cache(maxsize=8)  # a page compares as many runs
 def _evidence(_path, _stamps: tuple, run: Run, instead: tuple) -> Evidence:
     return Evidence(run, dict(instead))
+
+
+def unmeasured(run: Run) -> str | None:
+    """Why a run can carry no verdict, whatever it holds; None when it can."""
+    if run.emulated:
+        return "EMULATED GPU"
+    if run.profile.device != "cuda":
+        return "no GPU"
+    return f"OTHER CARD: {name}, not the profile's {run.profile.gpu.name}" if (name := other_card(run)) else None
+
+
+def other_card(run: Run) -> str | None:
+    """The GPU that (a part of) a run was measured on, where its profile names another."""
+    card = run.profile.gpu
+    if card is None or run.profile.device != "cuda":
+        return None
+    # A server takes the first GPU that is visible.
+    first = [gpus[0] for place in run.parts if (gpus := (place.get("machine") or {}).get("gpus"))]
+    return next((name for name in first if not card.fits(name)), None)

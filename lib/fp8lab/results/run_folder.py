@@ -217,16 +217,14 @@ class Run:
         folder, summary, remedy = self._folder(level.id), self._summary(level.id), self._again(level.id)
         kept, token, sample = (folder / f"{name}.parquet" for name in ("records", "tokens", "telemetry"))
         records = read_parquet(kept, remedy, _RECORDS, most_rows=level.requests)
-        text = [c for c in _RECORDS if c not in _TEXTS and records[c].dtype == object and records[c].notna().any()]
-        if text:
-            raise RunDamaged(f"{kept} holds {', '.join(text)} that are no numbers; {remedy}")
+        numbers = records[[column for column in _RECORDS if column not in _TEXTS]].dropna(axis=1, how="all")
+        if odd := [column for column in numbers if not pd.api.types.is_numeric_dtype(numbers[column])]:
+            raise RunDamaged(f"{kept} holds {', '.join(odd)} that are no numbers; {remedy}")
         if len(records) != summary.requests:
             raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
-        try:
-            chunks = int(records["chunks"].sum())
-        except (TypeError, ValueError):
-            raise RunDamaged(f"{kept} holds chunks that are no numbers; {remedy}") from None
-        tokens = read_parquet(token, remedy, _TOKENS, most_rows=chunks) if token.exists() else None
+        tokens = (
+            read_parquet(token, remedy, _TOKENS, most_rows=int(records["chunks"].sum())) if token.exists() else None
+        )
         telemetry = read_parquet(sample, remedy, _TELEMETRY, _MOST_SAMPLES) if sample.exists() else None
         return LevelResult(level, summary, records, tokens, telemetry)
 
@@ -444,22 +442,3 @@ def _point_latest_at(path: Path) -> None:
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(path.name, target_is_directory=True)
     scratch.replace(latest)
-
-
-def unmeasured(run: Run) -> str | None:
-    """Why a run can carry no verdict, whatever it holds; None when it can."""
-    if run.emulated:
-        return "EMULATED GPU"
-    if run.profile.device != "cuda":
-        return "no GPU"
-    return f"OTHER CARD: {name}, not the profile's {run.profile.gpu.name}" if (name := other_card(run)) else None
-
-
-def other_card(run: Run) -> str | None:
-    """The GPU that (a part of) a run was measured on, where its profile names another."""
-    card = run.profile.gpu
-    if card is None or run.profile.device != "cuda":
-        return None
-    # A server takes the first GPU that is visible.
-    first = [gpus[0] for place in run.parts if (gpus := (place.get("machine") or {}).get("gpus"))]
-    return next((name for name in first if not card.fits(name)), None)
