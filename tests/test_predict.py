@@ -256,7 +256,7 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-unsealed"),
+        (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-recipes"),
         ([FIT, "--variant", "fp4"], "the fit holds no variant fp4 (it holds: bf16-unsealed, fp8-unsealed)"),
         ([FIT, "--rate", "0"], "rate 0: expected 0.001 to 1e+06 requests/s, or inf"),
         ([FIT, "--rate", "1e300"], "rate 1e+300: expected 0.001 to 1e+06 requests/s"),
