@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import BadInput
 from ..system import gpu
-from .flags import PASSWORD, SECRET_LENGTH, secrets_of
+from .flags import secret_texts, secrets_of
 from .profile import Profile, is_hub_name
 from .profile_file import flags_and_variables, located, read_profile
 from .trace import check_file, is_file, named_trace
@@ -89,8 +89,7 @@ def check_environment(profile: Profile) -> None:
     flags, variables = flags_and_variables(profile)
     texts = [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()]
     for name, value in secrets_of(os.environ).items():
-        values = [value, *(found["password"] for found in PASSWORD.finditer(value))]
-        if any(len(secret) >= SECRET_LENGTH and secret in text for secret in values for text in texts):
+        if any(secret in text for secret in secret_texts({name: value}) for text in texts):
             raise BadInput(
                 f"profile {profile.name}: a flag, variable or checkpoint holds the value of {name}, which would be stored "
                 f"with the run; leave it out: the server has {name} from the environment"
