@@ -143,23 +143,20 @@ def dimensions(config: Mapping) -> Dimensions | None:
             raise ValueError(f"{name} is {count!r}, expected a whole number of at least 1")
     counts.setdefault("num_key_value_heads", counts["num_attention_heads"])
     kv = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
-    fp8_kv = _is_float8(kv) or str(kv).upper() == "FP8"
-    return Dimensions(
-        **counts, tie_word_embeddings=bool(config.get("tie_word_embeddings")), weights=weights, fp8_kv=fp8_kv
-    )
+    fp8_kv, tied = _is_float8(kv) or str(kv).upper() == "FP8", bool(config.get("tie_word_embeddings"))
+    return Dimensions(**counts, tie_word_embeddings=tied, weights=weights, fp8_kv=fp8_kv)
 
 
 def _weights_of(quantised: Mapping) -> str | None:
     """The format of a checkpoint's weights by its `quantization_config` (none, fp8, modelopt, gptq, awq, compressed-tensors);
     None for another one."""
-    groups = quantised.get("config_groups") or {}
     if not quantised:
         return "bf16"
     if quantised.get("quant_method") == "fp8" or quantised.get("quant_algo") == "FP8":
         return "fp8"
     if quantised.get("quant_method") in ("gptq", "awq") and quantised.get("bits") == 4:
         return "int4"
-    found = {_of_group(group) for group in groups.values()}
+    found = {_of_group(group) for group in (quantised.get("config_groups") or {}).values()}
     return found.pop() if len(found) == 1 else None
 
 

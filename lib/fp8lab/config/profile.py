@@ -45,9 +45,9 @@ class ProfileTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Level(ProfileTable):
-    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once. With `cross_check` the
-    same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0 asks for a server
-    of its own: levels of that number share one start a variant (a protocol's `starts` sets it)."""
+    """One variant at one offered rate (requests/s; `inf` sends all at once), once. With `cross_check` the same load is sent a
+    second time by `vllm bench serve`, kept beside the result. A `start` above 0 asks for a server of its own: levels of that
+    number share one start a variant (a protocol's `starts` sets it)."""
 
     variant: str
     rate: Annotated[float, Field(strict=True, gt=0)]

@@ -18,12 +18,10 @@ _OF_A_CARD = ("h200-80gb", "h100-80gb")
 
 def load_profile(name: str | Path = "auto", *, weights: str | None = None, model: str | None = None) -> Profile:
     """The profile `name`, to be measured: one of `profile_names()`, a path to a TOML file, or "auto", the machine's:
-    h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU.
-
-    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint (hub name or path) for every variant.
-    Raises BadInput, also for a GPU profile without a GPU, a trace or a model that cannot be read, and for a profile that
-    repeats a secret of the environment. Warns when the GPU is not the one that the profile names.
-    """
+    h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU. `weights` (one of WEIGHTS) overrides the
+    profile's; `model` serves that checkpoint (hub name or path) for every variant. Raises BadInput, also for a GPU profile
+    without a GPU, a trace or a model that cannot be read, and for a profile that repeats a secret of the environment. Warns
+    when the GPU is not the one that the profile names."""
     profile = read_profile(profile_name(name))
     check_device(profile)
     overrides = {"weights": weights} if weights else {}

@@ -65,10 +65,10 @@ KNOWN = f"{'; '.join(map(str, FORMATS))}; conversations in ShareGPT's form (conv
 @dataclass(frozen=True)
 class Lengths:
     """The requests of a file, in their order, each array of shape (requests,): tokens, and seconds from the first arrival,
-    ascending (None: not in the file, or not asked for). `notes` say what was left out or changed."""
+    ascending (None: not in the file, or not asked for). `to_be_replayed`: it is fp8lab's own format with times. `notes` say what
+    was left out or changed."""
 
-    format: Format
-    timed: bool
+    to_be_replayed: bool
     prompt: np.ndarray
     output: np.ndarray
     arrival_s: np.ndarray | None
@@ -213,8 +213,7 @@ def _read_clean_table(path, header, names, separator, kind, times):
     if separator == ";":  # its numbers may be written 1.000,5
         return None
     number = pyarrow.float64()
-    parts = {"prompt": [], "output": [], "seconds": []}
-    skipped = 0
+    parts, skipped = [], 0
     for time in (number, pyarrow.timestamp("ns"), pyarrow.timestamp("ns", "UTC")) if times else (None,):
         types = {kind.prompt: number, kind.output: number} | ({kind.time: time} if time else {})
         try:
@@ -242,19 +241,19 @@ def _read_clean_table(path, header, names, separator, kind, times):
                     if kind.strict and not kept.all():
                         return None
                     skipped += int((~kept).sum())
-                    parts["prompt"].append(prompt[kept].astype(np.int32))
-                    parts["output"].append(output[kept].astype(np.int32))
+                    part = [prompt[kept].astype(np.int32), output[kept].astype(np.int32)]
                     if times:
                         seconds = when[0].astype("datetime64[ns]").astype(float) * 1e-9 if time != number else when[0]
                         if not np.isfinite(seconds).all():
                             return None
-                        parts["seconds"].append(seconds[kept] * (kind.unit_s if time == number else 1))
+                        part.append(seconds[kept] * (kind.unit_s if time == number else 1))
+                    parts.append(part)
         except pyarrow.ArrowInvalid:
-            if any(parts.values()):
+            if parts:
                 return None
             continue
-        joined = [np.concatenate(part) if part else np.empty(0) for part in parts.values()]
-        return joined[0], joined[1], joined[2] if times else None, skipped
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] or [np.empty(0)] * 3
+        return columns[0], columns[1], columns[2] if times else None, skipped
     return None
 
 
@@ -278,10 +277,8 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
                         raise BadInput(
                             f"{path.name}, line {begin}: {grouped.strip()!r} may hold separators of thousands; write it without"
                         )
-                    yield (
-                        begin,
-                        {name: cell.strip().replace(decimal, ".") for name, cell in zip(names, row, strict=False)},
-                    )
+                    cells = (cell.strip().replace(decimal, ".") for cell in row)
+                    yield begin, dict(zip(names, cells, strict=False))
                 begin = header + 1 + reader.line_num
         except csv.Error as error:
             raise BadInput(f"{path.name}, line {header + reader.line_num}: not a row of a table: {error}") from None
@@ -344,11 +341,9 @@ def _seconds(value: object, unit_s: float) -> float:
 
 
 def _checked(path: Path, kind: Format, timed: bool, prompt, output, seconds, skipped: int) -> Lengths:
-    notes = (
-        [f"{skipped:,} of {skipped + len(prompt):,} rows were skipped: they have no tokens in or out"]
-        if skipped
-        else []
-    )
+    notes = []
+    if skipped:
+        notes.append(f"{skipped:,} of {skipped + len(prompt):,} rows were skipped: they have no tokens in or out")
     if not len(prompt):
         why = "all its rows are without tokens in or out" if skipped else "it has a header and no rows"
         raise BadInput(f"the trace {path.name!r} is empty: {why}")
@@ -366,4 +361,4 @@ def _checked(path: Path, kind: Format, timed: bool, prompt, output, seconds, ski
                 f"{path.name}: from the first to the last {kind.time!r} are {seconds[-1] / 86400:,.6g} days, expected at most "
                 f"{_MAX_SPAN_S / 86400:.0f}; is one of them in another unit, or its date wrong?"
             )
-    return Lengths(kind, timed, prompt, output, seconds, tuple(notes))
+    return Lengths(kind.strict and timed, prompt, output, seconds, tuple(notes))

@@ -1,8 +1,8 @@
 """Checkpoints by a recipe (`config.dimensions`), made here out of one in BF16, or out of a model's shapes with random weights.
 
-Each weight of the layers' matrices is rounded to the nearest value that its format has: all that speed needs, and what the
-formats of GPTQ and AutoAWQ hold here. Answers are better where a text calibrates the rounding: a recipe `...-by-gptq` or
-`...-by-awq` has llmcompressor do it (`calibrate.py`), in the same format. Packing is as vLLM reads it.
+Each weight of the layers' matrices is rounded to the nearest value that its format has, and packed as vLLM reads it: all that
+speed needs. For better answers a recipe `...-by-gptq` or `...-by-awq` has llmcompressor calibrate the rounding on a text
+(`calibrate.py`), in the same format.
 """
 
 import functools
@@ -64,10 +64,9 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     """Writes the checkpoint in `source` (safetensors, BF16; with `drawn` only its configuration is read, the weights are
     drawn) into the folder `target` by a recipe, calibrated on `text` if it is one that calibrates, and returns that.
 
-    A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves
-    whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew); `target` itself is there
-    only when it is whole. Raises BadInput for what cannot be quantised so or has no room, NotWritten when the disk fills up
-    meanwhile, with nothing of it left."""
+    A target that is there is whole, and returned as it is; one that another process is making is waited for. An interrupted
+    call leaves whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew). Raises
+    BadInput for what cannot be quantised so or has no room, NotWritten when the disk fills up, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
     if how.calibration and drawn:
         raise BadInput(f"recipe {recipe_name}: there is nothing to calibrate in random weights; choose "
@@ -304,19 +303,16 @@ def _scheme(how: Recipe):
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     scheme = _scheme(how)
+    strategy, (out, into) = scheme.weights.strategy, weight.shape
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
-    rows, columns = {
-        "tensor": weight.shape,
-        "channel": (1, weight.shape[1]),
-        "group": (1, how.group),
-        "block": (128, 128),
-    }[scheme.weights.strategy]
+    groups = {"tensor": (out, into), "channel": (1, into), "group": (1, how.group), "block": (128, 128)}
+    rows, columns = groups[strategy]
     blocks = weight.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     least, most = (extreme(blocks, (1, 3)).float() for extreme in (torch.amin, torch.amax))
-    if scheme.weights.strategy == "tensor":
+    if strategy == "tensor":
         least, most = least.flatten(), most.flatten()
     scale = most if weight.is_meta else calculate_qparams(least, most, scheme.weights)[0]
-    scale = scale.to(torch.bfloat16) if scheme.weights.strategy == "group" else scale
+    scale = scale.to(torch.bfloat16) if strategy == "group" else scale
     compress = BaseCompressor.get_value_from_registry(how.format).compress
     parts = compress({"weight": weight, "weight_scale": scale}, scheme)
     if scheme.input_activations and not scheme.input_activations.dynamic:
