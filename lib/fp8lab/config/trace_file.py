@@ -98,6 +98,10 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
         raise BadInput(f"trace file {path.name!r} cannot be read: {error.strerror or error}") from None
 
 
+def _wrong(path: Path, line: int, said: str) -> BadInput:
+    return BadInput(f"{path.name}, line {line}: {said}")
+
+
 def is_json(path: Path) -> bool:
     """Whether a trace file begins as JSON does. Raises BadInput for one that holds nothing."""
     with opened(path) as (raw, encoding):
@@ -128,7 +132,7 @@ def json_entries(path: Path) -> Iterator[tuple[int, object]]:
                 listed, ended, at = False, True, at + 1
                 continue
             if ended:
-                raise BadInput(f"{path.name}, line {line}: something follows the end of the list")
+                raise _wrong(path, line, "something follows the end of the list")
             try:
                 entry, end = decode(buffer, at)
             except json.JSONDecodeError as error:
@@ -137,14 +141,14 @@ def json_entries(path: Path) -> Iterator[tuple[int, object]]:
                     buffer, at, more = buffer[at:] + read, 0, 2 * more
                     continue
                 wrong = line + buffer.count("\n", at, error.pos)
-                raise BadInput(f"{path.name}, line {wrong}: not JSON, or cut off: {error.msg}") from None
+                raise _wrong(path, wrong, f"not JSON, or cut off: {error.msg}") from None
             except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
-                raise BadInput(f"{path.name}, line {line}: JSON nested too deeply, or with numbers too long") from None
+                raise _wrong(path, line, "JSON nested too deeply, or with numbers too long") from None
             listed, more = bool(listed), _CHUNK
             yield line, entry
             line, at = line + buffer.count("\n", at, end), end
     if listed:
-        raise BadInput(f"{path.name}, line {line}: its list has no end: the file is cut off")
+        raise _wrong(path, line, "its list has no end: the file is cut off")
 
 
 def _past(buffer: str, at: int, line: int) -> tuple[int, int]:
@@ -195,9 +199,7 @@ def _header(path: Path) -> tuple[int, list[str], str]:
         for number in itertools.count(1):
             line = text.readline(_MAX_LINE)
             if len(line) == _MAX_LINE:
-                raise BadInput(
-                    f"{path.name}, line {number}: no end within {_MAX_LINE:,} characters; expected a table's header"
-                )
+                raise _wrong(path, number, f"no end within {_MAX_LINE:,} characters; expected a table's header")
             if line.strip() and not line.lower().startswith("sep="):  # a spreadsheet's own first line
                 break
     separator = max(",;\t", key=line.count)
@@ -269,27 +271,23 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
         begin = header + 1
         least = max(i for i, name in enumerate(names, 1) if name)
         try:
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    if len(row) < least or any(cell.strip() for cell in row[len(names) :]):
-                        raise BadInput(f"{path.name}, line {begin}: {len(row)} values for {len(names)} columns")
-                    if grouped := next((cell for cell in row if thousands.fullmatch(cell.strip())), ""):
-                        raise BadInput(
-                            f"{path.name}, line {begin}: {grouped.strip()!r} may hold separators of thousands; write it without"
-                        )
-                    cells = (cell.strip().replace(decimal, ".") for cell in row)
-                    yield begin, dict(zip(names, cells, strict=False))
+            for written in reader:
+                row = [cell.strip() for cell in written]
+                if any(row):
+                    if len(row) < least or any(row[len(names) :]):
+                        raise _wrong(path, begin, f"{len(row)} values for {len(names)} columns")
+                    if grouped := next(filter(thousands.fullmatch, row), ""):
+                        raise _wrong(path, begin, f"{grouped!r} may hold separators of thousands; write it without")
+                    yield begin, dict(zip(names, (cell.replace(decimal, ".") for cell in row), strict=False))
                 begin = header + 1 + reader.line_num
         except csv.Error as error:
-            raise BadInput(f"{path.name}, line {header + reader.line_num}: not a row of a table: {error}") from None
+            raise _wrong(path, header + reader.line_num, f"not a row of a table: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for line, entry in json_entries(path):
         if not isinstance(entry, dict):
-            raise BadInput(
-                f"{path.name}, line {line}: found {str(entry)[:40]!r}, expected an object, as in the first entry"
-            )
+            raise _wrong(path, line, f"found {str(entry)[:40]!r}, expected an object, as in the first entry")
         yield line, {name.strip().lower(): value for name, value in entry.items()}
 
 
