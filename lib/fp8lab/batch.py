@@ -41,7 +41,6 @@ _LOOK_S = 0.5
 _LOSSES = 3
 _KEYS = {"title", "profiles", "variants", "protocols", "notebook", "workloads"}
 
-_STATES = {"invalid": "done, with INVALID levels"}
 _COLUMNS = (
     LEVEL, Column("req/s", "request_throughput", ",.1f"), Column("tok/s", "output_token_throughput", ",.0f"),
     Column("TTFT p99 ms", "p99_ttft_ms", ",.0f"), Column("TPOT ms", "mean_tpot_ms", ",.1f"),
@@ -113,8 +112,8 @@ def load_matrix(path: Path) -> Matrix:
 def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> int:
     """Runs what is not done yet, on this machine or, with the address `ray`, on the hosts of that Ray cluster; returns 0 when
     every job is done, 1 when one failed, 3 when none did but a level is INVALID. Raises KeyboardInterrupt; BadInput when a job
-    takes more cards than a host has. A job with INVALID levels is not run again: what they need is told by its page. Once they
-    are measured again and valid, the next call draws its pages anew. What a lost host was running is run again on another."""
+    takes more cards than a host has. A job with INVALID levels runs again only once they are measured again and valid, to draw
+    its pages anew: what they need is told by its page."""
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
     lock = Lock(folder / ".lock", f"batch folder {repository_relative(folder)}")
@@ -143,7 +142,7 @@ def _run(matrix: Matrix, folder: Path, ray: str) -> int:
             worker.join()
     except KeyboardInterrupt:
         # A Ctrl-C has reached the jobs as well; a signal to this process alone has not.
-        queue.close()
+        queue.closed = True
         for worker in workers:
             worker.join()
         raise
@@ -171,7 +170,7 @@ class _Queue:
         self.folder, self.places = folder, places
         self.asked = {job.name: job for job in jobs}
         self._lock = threading.Lock()
-        self.closed = False
+        self.closed = False  # once True no job is taken any more, and those that run are asked to end
         held = {}
         # A damaged one begins anew.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -196,9 +195,8 @@ class _Queue:
                 return None
             job = self.asked[fitting[0]]
             mine, place.free = place.free[: job.cards], place.free[job.cards :]
-            self._set(
-                job.name, **self.jobs[job.name] | {"state": "running"} | ({"host": place.name} if place.name else {})
-            )
+            host = {"host": place.name} if place.name else {}
+            self._set(job.name, **self.jobs[job.name] | {"state": "running"} | host)
             return job, len(self.jobs) - len(waiting) + 1, mine
 
     def put_back(self, name: str, place: Place, mine: Sequence[int]) -> bool:
@@ -225,10 +223,6 @@ class _Queue:
         """What the batch ends with: 0 when all jobs are done, 1 when one is not, 3 when the worst is an INVALID level."""
         states = {job["state"] for job in self.jobs.values()}
         return 1 if states - {"done", "invalid"} else INVALID if "invalid" in states else 0
-
-    def close(self) -> None:
-        """No job is taken any more; those that run are asked to end."""
-        self.closed = True
 
     @property
     def unfinished(self) -> bool:
@@ -274,9 +268,8 @@ def _work(queue: _Queue, place: Place) -> None:
                 continue
             exit_code, mine = 1, []
         except Exception as error:  # one job's trouble must not end the others
-            print(
-                f"{job.name}: {error if isinstance(error, Fp8labError) else repr(error)}", file=sys.stderr, flush=True
-            )
+            said = error if isinstance(error, Fp8labError) else repr(error)
+            print(f"{job.name}: {said}", file=sys.stderr, flush=True)
             exit_code = 1
         ended = queue.finish(job.name, exit_code, place, mine)
         how = {0: "done", INVALID: f"done, with INVALID levels; what to do: {queue.folder / 'index.html'}"}
@@ -295,10 +288,8 @@ def _levels(matrix: Matrix, profile: str) -> dict[str, list[Level]]:
 def _profile(matrix: Matrix, profile: str, workload: Mapping, name: str) -> Profile:
     """`profile` with the job's workload and levels."""
     changed = read_changed(profile, {"workload": dict(workload)}, "matrix", "workloads")
-    levels = {
-        protocol: tuple(replace(level, cross_check=False) for level in levels)
-        for protocol, levels in _levels(matrix, profile).items()
-    }
+    chosen = _levels(matrix, profile).items()
+    levels = {protocol: tuple(replace(level, cross_check=False) for level in levels) for protocol, levels in chosen}
     return replace(changed, title=f"{changed.title} ({name})", protocols=levels)
 
 
@@ -336,11 +327,10 @@ def write_pages(folder: Path) -> None:
     several = any("host" in job for job in jobs.values())
     for name, job in jobs.items():
         links = ", ".join(_links(folder, name, job["state"]))
-        state = _STATES.get(job["state"], job["state"])
+        state = "done, with INVALID levels" if job["state"] == "invalid" else job["state"]
         cells = [state, *([job.get("host", "–")] if several else []), links or "–"]
-        items.append(
-            f"<tr><th scope='row'>{html.escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        )
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        items.append(f"<tr><th scope='row'>{html.escape(name)}</th>{row}</tr>")
         if not (folder / name / "run" / "run.json").is_file():
             continue
         try:

@@ -1,7 +1,7 @@
-"""What each command of the command line does; `cli.py` says what they are called and take.
+"""What each command of the command line does: a function each, of the parsed arguments, that returns an exit code or None.
 
-Each function takes the parsed arguments and returns an exit code or None. `cli.py` imports this module when one of these
-commands is run: `--help` answers at once, and `load-test`, which has a module of its own, needs none of it.
+`cli.py` says what they are called and take, and imports this module when one of them is run: `--help` answers at once, and
+`load-test`, which has a module of its own, needs none of it.
 """
 
 import contextlib
@@ -98,8 +98,7 @@ def quality(args) -> None:
     if args.source:
         print(quality_table(open_run(source=args.source)))
         return
-    named = [field.name for field in dataclasses.fields(answers.QualityTask)]
-    task = answers.QualityTask(**{name: getattr(args, name) for name in named})
+    task = answers.QualityTask(**{one.name: getattr(args, one.name) for one in dataclasses.fields(answers.QualityTask)})
     profile = load_profile(answers.quality_profile(args.profile), weights=args.weights, model=args.model)
     answers.check_weights(profile)
     task.read()
@@ -113,15 +112,15 @@ def quality(args) -> None:
 
 
 def anatomy(args) -> None:
-    variants, profile = args.variant or ("bf16", "fp8"), args.profile
-    decoding.check_batches(args.batch or decoding.BATCHES)
+    variants, batches, profile = args.variant or ("bf16", "fp8"), args.batch or decoding.BATCHES, args.profile
+    decoding.check_batches(batches)
     if not (args.run or args.source):  # what cannot be taken apart makes no folder
         profile = load_profile(profile)
         for variant in variants:
             profile.variant(variant)
     run = open_run(args.run, profile, source=args.source)
     with _resumable(run):
-        decoding.measure_anatomy(run, run.profile, variants, batches=args.batch or decoding.BATCHES)
+        decoding.measure_anatomy(run, run.profile, variants, batches=batches)
     held = decoding.anatomies(run)
     profiled = [variant for variant in held if any(one.steps for one in held[variant])]
     for table in (steps_table(run), *(kernels_table(run, variant) for variant in profiled), host_table(run)):
@@ -155,11 +154,8 @@ def fit(args) -> None:
         raise BadInput(
             f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {model_names()}"
         )
-    print(
-        fit_table(
-            args.model if known is None else folder.name, shape, card, tokens=args.tokens, flags=profile.server.flags
-        )
-    )
+    name = folder.name if known else args.model
+    print(fit_table(name, shape, card, tokens=args.tokens, flags=profile.server.flags))
 
 
 def fit_model(args) -> int:
@@ -310,8 +306,7 @@ def status(_args) -> None:
         held = f"{(time.time() - server.started) / 60:.0f} min, {server.memory_gib:.1f} GiB"
         pids = ", ".join(map(str, server.pids))
         print(f"{server.variant} ({server.profile}), port {server.port}, {held}, {owner}; pids {pids}")
-    used = gpu.memory_used_gib()
-    if used is not None:
+    if (used := gpu.memory_used_gib()) is not None:
         print(f"GPU memory in use: {used:.1f} GiB")
 
 

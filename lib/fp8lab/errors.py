@@ -1,18 +1,5 @@
-"""Everything fp8lab raises on purpose, in one shallow tree.
-
-Fp8labError
-├── BadInput          the caller asked for something that cannot be done   (exit code 2)
-│   ├── RunMismatch   a run folder holds another experiment than the one asked for
-│   └── InUse         another process holds the run folder, the port or the GPU
-├── ServerFailed      a vLLM server did not start, did not get ready, or died
-├── LevelFailed       a level could not be measured at all
-├── RunDamaged        a run folder has a file that cannot be read
-└── NotWritten        a file could not be written: full disk, read-only folder
-
-Beside it stands Stopped, a KeyboardInterrupt: Ctrl-C, or a notebook's stop button, in a start or a level.
-
-Every message names the offending value, what was expected, and what to do.
-"""
+"""Everything fp8lab raises on purpose, in one shallow tree. Every message names the offending value, what was expected, and
+what to do."""
 
 from .ui.text import visible
 
@@ -32,7 +19,7 @@ class Fp8labError(Exception):
 
 
 class BadInput(Fp8labError, ValueError):
-    """An argument, file or environment that cannot work as given."""
+    """An argument, file or environment that cannot work as given (exit code 2)."""
 
 
 class RunMismatch(BadInput):
@@ -48,7 +35,7 @@ class ServerFailed(Fp8labError):
 
 
 class LevelFailed(Fp8labError):
-    """A level ended without anything worth keeping."""
+    """A level could not be measured at all: nothing of it is worth keeping."""
 
 
 class RunDamaged(Fp8labError):
@@ -56,11 +43,11 @@ class RunDamaged(Fp8labError):
 
 
 class NotWritten(Fp8labError):
-    """A file of a run could not be written."""
+    """A file could not be written: a full disk, a read-only folder."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A start or a level that its user stopped. A notebook shows it as one line: nothing failed."""
+    """A start or a level that its user stopped, by Ctrl-C or a notebook's button. A notebook shows one line: nothing failed."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"Stopped: {self}"]

@@ -239,7 +239,9 @@ def ray_hosts(address: str, folder: Path) -> list[Place]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"no Ray cluster at {address!r}: {first[:200]}; {remedy}") from None
-    hosts = [RayHost(ray, node, number) for number, node in enumerate(_alive(ray), start=1)]
+    able = [n for n in ray.nodes() if n["Alive"] and (n["Resources"].get("CPU") or n["Resources"].get("GPU"))]
+    in_order = sorted(able, key=lambda node: node["NodeID"])
+    hosts = [RayHost(ray, node, number) for number, node in enumerate(in_order, start=1)]
     if not hosts:
         raise BadInput(f"no host of the Ray cluster at {address!r} takes work: none has a CPU or a GPU to give")
     token = folder / f".seen-{os.getpid()}"
@@ -249,10 +251,8 @@ def ray_hosts(address: str, folder: Path) -> list[Place]:
         for host in hosts:
             theirs, host.shared = ray.get([host.ask(_software), host.ask(_sees, str(token))], timeout=_END_S)
             if differing := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
-                each = "; ".join(
-                    f"{key} {mine.get(key, 'none')} here, {theirs.get(key, 'none')} there" for key in differing
-                )
-                raise BadInput(f"{host.name} has other software: {each}; install the same on every host")
+                each = (f"{key} {mine.get(key, 'none')} here, {theirs.get(key, 'none')} there" for key in differing)
+                raise BadInput(f"{host.name} has other software: {'; '.join(each)}; install the same on every host")
             where = "its runs lie in the shared folder" if host.shared else "its runs come back when they end"
             gpus = f"{host.cards} GPU{'s' * (host.cards > 1)}" if host._gpus else "no GPU"
             print(f"{host.name}: {gpus}; {where}", file=sys.stderr, flush=True)
@@ -263,12 +263,6 @@ def ray_hosts(address: str, folder: Path) -> list[Place]:
     finally:
         token.unlink(missing_ok=True)
     return hosts
-
-
-def _alive(ray) -> list[Mapping]:
-    """The nodes that take work, in one order for all."""
-    able = (n for n in ray.nodes() if n["Alive"] and (n["Resources"].get("CPU") or n["Resources"].get("GPU")))
-    return sorted(able, key=lambda node: node["NodeID"])
 
 
 def _sees(path: str) -> bool:

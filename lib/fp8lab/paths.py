@@ -19,11 +19,8 @@ RUNS_VARIABLE = "FP8LAB_RUNS"
 RUNS = Path(os.environ.get(RUNS_VARIABLE) or PROJECT / "runs").resolve()
 # A name that becomes one folder's: no path, nothing hidden.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
 # Where programs write for a user: in the folder that the variable names, else below the home folder.
 _BELOW_HOME = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".local/share"}
-
 # The cache folder's name where no variable moves it.
 _CACHE = "~/.cache/fp8lab"
 
@@ -101,25 +98,18 @@ def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
     if argument.startswith("{"):  # JSON, with a path anywhere in it
         return nameless(argument)
-    named = (_below(argument, folder, name) for folder, name in ((PROJECT, "."), (cache_dir(), _CACHE)))
-    return next((path for path in named if path), None) or without_home(argument)
+    return _below(argument, PROJECT, ".") or _below(argument, cache_dir(), _CACHE) or without_home(argument)
 
 
 def without_home(path: str) -> str:
     """`path` with ~ for the home folder it lies in, and still the same path wherever it is read: it may be shared."""
-    inside = _below(path, Path(with_home(os.environ)["HOME"]), "~")
-    return path if inside is None else inside
+    return _below(path, Path(with_home(os.environ)["HOME"]), "~") or path
 
 
 def nameless(text: str) -> str:
     """`text` without where things lie on this machine: a page of it may be shared."""
-    named = {
-        str(RUNS): "runs",
-        str(cache_dir()): _CACHE,
-        with_home(os.environ)["HOME"]: "~",
-        tempfile.gettempdir(): "TMPDIR",
-    }
-    named |= {sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(PROJECT): "."}
+    named = {str(RUNS): "runs", str(cache_dir()): _CACHE, with_home(os.environ)["HOME"]: "~"}
+    named |= {tempfile.gettempdir(): "TMPDIR", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(PROJECT): "."}
     # The innermost first, each only where a path begins and a folder's name ends.
     for folder in sorted(named.keys() - {"/"}, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.~/+-]){re.escape(folder)}(?![\w.+-])", named[folder], text)

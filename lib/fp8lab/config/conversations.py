@@ -69,15 +69,13 @@ def _none(path: Path, keys: Counter) -> BadInput:
     )
 
 
+@functools.lru_cache(maxsize=4)  # every level reads the same file, and counting its tokens takes minutes
 def read_conversations(
-    path: Path, tokenizer: str, *, requests: int | None, seed: int, max_context: int | None
-) -> tuple[list[tuple[str, int, int]], list[str]]:
+    path: Path, _changed: int, tokenizer: str, requests: int | None, seed: int, max_context: int | None
+) -> tuple[list[tuple[str, int, int]], tuple[str, ...]]:
     """(prompt, its tokens, its answer's tokens) of conversations within vLLM's limits and `max_context`, and notes on those
-    without.
-
-    `requests` of them, drawn by the seed, or fewer where the file has fewer; None is all, in the file's order. The file is
-    read in a stream, and no more of it is tokenised than is drawn.
-    """
+    without: `requests` of them, drawn by the seed, or fewer where the file has fewer; None is all, in the file's order. The
+    file, as it was last changed, is read in a stream, and no more of it is tokenised than is drawn."""
     candidates = None if requests is None else 2 * requests + 50
     while True:
         drawn, entries, keys = _drawn(path, candidates, seed)
@@ -103,7 +101,7 @@ def read_conversations(
             f"{beyond:,} of the {tested:,} conversations whose tokens were counted were left out: outside vLLM's limits "
             f"(question and answer from {_LEAST} tokens, question to {_MOST_IN:,}, both to {_MOST:,}){most}"
         )
-    return kept, notes
+    return kept, tuple(notes)
 
 
 def _drawn(path: Path, count: int | None, seed: int) -> tuple[list[tuple[str, str]], Counter, Counter]:
@@ -134,7 +132,12 @@ def token_counter(tokenizer: str) -> Callable[..., int]:
     try:
         file = folder / "tokenizer.json" if folder.is_dir() else _of_hub(tokenizer)
         if file and file.is_file():
-            return _read(file)
+            from tokenizers import Tokenizer
+
+            read = Tokenizer.from_file(str(file))
+            read.no_truncation()
+            read.no_padding()
+            return lambda text, special=True: len(read.encode(text, add_special_tokens=special).ids)
         from transformers import AutoTokenizer  # seconds and half a GB: for tokenizers of another kind alone
 
         encode = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else tokenizer).encode
@@ -161,12 +164,3 @@ def _of_hub(name: str) -> Path | None:
         return Path(hf_hub_download(name, "tokenizer.json"))
     except EntryNotFoundError:
         return None
-
-
-def _read(file: Path) -> Callable[..., int]:
-    from tokenizers import Tokenizer
-
-    read = Tokenizer.from_file(str(file))
-    read.no_truncation()
-    read.no_padding()
-    return lambda text, special=True: len(read.encode(text, add_special_tokens=special).ids)

@@ -134,37 +134,29 @@ def dimensions(config: Mapping) -> Dimensions | None:
     if config.get("model_type") not in _LLAMAS_KIN or windowed or weights is None:
         return None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if any(config.get(name) is None for name in names):
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    counts = {name: config[name] for name in (*names, *optional) if config.get(name) is not None}
+    if not counts.keys() >= set(names):
         return None
-    optional = [
-        name for name in ("num_key_value_heads", "head_dim", "max_position_embeddings") if config.get(name) is not None
-    ]
-    for name in (*names, *optional):
-        if type(config[name]) is not int or config[name] < 1:
-            raise ValueError(f"{name} is {config[name]!r}, expected a whole number of at least 1")
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} is {count!r}, expected a whole number of at least 1")
+    counts.setdefault("num_key_value_heads", counts["num_attention_heads"])
     kv = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
-    return Dimensions(
-        **{name: config[name] for name in names},
-        num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_dim=config.get("head_dim"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-        max_position_embeddings=config.get("max_position_embeddings"),
-        weights=weights,
-        fp8_kv=_is_float8(kv) or str(kv).upper() == "FP8",
-    )
+    fp8_kv, tied = _is_float8(kv) or str(kv).upper() == "FP8", bool(config.get("tie_word_embeddings"))
+    return Dimensions(**counts, tie_word_embeddings=tied, weights=weights, fp8_kv=fp8_kv)
 
 
 def _weights_of(quantised: Mapping) -> str | None:
     """The format of a checkpoint's weights by its `quantization_config` (none, fp8, modelopt, gptq, awq, compressed-tensors);
     None for another one."""
-    groups = quantised.get("config_groups") or {}
     if not quantised:
         return "bf16"
     if quantised.get("quant_method") == "fp8" or quantised.get("quant_algo") == "FP8":
         return "fp8"
     if quantised.get("quant_method") in ("gptq", "awq") and quantised.get("bits") == 4:
         return "int4"
-    found = {_of_group(group) for group in groups.values()}
+    found = {_of_group(group) for group in (quantised.get("config_groups") or {}).values()}
     return found.pop() if len(found) == 1 else None
 
 

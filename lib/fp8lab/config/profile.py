@@ -1,14 +1,9 @@
 """What to run: the model, the card, the variants (vLLM flags) and the levels of one experiment.
 
 A profile is a TOML file, one of `data/profiles/` by name or any other by path. Its paths are relative to the file.
-`extends = "NAME"` starts from another profile: tables are merged key by key, everything else is replaced. So a variant's
-list of flags is replaced as a whole (what else is said of it stays), and so is one protocol, while the others stay.
-Replaced as a whole are [model.checkpoints] and the tables that `replaces` names: `replaces = ["protocols"]` means these
+`extends = "NAME"` starts from another profile: tables are merged key by key, everything else is replaced, also a list of
+flags, a protocol, [model.checkpoints], and the tables that `replaces` names: `replaces = ["protocols"]` means these
 protocols and no others. A [gpu] with another name is another card and takes over nothing of the one before.
-
-[variants.NAME] has `flags`, `env` (variables), `base` (the variant that it derives from, whose flags and variables come
-first) and `api_server` ("python" or "rust"); `NAME = [flags]` is short for flags alone. What is not said follows from the
-flags: the base is the first variant that serves the same number formats.
 """
 
 import dataclasses
@@ -50,9 +45,9 @@ class ProfileTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Level(ProfileTable):
-    """One variant at one offered rate, once. `rate` is in requests/s; `inf` sends all at once. With `cross_check` the
-    same load is sent a second time by `vllm bench serve`, kept beside the result. A `start` above 0 asks for a server
-    of its own: levels of that number share one start a variant (a protocol's `starts` sets it)."""
+    """One variant at one offered rate (requests/s; `inf` sends all at once), once. With `cross_check` the same load is sent a
+    second time by `vllm bench serve`, kept beside the result. A `start` above 0 asks for a server of its own: levels of that
+    number share one start a variant (a protocol's `starts` sets it)."""
 
     variant: str
     rate: Annotated[float, Field(strict=True, gt=0)]
@@ -199,8 +194,9 @@ class Workload(ProfileTable):
 @dataclass(frozen=True, kw_only=True)
 class Variant(ProfileTable):
     """One server configuration: `flags` beside those that all share, which they win over, and the variables `env`; both
-    with those of its `base`, the variant that it derives from (empty: from none). `api_server` is vLLM's HTTP process.
-    `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
+    after those of its `base`, the variant that it derives from. Where a file names none, that is the first variant that serves
+    the same number formats ("": it is itself the first). `NAME = [flags]` is short for flags alone. `api_server` is vLLM's HTTP
+    process. `python` starts it: the interpreter of another environment that holds vLLM (empty: this one's), so that a version of vLLM
     is a variant like any other. It serves a checkpoint made by a `recipe` (`dimensions.RECIPES`) out of the profile's model, with
     weights that are read from disk ("": the profile's model itself)."""
 

@@ -99,7 +99,7 @@ def read_profile(name: str | Path) -> Profile:
 def read_changed(name: str, over: dict, file: str | Path, where: str = "") -> Profile:
     """The profile `name` with what the table `over` out of `file` (at `where`) says otherwise; its paths are relative to
     that file."""
-    table = _with_variants(with_paths(over, Path(file).absolute().parent))
+    table = with_paths(over, Path(file).absolute().parent)
     return _resolved([*_read(name), (f"{file}: {where}" if where else str(file), table)], Path(name).stem)
 
 
@@ -107,7 +107,7 @@ def from_dict(values: dict) -> Profile:
     """The profile that `Profile.as_dict` wrote down, for example in a run folder. It may be older than what is refused in
     a file today."""
     held = {key: value for key, value in values.items() if value is not None and key != "name"}
-    table = _with_variants(with_paths(held, Path.cwd()))
+    table = with_paths(held, Path.cwd())
     protocols = {}
     for name, body in table.get("protocols", {}).items():
         # JSON has no infinity: the rate of all at once is a text there.
@@ -144,7 +144,7 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
         raise BadInput(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}; expected a TOML file in UTF-8") from None
-    table = _with_variants(with_paths(table, path.parent))
+    table = with_paths(table, path.parent)
     base = table.pop("extends", "")
     if not isinstance(base, str):
         raise BadInput(f"{path}: extends: expected the name of a profile, or a path to a .toml file, in quotes")
@@ -152,7 +152,8 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
 
 
 def with_paths(table: dict, folder: Path) -> dict:
-    """`table` with its paths absolute; they are relative to `folder`. What is no path stays as it is."""
+    """`table` with its paths absolute; they are relative to `folder`. What is no path stays as it is, but that a variant which
+    is a list of flags becomes a table."""
     table = dict(table)
     if str(table.get("extends")).endswith(".toml"):
         table["extends"] = located(table["extends"], folder)
@@ -163,9 +164,7 @@ def with_paths(table: dict, folder: Path) -> dict:
         if isinstance(trace := workload.get("trace"), str) and is_file(trace):
             workload["trace"] = _absolute(trace, folder)
     if isinstance(variants := table.get("variants"), dict):
-        own = {k: v["python"] for k, v in variants.items() if isinstance(v, dict) and isinstance(v.get("python"), str)}
-        own = {k: variants[k] | {"python": _absolute(python, folder)} for k, python in own.items() if python}
-        table["variants"] = variants | own
+        table["variants"] = {name: _variant(one, folder) for name, one in variants.items()}
     model = table.get("model")
     if isinstance(model, dict) and isinstance(checkpoints := model.get("checkpoints"), dict):
         absolute = {k: located(v, folder) if isinstance(v, str) and v else v for k, v in checkpoints.items()}
@@ -184,11 +183,12 @@ def _absolute(path: str, folder: Path) -> str:
     return os.path.abspath(folder / os.path.expanduser(path))
 
 
-def _with_variants(table: dict) -> dict:
-    """`table` with its variants as tables: `NAME = [flags]` is short for one."""
-    if not isinstance(variants := table.get("variants"), dict):
-        return table
-    return table | {"variants": {k: {"flags": one} if isinstance(one, list) else one for k, one in variants.items()}}
+def _variant(one: object, folder: Path) -> object:
+    if isinstance(one, list):
+        return {"flags": one}
+    if isinstance(one, dict) and isinstance(python := one.get("python"), str) and python:
+        return one | {"python": _absolute(python, folder)}
+    return one
 
 
 def _with_older_variables(table: dict, source: "_Source") -> dict:

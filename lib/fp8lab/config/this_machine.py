@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import BadInput
 from ..system import gpu
-from .flags import PASSWORD, SECRET_LENGTH, secrets_of
+from .flags import secret_texts, secrets_of
 from .profile import Profile, is_hub_name
 from .profile_file import flags_and_variables, located, read_profile
 from .trace import check_file, is_file, named_trace
@@ -18,12 +18,10 @@ _OF_A_CARD = ("h200-80gb", "h100-80gb")
 
 def load_profile(name: str | Path = "auto", *, weights: str | None = None, model: str | None = None) -> Profile:
     """The profile `name`, to be measured: one of `profile_names()`, a path to a TOML file, or "auto", the machine's:
-    h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU.
-
-    `weights` (one of WEIGHTS) overrides the profile's; `model` serves that checkpoint (hub name or path) for every variant.
-    Raises BadInput, also for a GPU profile without a GPU, a trace or a model that cannot be read, and for a profile that
-    repeats a secret of the environment. Warns when the GPU is not the one that the profile names.
-    """
+    h200-80gb or h100-80gb where the GPU is that card, emulated-h100 without a GPU. `weights` (one of WEIGHTS) overrides the
+    profile's; `model` serves that checkpoint (hub name or path) for every variant. Raises BadInput, also for a GPU profile
+    without a GPU, a trace or a model that cannot be read, and for a profile that repeats a secret of the environment. Warns
+    when the GPU is not the one that the profile names."""
     profile = read_profile(profile_name(name))
     check_device(profile)
     overrides = {"weights": weights} if weights else {}
@@ -89,8 +87,7 @@ def check_environment(profile: Profile) -> None:
     flags, variables = flags_and_variables(profile)
     texts = [*flags, *(value for _, value in variables), *profile.model.checkpoints.values()]
     for name, value in secrets_of(os.environ).items():
-        values = [value, *(found["password"] for found in PASSWORD.finditer(value))]
-        if any(len(secret) >= SECRET_LENGTH and secret in text for secret in values for text in texts):
+        if any(secret in text for secret in secret_texts({name: value}) for text in texts):
             raise BadInput(
                 f"profile {profile.name}: a flag, variable or checkpoint holds the value of {name}, which would be stored "
                 f"with the run; leave it out: the server has {name} from the environment"

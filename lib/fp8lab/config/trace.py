@@ -1,8 +1,5 @@
-"""The requests of a level, in order (trace), and when they arrive (schedule). Both come from a seed.
-
-A trace is a prefix of any longer trace of the same kind and seed, so levels with different numbers of
-requests send the same first requests.
-"""
+"""The requests of a level, in order (trace), and when they arrive (schedule). Both come from a seed: a trace is a prefix of any
+longer one of the same kind and seed, so that levels with different numbers of requests send the same first requests."""
 
 import functools
 import hashlib
@@ -42,9 +39,8 @@ Times = Literal["kept", "dropped", "refused"]
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order. `prompt_tokens` and `output_tokens` are per request; `arrival_s` holds given
-    arrival times in seconds for a trace that is to be replayed, else None. `notes` say in sentences what of its file was
-    left out or changed."""
+    """Requests in order. `prompt_tokens` and `output_tokens` are per request; `arrival_s` holds arrival times (s) that are to
+    be replayed, else None. `notes` say in sentences what of its file was left out or changed."""
 
     name: str
     prompts: tuple[str, ...]
@@ -81,10 +77,8 @@ class Trace:
         return Trace(self.name, *(part[:requests] for part in parts), arrival, self.notes)
 
     def to_sharegpt(self, begin_tokens: int = 0) -> list[dict]:
-        """The trace in ShareGPT's form, for tools that read it (`vllm bench serve --dataset-name sharegpt`).
-
-        Answers are words, `begin_tokens` fewer than asked for: readers count the BOS token that a tokenizer adds.
-        """
+        """The trace in ShareGPT's form, for tools that read it (`vllm bench serve --dataset-name sharegpt`). Answers are words,
+        `begin_tokens` fewer than asked for: readers count the BOS token that a tokenizer adds."""
         lengths = np.maximum(np.asarray(self.output_tokens) - begin_tokens, 1)
         words = _word_prompts(lengths, np.random.default_rng(1))
         return [
@@ -94,10 +88,8 @@ class Trace:
 
 
 def sharegpt_like(requests: int = 1000, seed: int = 0) -> Trace:
-    """Lengths shaped like ShareGPT under vLLM's filter: lognormal, truncated to 4...1,024 tokens.
-
-    Prompts have mu 4.85, sigma 1.4 (mean about 200), outputs mu 4.83, sigma 1.13 (mean about 183).
-    """
+    """Lengths shaped like ShareGPT under vLLM's filter: lognormal, truncated to 4...1,024 tokens. Prompts have mu 4.85, sigma
+    1.4 (mean about 200), outputs mu 4.83, sigma 1.13 (mean about 183)."""
     _check_requests(requests)
     rng = _streams(seed)
     prompt = _truncated_lognormal(rng[0], 4.85, 1.4, requests)
@@ -132,12 +124,10 @@ def from_file(
     `requests` of them are drawn by the seed, a shorter trace again a prefix of a longer one; all, or None, come in the file's
     order (but with `fewer` they are drawn). Arrival times that are kept make that a stretch of consecutive requests, begun
     where the seed says, from its first arrival on; "refused" refuses those of fp8lab's own format and drops the others.
-    Prompts of lengths are words.
-    Conversations need a `tokenizer` (a folder or hub name, or what gives it); vLLM's filter is applied: question and answer
-    of at least 4 tokens, the question <= 1,024, both <= 2,048. Requests of more than `max_context` tokens in and out are left
-    out, and `notes` say how many. Raises BadInput for a file that cannot be read, or holds fewer than `requests` unless
-    `fewer` will do.
-    """
+    Prompts of lengths are words. Conversations need a `tokenizer` (a folder or hub name, or what gives it); vLLM's filter is
+    applied: question and answer of at least 4 tokens, the question <= 1,024, both <= 2,048. Requests of more than `max_context`
+    tokens in and out are left out, and `notes` say how many. Raises BadInput for a file that cannot be read, or holds fewer than
+    `requests` unless `fewer` will do."""
     _check_seed(seed)
     path = _trace_path(path)
     name = name or path.name
@@ -147,7 +137,7 @@ def from_file(
         raise BadInput(f"a context of {max_context} tokens takes no request: it needs one token in and one out")
     lengths, least = read_lengths(path, times=times == "kept"), None if fewer else requests
     if lengths is not None:
-        if times == "refused" and lengths.format.strict and lengths.timed:
+        if times == "refused" and lengths.to_be_replayed:
             _refuse_times(name)
         return _of_lengths(lengths, name, requests, least, seed, max_context)
     if tokenizer is None:
@@ -155,7 +145,7 @@ def from_file(
             f"{name}: conversations need a tokenizer (a model's folder or hub name) that counts their tokens"
         )
     tokenizer = tokenizer if isinstance(tokenizer, str) else tokenizer()
-    kept, notes = _counted(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
+    kept, notes = read_conversations(path, path.stat().st_mtime_ns, tokenizer, requests, seed, max_context)
     prompts, inputs, outputs = zip(*kept, strict=True) if kept else ((), (), ())
     _check_enough(name, len(kept), least, notes)
     return Trace(name, prompts, inputs, outputs, notes=notes)
@@ -203,12 +193,6 @@ def _of_lengths(
     return _of_words(name, prompt, output, _streams(seed)[2], arrival, tuple(notes))
 
 
-@functools.lru_cache(maxsize=4)  # every level reads the same file, and counting its tokens takes minutes
-def _counted(path: Path, _changed: int, tokenizer: str, requests: int | None, seed: int, max_context: int | None):
-    kept, notes = read_conversations(path, tokenizer, requests=requests, seed=seed, max_context=max_context)
-    return kept, tuple(notes)
-
-
 def is_file(trace: str) -> bool:
     """Whether a trace's name is that of a file: it has a folder or an ending."""
     return trace not in NAMES and ("/" in trace or bool(Path(trace).suffix))
@@ -220,7 +204,7 @@ def check_file(path: str | Path) -> None:
     lengths = read_lengths(path, times=False)
     if lengths is None:
         check_conversations(path)
-    elif lengths.format.strict and lengths.timed:
+    elif lengths.to_be_replayed:
         _refuse_times(path.name)
 
 
@@ -240,17 +224,14 @@ def _refuse_times(name: str) -> NoReturn:
 def begun_anew(trace: str, requests: int, *, seed: int, **options) -> Trace:
     """As many requests of a named trace as asked for: a file that holds fewer is begun anew, with other prompts where those
     are drawn. Arrival times are left out. `options` are those of `named_trace`."""
-
-    def draw(lacking: int, by: int) -> Trace:
-        return named_trace(trace, lacking, seed=by, times="dropped", fewer=True, **options)
-
-    parts = [draw(requests, seed)]
+    draw = functools.partial(named_trace, trace, times="dropped", fewer=True, **options)
+    parts = [draw(requests, seed=seed)]
     first = parts[0]
     each = (sum(first.prompt_tokens) + sum(first.output_tokens)) / len(first)
     _check_size(first.name, requests, int(each * requests))
     lacking = requests - len(first)
     while lacking:
-        parts.append(draw(lacking, seed + len(parts)))
+        parts.append(draw(lacking, seed=seed + len(parts)))
         lacking -= len(parts[-1])
     columns = ("prompts", "prompt_tokens", "output_tokens")
     return Trace(first.name, *(tuple(chain(*(getattr(part, column) for part in parts))) for column in columns))
@@ -259,10 +240,8 @@ def begun_anew(trace: str, requests: int, *, seed: int, **options) -> Trace:
 def named_trace(
     trace: str, requests: int | None, *, seed: int, input_tokens: int, output_tokens: int, **options
 ) -> Trace:
-    """The trace that a profile or the command line names: one of NAMES ("random" with its lengths), or a file.
-
-    `requests` is how many; None means 1000, or all of a file. For the other `options`, and what is raised, see `from_file`.
-    """
+    """The trace that a profile or the command line names: one of NAMES ("random" with its lengths), or a file. `requests` is
+    how many; None means 1000, or all of a file. For the other `options`, and what is raised, see `from_file`."""
     if is_file(trace):
         return from_file(trace, requests=requests, seed=seed, **options)
     requests = 1000 if requests is None else requests
@@ -293,12 +272,10 @@ def rescaled(arrival_s: Sequence[float], rate: float) -> np.ndarray:
 def arrival_times(
     requests: int, rate: float, *, burstiness: float = 1.0, seed: int = 0, normalised: bool = True
 ) -> np.ndarray:
-    """When each request is to be sent: seconds from the level's start, ascending, shape (requests,).
-
-    Gaps are gamma distributed with shape `burstiness` (1: Poisson arrivals, inf: constant gaps, below 1:
-    bursts) and mean 1 / `rate`; a `rate` of inf sends all at once. `normalised` rescales the gaps so that
-    the last arrival falls at requests / rate, as vLLM's client does (vllm/benchmarks/serve.py, get_request).
-    """
+    """When each request is to be sent: seconds from the level's start, ascending, shape (requests,). Gaps are gamma distributed
+    with shape `burstiness` (1: Poisson arrivals, inf: constant gaps, below 1: bursts) and mean 1 / `rate`; a `rate` of inf sends
+    all at once. `normalised` rescales the gaps so that the last arrival falls at requests / rate, as vLLM's client does
+    (vllm/benchmarks/serve.py, get_request)."""
     _check_rate(rate)
     if not burstiness > 0:
         raise BadInput(f"burstiness {burstiness!r} is not above 0 (1 is Poisson, inf constant gaps)")
@@ -343,8 +320,7 @@ def _truncated_lognormal(rng: np.random.Generator, mu: float, sigma: float, requ
         drawn = np.rint(rng.lognormal(mu, sigma, 4096)).astype(int)
         parts.append(drawn[(drawn >= 4) & (drawn <= 1024)])
         found += parts[-1].size
-    kept = np.concatenate(parts)
-    return kept[:requests]
+    return np.concatenate(parts)[:requests]
 
 
 def _word_prompts(lengths: np.ndarray, rng: np.random.Generator) -> list[str]:

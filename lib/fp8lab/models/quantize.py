@@ -1,8 +1,8 @@
 """Checkpoints by a recipe (`config.dimensions`), made here out of one in BF16, or out of a model's shapes with random weights.
 
-Each weight of the layers' matrices is rounded to the nearest value that its format has: all that speed needs, and what the
-formats of GPTQ and AutoAWQ hold here. Answers are better where a text calibrates the rounding: a recipe `...-by-gptq` or
-`...-by-awq` has llmcompressor do it (`calibrate.py`), in the same format. Packing is as vLLM reads it.
+Each weight of the layers' matrices is rounded to the nearest value that its format has, and packed as vLLM reads it: all that
+speed needs. For better answers a recipe `...-by-gptq` or `...-by-awq` has llmcompressor calibrate the rounding on a text
+(`calibrate.py`), in the same format.
 """
 
 import functools
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors import SafetensorError, safe_open
@@ -63,10 +64,9 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
     """Writes the checkpoint in `source` (safetensors, BF16; with `drawn` only its configuration is read, the weights are
     drawn) into the folder `target` by a recipe, calibrated on `text` if it is one that calibrates, and returns that.
 
-    A target that is whole is returned as it is; one that another process is making is waited for. An interrupted call leaves
-    whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew); `target` itself is there
-    only when it is whole. Raises BadInput for what cannot be quantised so or has no room, NotWritten when the disk fills up
-    meanwhile, with nothing of it left."""
+    A target that is there is whole, and returned as it is; one that another process is making is waited for. An interrupted
+    call leaves whole files in `TARGET.partial`, from which the next one goes on (one that calibrates begins anew). Raises
+    BadInput for what cannot be quantised so or has no room, NotWritten when the disk fills up, with nothing of it left."""
     how, weights = recipe(recipe_name), _Random(source) if drawn else _Stored(source)
     if how.calibration and drawn:
         raise BadInput(f"recipe {recipe_name}: there is nothing to calibrate in random weights; choose "
@@ -92,8 +92,7 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
                 _calibrate(source, target, how, made, shards, key, text)
             else:
                 _write(source, target, how, weights, made, shards, key)
-            size = sum(_bytes(parts) for shard in shards for parts in shard.values())
-            StatusLine().done(f"{target.name}: {size / 2**30:.2f} GiB of weights, {how.says}")
+            StatusLine().done(f"{target.name}: {sum(map(_bytes, shards)) / 2**30:.2f} GiB of weights, {how.says}")
     except OSError as error:
         raise NotWritten(f"{target} cannot be written: {error.strerror or error}; nothing of it is left") from None
     finally:
@@ -104,16 +103,11 @@ def quantize(source: Path, recipe_name: str, target: Path, *, drawn: bool = Fals
 def _key(made: dict, weights, text: Path | None) -> str:
     """What a checkpoint is made of: its configuration, the source's files or that they are drawn, and what calibrates it."""
     of = [made, weights.key, sorted(weights.shapes)]
-    if text:
-        of.append(hashlib.sha256(_read(text)).hexdigest())
-    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
-
-
-def _read(text: Path) -> bytes:
     try:
-        return text.read_bytes()
+        of += [hashlib.sha256(text.read_bytes()).hexdigest()] if text else []
     except OSError as error:
         raise BadInput(f"no text at {text} to calibrate on ({error.strerror})") from None
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
 def _alone(target: Path) -> Lock:
@@ -128,20 +122,19 @@ def _alone(target: Path) -> Lock:
 
 
 def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, key: str) -> None:
-    sizes = [sum(_bytes(parts) for parts in shard.values()) for shard in shards]
+    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
     partial = target.with_name(f"{target.name}.partial")
     plan, planned = partial / "plan", json.dumps([key, [list(shard) for shard in shards]])
     if partial.is_dir() and not (plan.is_file() and plan.read_text() == planned):
         shutil.rmtree(partial)
-    left = sum(size for number, size in enumerate(sizes) if not (partial / _file(number, shards)).exists())
-    _check_room(left, target)
+    _check_room(sum(_bytes(shard) for file, shard in files.items() if not (partial / file).exists()), target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         plan.write_text(planned)
-        for number, shard in enumerate(shards):
-            _write_shard(partial / _file(number, shards), shard, how, weights, f"{number + 1} of {len(shards)}")
-        held = {part: _file(n, shards) for n, shard in enumerate(shards) for parts in shard.values() for part in parts}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": held}
+        for number, (file, shard) in enumerate(files.items(), start=1):
+            _write_shard(partial / file, shard, how, weights, f"{number} of {len(shards)}")
+        held = {part: file for file, shard in files.items() for parts in shard.values() for part in parts}
+        index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": held}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index))
         plan.unlink()
         _finish(source, partial, made, key, target)
@@ -163,7 +156,7 @@ def _calibrate(source: Path, target: Path, how: Recipe, made: dict, shards: list
             "checkpoint where there is network and bring its folder"
         )
     planned = {part: tensor for shard in shards for parts in shard.values() for part, tensor in parts.items()}
-    _check_room(_bytes(planned), target)
+    _check_room(sum(map(_bytes, shards)), target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         folder, spec = Path(scratch, "checkpoint"), Path(scratch, "spec.json")
@@ -205,7 +198,7 @@ def _run_calibrator(spec: Path, name: str) -> None:
 def checkpoint_bytes(source: Path, recipe_name: str, *, drawn: bool = False) -> int:
     """Bytes of all tensors that `quantize` would write, exactly."""
     weights = _Random(source) if drawn else _Stored(source)
-    return sum(_bytes(parts) for shard in _plan(recipe(recipe_name), weights) for parts in shard.values())
+    return sum(map(_bytes, _plan(recipe(recipe_name), weights)))
 
 
 class _Stored:
@@ -258,14 +251,12 @@ def _device() -> str:
 def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
     """The files to write: of each, by the names of its source tensors, what each becomes (on no device: shapes and types).
     Raises BadInput for a matrix that the recipe cannot take."""
-    shards, size = [{}], 0
+    shards = [{}]
     for name, shape in weights.shapes.items():
         parts = _converted(how, name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
-        if size and size + _bytes(parts) > _SHARD_BYTES:
+        if shards[-1] and _bytes(shards[-1]) + _bytes({name: parts}) > _SHARD_BYTES:
             shards.append({})
-            size = 0
         shards[-1][name] = parts
-        size += _bytes(parts)
     if not any(map(_LAYER.match, weights.shapes)):
         raise BadInput(
             "the checkpoint holds no matrix of a layer (model.layers.N.…_proj.weight): expected Llama's names"
@@ -277,13 +268,9 @@ def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
     return shards
 
 
-def _rounded(how: Recipe, name: str) -> bool:
-    return how.method != "none" and (bool(_LAYER.match(name)) or (how.head and name == _HEAD))
-
-
 def _converted(how: Recipe, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """What stands in the checkpoint for the source tensor `name`: by name, itself or its values and scales."""
-    if not _rounded(how, name):
+    if how.method == "none" or not (_LAYER.match(name) or (how.head and name == _HEAD)):
         return {name: weight}
     out, into = weight.shape
     if out % how.divisor or into % how.divisor:
@@ -316,19 +303,16 @@ def _scheme(how: Recipe):
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     scheme = _scheme(how)
+    strategy, (out, into) = scheme.weights.strategy, weight.shape
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
-    rows, columns = {
-        "tensor": weight.shape,
-        "channel": (1, weight.shape[1]),
-        "group": (1, how.group),
-        "block": (128, 128),
-    }[scheme.weights.strategy]
+    groups = {"tensor": (out, into), "channel": (1, into), "group": (1, how.group), "block": (128, 128)}
+    rows, columns = groups[strategy]
     blocks = weight.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     least, most = (extreme(blocks, (1, 3)).float() for extreme in (torch.amin, torch.amax))
-    if scheme.weights.strategy == "tensor":
+    if strategy == "tensor":
         least, most = least.flatten(), most.flatten()
     scale = most if weight.is_meta else calculate_qparams(least, most, scheme.weights)[0]
-    scale = scale.to(torch.bfloat16) if scheme.weights.strategy == "group" else scale
+    scale = scale.to(torch.bfloat16) if strategy == "group" else scale
     compress = BaseCompressor.get_value_from_registry(how.format).compress
     parts = compress({"weight": weight, "weight_scale": scale}, scheme)
     if scheme.input_activations and not scheme.input_activations.dynamic:
@@ -339,24 +323,18 @@ def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """4-bit values with a zero point of 8, in groups of 128 along the inputs, eight to an int32: GPTQ packs along the inputs,
-    AWQ along the outputs."""
+    AWQ along the outputs. (What is packed here is less 8.)"""
     groups = weight.T.unflatten(0, (-1, 128)).float()  # (groups, 128, outputs)
     scales = (groups.abs().amax(1) / 7).clamp(min=1e-8)
-    values = (torch.round(groups / scales[:, None]) + 8).clamp(0, 15).flatten(0, 1).to(torch.int32)
-    zeros = torch.full(scales.shape, 8 if how.method == "awq" else 7, dtype=torch.int32, device=weight.device)
+    values = torch.round(groups / scales[:, None]).clamp(-8, 7).flatten(0, 1).to(torch.int8)
+    zeros = torch.zeros(scales.shape, dtype=torch.int8, device=weight.device)
     if how.method == "awq":
-        packed, zeros = (_int32(one, 1, _AWQ_ORDER) for one in (values, zeros))
+        ordered = (one.unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1) for one in (values, zeros))
+        packed, zeros = (pack_to_int32(one, 4) for one in ordered)
         return {"qweight": packed, "qzeros": zeros, "scales": scales.to(torch.float16)}
     index = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // 128
-    packed, zeros = _int32(values, 0), _int32(zeros, 1)  # a zero point is stored less 1
+    packed, zeros = pack_to_int32(values, 4, packed_dim=0), pack_to_int32(zeros - 1, 4)  # a zero point is stored less 1
     return {"qweight": packed, "qzeros": zeros, "scales": scales.to(torch.float16), "g_idx": index}
-
-
-def _int32(values: torch.Tensor, along: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Eight 4-bit values to an int32 along a dimension; the value order[i] of eight takes the bits from 4 i."""
-    eights = values.unflatten(along, (-1, 8)).to(torch.int64)
-    packed = sum(eights.select(along + 1, one) << 4 * place for place, one in enumerate(order))
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
 
 
 def _quantization_config(how: Recipe) -> dict:
@@ -365,19 +343,14 @@ def _quantization_config(how: Recipe) -> dict:
         return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
     if how.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-
     return QuantizationConfig(
         config_groups={"group_0": _scheme(how)}, quant_method="compressed-tensors", format=how.format,
         ignore=[] if how.head else ["lm_head"], quantization_status="compressed",
     ).model_dump(exclude_none=True, mode="json")  # fmt: skip
 
 
-def _bytes(parts: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
-
-
-def _file(number: int, shards: list) -> str:
-    return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+def _bytes(shard: Mapping[str, Mapping[str, torch.Tensor]]) -> int:
+    return sum(tensor.nbytes for parts in shard.values() for tensor in parts.values())
 
 
 def _check_room(needed: int, target: Path) -> None:

@@ -1,9 +1,6 @@
 """The terminal: its characters, a reader that went away, and the status line, one line that says what long work is doing and
-ends as one line that says what came of it.
-
-In a notebook the line is one display handle, in a terminal one rewritten line, elsewhere (a log, CI) one line
-for each phase. It goes to standard error, so that standard output stays for results.
-"""
+ends as one line that says what came of it. In a notebook it is one display handle, in a terminal one rewritten line, elsewhere
+(a log, CI) one line for each phase, on standard error: standard output stays for results."""
 
 import codecs
 import html
@@ -85,9 +82,7 @@ _PLAIN = str.maketrans(
 
 def settle() -> None:
     """Makes this process's terminal and files fit for what is written: for a command of its own, before it does anything.
-
-    Files are UTF-8 whatever the locale is: where it is another one, this process is begun anew in Python's UTF-8 mode.
-    """
+    Files are UTF-8 whatever the locale is: where it is another one, this process is begun anew in Python's UTF-8 mode."""
     if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
         os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": getattr(sys.stdout, "encoding", None) or "ascii"}
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
