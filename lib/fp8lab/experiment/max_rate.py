@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,37 +56,31 @@ def find_max_rate(
     def probe(rate: float) -> str:
         level = _free_level(server, rate, needed(rate), run)
 
-        def measure() -> tuple[Summary, pd.DataFrame]:
+        def measured() -> tuple[Summary, Attainment | None]:
             if level.id in run.summaries():
                 run.set_aside(level.id)
             options = {"requests": level.requests, "repeat": level.repeat, "run": run, "workers": workers}
             result = load_test(server, rate=rate, **options)
-            return result.summary, result.records
+            return result.summary, attains(result.records, slo) if result.summary.valid else None
 
-        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
-            return attains(records, slo) if summary.valid else None
+        return _probe(level.id, measured, lambda summary: server.problem())
 
-        return _probe(level.id, measure, judged, lambda summary: server.problem())
-
-    known = [
-        (rate, found.bound)
-        for rate, found in evidence(run).attainment(server.variant, slo)
-        if found.bound != "undecided" or found.requests >= needed(rate)
-    ]
+    known = _known(evidence(run).attainment(server.variant, slo), needed)
     return search(probe, start, known=known, max_probes=max_probes)[0]
 
 
+def _known(found: Iterable[tuple[float, Attainment]], needed: Callable[[float], int]) -> list[tuple[float, str]]:
+    """What `search` need not probe: not the rates that were measured with too few requests to tell."""
+    return [(rate, one.bound) for rate, one in found if one.bound != "undecided" or one.requests >= needed(rate)]
+
+
 def _probe(
-    name: str,
-    measure: Callable[[], tuple[Summary, pd.DataFrame]],
-    judged: Callable[[Summary, pd.DataFrame], Attainment | None],
-    hopeless: Callable[[Summary], object],
+    name: str, measured: Callable[[], tuple[Summary, Attainment | None]], hopeless: Callable[[Summary], object]
 ) -> str:
-    """Measures one rate, once more if that does not count (`judged` is None) and is not `hopeless`; says what came of it, and
-    returns what `search` wants of a probe."""
+    """Measures one rate, once more if that does not count (None) and is not `hopeless`; says what came of it, and returns
+    what `search` wants of a probe."""
     for _ in range(_TRIES):
-        summary, records = measure()
-        found = judged(summary, records)
+        summary, found = measured()
         if found or hopeless(summary):
             break
     if not found:
@@ -144,7 +138,7 @@ def find_endpoint_max_rate(
         rate = float(f"{rate:g}")
         name = f"probe {len(list(folder.glob('*rps/'))) + 1} of at most {max_probes}, {rate_name(rate)}"
 
-        def level() -> tuple[Summary, pd.DataFrame]:
+        def measured() -> tuple[Summary, Attainment | None]:
             target = folder / f"{rate:g}rps"
             number = len(list(folder.glob("*rps*")))
             _set_aside(target)
@@ -153,18 +147,11 @@ def find_endpoint_max_rate(
                 target.mkdir(parents=True)
             write_tables(target, records=result.records, tokens=result.tokens)
             write_json(target / "summary.json", result.summary)
-            return result.summary, result.records
+            return result.summary, _counts(result.summary, result.records, slo)
 
-        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
-            return _counts(summary, records, slo)
+        return _probe(name, measured, lambda summary: not summary.completed)
 
-        return _probe(name, level, judged, lambda summary: not summary.completed)
-
-    known = [
-        (one.rate, one.found.bound)
-        for one in held(folder, slo)
-        if one.found and (one.found.bound != "undecided" or one.found.requests >= needed(one.rate))
-    ]
+    known = _known(((one.rate, one.found) for one in held(folder, slo) if one.found), needed)
     if (left := max_probes - len(known)) > 0:
         search(probe, start, known=known, max_probes=left)
     probed = held(folder, slo)

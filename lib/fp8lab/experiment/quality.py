@@ -145,14 +145,11 @@ def measure_quality(
 def comparisons(run: Run) -> dict[str, Comparison]:
     """Every measurement of the run against the reference, the reference (against itself) first, then itself again. Raises
     BadInput for a run without any."""
-
-    def read(fields: dict) -> Comparison:
-        return Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields.items()})
-
     found = {}
     for name, summary in summaries(run).items():
         with run.reading(f"{_FOLDER}/{name}.json"):
-            found[name] = read(summary["comparison"])
+            fields = summary["comparison"].items()
+            found[name] = Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields})
     return found
 
 
