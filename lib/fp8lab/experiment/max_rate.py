@@ -21,6 +21,8 @@ from ..server.launch import Server
 from ..ui.status import StatusLine
 from .speed import RecordedServer, load_test
 
+# A probe goes on for at least so long.
+_SECONDS = 20.0
 # An INVALID probe is measured once more: what disturbed it may have passed.
 _TRIES = 2
 # How a request fails that the endpoint is not to blame for: the client lost it, or could not open a connection for it.
@@ -33,7 +35,7 @@ def find_max_rate(
     *,
     run: Run,
     start: float = 25.0,
-    seconds: float = 20.0,
+    seconds: float = _SECONDS,
     max_probes: int = 8,
     workers: int | None = None,
 ) -> Bracket:
@@ -114,25 +116,21 @@ def find_endpoint_max_rate(
     slo: SLO,
     folder: Path,
     *,
-    start: float = 10.0,
-    seconds: float = 20.0,
-    requests: int | None = None,
-    max_probes: int = 8,
+    start: float,
+    requests: int | None,
+    max_probes: int,
 ) -> tuple[Bracket, list[Probed]]:
     """The same search at any endpoint: (the bracket, all rates that `folder` then holds, ascending).
 
-    `measure(name, rate, requests, number)` measures one level, the `number`-th of the folder. A probe has `requests`, by
-    default as many as arrive in `seconds`, at least as many as its percentile needs. Each is stored in `folder` as
-    `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
+    `measure(name, rate, requests, number)` measures one level, the `number`-th of the folder. A probe has `requests`
+    (`check_requests`), or, None, as many as arrive in 20 s, at least as many as its percentile needs. Each is stored in
+    `folder` as `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
     `max_probes` too: an interrupted search goes on where it stopped. Unlike at a server of ours, requests that the endpoint
-    refuses are its answer to the load, and miss the objective, as long as any completes. Raises BadInput for `requests` that
-    cannot show the objective met.
+    refuses are its answer to the load, and miss the objective, as long as any completes.
     """
-    if requests is not None:
-        check_requests(requests, slo)
 
     def needed(rate: float) -> int:
-        return requests or max(probe_requests(slo), math.ceil(seconds * rate))
+        return requests or max(probe_requests(slo), math.ceil(_SECONDS * rate))
 
     def probe(rate: float) -> str:
         rate = float(f"{rate:g}")
@@ -187,8 +185,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:
-    """The level to probe `rate` with: the first repeat that `run` does not hold, or holds as INVALID, and that the profile
-    does not plan with fewer `requests`."""
+    """The level to probe `rate` with: the first repeat that `run` holds no VALID one of, nor the profile plans with fewer requests."""
     planned = {level.id: level for levels in server.profile.protocols.values() for level in levels}
     held = run.summaries()
     for repeat in itertools.count(1):

@@ -203,7 +203,7 @@ def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]
     """Documents of `length` tokens, `limit` at most (0: all); a rest shorter than that is left out. Raises BadInput when that
     gives fewer than MINIMUM_DOCUMENTS: intervals come from resampling documents."""
     documents = [list(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length)]
-    documents = documents[:limit] if limit else documents
+    documents = documents[: limit or None]
     if len(documents) < MINIMUM_DOCUMENTS:
         raise BadInput(
             f"the text gives {len(documents)} documents of {length} tokens ({len(tokens):,} tokens in all); at least "

@@ -124,8 +124,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
     The source is never written to; what cells and libraries write to standard error goes to this process's own. Raises
-    BadInput for undeclared or impossible parameters and NotebookFailed, with the
-    cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
+    BadInput for undeclared or impossible parameters and NotebookFailed, with the cell's error, when a cell raises; the
+    executed part is then in `output`, and its page is made all the same.
     """
     import papermill
 
@@ -135,17 +135,11 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     with _forwarded_progress(output.with_suffix(".progress")), Scratch() as own:
         try:
             papermill.execute_notebook(
-                str(notebook),
-                str(output),
-                parameters=dict(parameters),
-                kernel_name="python3",
-                kernel_manager_class=_own_kernel(Path(own)),
-                cwd=str(PROJECT),
-                progress_bar=False,
-                stderr_file=sys.stderr,
+                str(notebook), str(output), parameters=dict(parameters), kernel_name="python3",
+                kernel_manager_class=_own_kernel(Path(own)), cwd=str(PROJECT), progress_bar=False, stderr_file=sys.stderr,
                 # The kernel's own log goes to this terminal; what cells print and raise goes into the notebook.
                 extra_arguments=["--log-level=CRITICAL"],
-            )
+            )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             failure = error
     _forget_the_machine(output)
@@ -180,8 +174,7 @@ def _own_kernel(folder: Path) -> type:
 
 
 def _forget_the_machine(executed: Path) -> None:
-    """Takes out of an executed notebook what is of this machine alone: standard error, which has gone to the terminal, and
-    where files lie."""
+    """Takes out of an executed notebook what is of this machine alone: standard error, which the terminal got, and paths."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
