@@ -146,14 +146,8 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
         return {}
     if not moved:
         card = dataclasses.replace(card, hbm_bytes_per_s=math.inf)
-    return floors_ms(
-        work,
-        shape,
-        card,
-        weights=weight_format(flags, shape),
-        fp8_kv=fp8_kv(flags, shape),
-        shared_by=cards(flags) // replicas(flags),
-    )
+    held = {"weights": weight_format(flags, shape), "fp8_kv": fp8_kv(flags, shape)}
+    return floors_ms(work, shape, card, **held, shared_by=cards(flags) // replicas(flags))
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from ..server.launch import Server
 from ..ui.status import StatusLine
 from .speed import RecordedServer, load_test
 
+# A probe goes on for at least so long.
+_SECONDS = 20.0
 # An INVALID probe is measured once more: what disturbed it may have passed.
 _TRIES = 2
 # How a request fails that the endpoint is not to blame for: the client lost it, or could not open a connection for it.
@@ -33,7 +35,7 @@ def find_max_rate(
     *,
     run: Run,
     start: float = 25.0,
-    seconds: float = 20.0,
+    seconds: float = _SECONDS,
     max_probes: int = 8,
     workers: int | None = None,
 ) -> Bracket:
@@ -56,37 +58,31 @@ def find_max_rate(
     def probe(rate: float) -> str:
         level = _free_level(server, rate, needed(rate), run)
 
-        def measure() -> tuple[Summary, pd.DataFrame]:
+        def measured() -> tuple[Summary, Attainment | None]:
             if level.id in run.summaries():
                 run.set_aside(level.id)
             options = {"requests": level.requests, "repeat": level.repeat, "run": run, "workers": workers}
             result = load_test(server, rate=rate, **options)
-            return result.summary, result.records
+            return result.summary, attains(result.records, slo) if result.summary.valid else None
 
-        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
-            return attains(records, slo) if summary.valid else None
+        return _probe(level.id, measured, lambda summary: server.problem())
 
-        return _probe(level.id, measure, judged, lambda summary: server.problem())
-
-    known = [
-        (rate, found.bound)
-        for rate, found in evidence(run).attainment(server.variant, slo)
-        if found.bound != "undecided" or found.requests >= needed(rate)
-    ]
+    known = _known(evidence(run).attainment(server.variant, slo), needed)
     return search(probe, start, known=known, max_probes=max_probes)[0]
 
 
+def _known(found: Iterable[tuple[float, Attainment]], needed: Callable[[float], int]) -> list[tuple[float, str]]:
+    """What `search` need not probe: not the rates that were measured with too few requests to tell."""
+    return [(rate, one.bound) for rate, one in found if one.bound != "undecided" or one.requests >= needed(rate)]
+
+
 def _probe(
-    name: str,
-    measure: Callable[[], tuple[Summary, pd.DataFrame]],
-    judged: Callable[[Summary, pd.DataFrame], Attainment | None],
-    hopeless: Callable[[Summary], object],
+    name: str, measured: Callable[[], tuple[Summary, Attainment | None]], hopeless: Callable[[Summary], object]
 ) -> str:
-    """Measures one rate, once more if that does not count (`judged` is None) and is not `hopeless`; says what came of it, and
-    returns what `search` wants of a probe."""
+    """Measures one rate, once more if that does not count (None) and is not `hopeless`; says what came of it, and returns
+    what `search` wants of a probe."""
     for _ in range(_TRIES):
-        summary, records = measure()
-        found = judged(summary, records)
+        summary, found = measured()
         if found or hopeless(summary):
             break
     if not found:
@@ -120,31 +116,27 @@ def find_endpoint_max_rate(
     slo: SLO,
     folder: Path,
     *,
-    start: float = 10.0,
-    seconds: float = 20.0,
-    requests: int | None = None,
-    max_probes: int = 8,
+    start: float,
+    requests: int | None,
+    max_probes: int,
 ) -> tuple[Bracket, list[Probed]]:
     """The same search at any endpoint: (the bracket, all rates that `folder` then holds, ascending).
 
-    `measure(name, rate, requests, number)` measures one level, the `number`-th of the folder. A probe has `requests`, by
-    default as many as arrive in `seconds`, at least as many as its percentile needs. Each is stored in `folder` as
-    `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
+    `measure(name, rate, requests, number)` measures one level, the `number`-th of the folder. A probe has `requests`
+    (`check_requests`), or, None, as many as arrive in 20 s, at least as many as its percentile needs. Each is stored in
+    `folder` as `RATErps/`, an INVALID one is set aside when its rate is measured again, and what the folder holds counts, for
     `max_probes` too: an interrupted search goes on where it stopped. Unlike at a server of ours, requests that the endpoint
-    refuses are its answer to the load, and miss the objective, as long as any completes. Raises BadInput for `requests` that
-    cannot show the objective met.
+    refuses are its answer to the load, and miss the objective, as long as any completes.
     """
-    if requests is not None:
-        check_requests(requests, slo)
 
     def needed(rate: float) -> int:
-        return requests or max(probe_requests(slo), math.ceil(seconds * rate))
+        return requests or max(probe_requests(slo), math.ceil(_SECONDS * rate))
 
     def probe(rate: float) -> str:
         rate = float(f"{rate:g}")
         name = f"probe {len(list(folder.glob('*rps/'))) + 1} of at most {max_probes}, {rate_name(rate)}"
 
-        def level() -> tuple[Summary, pd.DataFrame]:
+        def measured() -> tuple[Summary, Attainment | None]:
             target = folder / f"{rate:g}rps"
             number = len(list(folder.glob("*rps*")))
             _set_aside(target)
@@ -153,18 +145,11 @@ def find_endpoint_max_rate(
                 target.mkdir(parents=True)
             write_tables(target, records=result.records, tokens=result.tokens)
             write_json(target / "summary.json", result.summary)
-            return result.summary, result.records
+            return result.summary, _counts(result.summary, result.records, slo)
 
-        def judged(summary: Summary, records: pd.DataFrame) -> Attainment | None:
-            return _counts(summary, records, slo)
+        return _probe(name, measured, lambda summary: not summary.completed)
 
-        return _probe(name, level, judged, lambda summary: not summary.completed)
-
-    known = [
-        (one.rate, one.found.bound)
-        for one in held(folder, slo)
-        if one.found and (one.found.bound != "undecided" or one.found.requests >= needed(one.rate))
-    ]
+    known = _known(((one.rate, one.found) for one in held(folder, slo) if one.found), needed)
     if (left := max_probes - len(known)) > 0:
         search(probe, start, known=known, max_probes=left)
     probed = held(folder, slo)
@@ -200,8 +185,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:
-    """The level to probe `rate` with: the first repeat that `run` does not hold, or holds as INVALID, and that the profile
-    does not plan with fewer `requests`."""
+    """The level to probe `rate` with: the first repeat that `run` holds no VALID one of, nor the profile plans with fewer requests."""
     planned = {level.id: level for levels in server.profile.protocols.values() for level in levels}
     held = run.summaries()
     for repeat in itertools.count(1):

@@ -117,8 +117,8 @@ def drawing(
     trace: str = "sharegpt-like", *, input_tokens: int = 1024, output_tokens: int = 128, seed: int = 0,
     tokenizer: str | None = None, max_context: int | None = None,
 ) -> Callable[[int], Trace]:  # fmt: skip
-    """What draws so many requests of a trace, a file that holds fewer begun anew; its arrival times are left out. Raises BadInput, when it draws, for one that
-    cannot be read."""
+    """What draws so many requests of a trace, a file that holds fewer begun anew, without its arrival times. Raises BadInput,
+    when it draws, for one that cannot be read."""
     held = []
 
     def first(requests: int) -> Trace:

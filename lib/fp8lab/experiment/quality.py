@@ -145,14 +145,11 @@ def measure_quality(
 def comparisons(run: Run) -> dict[str, Comparison]:
     """Every measurement of the run against the reference, the reference (against itself) first, then itself again. Raises
     BadInput for a run without any."""
-
-    def read(fields: dict) -> Comparison:
-        return Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields.items()})
-
     found = {}
     for name, summary in summaries(run).items():
         with run.reading(f"{_FOLDER}/{name}.json"):
-            found[name] = read(summary["comparison"])
+            fields = summary["comparison"].items()
+            found[name] = Comparison(**{key: Estimate(**one) if isinstance(one, dict) else one for key, one in fields})
     return found
 
 
@@ -206,7 +203,7 @@ def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]
     """Documents of `length` tokens, `limit` at most (0: all); a rest shorter than that is left out. Raises BadInput when that
     gives fewer than MINIMUM_DOCUMENTS: intervals come from resampling documents."""
     documents = [list(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length)]
-    documents = documents[:limit] if limit else documents
+    documents = documents[: limit or None]
     if len(documents) < MINIMUM_DOCUMENTS:
         raise BadInput(
             f"the text gives {len(documents)} documents of {length} tokens ({len(tokens):,} tokens in all); at least "

@@ -61,11 +61,8 @@ class RecordedServer(Shown):
 
 
 def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:
-    """Starts a server and returns when it is ready; stop it with `stop()`.
-
-    With a `run` its log goes into the run folder; with a recorded run nothing is started. Further
-    `options` are those of `fp8lab.server.launch.start_server` (port, log_path).
-    """
+    """Starts a server and returns when it is ready; stop it with `stop()`. With a `run` its log goes into the run folder;
+    with a recorded run nothing is started. Further `options` are those of `fp8lab.server.launch.start_server` (port, log_path)."""
     if run is None:
         return launch.start_server(profile, variant, **options)
     if run.read_only:
@@ -127,13 +124,14 @@ def load_test(
         run.check_profile(server.profile)
     trace = trace or trace_for(server.profile, level)
     refuse_times(trace)
-    with run.locked() if run is not None else contextlib.nullcontext():
-        if run is not None and run.has(level, trace):
+    if run is None:
+        return _measure_level(server, level, trace, workers)
+    with run.locked():
+        if run.has(level, trace):
             StatusLine().done(f"{level.id}: already measured, read from {run.path.name}")
             return run.read(level)
         result = _measure_level(server, level, trace, workers)
-        if run is not None:
-            run.write(result)
+        run.write(result)
     return result
 
 
@@ -154,10 +152,7 @@ def missing_work(
 ) -> list[tuple[str, list[Level]]]:
     """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in
     the order of the profile, levels that ask for a start of their own after the others and start by start: variants then
-    alternate.
-
-    Without a run that is everything.
-    """
+    alternate. Without a run that is everything."""
     todo = list(dict.fromkeys([*_levels(profile, protocols), *others]))
     if run:
         checked = run.cross_checks()
@@ -178,13 +173,12 @@ def measure(
 ) -> list[LevelResult]:
     """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
 
-    One server a variant, in the order of the profile; a finished level is stored at once, so that an
-    interrupted call goes on where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted
-    call has set aside) are set aside and measured once more, and returned too. On a recorded run this only reads, and
-    returns what it holds of them. Raises InUse when another process writes to the
-    run, RunDamaged before anything is started when a level of it cannot be read. At the end, with all that could be
-    measured there, raises ServerFailed when a server did not start or died under load (its further levels are missing),
-    LevelFailed when only levels or cross-checks failed.
+    One server a variant, in the order of the profile; a finished level is stored at once, so that an interrupted call goes on
+    where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted call has set aside) are set
+    aside and measured once more, and returned too. On a recorded run this only reads, and returns what it holds of them.
+    Raises InUse when another process writes to the run, RunDamaged before anything is started when a level of it cannot be
+    read; at the end, with all measured that could be, ServerFailed when a server did not start or died under load (its further
+    levels are missing), LevelFailed when only levels or cross-checks failed.
     """
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
@@ -328,15 +322,9 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation, server.cards)
     measured = measure_level(
-        _endpoint(server),
-        trace,
-        due,
-        name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
-        time_dilation=profile.time_dilation,
-        telemetry=telemetry,
-        server_problem=server.problem,
-        workers=workers,
-    )
+        _endpoint(server), trace, due, name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
+        time_dilation=profile.time_dilation, telemetry=telemetry, server_problem=server.problem, workers=workers,
+    )  # fmt: skip
     asked = MeasuredLevel(
         **dataclasses.asdict(level), trace=trace.name, trace_digest=trace.digest, trace_notes="; ".join(trace.notes)
     )

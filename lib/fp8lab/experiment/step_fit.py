@@ -81,8 +81,7 @@ def held_out(run: Run) -> list[str]:
 def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None = None, *, by=play) -> Played:
     """A load, each shape (requests,), in virtual time, played `by` the fast scheduling or another like it. A request's way
     through the API server comes before its first token."""
-    due = np.asarray(due_s, dtype=float)
-    limits = limits or model.limits
+    due, limits = np.asarray(due_s, dtype=float), limits or model.limits
     course = by(prompts, answers, due + 1e-3 * model.api_ms, limits, model.seconds)
     records = pd.DataFrame({
         "request": np.arange(due.size), "prompt_tokens": prompts, "output_tokens_asked": answers, "output_tokens": answers,
@@ -95,23 +94,16 @@ def play_level(model: StepModel, prompts, answers, due_s, limits: Limits | None 
     for name in ("tpot", "ttft"):
         values = each[f"{name}_ms"].dropna()
         found |= {f"mean_{name}_ms": float(values.mean()), f"p99_{name}_ms": float(values.quantile(0.99))}
-    joules = model.joules(course, span)
-    return Played(
-        course,
-        records,
-        found | ({JOULES: joules / tokens} if joules else {}),
-        limits.blocks,
-        course.behind_s / span,
-    )
+    if joules := model.joules(course, span):
+        found[JOULES] = joules / tokens
+    return Played(course, records, found, limits.blocks, course.behind_s / span)
 
 
 def replay(model: StepModel, level: LevelResult) -> Played:
     """A measured level in virtual time: the same requests at the same instants, on a server with as much KV cache."""
     records, kv_tokens = level.records, level.summary.kv_cache_tokens
-    return play_level(
-        model, records["prompt_tokens"].to_numpy(), records["output_tokens"].to_numpy(), records["scheduled_s"].to_numpy(),
-        dataclasses.replace(model, kv_tokens=kv_tokens).limits,
-    )  # fmt: skip
+    columns = (records[name].to_numpy() for name in ("prompt_tokens", "output_tokens", "scheduled_s"))
+    return play_level(dataclasses.replace(model, kv_tokens=kv_tokens), *columns)
 
 
 def apart(played: Played, measured: Summary) -> dict[str, float]:
@@ -121,6 +113,12 @@ def apart(played: Played, measured: Summary) -> dict[str, float]:
         for name in JUDGED
         if (value := getattr(measured, name)) and name in played.found
     }
+
+
+def off_by(levels: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """How far `apart` levels are from what is foretold, either way, by metric: in the "median", and the "worst"."""
+    off = pd.DataFrame(levels, columns=list(JUDGED), dtype=float).abs()
+    return {"median": off.median().dropna().to_dict(), "worst": off.max().dropna().to_dict()}
 
 
 def judgeable(summary: Summary) -> bool:
@@ -202,13 +200,8 @@ def fit(run: Run, variant: str) -> StepModel:
     model = dataclasses.replace(model, **beside)
     status.done(f"{variant}: fitted to {', '.join(levels)}")
     unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
-    each = [apart(replay(model, level), level.summary) for level in unseen]
-    off = {name: [abs(one[name]) for one in each if name in one] for name in JUDGED}
-    seen = {
-        "median": {name: float(np.median(values)) for name, values in off.items() if values},
-        "worst": {name: max(values) for name, values in off.items() if values},
-    }
-    return dataclasses.replace(model, **_intervals(found, model, names, len(levels), lowest), **seen)
+    off = off_by([apart(replay(model, level), level.summary) for level in unseen])
+    return dataclasses.replace(model, **_intervals(found, model, names, len(levels), lowest), **off)
 
 
 def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """A step taken apart: its GPU kernels by kind beside what the datasheet allows, its wall time, what the EngineCore did."""
 
+from collections import Counter
+
 from ..experiment.anatomy import BatchAnatomy, anatomies, floors_of
 from ..metrics.anatomy import KINDS, OTHER, STAGES
 from ..results.run_folder import Run
@@ -17,7 +19,7 @@ def steps_table(run: Run) -> Table:
         for one in batches:
             step = one.decode
             busy = step.busy_ms if step else None
-            times = sorted(step.times.items(), key=lambda item: -item[1])[:3] if step else []
+            times = Counter(step.times).most_common(3) if step else []
             most = ", ".join(f"{kind} {ms:.1f}" for kind, ms in times) or _NOT_RUN
             rows.append((variant, f"{one.batch:,}", shown(one.context), f"{one.wall_ms:,.2f}",
                          shown(step and step.context), shown(busy, ",.2f"),
@@ -28,8 +30,7 @@ def steps_table(run: Run) -> Table:
 
 
 def kernels_table(run: Run, variant: str, *, names: int = 2) -> Table:
-    """The kinds of every profiled step of `variant`, each beside its floor, with its `names` longest kernels; of unknown
-    kernels every name."""
+    """The kinds of every profiled step of `variant`, each beside its floor, with its `names` longest kernels (of unknown ones: all)."""
     rows = []
     for one in anatomies(run).get(variant, ()):
         for step in one.steps:
@@ -54,9 +55,8 @@ def host_table(run: Run, *, functions: int = 3) -> Table:
     rows = []
     for variant, one in held:
         shares = [shown(sum(one.host[stage].values()) if stage in one.host else None, ".0%") for stage in stages]
-        every = {name: share for each in one.host.values() for name, share in each.items()}
-        longest = sorted(every.items(), key=lambda item: -item[1])[:functions]
-        told = ", ".join(f"{name} {share:.0%}" for name, share in longest)
+        every = Counter({name: share for each in one.host.values() for name, share in each.items()})
+        told = ", ".join(f"{name} {share:.0%}" for name, share in every.most_common(functions))
         rows.append((variant, f"{one.batch:,}", *shares, told or f"not run: {one.host_note}"))
     caption = f"{card_note(run)}What the EngineCore did while a batch decoded, shares of its thread's time, run {run.path.name}"
     return Table(caption, ("variant", "decoding at once", *stages, "most in"), rows)

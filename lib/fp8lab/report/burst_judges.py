@@ -4,7 +4,7 @@
 import math
 from statistics import fmean
 
-from ..config.dimensions import FORMATS, recipe
+from ..config.dimensions import recipe
 from ..metrics.statistics import Ratio
 from ..metrics.statistics import ratio as paired
 from ..results.evidence import Evidence
@@ -59,13 +59,8 @@ def integer_formats(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
 
 def schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     """B3: which of the FP8 schemes does vLLM serve, with which kernel?"""
-    held = {
-        v: one.recipe
-        for v, one in seen.run.profile.variants.items()
-        if one.recipe and FORMATS[recipe(one.recipe).weights].eight_bit
-    }
-    served = {variant: s.server.kernels for variant, made in held.items() if made.startswith("fp8")
-              for s in seen.levels((variant,)).values()}  # fmt: skip
+    held = {v: one.recipe for v, one in seen.run.profile.variants.items() if one.recipe.startswith("fp8")}
+    served = {variant: s.server.kernels for variant in held for s in seen.levels((variant,)).values()}
     ids = [next(iter(seen.levels((variant,)))) for variant in served]
     named = {variant: ", ".join(kernels) for variant, kernels in served.items() if kernels}
     if not named:

@@ -3,6 +3,7 @@ comes to in a sentence or two: computed from the run that it is about, never typ
 
 import html
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -245,7 +246,7 @@ def _anatomy(seen: Evidence) -> tuple[str, str]:
             continue
         floors = floors_of(seen.run, variant, step.work)
         each = [f"{kind} {ms:.1f} ms{f' (its floor {floors[kind]:.1f})' if kind in floors else ''}"
-                for kind, ms in sorted(step.times.items(), key=lambda item: -item[1])[:2]]  # fmt: skip
+                for kind, ms in Counter(step.times).most_common(2)]  # fmt: skip
         told.append(
             f"{variant}, {one.batch:,} at once: {', '.join(each)}; the host adds {host_adds(one)} ms to a step of {one.wall_ms:.2f}."
         )

@@ -71,8 +71,8 @@ def worth_table(*runs: Run) -> Table:
             rows.append((
                 run.path.name, rate_name(c.rate), c.brief, str(c.ratio), str(energy or "–"), _clocks(seen, c), *limits, parts
             ))  # fmt: skip
-    columns = ("run", "offered", "server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16")
-    columns += ("steady clock, FP8 / BF16", "BF16 limited by", "FP8 limited by", "part of the run")
+    columns = ("run", "offered", "server", "tokens/s, FP8 / BF16", "J/token, FP8 / BF16", "steady clock, FP8 / BF16",
+               "BF16 limited by", "FP8 limited by", "part of the run")  # fmt: skip
     return with_parts(f"{card_note(*runs)}What FP8 changed at equal load, and what was the limit", columns, rows)
 
 
@@ -260,17 +260,21 @@ def unsealing_figure(axes, run: Run) -> str:
 @figure("equal_load", "What does FP8 change at equal load?")
 def equal_load_figure(axes, run: Run) -> str:
     """FP8 over BF16 at equal load, with intervals."""
-    rows = [(metric, c) for metric in METRICS for c in evidence(run).equal_load(metric)]
-    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "FP8 / BF16")
+    rows = [(_row(metric, c), c.ratio) for metric in METRICS for c in evidence(run).equal_load(metric)]
+    forest(axes, rows, "FP8 / BF16")
     return "Same rate, trace and seeds. Bars are 95 % intervals; a bar across 1 shows no difference."
 
 
 @figure("ablation", "Which half of FP8 does it?")
 def ablation_figure(axes, run: Run) -> str:
     """What FP8 weights and the FP8 KV cache each do, and their interaction."""
-    rows = [(metric, c) for metric in METRICS for c in evidence(run).ablation(metric)]
-    rows = [(metric, c) for metric, c in rows if math.isinf(c.rate) or metric == "joules_per_output_token"]
-    forest(axes, [(_row(*row), row[1].ratio) for row in rows], "ratio")
+    drawn = [
+        (metric, c)
+        for metric in METRICS
+        for c in evidence(run).ablation(metric)
+        if math.isinf(c.rate) or metric == _JOULES
+    ]
+    forest(axes, [(_row(metric, c), c.ratio) for metric, c in drawn], "ratio")
     return "Main effects are mean ratios without and with the other half. Bars are 95 % intervals; across 1: no effect shown."
 
 
@@ -286,7 +290,7 @@ def worth_figure(*runs: Run, rows: Mapping[tuple[str, float, str], str] | None =
 
 
 def _repeated(run: Run) -> list[Compared]:
-    return [c for c in evidence(run).equal_load("output_token_throughput") if c.ratio.pairs >= 2]
+    return [c for c in evidence(run).equal_load(_THROUGHPUT) if c.ratio.pairs >= 2]
 
 
 @figure("worth", "What is FP8 worth, and what was the limit?")
@@ -310,13 +314,10 @@ def _worth(axes, *runs: Run, rows: Mapping[tuple[str, float, str], str] | None) 
 
 def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
     """What limited most levels of each variant in a few words, if most have one limit; once where it is the same."""
-    causes = [Counter({}), Counter({})]
-    for plain, one in zip(causes, (bf16, fp8), strict=True):
-        for cause, count in one.items():
-            plain[cause.partition(",")[0]] += count
     told = []
-    for one in causes:
-        ((cause, levels),) = one.most_common(1)
-        most = f"mostly {cause}" if 2 * levels > one.total() else "differs by seed"
-        told.append(cause if len(one) == 1 else most)
+    for causes in (bf16, fp8):
+        plain = Counter(cause.partition(",")[0] for cause in causes.elements())
+        ((cause, levels),) = plain.most_common(1)
+        most = f"mostly {cause}" if 2 * levels > plain.total() else "differs by seed"
+        told.append(cause if len(plain) == 1 else most)
     return told[0] if told[0] == told[1] else f"BF16 {told[0]}, FP8 {told[1]}"

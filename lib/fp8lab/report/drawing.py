@@ -185,6 +185,12 @@ def name_rows(axes, names: Sequence[str], inches: float, each: float) -> None:
     axes.invert_yaxis()
 
 
+def mark(axes, at: Sequence[float], profile: Profile, variant: str) -> None:
+    """Marks a level of `variant` at (x, y); the first one of a variant names it in the legend."""
+    named = variant in axes.get_legend_handles_labels()[1]
+    axes.plot(*at, label=None if named else variant, **style_of(profile, variant) | {"ls": ""})
+
+
 def plainly(value: float, _position: int) -> str:
     return f"{value:,.0f}"
 

@@ -15,7 +15,6 @@ from ..metrics.slo import SLO, attains
 from ..metrics.statistics import Ratio, contrast, ratio
 from ..metrics.summary import Summary
 from ..results.evidence import Evidence, other_card, unmeasured
-from ..results.run_folder import Run
 from ..ui.text import four_digits
 from .burst_judges import integer_formats, quantised_before, scaling, schemes
 from .verdict import Verdict, allowed, by_interval, found, left_out, near, not_judged, verdict, weakest
@@ -96,10 +95,9 @@ def _causes(claim: dict, seen: Evidence) -> str:
     parts = []
     if claim["quantity"] == "ratio" and (load := _load_alone(claim, seen)):
         parts.append(f"BF16 alone, from {claim['bf16']['rate']} to {claim['fp8']['rate']} req/s: {load}")
-    rates = sorted({rate for _, rate in _levels_of(claim)})
-    ratios = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for rate in rates}
-    each = [f"{one} at {rate} req/s" for rate, one in ratios.items() if one]
-    parts += [f"FP8 over BF16 at equal load: {', '.join(each)}"] if each else []
+    ratios = {rate: seen.compare("fp8", "bf16", rate, claim["metric"]) for _, rate in _levels_of(claim)}
+    if each := [f"{one} at {rate} req/s" for rate, one in sorted(ratios.items()) if one]:
+        parts.append(f"FP8 over BF16 at equal load: {', '.join(each)}")
     return "; ".join(parts)
 
 
@@ -130,8 +128,7 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     words = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}
     word = weakest([words[one.state] for one in shown])
     others = {v: seen.seeds(v, rate, "p99_ttft_ms") for v in seen.variants() if v != "fp8"}
-    told = [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]
-    if told:
+    if told := [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]:
         reason += f"; p99 of the slowest seed at the same rate: {', '.join(told)}"
     return found(seen, word, reason, protocol=f"FP8 at {rate} req/s", measured=p99, measured_parts={"fp8": p99})
 
@@ -186,10 +183,9 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     """R3: how much of the allocated KV memory holds no token, for this trace; against reserving the most."""
     records = seen.level(ids[0]).records
     measured, reserved = 100 * paging_waste(records), reserving_waste(records, 2048)
-    reason = f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; reserving "
-    reason += "2,048 tokens a request would " + (
-        "be too little for some" if reserved is None else f"leave {reserved:.0%}"
-    )
+    beside = "be too little for some" if reserved is None else f"leave {reserved:.0%}"
+    reason = f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; "
+    reason += f"reserving 2,048 tokens a request would {beside}"
     word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
     return found(seen, word, reason, measured=measured, measured_parts={"fp8": measured})
 
@@ -207,27 +203,25 @@ def _judge_with(levels: Callable, judge: Callable) -> Callable[[dict, str, Evide
 
 
 def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
-    """Q1: how much of the model's quality is left."""
-    return verdict(claim, seen, [], protocol="the same text and prompts", **_judge_quality(claim, seen.run))
-
-
-def _judge_quality(claim: dict, run: Run) -> dict:
-    """How much is kept, in %, of the benchmark average as published, of the perplexity here (BF16's over FP8's). A verdict is
-    given for the published model only, by the interval over documents."""
-    parts = run.read_parts("quality")
+    """Q1: how much of the model's quality is kept, in %: of the benchmark average as published, of the perplexity here (BF16's
+    over FP8's). A verdict is given for the published model only, by the interval over documents."""
+    run, parts, judged = seen.run, seen.run.read_parts("quality"), {"protocol": "the same text and prompts"}
     if "fp8" not in parts or reference_variant(run.profile) != "bf16":
-        return {"verdict": "not run", "reason": "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"}
-    held, model = comparisons(run), parts["fp8"]["model"]
-    kept, agreement = kept_of(held["fp8"]), held["fp8"].top1_agreement.value
+        reason = "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"
+        return verdict(claim, seen, [], verdict="not run", reason=reason, **judged)
+    one, model = comparisons(run)["fp8"], parts["fp8"]["model"]
+    kept = kept_of(one)
     value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
-    said = f"perplexity kept to {value:.2f} %, the same top token at {agreement:.1%} of positions"
-    measured = {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
+    said = f"perplexity kept to {value:.2f} %, the same top token at {one.top1_agreement.value:.1%} of positions"
+    judged |= {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
     if claim["model"] not in model.lower():
-        return measured | {"verdict": "not run", "reason": f"another model ({model}) and another measure; {said}"}
-    if other_card(run):
-        return measured | {"verdict": "not run", "reason": f"{unmeasured(run)}, so no verdict; {said}"}
-    word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
-    return measured | {"verdict": word, "reason": f"{how_near}; another measure (perplexity); {said}"}
+        word, reason = "not run", f"another model ({model}) and another measure"
+    elif other_card(run):
+        word, reason = "not run", f"{unmeasured(run)}, so no verdict"
+    else:
+        word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
+        reason = f"{how_near}; another measure (perplexity)"
+    return verdict(claim, seen, [], verdict=word, reason=f"{reason}; {said}", **judged)
 
 
 def kept_of(one: Comparison) -> Estimate:

@@ -12,7 +12,7 @@ from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
 from ..results.run_folder import Run
 from ..ui.text import LEVEL, Column, Table, shown, view
-from .drawing import GREY, INK, STYLE, figure, label_where_free, legend, name_rows, note, plainly, style_of
+from .drawing import GREY, INK, figure, label_where_free, legend, mark, name_rows, note, plainly, style_of
 from .verdict import card_note, claim_of
 
 
@@ -81,8 +81,7 @@ def roofline_table(run: Run) -> Table:
 def kv_table(run: Run) -> Table:
     """What the KV cache can hold of this trace, against what ever ran at once and what vLLM's seats allow."""
     seen = evidence(run)
-    own = {s.level.variant: (most_running(s.command), s.replicas) for s in seen.summaries.values()}
-    seats = {variant: seats and seats * replicas for variant, (seats, replicas) in own.items()}
+    seats = {s.level.variant: (own := most_running(s.command)) and own * s.replicas for s in seen.summaries.values()}
     rows = [
         (variant, f"{tokens:,}", f"{room:,.0f}", shown(seats[variant]), f"{most:,.0f}", shown(fullest, ".0%"))
         for variant, tokens, room, most, fullest in seen.kv_room()
@@ -153,17 +152,15 @@ def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, fl
 @figure("littles_law", "Does Little's law explain the concurrency?")
 def littles_law_figure(axes, run: Run) -> str:
     """Throughput x mean time in the system against what the EngineCore counted in flight, level by level."""
-    seen, top, drawn = evidence(run), 1.0, set()
-    for name, (expected, counted) in seen.in_flight().items():
-        variant = seen.summaries[name].level.variant
-        style = style_of(run.profile, variant) | {"ls": ""}
-        axes.plot(expected, counted, label=None if variant in drawn else variant, **style)
-        drawn.add(variant)
-        top = max(top, expected, counted)
+    seen, top = evidence(run), 1.0
+    for name, pair in seen.in_flight().items():
+        mark(axes, pair, run.profile, seen.summaries[name].level.variant)
+        top = max(top, *pair)
     axes.plot([1, top * 1.2], [1, top * 1.2], color=GREY, lw=1, ls=":")
     axes.set(xscale="log", yscale="log", xlim=(10, top * 1.3), ylim=(10, top * 1.3))
-    axes.set_xlabel("completed requests/s × mean time in the system")
-    axes.set_ylabel("running + waiting in the EngineCore, mean")
+    axes.set(
+        xlabel="completed requests/s × mean time in the system", ylabel="running + waiting in the EngineCore, mean"
+    )
     axes.xaxis.set_major_formatter(plainly)
     axes.yaxis.set_major_formatter(plainly)
     legend(axes, "upper left")
@@ -197,7 +194,7 @@ def clock_figure(axes: Sequence, run: Run) -> str:
     sampled, limit_w, drawn = False, None, False
     for name in ids:
         level, ran = seen.level(name), seen.clock(name)
-        if level is None or ran is None or ran.mhz is None:
+        if ran is None or ran.mhz is None:
             continue
         style = style_of(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
         limit_w, drawn = ran.limit_w or limit_w, True
@@ -235,8 +232,7 @@ _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest"
 def memory_figure(axes, run: Run) -> str:
     """What fills the card's memory, variant by variant."""
     held = {s.level.variant: s for s in evidence(run).summaries.values() if s.kv_cache_tokens}
-    names = [v for v in reversed(STYLE) if v in held and run.profile.shape(v)]
-    names.sort(key=("bf16", "fp8-weights", "fp8-kv", "fp8").index)
+    names = [v for v in ("bf16", "fp8-weights", "fp8-kv", "fp8") if v in held and run.profile.shape(v)]
     for y, variant in enumerate(names):
         server, shape, used = held[variant].server, run.profile.shape(variant), held[variant].gpu_memory_gib_max
         used = used and used / server.cards
@@ -265,8 +261,7 @@ def memory_figure(axes, run: Run) -> str:
 
 
 def _limits(axes, run: Run, shares: Set[float | None]) -> None:
-    """Draws what vLLM may take of the card where that is one share for all, and the card's end unless the run was held far
-    below it."""
+    """Draws what vLLM may take of the card, if that is one share for all, and the card's end, unless that is far beyond."""
     card, share = run.profile.gpu, next(iter(shares)) if len(shares) == 1 else None
     if card is None:
         return
@@ -333,21 +328,16 @@ def roofline_figure(axes, run: Run) -> str:
         axes.plot(intensity, at, "|", color=INK, ms=9)
         offset, side = ((4, -9), "left") if at < card.bf16_flops / 1e12 else ((0, -13), "center")
         note(axes, name, (intensity, at), offset, ha=side, fontsize=7.5)
-    drawn, points = set(), []
+    points = []
     cards = max((s.cards for s in seen.summaries.values()), default=1)
     for name, s in seen.summaries.items():
         one = seen.roofline(name)
         if one is not None and s.level.repeat == 1:
-            variant, at = s.level.variant, (one.intensity, one.flops_per_s / s.cards / 1e12)
-            style = style_of(run.profile, variant) | {"ls": ""}
-            axes.plot(*at, label=None if variant in drawn else variant, **style)
-            drawn.add(variant)
+            at = (one.intensity, one.flops_per_s / s.cards / 1e12)
+            mark(axes, at, run.profile, s.level.variant)
             points.append((rate_name(s.level.rate).removesuffix(" req/s"), *at))
-    axes.set(
-        xlabel="FLOP for each byte that must be read",
-        ylabel="TFLOP/s a card needed, estimated" if cards > 1 else "TFLOP/s needed, estimated",
-    )
-    axes.set(xscale="log", yscale="log", xlim=_XS)
+    axes.set(xscale="log", yscale="log", xlim=_XS, xlabel="FLOP for each byte that must be read")
+    axes.set_ylabel(f"TFLOP/s {'a card ' if cards > 1 else ''}needed, estimated")
     axes.xaxis.set_major_formatter(plainly)
     axes.yaxis.set_major_formatter(plainly)
     legend(axes, "upper left")

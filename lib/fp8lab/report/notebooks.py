@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import BadInput, Fp8labError
@@ -124,28 +124,22 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
     The source is never written to; what cells and libraries write to standard error goes to this process's own. Raises
-    BadInput for undeclared or impossible parameters and NotebookFailed, with the
-    cell's error, when a cell raises; the executed part is then in `output`, and its page is made all the same.
+    BadInput for undeclared or impossible parameters and NotebookFailed, with the cell's error, when a cell raises; the
+    executed part is then in `output`, and its page is made all the same.
     """
     import papermill
 
     check_parameters(notebook, parameters)
     made(output.parent, f"name another folder for all runs in the variable {RUNS_VARIABLE}")
     failure = None
-    with _ForwardedProgress(output.with_suffix(".progress")), Scratch() as own:
+    with _forwarded_progress(output.with_suffix(".progress")), Scratch() as own:
         try:
             papermill.execute_notebook(
-                str(notebook),
-                str(output),
-                parameters=dict(parameters),
-                kernel_name="python3",
-                kernel_manager_class=_own_kernel(Path(own)),
-                cwd=str(PROJECT),
-                progress_bar=False,
-                stderr_file=sys.stderr,
+                str(notebook), str(output), parameters=dict(parameters), kernel_name="python3",
+                kernel_manager_class=_own_kernel(Path(own)), cwd=str(PROJECT), progress_bar=False, stderr_file=sys.stderr,
                 # The kernel's own log goes to this terminal; what cells print and raise goes into the notebook.
                 extra_arguments=["--log-level=CRITICAL"],
-            )
+            )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             failure = error
     _forget_the_machine(output)
@@ -180,8 +174,7 @@ def _own_kernel(folder: Path) -> type:
 
 
 def _forget_the_machine(executed: Path) -> None:
-    """Takes out of an executed notebook what is of this machine alone: standard error, which has gone to the terminal, and
-    where files lie."""
+    """Takes out of an executed notebook what is of this machine alone: standard error, which the terminal got, and paths."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
@@ -229,37 +222,32 @@ def keep_outputs(executed: Path, source: Path = FRONT) -> None:
     nbformat.write(notebook, source)
 
 
-class _ForwardedProgress:
+@contextlib.contextmanager
+def _forwarded_progress(path: Path) -> Iterator[None]:
     """Shows in this terminal what the notebook's kernel, whose output goes into cells, says of its progress."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._done = threading.Event()
-
-    def __enter__(self):
-        self._path.write_text("")
-        os.environ[PROGRESS_FILE_VARIABLE] = str(self._path)
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def __exit__(self, *_exc):
+    path.write_text("")
+    os.environ[PROGRESS_FILE_VARIABLE] = str(path)
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(path, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
         del os.environ[PROGRESS_FILE_VARIABLE]
-        self._done.set()
-        self._thread.join()
-        self._path.unlink(missing_ok=True)
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)
 
-    def _follow(self):
-        status = StatusLine()
-        with self._path.open() as lines:
-            while True:
-                finished = self._done.is_set()
-                for line in lines:
-                    kind, _, text = line.rstrip("\n").partition(" ")
-                    if kind == "done":
-                        status.done(text)
-                    else:
-                        phase, _, detail = text.partition(": ")
-                        status.update(phase, detail)
-                if finished:
-                    return
-                self._done.wait(0.2)
+
+def _follow(path: Path, ended: threading.Event) -> None:
+    status, last = StatusLine(), False
+    with path.open() as lines:
+        while not last:
+            last = ended.wait(0.2)
+            for line in lines:
+                kind, _, text = line.rstrip("\n").partition(" ")
+                if kind == "done":
+                    status.done(text)
+                else:
+                    phase, _, detail = text.partition(": ")
+                    status.update(phase, detail)

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from ..config.profile import rate_name
 from ..config.trace import Trace
 from ..errors import BadInput
 from ..experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
-from ..experiment.step_fit import apart, held_out, judgeable, replay
+from ..experiment.step_fit import apart, held_out, judgeable, off_by, replay
 from ..metrics.slo import SLO
 from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, UNTOLD, StepModel
 from ..results.run_folder import Run
@@ -48,8 +46,7 @@ def _styles(models: Mapping[str, StepModel]) -> dict[str, tuple[str, str]]:
 
 
 def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]) -> Table:
-    """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get; ± where the fit is known to be off by
-    so much."""
+    """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get; ± how far off the fit is known to be."""
     rows = []
     for level in levels:
         model, course = models[level.variant], level.played.course
@@ -178,8 +175,12 @@ def errors_of(model: StepModel) -> str:
         return f"{model.note}: how far off that is, `--against` a run there says"
     if not model.worst:
         return f"fitted to run {model.run}, with no level held out to judge it by"
-    told = ", ".join(f"{_WORDS[name]} {model.median[name]:.1%} ({model.worst[name]:.0%})" for name in model.worst)
+    told = _told(model.median, model.worst)
     return f"levels of run {model.run} that the fit never saw, of its own requests, are foretold within, in the median (at worst), {told}"
+
+
+def _told(median: Mapping[str, float], worst: Mapping[str, float]) -> str:
+    return ", ".join(f"{_WORDS[name]} {median[name]:.1%} ({worst[name]:.0%})" for name in worst)
 
 
 def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
@@ -192,7 +193,7 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
         seen = run.path.name == model.run and level_id in model.levels
         played = replay(model, run.read(summary.level))
         each = apart(played, summary)
-        off += [] if seen else [{name: abs(one) for name, one in each.items()}]
+        off += [] if seen else [each]
         cells = [
             f"{shown(getattr(summary, name), _DIGITS.get(name, ',.0f'))} {each[name]:+.1%}" if name in each else "–"
             for name in JUDGED
@@ -206,9 +207,7 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
     if not rows:
         measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
         raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
-    within = {name: held for name in JUDGED if (held := [one[name] for one in off if name in one])}
-    told = ", ".join(f"{_WORDS[name]} {np.median(held):.1%} ({max(held):.0%})" for name, held in within.items())
-    judged = f"; levels that the fit never saw, in the median (at worst): {told}" if told else ""
+    judged = f"; levels that the fit never saw, in the median (at worst): {_told(**off_by(off))}" if off else ""
     caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
     return Table(f"{card_note(run)}{caption}", columns, rows)
 
@@ -217,8 +216,7 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
 def predicted_figure(
     axes, models: Mapping[str, StepModel], draw: Callable[[int], Trace], rates: Sequence[float], *, requests: int = 2000
 ) -> str:
-    """Output tokens/s, and the time that 99 % of first tokens come within (logarithmic), of each variant at these rates
-    (requests/s)."""
+    """Output tokens/s, and the time that 99 % of first tokens come within, of each variant at these rates (requests/s)."""
     trace = draw(requests)
     for variant, (colour, marker) in _styles(models).items():
         model = models[variant]
@@ -231,10 +229,9 @@ def predicted_figure(
     axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms", yscale="log")
     for one in axes:
         one.xaxis.set_major_formatter(plainly)
+        one.yaxis.set_major_formatter(plainly)
         one.text(0.98, 0.04, "PREDICTED", transform=one.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
-    axes[0].yaxis.set_major_formatter(plainly)
-    for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
-        ticks(plainly)
+    axes[1].yaxis.set_minor_formatter(plainly)
     axes[0].legend(frameon=False, fontsize=9)
     scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
     return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")

@@ -61,8 +61,7 @@ def asked_table(run: Run) -> Table:
 
 
 def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
-    """Where greedy answers of `variant` (default: the last that was measured) part from the reference's: the words
-    around it, for the first `count`."""
+    """Where the first `count` greedy answers of `variant` (default: the last measured) part from the reference's, in words."""
     reference = reference_variant(run.profile)
     variant = variant or [name for name in comparisons(run) if not name.endswith(AGAIN)][-1]
     ours, theirs = (tables(run, name)[1] for name in (reference, variant))
@@ -83,7 +82,7 @@ def published_table(run: Run) -> Table:
     rows = [("published", PUBLISHED, f"{claim_of('Q1')['fp8']['value']} % of the benchmark average", PUBLISHED_SOURCE)]
     for name, one in held.items():
         if name not in (reference, reference + AGAIN):
-            kept = f"{kept_of(one).value:.2%} [{kept_of(one).low:.2%}, {kept_of(one).high:.2%}] of the perplexity"
+            kept = f"{_interval(kept_of(one), '{:.2%}')} of the perplexity"
             rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
     return Table(f"{card_note(run)}How much is kept; the rows measure different things on different models",
                  ("", "model and measure", "kept", "source"), rows)  # fmt: skip

@@ -6,7 +6,6 @@ from statistics import fmean
 from ..config.dimensions import weight_format
 from ..config.profile import rate_name
 from ..experiment.quality import comparisons
-from ..metrics.quality import Comparison
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
@@ -70,25 +69,20 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
     return with_parts(f"{caption}without one is a single seed's", columns, rows)
 
 
-def chosen(
-    run: Run, answers: Run | None
-) -> list[tuple[str, float, float | None, float | None, float | None, Comparison | None]]:
+def _chosen(run: Run, answers: Run | None) -> list[tuple[str, float, float | None, float | None, float | None]]:
     """(variant, tokens/s with all at once or the most that was delivered, tokens/s of one request at the lowest rate, GiB of
-    weights, tokens a joule at the first, its answers beside the reference's) of every format."""
+    weights, % of positions with the same likeliest token or, without `answers`, tokens a joule at the first) of every format."""
     seen, held = evidence(run), comparisons(answers) if answers and answers.read_parts("quality") else {}
     rows = []
     for variant in formats_of(seen):
-        by_rate = {rate: fmean(values) for rate, values in seen.by_rate(variant, _TOKENS).items()}
-        rate = _BURST if mean_of(seen, variant, _TOKENS) else max(by_rate, key=by_rate.get, default=None)
-        tokens = rate and mean_of(seen, variant, _TOKENS, rate)
-        joules = rate and mean_of(seen, variant, _JOULES, rate)
-        alone = seen.by_rate(variant, "mean_tpot_ms")
-        servers = [s.server for s in seen.levels((variant,)).values()]
-        if tokens and servers:
+        if served := {rate: fmean(values) for rate, values in seen.by_rate(variant, _TOKENS).items()}:
+            rate = _BURST if _BURST in served else max(served, key=served.get)
+            alone = seen.by_rate(variant, "mean_tpot_ms")
             slowest = 1e3 / fmean(alone[min(alone)]) if alone else None
-            rows.append(
-                (variant, tokens, slowest, servers[0].model_memory_gib, joules and 1 / joules, held.get(variant))
-            )
+            gib = next(iter(seen.levels((variant,)).values())).server.model_memory_gib
+            joules = mean_of(seen, variant, _JOULES, rate)
+            same = 100 * held[variant].top1_agreement.value if variant in held else None
+            rows.append((variant, served[rate], slowest, gib, same if answers else joules and 1 / joules))
     return rows
 
 
@@ -102,10 +96,7 @@ def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
     share of positions at which the trained model of `answers` has the same likeliest token as its reference, or, without
     `answers`, against tokens a joule; the area of a mark is the weights' memory."""
     label = "same likeliest token, % of positions" if answers else "output tokens a joule"
-    rows = [
-        (variant, tokens, alone, gib, 100 * one.top1_agreement.value if one else None if answers else per_joule)
-        for variant, tokens, alone, gib, per_joule, one in chosen(run, answers)
-    ]
+    rows = _chosen(run, answers)
     drawn = [row for row in rows if row[4] is not None]
     left_out = [row[0] for row in rows if row[4] is None]
     places = zip(axes, (1, 2), ("fullest load, output tokens/s", "lowest rate, tokens/s of a request"), strict=True)

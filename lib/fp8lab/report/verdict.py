@@ -74,8 +74,7 @@ def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> t
 
 
 def found(seen: Evidence, word: str, reason: str, **more) -> dict:
-    """What a judge found, for `verdict`: a run that was not measured on the card that its profile names carries no verdict,
-    and says why before the reason."""
+    """What a judge found, for `verdict`; a run that was not measured on its profile's card carries none, and says why first."""
     if why := unmeasured(seen.run):
         word, reason = "not run", f"{why}, so no verdict; {reason}"
     return {"verdict": word, "reason": reason} | more
