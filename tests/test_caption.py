@@ -1,11 +1,13 @@
 """A run that was measured on another card than its profile names says so wherever it is shown, and judges nothing."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 import fp8lab as lab
+from fp8lab.errors import BadInput
 from fp8lab.paths import DATA
 from fp8lab.report.comparison import worth_figure
 from fp8lab.report.quality import answers_table, asked_table, published_table, quality_table
@@ -77,6 +79,18 @@ def test_quality_says_so_too(tmp_path, table):
         "OTHER"
     )
     assert table(open_run(source=_with(tmp_path, manifest, [A100]))).caption.startswith("OTHER CARD: NVIDIA A100")
+
+
+@pytest.mark.parametrize(
+    ("run", "variant", "said"),
+    [
+        ("smollm2-h200-recipes", "fp8-online", "holds no answers of 'fp8-online' (it holds those of: bf16, bf16-again"),
+        ("h100-80gb", "fp8", "holds no quality measurement; make one"),
+    ],
+)
+def test_answers_that_a_run_does_not_hold_are_one_clear_error(run, variant, said):
+    with pytest.raises(BadInput, match=re.escape(said)):
+        answers_table(open_run(source=run), variant)
 
 
 def _with(tmp_path, manifest, gpus):

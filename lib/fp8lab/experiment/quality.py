@@ -163,7 +163,10 @@ def summaries(run: Run) -> dict[str, dict]:
 
 
 def tables(run: Run, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What is kept of one measurement: its positions and its answers, as the module's docstring lists them."""
+    """What is kept of one measurement: its positions and its answers, as the module's docstring lists them. Raises
+    BadInput for one that the run does not hold."""
+    if name not in (held := summaries(run)):
+        raise BadInput(f"run {run.path.name} holds no answers of {name!r} (it holds those of: {', '.join(held)})")
     return run.read_table(_FOLDER, name), run.read_table(_FOLDER, f"{name}-answers")
 
 
