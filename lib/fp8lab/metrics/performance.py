@@ -69,9 +69,7 @@ def completed(records: pd.DataFrame) -> pd.DataFrame:
 def inter_token_ms(tokens: pd.DataFrame, records: pd.DataFrame) -> np.ndarray:
     """ITL: the gaps between chunks of a request, pooled over completed requests, in ms."""
     kept = tokens[tokens["request"].isin(completed(records)["request"])]
-    gaps = np.diff(kept["at_s"].to_numpy())
-    same = np.diff(kept["request"].to_numpy()) == 0
-    return gaps[same] * 1e3
+    return kept.groupby("request")["at_s"].diff().dropna().to_numpy() * 1e3
 
 
 def peak_concurrency(records: pd.DataFrame) -> int:
@@ -88,10 +86,8 @@ def peak_concurrency_per_second(records: pd.DataFrame) -> int:
     if not begin.size:
         return 0
     first, last = (np.floor(t - begin.min()).astype(int) for t in (begin, end))
-    counts = np.zeros(last.max() + 2, dtype=int)
-    np.add.at(counts, first, 1)
-    np.add.at(counts, last + 1, -1)
-    return int(np.cumsum(counts).max())
+    seconds = last.max() + 2
+    return int(np.cumsum(np.bincount(first, minlength=seconds) - np.bincount(last + 1, minlength=seconds)).max())
 
 
 def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +116,7 @@ def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, f
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
     """The fields of `summary.Summary` that follow from what the client saw."""
     done, each = completed(records), latencies(records)
-    duration = _duration(records)
+    duration = float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
     begin, end = steady_window(records, tokens)
     output = int(done["output_tokens"].sum())
     chunks = int(done["chunks"].sum())
@@ -167,11 +163,6 @@ def _spread(name: str, values: np.ndarray) -> dict[str, float | None]:
 def _spans(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     done = completed(records)
     return done["sent_s"].to_numpy(float), done["last_token_s"].to_numpy(float)
-
-
-def _duration(records: pd.DataFrame) -> float | None:
-    done = completed(records)
-    return float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
 
 
 def _arrivals(tokens: pd.DataFrame, done: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -133,22 +133,16 @@ class Clock:
 
 def clock(telemetry: pd.DataFrame, window: Window, limit_w: float | None = None) -> Clock:
     """The clock over `window` (s). `limit_w` stands in where the limit was not sampled: the datasheet's."""
-    inside = telemetry[telemetry["at_s"].between(*window)]
-
-    def mean(column: str) -> float | None:
-        known = inside[column].dropna() if column in inside else ()
-        return float(known.mean()) if len(known) else None
-
-    def share(bits: int) -> float | None:
-        known = inside["gpu_clock_reasons"].dropna() if "gpu_clock_reasons" in inside else ()
-        return float(np.mean((known.to_numpy(np.int64) & bits) != 0)) if len(known) else None
-
-    limit_w = mean("gpu_power_limit_w") or limit_w
-    power = inside["gpu_power_w"].dropna()
+    # A run from before a column existed has it unsampled.
+    columns = ["gpu_sm_mhz", "gpu_power_w", "gpu_power_limit_w", "gpu_clock_reasons"]
+    inside = telemetry[telemetry["at_s"].between(*window)].reindex(columns=columns)
+    mhz, power_w, limit, _ = map(_known, inside.mean())
+    power, reasons = inside["gpu_power_w"].dropna(), inside["gpu_clock_reasons"].dropna().astype(np.int64)
+    limit_w = limit or limit_w
     return Clock(
-        mhz=mean("gpu_sm_mhz"), fastest_mhz=telemetry["gpu_sm_mhz"].max(), power_w=mean("gpu_power_w"), limit_w=limit_w,
-        by_power=share(POWER), by_heat=share(HEAT),
-        at_limit=float((power >= _AT_LIMIT * limit_w).mean()) if limit_w and len(power) else None,
+        mhz=mhz, fastest_mhz=telemetry["gpu_sm_mhz"].max(), power_w=power_w, limit_w=limit_w,
+        by_power=_known((reasons & POWER != 0).mean()), by_heat=_known((reasons & HEAT != 0).mean()),
+        at_limit=_known((power >= _AT_LIMIT * limit_w).mean()) if limit_w else None,
     )  # fmt: skip
 
 
