@@ -127,8 +127,7 @@ class Run:
 
     def log_path(self, variant: str) -> Path:
         """Where the next server of `variant` logs; logs of earlier starts are kept."""
-        names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
-        return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
+        return _unused(self.path / "logs", variant, ".log")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -400,9 +399,7 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
             run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    name = f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    path = Path(run_dir) if run_dir else next(RUNS / one for one in names if not (RUNS / one).exists())
+    path = Path(run_dir) if run_dir else _unused(RUNS, f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
     made(path, remedy)
@@ -411,6 +408,12 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     if path.resolve().parent == RUNS:
         _point_latest_at(path)
     return Run(path, manifest, read_only=False)
+
+
+def _unused(folder: Path, name: str, suffix: str = "") -> Path:
+    """The first of `name`, `name`-2, `name`-3, … that `folder` does not hold."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(path for path in (folder / f"{one}{suffix}" for one in names) if not path.exists())
 
 
 def _place(profile: Profile) -> dict:
@@ -437,8 +440,7 @@ def _manifest(path: Path) -> dict:
 
 
 def _point_latest_at(path: Path) -> None:
-    latest = RUNS / "latest"
     scratch = RUNS / f".latest-{os.getpid()}"
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(path.name, target_is_directory=True)
-    scratch.replace(latest)
+    scratch.replace(RUNS / "latest")

@@ -39,9 +39,7 @@ def _nvml():
 
 def gpu_names() -> list[str]:
     """Names of the visible GPUs, in order; empty without a GPU or driver."""
-    with _gpus() as (nvml, handles):
-        names = [_answer(nvml, nvml.nvmlDeviceGetName, handle) for handle in handles]
-        return [name for name in names if name]
+    return [name for name in _each("nvmlDeviceGetName") if name]
 
 
 def visible() -> list[str]:
@@ -99,9 +97,8 @@ def driver_version() -> str | None:
 
 def memory_used_each_gib(cards: int = 1) -> list[float]:
     """Memory in use on each of the first `cards` GPUs, which a server would take, in GiB; empty when one cannot be read."""
-    with _gpus() as (nvml, handles):
-        each = [_answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle) for handle in handles[:cards]]
-        return [memory.used / 2**30 for memory in each] if None not in each and len(each) == cards else []
+    each = _each("nvmlDeviceGetMemoryInfo", cards)
+    return [memory.used / 2**30 for memory in each] if None not in each and len(each) == cards else []
 
 
 def memory_used_gib(cards: int = 1) -> float | None:
@@ -111,31 +108,28 @@ def memory_used_gib(cards: int = 1) -> float | None:
 
 def memory_gib() -> float | None:
     """The memory of the first GPU in GiB; None without one that can be read."""
-    with _gpus() as (nvml, handles):
-        memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
-        return memory.total / 2**30 if memory else None
+    memory = next(iter(_each("nvmlDeviceGetMemoryInfo", 1)), None)
+    return memory.total / 2**30 if memory else None
 
 
 def gpu_uuids(cards: int = 1) -> list[str | None]:
     """The names under which the first `cards` GPUs are known everywhere; None for one that cannot be read."""
-    with _gpus() as (nvml, handles):
-        return [_answer(nvml, nvml.nvmlDeviceGetUUID, handle) for handle in handles[:cards]]
+    return _each("nvmlDeviceGetUUID", cards)
 
 
 def occupants(cards: int = 1) -> list[Occupant]:
-    """Who computes on the first `cards` GPUs, with what each holds of them together. In a container NVML may show none, or
-    pids of the host."""
-    with _gpus() as (nvml, handles):
-        # Some drivers do not tell; the memory in use still does.
-        listed = [_answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or [] for handle in handles[:cards]]
-        found: dict[int, float | None] = {}
-        for process in (process for each in listed for process in each):
-            # All bits set is NVML's "not available".
-            used = process.usedGpuMemory
-            used = used if used is not None and used < 2**60 else None
-            held = found.get(process.pid, 0.0)
-            found[process.pid] = None if None in (used, held) else held + used / 2**30
-        return [Occupant(pid, found[pid]) for pid in sorted(found)]
+    """Who computes on the first `cards` GPUs, with what each holds of them together. In a container NVML may show none,
+    or pids of the host."""
+    # Some drivers do not tell (None); the memory in use still does.
+    listed = _each("nvmlDeviceGetComputeRunningProcesses", cards)
+    found: dict[int, float | None] = {}
+    for process in (process for each in listed for process in each or ()):
+        # All bits set is NVML's "not available".
+        used = process.usedGpuMemory
+        used = used if used is not None and used < 2**60 else None
+        held = found.get(process.pid, 0.0)
+        found[process.pid] = None if None in (used, held) else held + used / 2**30
+    return [Occupant(pid, found[pid]) for pid in sorted(found)]
 
 
 class GpuReader:
@@ -205,11 +199,12 @@ def _answer(nvml, question, *args, per: float = 1):
     return answer if per == 1 else answer / per
 
 
-@contextlib.contextmanager
-def _gpus():
-    """(NVML, the visible GPUs' handles); (None, []) without a driver."""
+def _each(question: str, cards: int | None = None) -> list:
+    """What NVML answers to `question` (a function's name) of each of the first `cards` visible GPUs, or of all; None
+    for one that it does not answer of. Empty without a GPU or driver."""
     with _nvml() as nvml:
-        yield nvml, list(_handles(nvml).values()) if nvml else []
+        handles = list(_handles(nvml).values())[:cards] if nvml else []
+        return [_answer(nvml, getattr(nvml, question), handle) for handle in handles]
 
 
 def _handles(nvml) -> dict:
