@@ -150,9 +150,8 @@ class Server(Shown):
         return tuple(pid for pid in found.pids if pid != watchdog) if found else ()
 
     def stop(self) -> None:
-        """Ends the server and everything that it started; waits until the GPU's memory is free again.
-
-        After an interruption another call goes on where it was; the server itself ends without one."""
+        """Ends the server and everything that it started; waits until the GPU's memory is free again. After an
+        interruption another call goes on where it was; the server itself ends without one."""
         if self._ended:
             return
         self._stopping = True

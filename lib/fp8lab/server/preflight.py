@@ -151,12 +151,10 @@ def others_on_gpu(
         doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
     said = [describe(o.pid, o.memory_gib) for o in others]
     used, held = gpu.memory_used_gib(cards), [o.memory_gib for o in (*ours, *others)]
-    if (
-        ours
-        and None not in (used, before_gib, *held)
-        and (hidden := used - before_gib - sum(held)) > _IDLE_GIB + 0.5 * (cards - 1)
-    ):
-        said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
+    if ours and None not in (used, before_gib, *held):
+        hidden = used - before_gib - sum(held)
+        if hidden > _IDLE_GIB + 0.5 * (cards - 1):
+            said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
     return said, {o.pid for o in ours}, doubt
 
 
