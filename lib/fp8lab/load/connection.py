@@ -1,5 +1,5 @@
-"""One kept-alive HTTP connection that carries streamed completions, timestamped as their bytes arrive; and how connections
-to an endpoint are made: to which address, through TLS or not, and how many may be open at once."""
+"""One kept-alive HTTP connection that carries streams, timestamped as their bytes arrive; how it is made: to which
+address, through TLS or not, and how many may be open at once."""
 
 import asyncio
 import bisect
@@ -208,10 +208,8 @@ class Address(NamedTuple):
 
 
 def find_address(endpoint: Endpoint) -> Address:
-    """The address that a level goes to: the first of the host's that accepts a connection, or the first where none does.
-
-    A host with one address is not asked. Raises BadInput for an unknown host.
-    """
+    """The address that a level goes to: the first of the host's that accepts a connection, or the first where none
+    does. One alone is not asked. Raises BadInput for an unknown host."""
     url = urlsplit(endpoint.base_url)
     port = url.port or (443 if url.scheme == "https" else 80)
     host = url.hostname.replace("%25", "%")  # an IPv6 scope, as URLs write it
@@ -269,8 +267,7 @@ def said(error: OSError) -> str:
 
 
 def opened_ahead(due_s: Sequence[float], first_s: float, cap: int | None, asked: int | None) -> int:
-    """How many connections a worker opens before the start: as many as it may need in the level's first second, or as
-    `asked`.
+    """How many connections a worker opens before the start: as `asked`, or what the level's first second may need.
 
     `due_s` are its arrival times in wall seconds, ascending, `first_s` the level's first; `cap` are its slots of a closed loop.
     Raises BadInput where the limit on open files leaves too few for them or for what is due at one time.

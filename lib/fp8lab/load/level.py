@@ -68,9 +68,8 @@ def measure_level(
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
-    `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid; with an objective `slo`, also the goodput. Raises what `send_load` raises, and Stopped for its
-    KeyboardInterrupt.
+    `options` are those of `send_load`. With an objective `slo` the summary also holds the goodput. Raises what
+    `send_load` raises, and Stopped for its KeyboardInterrupt.
     """
     status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
@@ -285,12 +284,11 @@ def _client(sent: Sent, chunks: int) -> dict:
 def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """(records, tokens) of a level, in model seconds from its start.
 
-    records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked,
-    output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
-    last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
-    the slot that it took had become free (nan: it always was); where some output was reasoning also first_answer_s, when
-    the first came that was not (nan: never); of a fleet also endpoint, the number of the one that was asked (-1: none was).
-    tokens: request, at_s.
+    records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked, output_tokens (the
+    server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s, last_token_s (nan: never), finish_reason,
+    error (None: completed); of a closed loop also slot_s, when the slot that it took had become free (nan: it always
+    was); where some output was reasoning also first_answer_s, when the first came that was not (nan: never); of a fleet
+    also endpoint, the number of the one that was asked (-1: none was). tokens: request, at_s.
     """
     import pandas as pd
 
@@ -355,11 +353,9 @@ def clock_problems(begin: Clocks, end: Clocks) -> list[str]:
 
 
 class Watch:
-    """While its `with` block runs, `problem()` says why the level should end, in words, or None.
-
-    `ask` is asked from a thread of its own (it may take seconds) and answers likewise; its first problem stays. What it
-    raises is a problem too: a level that nobody watched must not pass for a good one, nor cost its records.
-    """
+    """While its `with` block runs, `problem()` says why the level should end, or None: what `ask`, which may take
+    seconds, said first in a thread of its own. What it raises is a problem too: a level that nobody watched must not
+    pass for a good one, nor cost its records."""
 
     def __init__(self, ask: Callable[[], str | None]):
         self._ask = ask

@@ -1,8 +1,7 @@
 """One load worker: a process that sends its share of a schedule and writes down what comes back.
 
-A team starts it and calls `main`. It takes a pickled Job on standard input,
-answers with JSON lines (ready or unready, progress, end) on standard output, and appends pickled batches of outcomes
-to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
+It takes a pickled Job on standard input, answers with JSON lines (ready or unready, progress, end) on standard output,
+and appends pickled batches of outcomes to a spool file, so that nothing is lost when it dies. Its input's end stops it.
 """
 
 import asyncio

@@ -18,11 +18,9 @@ _BLOCK = 16
 
 
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
-    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms.
-
-    TPOT = (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has
-    it; nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent.
-    """
+    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms. TPOT =
+    (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has it;
+    nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent."""
     done = completed(records)
     ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
     e2el = (done["last_token_s"] - done["sent_s"]) * 1e3
@@ -78,10 +76,8 @@ def peak_concurrency(records: pd.DataFrame) -> int:
 
 
 def peak_concurrency_per_second(records: pd.DataFrame) -> int:
-    """vLLM's peak: each request counts in every whole second it touches; the fullest second wins.
-
-    It is never below the exact sweep, and above it by the requests that come and go within a second.
-    """
+    """vLLM's peak: each request counts in every whole second it touches; the fullest second wins. It is never below the
+    exact sweep, and above it by the requests that come and go within a second."""
     begin, end = _spans(records)
     if not begin.size:
         return 0
@@ -99,10 +95,8 @@ def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 
 
 def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, float]:
-    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan) for none.
-
-    It leaves out ramp and drain whatever the arrival process, and needs no tuning.
-    """
+    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan)
+    for none. It leaves out ramp and drain whatever the arrival process, and needs no tuning."""
     at, held = _arrivals(tokens, completed(records))
     if not held.sum():
         return np.nan, np.nan
@@ -180,11 +174,9 @@ def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
 
 
 def paging_waste(records: pd.DataFrame) -> float:
-    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps.
-
-    Only a request's last block can be partly empty: vLLM allocates a block when the one before is full
-    (Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023).
-    """
+    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps. Only a
+    request's last block can be partly empty: vLLM allocates a block when the one before is full (Kwon et al.,
+    "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023)."""
     contexts = _contexts(records)
     return 1 - contexts.sum() / (np.ceil(contexts / _BLOCK) * _BLOCK).sum()
 

@@ -76,10 +76,8 @@ OBJECTIVES = (DEFAULT, MLPERF_SERVER, MLPERF_INTERACTIVE)
 
 
 class Attainment(NamedTuple):
-    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence.
-
-    `at_limit`: undecided although it was as long as a probe of the search.
-    """
+    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence. `at_limit`: undecided
+    although it was as long as a probe of the search."""
 
     state: str
     reason: str
@@ -89,11 +87,9 @@ class Attainment(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing.
-
-        A level at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the
-        SLO. One that was merely too short says nothing.
-        """
+        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing. A level
+        at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the SLO.
+        One that was merely too short says nothing."""
         return "missed" if self.at_limit else self.state
 
 
@@ -172,10 +168,8 @@ def _at_most(k: int | np.ndarray, n: int, p: float) -> float | np.ndarray:
 
 class Bracket(NamedTuple):
     """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it,
-    or that a level of full length did not show to meet it (`Attainment.bound`).
-
-    0 and inf: no rate that was tried showed it. 0 and 0: one request alone misses it.
-    """
+    or that a level of full length did not show to meet it (`Attainment.bound`). 0 and inf: no rate that was tried
+    showed it. 0 and 0: one request alone misses it."""
 
     low: float
     high: float
