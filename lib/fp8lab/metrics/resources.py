@@ -214,10 +214,9 @@ _ACTIVATIONS = 3 * 2 * 8192
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on `shared_by` cards that share each layer: GiB of weights a card, and the KV cache's tokens on all of them
-    together; 0 tokens: it does not fit."""
+    """A model on cards that share each layer: GiB of weights a card, and the KV cache's tokens on all of them together; 0
+    tokens: it does not fit."""
 
-    shared_by: int
     weights_gib: float
     kv_tokens: int
 
@@ -233,4 +232,4 @@ def fit(
     left = card.memory_gib * share * GIB - held - activations - _FIXED_GIB * GIB
     # Each card holds the KV heads that it computes; with more cards than heads they are held more than once.
     token = shape.kv_bytes_per_token(kv_itemsize) / min(shared_by, shape.kv_heads)
-    return Fit(shared_by, held / GIB, max(0, int(left / token)))
+    return Fit(held / GIB, max(0, int(left / token)))

@@ -22,6 +22,7 @@ from .bottleneck import RAMP_OVER, keeps_up, lasted
 from .performance import latencies
 
 CONFIDENCE = 0.99
+_ENDLESS = 1 << 50  # requests; more than any level has
 # Whether a backlog grows is seen in the second half of the arrivals. That it does not is shown when the slow requests of
 # the ramp have left by then (RAMP_OVER); that it stays, when they had as long again.
 _STAYS = 3.0
@@ -145,13 +146,7 @@ def allowed_violations(requests: int, share: float = 0.99) -> int:
 @functools.cache
 def required_requests(violations: int = 0, share: float = 0.99) -> int:
     """The fewest requests with which `violations` still show the SLO met: 459, 662, 838, … for the 99th percentile."""
-    low, high = violations, violations + 1
-    while allowed_violations(high, share) < violations:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if allowed_violations(middle, share) >= violations else (middle, high)
-    return high
+    return bisect.bisect_left(range(_ENDLESS), violations, key=lambda requests: allowed_violations(requests, share))
 
 
 def probe_requests(slo: SLO) -> int:

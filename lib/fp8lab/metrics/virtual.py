@@ -8,6 +8,7 @@ default on a GPU, a step is put together while the one before it runs (`depth` 2
 what has ended holds its seat for a step longer.
 """
 
+import bisect
 import heapq
 import math
 from collections import deque
@@ -276,11 +277,8 @@ class _Play:
         if len(self.seats) < self.limits.requests and not self.waiting:
             most = min(most, max(1, self._until(next_due - self.begins, took, more) + depth - 1))
         if self._held(step + most - 1) > self.limits.blocks:
-            fits = 1
-            while most - fits > 1:
-                middle = (fits + most) // 2
-                fits, most = (middle, most) if self._held(step + middle - 1) <= self.limits.blocks else (fits, middle)
-            most = fits
+            fit = bisect.bisect_right(range(step, step + most), self.limits.blocks, key=self._held)
+            most = max(1, fit)
         return most
 
     @staticmethod

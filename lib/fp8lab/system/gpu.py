@@ -20,11 +20,8 @@ class Occupant:
 @contextlib.contextmanager
 def _nvml():
     """NVML initialised, or None where there is no driver."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
