@@ -303,13 +303,12 @@ class Team:
 
     def report(self, start_delay_s: float) -> ClientReport:
         ends = [end for end in self.ends if end]
+        busiest = [share for share in map(busiest_second, self.cpu_marks) if share is not None]
         return ClientReport(
             workers=len(self.processes),
             closed_loop=self.max_concurrency is not None,
             cpu_s=sum(end["cpu_s"] for end in ends),
-            busiest_core=max(
-                (share for share in map(busiest_second, self.cpu_marks) if share is not None), default=None
-            ),
+            busiest_core=max(busiest, default=None),
             stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),

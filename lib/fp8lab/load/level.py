@@ -181,9 +181,8 @@ def _too_many(failures: Counter, sent: Sent, fleet: Sequence[Endpoint]) -> list[
         where = Counter(outcome.endpoint for outcome in sent.outcomes if outcome.error and outcome.endpoint >= 0)
         asked = next(outcome.endpoint for outcome in sent.outcomes if outcome.error == most)
         if len(fleet) > 1:
-            told += (
-                f" (failed at {', '.join(f'{fleet[number].url}: {count}' for number, count in sorted(where.items()))})"
-            )
+            each = ", ".join(f"{fleet[number].url}: {count}" for number, count in sorted(where.items()))
+            told += f" (failed at {each})"
         return [told + remedy(most, fleet[asked])]
     return []
 
@@ -234,11 +233,10 @@ def _in_one_piece(sent: Sent) -> list[str]:
     alone = [o for o in several if o.choices == 1]
     gaps = sum(max(0, len(o.chunks) - 1) for o in alone)
     together = sum(one == other for o in alone for one, other in itertools.pairwise(o.chunks))
+    lasted_s = sum(o.chunks[-1] - o.chunks[0] for o in alone)
     if pieces > _ONE_PIECE_SHARE * len(several):
         came = f"{pieces} of {len(several)} answers of several tokens came in one piece"
-    elif together > _TOGETHER_SHARE * gaps and sum(o.chunks[-1] - o.chunks[0] for o in alone) > _APART_S * (
-        gaps - together
-    ):
+    elif together > _TOGETHER_SHARE * gaps and lasted_s > _APART_S * (gaps - together):
         came = f"{together / gaps:.0%} of the chunks came at the instant of the one before"
     else:
         return []
@@ -257,10 +255,7 @@ def _notes(sent: Sent) -> list[str]:
         return [f"{'all' if count == len(done) else f'{count} of {len(done)}'} streams {what}"] if count else []
 
     return [
-        *told(
-            lambda o: o.output_tokens < 0,
-            "gave no count of tokens (usage): chunks were counted as tokens",
-        ),
+        *told(lambda o: o.output_tokens < 0, "gave no count of tokens (usage): chunks were counted as tokens"),
         *told(lambda o: not o.done_seen, "ended without [DONE]"),
         *told(lambda o: not o.first_answer, "held reasoning alone, no answer"),
         *told(lambda o: o.finish_reason == "content_filter", "were cut by a content filter"),

@@ -31,15 +31,16 @@ def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Wind
     means += [f"{role}_cpu_max" for role in ("frontend", "engine", "client")]
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
     usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
-    usage["preemptions"] = _increase(run["preemptions"])
-    held = clock(telemetry, window)
-    usage |= {"gpu_power_limit_w": held.limit_w}
-    usage |= {"power_limited_steady": held.by_power, "heat_limited_steady": held.by_heat}
+    preempted, held = run["preemptions"].dropna(), clock(telemetry, window)
     power, counter = (_known_samples(telemetry, column) for column in ("gpu_power_w", "gpu_energy_j"))
     integral, counted = _integral(power, *span), _counted(counter, power, *span)
     energy = integral if counted is None else counted
     tokens = int(done["output_tokens"].sum())
     return usage | {
+        "preemptions": float(preempted.iloc[-1] - preempted.iloc[0]) if len(preempted) > 1 else None,
+        "gpu_power_limit_w": held.limit_w,
+        "power_limited_steady": held.by_power,
+        "heat_limited_steady": held.by_heat,
         "energy_j": counted,
         "energy_integral_j": integral,
         "joules_per_output_token": energy / tokens if energy and tokens else None,
@@ -78,11 +79,6 @@ def _edge(power: Samples, begin: float, end: float) -> float | None:
     if end <= begin:
         return 0.0
     return (end - begin) * float(np.interp([begin, end], *power).mean()) if power[0].size else None
-
-
-def _increase(counter: pd.Series) -> float | None:
-    known = counter.dropna()
-    return float(known.iloc[-1] - known.iloc[0]) if len(known) > 1 else None
 
 
 def _known(value: float) -> float | None:

@@ -43,11 +43,8 @@ class SLO:
             raise BadInput(f"{self}: limits must be above 0 ms and the share between 0 and 1")
 
     def __str__(self) -> str:
-        limits = [
-            f"{name} ≤ {value:,g} ms"
-            for name, value in (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("E2EL", self.e2el_ms))
-            if value < math.inf
-        ]
+        each = {"TTFT": self.ttft_ms, "TPOT": self.tpot_ms, "E2EL": self.e2el_ms}
+        limits = [f"{name} ≤ {value:,g} ms" for name, value in each.items() if value < math.inf]
         return f"{' and '.join(limits)} for {100 * self.share:.4g}% of requests ({self.name})"
 
     @classmethod

@@ -135,11 +135,8 @@ class StepModel:
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
-        lines = [f"[{json.dumps(variant)}]"]
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if one.name != "note":
-                lines.append(f"{one.name} = {_toml(value)}")
+        names = [one.name for one in dataclasses.fields(self) if one.name != "note"]
+        lines = [f"[{json.dumps(variant)}]", *(f"{name} = {_toml(getattr(self, name))}" for name in names)]
         return "\n".join(lines) + "\n"
 
 
@@ -197,11 +194,8 @@ def _check(variant: str, model: StepModel) -> None:
     bounds = dict.fromkeys((*FITTED, *MEASURED, *ENERGY, "queue_us"), (int | float, 0, MOST))
     bounds |= dict.fromkeys(("hbm_bytes_per_s", "bf16_flops"), (int | float, 0, 1e20))
     bounds |= dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
-    bounds |= {
-        "graphs": (int, 0, 10**9),
-        "base_ms": (int | float, 1 / MOST, MOST),
-        "limit_w": (int | float, 1, math.inf),
-    }
+    bounds |= {"graphs": (int, 0, 10**9), "base_ms": (int | float, 1 / MOST, MOST)}
+    bounds |= {"limit_w": (int | float, 1, math.inf)}
     for name, (kind, least, most) in bounds.items():
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:

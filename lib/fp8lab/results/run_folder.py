@@ -164,13 +164,12 @@ class Run:
     def summaries(self) -> dict[str, Summary]:
         """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat. Raises
         RunDamaged when one cannot be read."""
-        variants = list(self.profile.variants)
+        order = {variant: number for number, variant in enumerate(self.profile.variants)}
         found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
 
         def place(item: tuple[str, Summary]):
             level = item[1].level
-            known = level.variant in variants
-            return (variants.index(level.variant) if known else len(variants), level.rate, level.repeat)
+            return order.get(level.variant, len(order)), level.rate, level.repeat
 
         return dict(sorted(found.items(), key=place))
 
@@ -221,9 +220,8 @@ class Run:
             raise RunDamaged(f"{kept} holds {', '.join(odd)} that are no numbers; {remedy}")
         if len(records) != summary.requests:
             raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
-        tokens = (
-            read_parquet(token, remedy, _TOKENS, most_rows=int(records["chunks"].sum())) if token.exists() else None
-        )
+        chunks = int(records["chunks"].sum())
+        tokens = read_parquet(token, remedy, _TOKENS, chunks) if token.exists() else None
         telemetry = read_parquet(sample, remedy, _TELEMETRY, _MOST_SAMPLES) if sample.exists() else None
         return LevelResult(level, summary, records, tokens, telemetry)
 
