@@ -139,9 +139,8 @@ class Connection(asyncio.Protocol):
         self._status = self._parser.get_status_code()
         compressed = False
         if _UNUSUAL.search(self._head):
-            compressed = any(
-                coding.strip().lower() not in ("", "identity") for coding in self._header("content-encoding").split(",")
-            )
+            codings = self._header("content-encoding").lower().split(",")
+            compressed = any(coding.strip() not in ("", "identity") for coding in codings)
             if seconds := _KEEP_ALIVE.search(self._header("keep-alive")):
                 self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
         if self.outcome and self._status == 200 and not compressed:

@@ -330,9 +330,8 @@ class _Drain:
 
     def out_of_time(self, now: float, rows: list[dict]) -> str:
         """Why the level should end, as the end of a sentence; empty while it should not."""
-        sent, *others = (
-            sum(row.get(key, 0) for row in rows) for key in ("sent", "done", "failed", "tokens", "streaming")
-        )
+        keys = ("sent", "done", "failed", "tokens", "streaming")
+        sent, *others = (sum(row.get(key, 0) for row in rows) for key in keys)
         if self._sent < self._requests and (sent, others) != self._seen:
             self._since, self._sent, self._seen = max(self._since, now), sent, (sent, others)
         if now - self._since <= self._timeout:

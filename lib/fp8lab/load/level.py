@@ -113,8 +113,7 @@ def measure_level(
         problems += telemetry.problems(sampled, () if problems else (whole, steady))
     summary = Summary(
         **fields, failures=dict(failures.most_common(10)), valid=not problems, invalid_reason="; ".join(problems) or None,
-        notes=_notes(sent),
-        time_dilation=time_dilation,
+        notes=_notes(sent), time_dilation=time_dilation,
     )  # fmt: skip
     status.done(one_line(name, summary), chart.picture())
     for one in summary.endpoints:
@@ -311,14 +310,9 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
         for o in sent.outcomes
     ]
     records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})
-    chunks = [np.asarray(o.chunks) for o in sent.outcomes]
-    tokens = pd.DataFrame(
-        {
-            "request": np.repeat(records["request"].to_numpy(np.int32), records["chunks"]),
-            "at_s": (np.concatenate(chunks) - sent.start) / time_dilation,
-        }
-    )
-    return records, tokens
+    request = np.repeat(records["request"].to_numpy(np.int32), records["chunks"])
+    at = np.concatenate([np.asarray(o.chunks) for o in sent.outcomes])
+    return records, pd.DataFrame({"request": request, "at_s": (at - sent.start) / time_dilation})
 
 
 @dataclass(frozen=True)

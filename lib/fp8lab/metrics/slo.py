@@ -102,11 +102,8 @@ def goodput(records: pd.DataFrame, slo: SLO, duration_s: float | None) -> dict[s
     """The fields of `summary.Summary` that follow from an objective: goodput as `vllm bench serve` has it (requests within
     the limits / duration; vllm/benchmarks/serve.py, calculate_metrics)."""
     good = within(records, slo)
-    return {
-        "slo": str(slo),
-        "slo_share": good / len(records),
-        "request_goodput": good / duration_s if duration_s else 0.0,
-    }
+    rate = good / duration_s if duration_s else 0.0
+    return {"slo": str(slo), "slo_share": good / len(records), "request_goodput": rate}
 
 
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:

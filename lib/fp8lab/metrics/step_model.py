@@ -156,12 +156,8 @@ MEASURED = ("api_us", "host_ms", "host_us", "mhz_low", "mhz_high")
 # What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as
 # sensitive to a step's length as what it delivers.
 TIMES = {
-    "output_token_throughput": 2.0,
-    "mean_tpot_ms": 1.0,
-    "p99_tpot_ms": 0.5,
-    "mean_ttft_ms": 0.5,
-    "p99_ttft_ms": 0.5,
-}
+    "output_token_throughput": 2.0, "mean_tpot_ms": 1.0, "p99_tpot_ms": 0.5, "mean_ttft_ms": 0.5, "p99_ttft_ms": 0.5,
+}  # fmt: skip
 JOULES = "joules_per_output_token"
 JUDGED = (*TIMES, JOULES)
 # A number that may be so many times more or less is told by no level.

@@ -165,10 +165,10 @@ class Evidence:
         is unknown, the records say whether a backlog grew; without records it counts as kept up."""
 
         def kept_up(level_id: str) -> bool:
-            cause, level = self.limit(level_id).cause, self.level(level_id)
-            return cause == "offered load" or (
-                cause == "unknown" and (level is None or keeps_up(level.records) is not False)
-            )
+            if (cause := self.limit(level_id).cause) != "unknown":
+                return cause == "offered load"
+            level = self.level(level_id)
+            return level is None or keeps_up(level.records) is not False
 
         return not all(kept_up(level_id) for level_id in self.levels(variants, rate))
 

@@ -55,9 +55,8 @@ def served_model(profile: Profile, variant: str) -> str:
     if profile.model.weights == "checkpoint":
         path = Path(profile.checkpoint(variant))
         # Another model at the same path is another checkpoint.
-        held = [
-            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.glob("*.safetensors"))
-        ]
+        files = sorted(path.glob("*.safetensors"))
+        held = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         name = f"{path.name}-{hashlib.sha256(repr((str(path), held)).encode()).hexdigest()[:8]}"
     return str(cache_dir() / "models" / f"{name}-{recipe}")
 
