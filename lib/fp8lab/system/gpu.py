@@ -42,14 +42,14 @@ def gpu_names() -> list[str]:
 def visible() -> list[str]:
     """The GPUs that a server started here would see, as CUDA_VISIBLE_DEVICES names them."""
     with _nvml() as nvml:
-        return list(_handles(nvml)) if nvml else []
+        return list(_visible(nvml))
 
 
 def server_environment(cards: int = 1) -> dict[str, str]:
     """The variables with which a server sees its `cards`, the first of those that are read here, in the same order: by their
     place in the machine, as NVML numbers them. CUDA's own order is by speed, and vLLM takes no shortened UUID."""
     with _nvml() as nvml:
-        places = [str(index) for index in _places(nvml).values()] if nvml else []
+        places = [str(index) for index, _ in _visible(nvml).values()]
     named = len(places) > cards or (places and "CUDA_VISIBLE_DEVICES" in os.environ)
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({"CUDA_VISIBLE_DEVICES": ",".join(places[:cards])} if named else {})
 
@@ -63,7 +63,7 @@ def refusal() -> str | None:
             return None
         if text.startswith("MIG-"):
             return f"CUDA_VISIBLE_DEVICES={text} names a MIG slice, and {whole}; name a card (`nvidia-smi -L`)"
-        first = next(iter(_handles(nvml).values()), None)
+        _, first = next(iter(_visible(nvml).values()), (None, None))
         if first is not None and (_answer(nvml, nvml.nvmlDeviceGetMigMode, first) or [0])[0]:
             return f"the GPU is cut into MIG slices, and {whole}; switch MIG off, or choose another card"
         names = sorted({name for _, handle in _all(nvml) if (name := _answer(nvml, nvml.nvmlDeviceGetName, handle))})
@@ -115,8 +115,7 @@ def gpu_uuids(cards: int = 1) -> list[str | None]:
 
 
 def occupants(cards: int = 1) -> list[Occupant]:
-    """Who computes on the first `cards` GPUs, with what each holds of them together. In a container NVML may show none,
-    or pids of the host."""
+    """Who computes on the first `cards` GPUs. In a container NVML may show none, or pids of the host."""
     # Some drivers do not tell (None); the memory in use still does.
     listed = _each("nvmlDeviceGetComputeRunningProcesses", cards)
     found: dict[int, float | None] = {}
@@ -149,7 +148,7 @@ class GpuReader:
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
         self._nvml = self._stack.enter_context(_nvml())
-        self._chosen = list(_handles(self._nvml).values())[: self.cards] if self._nvml else []
+        self._chosen = [handle for _, handle in list(_visible(self._nvml).values())[: self.cards]]
         return self
 
     def __exit__(self, *exc) -> None:
@@ -200,15 +199,8 @@ def _each(question: str, cards: int | None = None) -> list:
     """What NVML answers to `question` (a function's name) of each of the first `cards` visible GPUs, or of all; None
     for one that it does not answer of. Empty without a GPU or driver."""
     with _nvml() as nvml:
-        handles = list(_handles(nvml).values())[:cards] if nvml else []
-        return [_answer(nvml, getattr(nvml, question), handle) for handle in handles]
-
-
-def _handles(nvml) -> dict:
-    """The GPUs that a server started here would see, in its order, by their names in CUDA_VISIBLE_DEVICES, which NVML
-    itself ignores."""
-    handles = dict(_all(nvml))
-    return {name: handles[index] for name, index in _places(nvml).items()}
+        chosen = list(_visible(nvml).values())[:cards]
+        return [_answer(nvml, getattr(nvml, question), handle) for _, handle in chosen]
 
 
 def _all(nvml) -> list[tuple]:
@@ -218,15 +210,16 @@ def _all(nvml) -> list[tuple]:
     return [(index, handle) for index, handle in found if handle is not None]
 
 
-def _places(nvml) -> dict[str, int]:
-    """NVML's index of each GPU that CUDA_VISIBLE_DEVICES leaves, by its name there."""
-    there = _all(nvml)
+def _visible(nvml) -> dict[str, tuple]:
+    """(index, handle) of each GPU that a server started here would see, in its order, by its name in
+    CUDA_VISIBLE_DEVICES, which NVML itself ignores; none without NVML."""
+    there = dict(_all(nvml)) if nvml else {}
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return {str(index): index for index, _ in there}
+        return {str(index): (index, handle) for index, handle in there.items()}
     by_uuid = chosen.startswith("GPU-")
-    uuids = {index: _answer(nvml, nvml.nvmlDeviceGetUUID, handle) or "" for index, handle in there} if by_uuid else {}
-    return visible_devices(chosen, [index for index, _ in there], uuids)
+    uuids = {i: _answer(nvml, nvml.nvmlDeviceGetUUID, handle) or "" for i, handle in there.items()} if by_uuid else {}
+    return {name: (index, there[index]) for name, index in visible_devices(chosen, list(there), uuids).items()}
 
 
 def visible_devices(chosen: str, indices: Sequence[int], uuids: Mapping[int, str]) -> dict[str, int]:
