@@ -26,8 +26,7 @@ Progress = Callable[[int, int], None]
 
 
 def tokenize(endpoint: Endpoint, text: str) -> tuple[list[int], list[int]]:
-    """The tokens of `text`, and apart from them those that the tokenizer puts before any text (often none). Raises
-    BadInput when the server has no `/tokenize`."""
+    """The tokens of `text`, and those that the tokenizer puts before any text. Raises BadInput without `/tokenize`."""
     with _client(endpoint, 1) as http:
         whole, bare = (
             _post(http, "/tokenize", {"model": endpoint.model, "prompt": text, "add_special_tokens": special})["tokens"]

@@ -48,8 +48,7 @@ _REMEDIES = {
 
 
 class Connection(asyncio.Protocol):
-    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`. `url` is what is asked for,
-    `clock` gives the time in s."""
+    """Carries one stream at a time, reports each end to `on_end`. `url` is what is asked, `clock` the time in s."""
 
     def __init__(self, on_end, url: str, clock=monotonic):
         self._on_end, self._url, self._clock = on_end, url, clock
@@ -253,8 +252,7 @@ class Connector:
             self._tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": name}
 
     async def connect(self, within_s: float) -> Connection:
-        """A new connection, its TLS handshake done. Raises OSError, also when the server does not accept in time: a full
-        queue of it leaves one waiting."""
+        """A new connection, its TLS handshake done. Raises OSError, also when a full server does not accept in time."""
         async with asyncio.timeout(within_s if math.isfinite(within_s) else None):
             _, connection = await asyncio.get_running_loop().create_connection(self._make, *self._address, **self._tls)
         return connection

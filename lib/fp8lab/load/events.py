@@ -63,9 +63,9 @@ class Outcome:
     """One request as the client saw it. Times are CLOCK_MONOTONIC seconds; 0.0 is "never".
 
     `endpoint` is the number of the one that was asked, in a fleet (-1: none was). `slot` is when the slot that it took in a
-    closed loop had become free (0.0: it always was). `chunks` holds the arrival time of every chunk with output, `first_answer` that of the first with more than reasoning; `output_tokens`
-    and `prompt_tokens` are the server's own count (-1 if it gave none), over all `choices`; `error` is None or one
-    sentence.
+    closed loop had become free (0.0: it always was). `chunks` holds the arrival time of every chunk with output,
+    `first_answer` that of the first with more than reasoning; `output_tokens` and `prompt_tokens` are the server's own
+    count (-1 if it gave none), over all `choices`; `error` is None or one sentence.
     """
 
     index: int

@@ -343,8 +343,7 @@ def clock_problems(begin: Clocks, end: Clocks) -> list[str]:
 
 class Watch:
     """While its `with` block runs, `problem()` says why the level should end, or None: what `ask`, which may take
-    seconds, said first in a thread of its own. What it raises is a problem too: a level that nobody watched must not
-    pass for a good one, nor cost its records."""
+    seconds, said first in a thread of its own, or raised: a level that nobody watched must not pass for a good one."""
 
     def __init__(self, ask: Callable[[], str | None]):
         self._ask = ask

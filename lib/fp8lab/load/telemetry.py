@@ -199,8 +199,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def _unseen(at: np.ndarray, begin: float, end: float, late: float) -> float:
-    """The share (0 to 1) of the time from `begin` to `end` that lies more than `late` behind the latest sample of `at`;
-    0 when there is no such time."""
+    """The share (0 to 1) of `begin` to `end` that lies more than `late` behind the latest sample of `at`."""
     gaps = np.diff(np.concatenate([[begin], at[(at > begin) & (at < end)], [end]]))
     return float(np.clip(gaps - late, 0, None).sum() / (end - begin)) if end > begin else 0.0
 

@@ -99,8 +99,7 @@ def _unproxied(endpoint: Endpoint) -> dict[str, str]:
 def _cpu_marks(
     command: Sequence[str], environment: Mapping[str, str], log: Path, deadline: float
 ) -> list[tuple[float, float]]:
-    """Runs the client until it ends or the deadline has passed, under a watchdog, as a server is; (time, CPU seconds)
-    of it five times a second."""
+    """Runs the client under a watchdog until its end or the deadline; (time, CPU seconds) five times a second."""
     marks = []
     # A client that could not even be started has no pid. Closing the guard's input ends one that still runs.
     with (

@@ -36,8 +36,7 @@ RAISE_IDLE_TIMEOUT = "; to wait longer: load-test --idle-timeout"
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's share. `due_s` are wall seconds from the shared start; `bodies` what is asked of one of the `endpoints`,
-    each of which is at its address."""
+    """A worker's share. `due_s` are wall seconds from the shared start; `addresses` are those of the `endpoints`."""
 
     endpoints: tuple[Endpoint, ...]
     addresses: tuple[Address, ...]

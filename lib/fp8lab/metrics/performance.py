@@ -182,8 +182,7 @@ def paging_waste(records: pd.DataFrame) -> float:
 
 
 def reserving_waste(records: pd.DataFrame, length: int) -> float | None:
-    """The same if every request reserved `length` tokens from its first step on, as servers did before paging; None
-    where some request holds more than that."""
+    """The same if every request reserved `length` tokens, as servers did before paging; None where one holds more."""
     contexts = _contexts(records)
     return None if contexts.max(initial=0) > length else float(1 - contexts.mean() / length)
 

@@ -210,8 +210,7 @@ _ACTIVATIONS = 3 * 2 * 8192
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on cards that share each layer: GiB of weights a card, and the KV cache's tokens on all of them together; 0
-    tokens: it does not fit."""
+    """GiB of weights a card, and the KV cache's tokens on all cards together; 0 tokens: the model does not fit."""
 
     weights_gib: float
     kv_tokens: int

@@ -85,9 +85,8 @@ class Attainment(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing. A level
-        at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the SLO.
-        One that was merely too short says nothing."""
+        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing. One at
+        the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the SLO."""
         return "missed" if self.at_limit else self.state
 
 

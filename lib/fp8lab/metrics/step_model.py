@@ -37,9 +37,8 @@ _SMOOTH, _BLOCK = 4, 16
 
 @dataclass(frozen=True)
 class StepModel:
-    """Of one variant on one card and host. `low` and `high` say how well the levels tell the fitted numbers, by name, from the
-    fit's curvature; where the two are the same it is at its bound. `levels` are those that they come from, of the recorded
-    `run`."""
+    """Of one variant on one card and host, fitted to `levels` of the recorded `run`. `low` and `high` say how well
+    these tell the fitted numbers, by name, from the fit's curvature; where the two are the same it is at its bound."""
 
     base_ms: float  # each step: what neither batch nor context changes, on the card and on the host
     weights_ms: float  # to read the weights once
@@ -105,8 +104,7 @@ class StepModel:
         return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK, api_s=api)
 
     def behind(self, us: float) -> "StepModel":
-        """The same behind an API server of one process, which a token keeps busy for so many µs. Raises BadInput for what is no
-        such server."""
+        """The same behind an API server of one process, which a token keeps busy for so many µs. Raises BadInput."""
         if not 0 < us <= MOST:
             raise BadInput(f"{us:g} µs a token: an API server takes more than 0 and at most {MOST:g}")
         note = f"{self.origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"

@@ -98,8 +98,7 @@ class Evidence:
         return held / running if running else None
 
     def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, Summary]:
-        """The summaries of these variants' levels at `rate` (None: at any), by level id; with `valid` only of those
-        that count."""
+        """The summaries of these variants' levels at `rate` (None: any), by level id; with `valid` those that count."""
         held = {level_id: s for level_id, s in self.summaries.items() if s.level.variant in variants}
         held = {level_id: s for level_id, s in held.items() if rate is None or s.level.rate == rate}
         return {level_id: s for level_id, s in held.items() if s.valid or not valid}
@@ -174,9 +173,8 @@ class Evidence:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def noise(self, metric: str, *, saturated: bool, burst: bool) -> Noise | None:
-        """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats: it is small below
-        saturation, and larger where a pile grows than where it was sent at once. Where a kind has no repeats, those of the
-        same saturation stand in."""
+        """The repeat-to-repeat noise of a metric, pooled over levels of one kind that have repeats, else of the same
+        saturation: it is small below that, and larger where a pile grows than where it was sent at once."""
         groups = {
             (rate, bf16): self.cells((bf16, fp8), rate, metric)
             for bf16, fp8, _ in self.pairs()

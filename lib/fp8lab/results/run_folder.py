@@ -179,8 +179,7 @@ class Run:
         return all(summary.valid for summary in self.summaries().values())
 
     def stored(self, level_id: str) -> Path | None:
-        """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
-        when the run never held it."""
+        """Where a level lies, whole or damaged: in `levels/`, else its last copy in `set-aside/`; None: in neither."""
         if level_id in {path.name for path in self.path.glob("levels/*") if path.is_dir()}:
             return self._folder(level_id)
         named = [(path, *path.name.rpartition("-")) for path in self.path.glob("set-aside/*-*")]
@@ -188,9 +187,8 @@ class Run:
         return copies[max(copies)] if copies else None
 
     def level(self, level_id: str, planned: Iterable[Level] = ()) -> Level:
-        """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; when that is damaged, told
-        by the level's name and its number of requests: that of `planned`, or that of its records. Raises RunDamaged when
-        these are damaged too."""
+        """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; else by its name
+        and number of requests: that of `planned`, or of its records. Raises RunDamaged when these are damaged too."""
         folder = self.stored(level_id)
         with contextlib.suppress(RunDamaged):
             if (held := self._read_summary(folder, "").level).id == level_id:

@@ -22,8 +22,7 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True)
 class Leftover:
-    """One server's processes. `owner_pid` started it; `owned` says whether that process still lives, `watched`
-    whether the server's watchdog does."""
+    """One server's processes. `owner_pid` started it; `owned` and `watched`: that process, its watchdog still lives."""
 
     id: str
     variant: str

@@ -93,9 +93,8 @@ def check_cards(what: str, cards: int) -> None:
 
 
 def take_gpus(what: str, cards: int = 1) -> list[Lock]:
-    """The locks on the first `cards` GPUs, for a server called `what`. Raises InUse when another start holds one, or when
-    anything computes on them or fills them: a server beside it would not be measured alone. BadInput for a card that is
-    lost."""
+    """The locks on the first `cards` GPUs, for a server called `what`. Raises InUse when another start holds one, or
+    anything computes on them or fills them, for it would not be measured alone; BadInput for a card that is lost."""
     uuids, locks = gpu.gpu_uuids(cards), []
     if len(uuids) < cards or None in uuids:
         one = "the GPU" if cards == 1 else f"one of the {cards} GPUs"
