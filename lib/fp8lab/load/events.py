@@ -338,7 +338,8 @@ class Reader:
             before, after = data[: at + 1], data[at + len(quoted) - 1 :]
             if _json(before + b"x" + after) == event:
                 self._before, self._after = b"data: " + before, after + blank
-                if _count_of(said) == 1 and choice.get("index") in (0, None):
+                alone = sum(bool(said.get(name)) for name in (*ANSWER, *REASONING)) == 1
+                if alone and choice.get("index") in (0, None):
                     indexed = type(choice.get("index")) is int
                     self._share(event, before, after, blank, reasoning=name in REASONING, indexed=indexed)
                 return
@@ -361,11 +362,6 @@ def _first(said: dict, names: tuple[str, ...]) -> str:
         if said.get(name):
             return name
     return ""
-
-
-def _count_of(said: dict) -> int:
-    """Under how many names `said` holds output."""
-    return sum(bool(said.get(name)) for name in (*ANSWER, *REASONING))
 
 
 def _output(choice: dict) -> dict:

@@ -10,9 +10,8 @@ from ..config.dimensions import ModelShape, WeightFormat
 from ..config.profile import Card
 from .performance import completed
 
-# (times, values) of a column where it was sampled; (begin, end) of a span.
-Samples = tuple[np.ndarray, np.ndarray]
-Window = tuple[float, float]
+Samples = np.ndarray  # (2, n): times and values of a column where it was sampled
+Window = tuple[float, float]  # (begin, end) of a span
 
 
 def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Window) -> dict[str, float | None]:
@@ -32,7 +31,7 @@ def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Wind
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
     usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
     preempted, held = run["preemptions"].dropna(), clock(telemetry, window)
-    power, counter = (_known_samples(telemetry, column) for column in ("gpu_power_w", "gpu_energy_j"))
+    power, counter = (telemetry[["at_s", name]].dropna().to_numpy(float).T for name in ("gpu_power_w", "gpu_energy_j"))
     integral, counted = _integral(power, *span), _counted(counter, power, *span)
     energy = integral if counted is None else counted
     tokens = int(done["output_tokens"].sum())
@@ -46,11 +45,6 @@ def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Wind
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
-
-
-def _known_samples(telemetry: pd.DataFrame, column: str) -> Samples:
-    known = telemetry[["at_s", column]].dropna().to_numpy(float)
-    return known[:, 0], known[:, 1]
 
 
 def _integral(power: Samples, begin: float, end: float) -> float | None:
