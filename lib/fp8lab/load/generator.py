@@ -171,7 +171,7 @@ class Team:
         self.requests = len(trace)
         self.max_concurrency = max_concurrency
         self.processes: list[subprocess.Popen] = []
-        self.spools: list[Path] = []
+        self.spools = [Path(scratch) / f"worker-{worker}.spool" for worker in range(workers)]
         self.last: list[dict] = [{} for _ in range(workers)]
         self.ends: list[dict | None] = [None] * workers
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
@@ -188,14 +188,12 @@ class Team:
         due = [due_wall[mine].tolist() for mine in self.indices]
         shares = [_share(max_concurrency, worker, workers) for worker in range(workers)]
         opened = [opened_ahead(due[w], due_wall[0], shares[w], _share(ahead, w, workers)) for w in range(workers)]
-        # All processes start before the first job is written: a job is larger than a pipe holds, and
-        # writing it waits for its reader.
+        # All start before a job is written: it is larger than a pipe holds, and writing it waits for its reader.
         for _ in range(workers):
             command = [sys.executable, "-c", "from fp8lab.load.worker import main; main()"]
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for worker, process in enumerate(self.processes):
             mine = self.indices[worker]
-            spool = Path(scratch) / f"worker-{worker}.spool"
             job = Job(
                 endpoints=endpoints,
                 addresses=self.addresses,
@@ -208,9 +206,8 @@ class Team:
                 connections_ahead=opened[worker],
                 exact_tokens=exact,
                 idle_timeout_s=idle_timeout,
-                spool=str(spool),
+                spool=str(self.spools[worker]),
             )
-            self.spools.append(spool)
             with contextlib.suppress(BrokenPipeError):
                 pickle.dump(job, process.stdin, protocol=5)
                 process.stdin.flush()
