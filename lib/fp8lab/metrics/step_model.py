@@ -104,7 +104,7 @@ class StepModel:
         return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK, api_s=api)
 
     def behind(self, us: float) -> "StepModel":
-        """The same behind an API server of one process, which a token keeps busy for so many µs. Raises BadInput."""
+        """The same behind an API server of one process, busy `us` µs a token. Raises BadInput for 0 or above `MOST`."""
         if not 0 < us <= MOST:
             raise BadInput(f"{us:g} µs a token: an API server takes more than 0 and at most {MOST:g}")
         note = f"{self.origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"
