@@ -6,9 +6,8 @@ Requests go out from threads, so that a notebook's own event loop is left alone.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -27,10 +26,7 @@ Progress = Callable[[int, int], None]
 
 
 def tokenize(endpoint: Endpoint, text: str) -> tuple[list[int], list[int]]:
-    """The tokens of `text`, and apart from them those that the tokenizer puts before any text (often none).
-
-    Raises BadInput when the server has no `/tokenize`.
-    """
+    """The tokens of `text`, and those that the tokenizer puts before any text. Raises BadInput without `/tokenize`."""
     with _client(endpoint, 1) as http:
         whole, bare = (
             _post(http, "/tokenize", {"model": endpoint.model, "prompt": text, "add_special_tokens": special})["tokens"]
@@ -48,11 +44,9 @@ def read_documents(
     in_flight: int = 64,
     progress: Progress = lambda done, of: None,
 ) -> Reading:
-    """Has the server read `documents` (token ids, `before` put in front of each), `in_flight` at a time.
-
-    The first token of a document has no prediction unless `before` precedes it. Raises BadInput for a server that
-    gives no prompt log-probabilities, LevelFailed when a request fails.
-    """
+    """Has the server read `documents` (token ids, `before` put in front of each), `in_flight` at a time. The first
+    token of a document has no prediction unless `before` precedes it. Raises BadInput for a server that gives no prompt
+    log-probabilities, LevelFailed when a request fails."""
 
     def read(http: httpx.Client, index: int) -> tuple[np.ndarray, ...]:
         prompt = [*before, *documents[index]]
@@ -77,11 +71,9 @@ def answer(
     in_flight: int = 64,
     progress: Progress = lambda done, of: None,
 ) -> pd.DataFrame:
-    """Greedy answers that end by themselves or at `max_tokens`: one row a prompt, in order.
-
-    Columns: prompt (its number), tokens (list of ids), finish_reason (stop or length), text. A model with a chat
-    template is asked in a chat, any other to go on with the prompt. Raises as `read_documents`.
-    """
+    """Greedy answers that end by themselves or at `max_tokens`: one row a prompt, in order. Columns: prompt (its
+    number), tokens (list of ids), finish_reason (stop or length), text. A model with a chat template is asked in a
+    chat, any other to go on with the prompt. Raises as `read_documents`."""
     common = {"model": endpoint.model, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
     chat = _has_chat_template(endpoint)
 
@@ -141,12 +133,10 @@ def _each(endpoint: Endpoint, work: Callable, count: int, in_flight: int, progre
     return results
 
 
-@contextmanager
-def _client(endpoint: Endpoint, connections: int) -> Iterator[httpx.Client]:
+def _client(endpoint: Endpoint, connections: int) -> httpx.Client:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     base, headers = endpoint.base_url.removesuffix("/v1"), endpoint.all_headers()
-    with httpx.Client(base_url=base, headers=headers, limits=limits, timeout=_TIMEOUT_S, trust_env=False) as client:
-        yield client
+    return httpx.Client(base_url=base, headers=headers, limits=limits, timeout=_TIMEOUT_S, trust_env=False)
 
 
 def _post(http: httpx.Client, path: str, body: dict) -> dict:

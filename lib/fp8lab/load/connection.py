@@ -1,5 +1,5 @@
-"""One kept-alive HTTP connection that carries streamed completions, timestamped as their bytes arrive; and how connections
-to an endpoint are made: to which address, through TLS or not, and how many may be open at once."""
+"""One kept-alive HTTP connection that carries streams, timestamped as their bytes arrive; how it is made: to which
+address, through TLS or not, and how many may be open at once."""
 
 import asyncio
 import bisect
@@ -48,8 +48,7 @@ _REMEDIES = {
 
 
 class Connection(asyncio.Protocol):
-    """A kept-alive connection that carries one stream at a time; reports each end to `on_end`. `url` is what is asked for,
-    `clock` gives the time in s."""
+    """Carries one stream at a time, reports each end to `on_end`. `url` is what is asked, `clock` the time in s."""
 
     def __init__(self, on_end, url: str, clock=monotonic):
         self._on_end, self._url, self._clock = on_end, url, clock
@@ -139,9 +138,8 @@ class Connection(asyncio.Protocol):
         self._status = self._parser.get_status_code()
         compressed = False
         if _UNUSUAL.search(self._head):
-            compressed = any(
-                coding.strip().lower() not in ("", "identity") for coding in self._header("content-encoding").split(",")
-            )
+            codings = self._header("content-encoding").lower().split(",")
+            compressed = any(coding.strip() not in ("", "identity") for coding in codings)
             if seconds := _KEEP_ALIVE.search(self._header("keep-alive")):
                 self._max_idle_s = min(_MAX_IDLE_S, _IDLE_SHARE * int(seconds[1]))
         if self.outcome and self._status == 200 and not compressed:
@@ -208,10 +206,8 @@ class Address(NamedTuple):
 
 
 def find_address(endpoint: Endpoint) -> Address:
-    """The address that a level goes to: the first of the host's that accepts a connection, or the first where none does.
-
-    A host with one address is not asked. Raises BadInput for an unknown host.
-    """
+    """The address that a level goes to: the first of the host's that accepts a connection, or the first where none
+    does. One alone is not asked. Raises BadInput for an unknown host."""
     url = urlsplit(endpoint.base_url)
     port = url.port or (443 if url.scheme == "https" else 80)
     host = url.hostname.replace("%25", "%")  # an IPv6 scope, as URLs write it
@@ -256,8 +252,7 @@ class Connector:
             self._tls = {"ssl": tls_context(endpoint.insecure), "server_hostname": name}
 
     async def connect(self, within_s: float) -> Connection:
-        """A new connection, its TLS handshake done. Raises OSError, also when the server does not accept in time: a full
-        queue of it leaves one waiting."""
+        """A new connection, its TLS handshake done. Raises OSError, also when a full server does not accept in time."""
         async with asyncio.timeout(within_s if math.isfinite(within_s) else None):
             _, connection = await asyncio.get_running_loop().create_connection(self._make, *self._address, **self._tls)
         return connection
@@ -269,8 +264,7 @@ def said(error: OSError) -> str:
 
 
 def opened_ahead(due_s: Sequence[float], first_s: float, cap: int | None, asked: int | None) -> int:
-    """How many connections a worker opens before the start: as many as it may need in the level's first second, or as
-    `asked`.
+    """How many connections a worker opens before the start: as `asked`, or what the level's first second may need.
 
     `due_s` are its arrival times in wall seconds, ascending, `first_s` the level's first; `cap` are its slots of a closed loop.
     Raises BadInput where the limit on open files leaves too few for them or for what is due at one time.

@@ -1,5 +1,4 @@
-"""Where a load goes and what is written there: the URL, the path, the headers, the bytes of a request; what a refusal says, in
-the server's own words, and what to do about it."""
+"""Where a load goes and what is written there; what a refusal says, and what to do about it."""
 
 import re
 import time
@@ -39,17 +38,8 @@ BALANCES = ("round-robin", "least-in-flight")
 # Where servers and gateways put their sentence, the most telling first: OpenAI's and vLLM's error.message, FastAPI's detail
 # (a list with `msg` for a body that does not fit), TGI's and Ollama's error, RFC 9457's detail, OAuth's error_description.
 KEYS = (
-    "message",
-    "msg",
-    "detail",
-    "error_description",
-    "error",
-    "errors",
-    "error_msg",
-    "title",
-    "fault",
-    "faultstring",
-)
+    "message", "msg", "detail", "error_description", "error", "errors", "error_msg", "title", "fault", "faultstring",
+)  # fmt: skip
 _MOST, _DEEPEST = 3, 8  # of a list of complaints
 _EXCERPT = 80
 _NO_MODEL = re.compile(
@@ -318,11 +308,12 @@ def sentence(said, depth: int = 0) -> str:
 
 def remedy(error: str, endpoint: Endpoint) -> str:
     """What to do about the reason for which a request failed, as the end of a sentence; empty where that is not known."""
-    told = _remedy(error, error.lower(), endpoint)
+    told = _remedy(error, endpoint)
     return f"; {told}" if told else ""
 
 
-def _remedy(error: str, lower: str, endpoint: Endpoint) -> str:
+def _remedy(error: str, endpoint: Endpoint) -> str:
+    lower = error.lower()
     if "certificate verify failed" in lower or "certificate_verify_failed" in lower:
         return "--insecure takes a certificate of its own making; SSL_CERT_FILE=FILE.pem makes it a trusted one"
     if "wrong_version_number" in lower or "wrong version number" in lower:

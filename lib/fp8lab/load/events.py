@@ -63,9 +63,9 @@ class Outcome:
     """One request as the client saw it. Times are CLOCK_MONOTONIC seconds; 0.0 is "never".
 
     `endpoint` is the number of the one that was asked, in a fleet (-1: none was). `slot` is when the slot that it took in a
-    closed loop had become free (0.0: it always was). `chunks` holds the arrival time of every chunk with output, `first_answer` that of the first with more than reasoning; `output_tokens`
-    and `prompt_tokens` are the server's own count (-1 if it gave none), over all `choices`; `error` is None or one
-    sentence.
+    closed loop had become free (0.0: it always was). `chunks` holds the arrival time of every chunk with output,
+    `first_answer` that of the first with more than reasoning; `output_tokens` and `prompt_tokens` are the server's own
+    count (-1 if it gave none), over all `choices`; `error` is None or one sentence.
     """
 
     index: int
@@ -157,8 +157,7 @@ class Reader:
         return self._decode(body, now)
 
     def end(self) -> str | None:
-        """The body ended as it should; the reason why it is no complete stream, or None. An event counts without the
-        blank line behind it."""
+        """The body ended as it should; the reason why it is no complete stream, or None."""
         outcome = self._outcome
         if not self._clean:
             self._line(self._tail)
@@ -339,7 +338,8 @@ class Reader:
             before, after = data[: at + 1], data[at + len(quoted) - 1 :]
             if _json(before + b"x" + after) == event:
                 self._before, self._after = b"data: " + before, after + blank
-                if _count_of(said) == 1 and choice.get("index") in (0, None):
+                alone = sum(bool(said.get(name)) for name in (*ANSWER, *REASONING)) == 1
+                if alone and choice.get("index") in (0, None):
                     indexed = type(choice.get("index")) is int
                     self._share(event, before, after, blank, reasoning=name in REASONING, indexed=indexed)
                 return
@@ -362,11 +362,6 @@ def _first(said: dict, names: tuple[str, ...]) -> str:
         if said.get(name):
             return name
     return ""
-
-
-def _count_of(said: dict) -> int:
-    """Under how many names `said` holds output."""
-    return sum(bool(said.get(name)) for name in (*ANSWER, *REASONING))
 
 
 def _output(choice: dict) -> dict:

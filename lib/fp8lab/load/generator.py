@@ -58,8 +58,7 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class Sent:
-    """All outcomes of a level, in order of `index`, with the shared start instant (CLOCK_MONOTONIC), and how many endpoints
-    were asked."""
+    """A level's outcomes in order of `index`, its start (CLOCK_MONOTONIC), and how many endpoints were asked."""
 
     start: float
     due_s: np.ndarray
@@ -93,16 +92,15 @@ def send_load(
 ) -> Sent:
     """Sends `trace` to `endpoint` at the model seconds `due_s`, shape (requests,); returns when all have ended.
 
-    With `others` the load is shared out among a fleet, all of which are asked the same: by `balance` each in its turn, or
-    the one of which a worker has the fewest requests in flight. `max_concurrency` caps what is in flight, which makes the level
-    closed-loop: what is due then waits for a slot.
-    `connections_ahead` are opened before the start (None: as many as may be needed in the first second); what is needed
-    beyond them is opened then, and the wait for it counts. A request fails after `idle_timeout_s` without a connection or
-    a byte, and all that still run do `drain_timeout_s` after the last one was sent; while some wait for a slot, after as
-    long without anything coming back. Once `problem()`, which must not wait, says why it should, the level ends early. A
-    failed request is an outcome with its reason, never an exception. Raises BadInput for arguments that cannot work or an
-    unknown host, LevelFailed when a worker could not start, NotWritten without a temporary folder, KeyboardInterrupt
-    after ending the workers.
+    With `others` the load is shared out among a fleet, all of which are asked the same: by `balance` each in its turn,
+    or the one of which a worker has the fewest requests in flight. `max_concurrency` caps what is in flight, which
+    makes the level closed-loop: what is due then waits for a slot. `connections_ahead` are opened before the start
+    (None: as many as may be needed in the first second); what is needed beyond them is opened then, and the wait for it
+    counts. A request fails after `idle_timeout_s` without a connection or a byte, and all that still run do
+    `drain_timeout_s` after the last one was sent; while some wait for a slot, after as long without anything coming
+    back. Once `problem()`, which must not wait, says why, the level ends early. A failed request is an outcome with its
+    reason, never an exception. Raises BadInput for arguments that cannot work or an unknown host, LevelFailed when a
+    worker could not start, NotWritten without a temporary folder, KeyboardInterrupt after ending the workers.
     """
     began = time.monotonic()
     endpoints = (endpoint, *others)
@@ -110,36 +108,32 @@ def send_load(
     due = np.asarray(due_s, dtype=float)
     if due.shape != (len(trace),):
         raise BadInput(f"{due.size} arrival times for {len(trace)} requests")
-    least = (
-        ("workers", workers, 1),
-        ("max_concurrency", max_concurrency, 1),
-        ("connections_ahead", connections_ahead, 0),
-    )
-    for name, value, lowest in least:
+    counts = {"workers": workers, "max_concurrency": max_concurrency, "connections_ahead": connections_ahead}
+    for name, value in counts.items():
+        lowest = 0 if name == "connections_ahead" else 1
         if value is not None and value < lowest:
             raise BadInput(f"{name} {value} is below {lowest}")
     for name, seconds in (("idle_timeout_s", idle_timeout_s), ("drain_timeout_s", drain_timeout_s)):
         if not seconds > 0:
             raise BadInput(f"{name} {seconds} is not above 0 (seconds)")
-    span = float(due[-1])
     if workers is None:
-        tokens = sum(trace.output_tokens)
-        expected = tokens / span if span else _BURST_CHUNKS_PER_S
+        expected = sum(trace.output_tokens) / due[-1] if due[-1] else _BURST_CHUNKS_PER_S
         if max_concurrency:
             expected = min(expected, max_concurrency * _CHUNKS_PER_S_PER_STREAM)
         workers = default_workers(expected / time_dilation)
     workers = min(workers, len(trace), max_concurrency or len(trace))
+
+    def on_tick(now: float, rows: list[dict]) -> None:
+        if on_progress:
+            on_progress(_progress(now, rows, team, due, time_dilation))
+
     with Scratch() as scratch:
         team = Team(endpoints, balance, trace, due * time_dilation, workers, max_concurrency, scratch, exact_tokens,
                      idle_timeout_s * time_dilation, drain_timeout_s * time_dilation, connections_ahead)  # fmt: skip
         with team:
             team.wait_until_ready()
             start = team.start()
-            team.follow(
-                start,
-                lambda now, rows: on_progress and on_progress(_progress(now, rows, team, due, time_dilation)),
-                problem,
-            )
+            team.follow(start, on_tick, problem)
         outcomes = team.outcomes()
     client = team.report(start - began)
     return Sent(start, due, outcomes, client, len(endpoints))
@@ -177,7 +171,7 @@ class Team:
         self.requests = len(trace)
         self.max_concurrency = max_concurrency
         self.processes: list[subprocess.Popen] = []
-        self.spools: list[Path] = []
+        self.spools = [Path(scratch) / f"worker-{worker}.spool" for worker in range(workers)]
         self.last: list[dict] = [{} for _ in range(workers)]
         self.ends: list[dict | None] = [None] * workers
         self.cpu_marks: list[list[tuple[float, float]]] = [[] for _ in range(workers)]
@@ -194,14 +188,12 @@ class Team:
         due = [due_wall[mine].tolist() for mine in self.indices]
         shares = [_share(max_concurrency, worker, workers) for worker in range(workers)]
         opened = [opened_ahead(due[w], due_wall[0], shares[w], _share(ahead, w, workers)) for w in range(workers)]
-        # All processes start before the first job is written: a job is larger than a pipe holds, and
-        # writing it waits for its reader.
+        # All start before a job is written: it is larger than a pipe holds, and writing it waits for its reader.
         for _ in range(workers):
             command = [sys.executable, "-c", "from fp8lab.load.worker import main; main()"]
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for worker, process in enumerate(self.processes):
             mine = self.indices[worker]
-            spool = Path(scratch) / f"worker-{worker}.spool"
             job = Job(
                 endpoints=endpoints,
                 addresses=self.addresses,
@@ -214,9 +206,8 @@ class Team:
                 connections_ahead=opened[worker],
                 exact_tokens=exact,
                 idle_timeout_s=idle_timeout,
-                spool=str(spool),
+                spool=str(self.spools[worker]),
             )
-            self.spools.append(spool)
             with contextlib.suppress(BrokenPipeError):
                 pickle.dump(job, process.stdin, protocol=5)
                 process.stdin.flush()
@@ -252,8 +243,7 @@ class Team:
         return start
 
     def follow(self, start: float, on_tick, problem) -> None:
-        """Reads the workers' lines until each has ended or died; asks them to end once `problem()` is not None or the
-        level's time is over."""
+        """Reads the workers' lines until each has ended; asks them to once there is a `problem()` or no time left."""
         asked = math.inf
         with selectors.DefaultSelector() as selector:
             for number, process in enumerate(self.processes):
@@ -272,8 +262,7 @@ class Team:
                     if not data:
                         selector.unregister(key.fileobj)
                         if self.ends[number] is None:
-                            code = self.processes[number].wait()
-                            self.troubles[number] = f"died (exit code {code})"
+                            self.troubles[number] = f"died (exit code {self.processes[number].wait()})"
                 now = time.monotonic() - start
                 on_tick(now, self.last)
                 why = self.drain.out_of_time(now, self.last)
@@ -311,13 +300,12 @@ class Team:
 
     def report(self, start_delay_s: float) -> ClientReport:
         ends = [end for end in self.ends if end]
+        busiest = [share for share in map(busiest_second, self.cpu_marks) if share is not None]
         return ClientReport(
             workers=len(self.processes),
             closed_loop=self.max_concurrency is not None,
             cpu_s=sum(end["cpu_s"] for end in ends),
-            busiest_core=max(
-                (share for share in map(busiest_second, self.cpu_marks) if share is not None), default=None
-            ),
+            busiest_core=max(busiest, default=None),
             stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
             start_delay_s=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
@@ -330,11 +318,8 @@ def _share(whole: int | None, worker: int, workers: int) -> int | None:
 
 
 class _Drain:
-    """When a level has taken too long; all times in wall seconds from its start.
-
-    What is in flight may take `timeout` from the moment when the last request was sent. While some still wait for a
-    slot of a closed loop, that time begins anew with whatever comes back.
-    """
+    """When a level has taken too long; times in wall seconds from its start. What is in flight may take `timeout` from
+    when the last request was sent; while some wait for a slot, that begins anew with whatever comes back."""
 
     def __init__(self, requests: int, last_due: float, timeout: float):
         self._requests, self._timeout = requests, timeout
@@ -342,9 +327,8 @@ class _Drain:
 
     def out_of_time(self, now: float, rows: list[dict]) -> str:
         """Why the level should end, as the end of a sentence; empty while it should not."""
-        sent, *others = (
-            sum(row.get(key, 0) for row in rows) for key in ("sent", "done", "failed", "tokens", "streaming")
-        )
+        keys = ("sent", "done", "failed", "tokens", "streaming")
+        sent, *others = (sum(row.get(key, 0) for row in rows) for key in keys)
         if self._sent < self._requests and (sent, others) != self._seen:
             self._since, self._sent, self._seen = max(self._since, now), sent, (sent, others)
         if now - self._since <= self._timeout:

@@ -68,9 +68,8 @@ def measure_level(
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
-    `options` are those of `send_load`. The summary holds the metrics, how the client fared, and whether the
-    level is valid; with an objective `slo`, also the goodput. Raises what `send_load` raises, and Stopped for its
-    KeyboardInterrupt.
+    `options` are those of `send_load`. With an objective `slo` the summary also holds the goodput. Raises what
+    `send_load` raises, and Stopped for its KeyboardInterrupt.
     """
     status, chart, clocks = StatusLine(), LiveChart(name), Clocks.now()
     with telemetry or contextlib.nullcontext(), Watch(server_problem) as watch:
@@ -114,8 +113,7 @@ def measure_level(
         problems += telemetry.problems(sampled, () if problems else (whole, steady))
     summary = Summary(
         **fields, failures=dict(failures.most_common(10)), valid=not problems, invalid_reason="; ".join(problems) or None,
-        notes=_notes(sent),
-        time_dilation=time_dilation,
+        notes=_notes(sent), time_dilation=time_dilation,
     )  # fmt: skip
     status.done(one_line(name, summary), chart.picture())
     for one in summary.endpoints:
@@ -182,9 +180,8 @@ def _too_many(failures: Counter, sent: Sent, fleet: Sequence[Endpoint]) -> list[
         where = Counter(outcome.endpoint for outcome in sent.outcomes if outcome.error and outcome.endpoint >= 0)
         asked = next(outcome.endpoint for outcome in sent.outcomes if outcome.error == most)
         if len(fleet) > 1:
-            told += (
-                f" (failed at {', '.join(f'{fleet[number].url}: {count}' for number, count in sorted(where.items()))})"
-            )
+            each = ", ".join(f"{fleet[number].url}: {count}" for number, count in sorted(where.items()))
+            told += f" (failed at {each})"
         return [told + remedy(most, fleet[asked])]
     return []
 
@@ -235,11 +232,10 @@ def _in_one_piece(sent: Sent) -> list[str]:
     alone = [o for o in several if o.choices == 1]
     gaps = sum(max(0, len(o.chunks) - 1) for o in alone)
     together = sum(one == other for o in alone for one, other in itertools.pairwise(o.chunks))
+    lasted_s = sum(o.chunks[-1] - o.chunks[0] for o in alone)
     if pieces > _ONE_PIECE_SHARE * len(several):
         came = f"{pieces} of {len(several)} answers of several tokens came in one piece"
-    elif together > _TOGETHER_SHARE * gaps and sum(o.chunks[-1] - o.chunks[0] for o in alone) > _APART_S * (
-        gaps - together
-    ):
+    elif together > _TOGETHER_SHARE * gaps and lasted_s > _APART_S * (gaps - together):
         came = f"{together / gaps:.0%} of the chunks came at the instant of the one before"
     else:
         return []
@@ -258,10 +254,7 @@ def _notes(sent: Sent) -> list[str]:
         return [f"{'all' if count == len(done) else f'{count} of {len(done)}'} streams {what}"] if count else []
 
     return [
-        *told(
-            lambda o: o.output_tokens < 0,
-            "gave no count of tokens (usage): chunks were counted as tokens",
-        ),
+        *told(lambda o: o.output_tokens < 0, "gave no count of tokens (usage): chunks were counted as tokens"),
         *told(lambda o: not o.done_seen, "ended without [DONE]"),
         *told(lambda o: not o.first_answer, "held reasoning alone, no answer"),
         *told(lambda o: o.finish_reason == "content_filter", "were cut by a content filter"),
@@ -285,12 +278,11 @@ def _client(sent: Sent, chunks: int) -> dict:
 def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """(records, tokens) of a level, in model seconds from its start.
 
-    records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked,
-    output_tokens (the server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s,
-    last_token_s (nan: never), finish_reason, error (None: completed); of a closed loop also slot_s, when
-    the slot that it took had become free (nan: it always was); where some output was reasoning also first_answer_s, when
-    the first came that was not (nan: never); of a fleet also endpoint, the number of the one that was asked (-1: none was).
-    tokens: request, at_s.
+    records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked, output_tokens (the
+    server's count, else chunks), chunks, scheduled_s, sent_s, first_token_s, last_token_s (nan: never), finish_reason,
+    error (None: completed); of a closed loop also slot_s, when the slot that it took had become free (nan: it always
+    was); where some output was reasoning also first_answer_s, when the first came that was not (nan: never); of a fleet
+    also endpoint, the number of the one that was asked (-1: none was). tokens: request, at_s.
     """
     import pandas as pd
 
@@ -318,14 +310,9 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
         for o in sent.outcomes
     ]
     records = pd.DataFrame(rows).astype({"finish_reason": "object", "error": "object"})
-    chunks = [np.asarray(o.chunks) for o in sent.outcomes]
-    tokens = pd.DataFrame(
-        {
-            "request": np.repeat(records["request"].to_numpy(np.int32), records["chunks"]),
-            "at_s": (np.concatenate(chunks) - sent.start) / time_dilation,
-        }
-    )
-    return records, tokens
+    request = np.repeat(records["request"].to_numpy(np.int32), records["chunks"])
+    at = np.concatenate([np.asarray(o.chunks) for o in sent.outcomes])
+    return records, pd.DataFrame({"request": request, "at_s": (at - sent.start) / time_dilation})
 
 
 @dataclass(frozen=True)
@@ -355,11 +342,8 @@ def clock_problems(begin: Clocks, end: Clocks) -> list[str]:
 
 
 class Watch:
-    """While its `with` block runs, `problem()` says why the level should end, in words, or None.
-
-    `ask` is asked from a thread of its own (it may take seconds) and answers likewise; its first problem stays. What it
-    raises is a problem too: a level that nobody watched must not pass for a good one, nor cost its records.
-    """
+    """While its `with` block runs, `problem()` says why the level should end, or None: what `ask`, which may take
+    seconds, said first in a thread of its own, or raised: a level that nobody watched must not pass for a good one."""
 
     def __init__(self, ask: Callable[[], str | None]):
         self._ask = ask

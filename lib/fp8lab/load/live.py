@@ -74,9 +74,7 @@ class LiveChart:
         """An `<img>` with its alternative text; empty before the second sample."""
         if not self._at:
             return ""
-        panels = [
-            self._panel(i * (_WIDTH + _GAP), name, values) for i, (name, values) in enumerate(self._series.items())
-        ]
+        panels = [self._panel(i * (_WIDTH + _GAP), *series) for i, series in enumerate(self._series.items())]
         width = 4 * _WIDTH + 3 * _GAP
         if "EMULATED" in self._name:
             mark = f'<text x="{width / 2}" y="{_HEIGHT * 0.8}" fill="#ccc" font-size="34" text-anchor="middle">EMULATED</text>'

@@ -1,14 +1,12 @@
 """What the GPU, the server and the client did while a level ran: sampled by two threads, in one table.
 
 The GPU's shares, power and clock (NVML) are read five times a second, CPU times twice, its memory, energy counter and
-power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full API server answers
-late, and the other samples must not wait for it. The energy counter is read once more at the end: it then encloses the
-level. The threads measure their own cost, and `problems` says where they saw too little. Verdicts are drawn elsewhere
-(`metrics.bottleneck`).
+power limit and the server's own counters (`/metrics`) once, the latter by a thread of their own: a full API server
+answers late, and the other samples must not wait for it. The energy counter is read once more at the end: it then
+encloses the level. Verdicts are drawn in `metrics.bottleneck`.
 """
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -57,11 +55,8 @@ _WATCHED = (
 
 
 class Telemetry:
-    """Samples while its `with` block runs; `table(start)` is what it saw.
-
-    `server_pids` are the server's processes, `metrics` returns its `/metrics` text (or raises OSError), `cards` is how many
-    GPUs it has.
-    """
+    """Samples while its `with` block runs; `table(start)` is what it saw. `server_pids` are the server's processes,
+    `metrics` returns its `/metrics` text (or raises OSError), `cards` is how many GPUs it has."""
 
     def __init__(
         self,
@@ -103,12 +98,10 @@ class Telemetry:
 
     def table(self, start: float) -> "pd.DataFrame":
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
-        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w, of several
-        cards together and of each ("gpu_util 0", …);
-        running, waiting, kv_cache_usage (0 to 1), preemptions, prompt_tokens, generation_tokens, iterations (counters; an
-        iteration is a step of the EngineCore); for frontend, engine and client: <role>_cpu (cores) and <role>_cpu_max
-        (cores of the busiest process). nan: not sampled then.
-        """
+        gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w, of
+        several cards together and of each ("gpu_util 0", …); running, waiting, kv_cache_usage (0 to 1), preemptions,
+        prompt_tokens, generation_tokens, iterations (counters; one is a step of the EngineCore); for frontend, engine
+        and client <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then."""
         import pandas as pd
 
         columns = ["at_s", *self._gpu.columns, *SERVER_COLUMNS.values()]
@@ -206,8 +199,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def _unseen(at: np.ndarray, begin: float, end: float, late: float) -> float:
-    """The share (0 to 1) of the time from `begin` to `end` that lies more than `late` behind the latest sample of `at`;
-    0 when there is no such time."""
+    """The share (0 to 1) of `begin` to `end` that lies more than `late` behind the latest sample of `at`."""
     gaps = np.diff(np.concatenate([[begin], at[(at > begin) & (at < end)], [end]]))
     return float(np.clip(gaps - late, 0, None).sum() / (end - begin)) if end > begin else 0.0
 
@@ -216,21 +208,17 @@ def _by_role(pids: Iterable[int]) -> dict[str, list[psutil.Process]]:
     """The server's processes by what they do, from the titles that vLLM gives them."""
     roles: dict[str, list[psutil.Process]] = {"frontend": [], "engine": []}
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
             title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        roles["engine" if "EngineCore" in title or "Worker" in title else "frontend"].append(process)
+            roles["engine" if "EngineCore" in title or "Worker" in title else "frontend"].append(process)
     return roles
 
 
 def _load_workers() -> list[psutil.Process]:
     workers = []
-    for child in psutil.Process(os.getpid()).children():
-        try:
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
             if any("fp8lab.load.worker" in part for part in child.cmdline()):
                 workers.append(child)
-        except psutil.Error:
-            continue
     return workers

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,15 +44,13 @@ def run(
     time_dilation: float = 1.0,
     timeout_s: float = 3600.0,
 ) -> dict:
-    """Offers `trace` at `rate` requests/s with vLLM's client; its result in this project's names, in model time.
+    """Offers `trace` at `rate` requests/s with vLLM's client; its result in this project's names, in model time. Its
+    arrival times come from its own random numbers; a `burstiness` of inf makes them the same as ours.
 
-    Its arrival times come from its own random numbers; a `burstiness` of inf makes them the same as ours.
-
-    Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens,
-    mean/p99 of ttft, tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a
-    core over a second) with client_cpu_s. The client ends with this process, however that ends. Raises LevelFailed
-    when it fails, completes nothing or takes more than `timeout_s` wall seconds. It goes to the endpoint directly, whatever
-    proxy the environment names.
+    Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens, mean/p99 of ttft,
+    tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a core over a
+    second) with client_cpu_s. The client ends with this process, and goes to the endpoint directly, whatever proxy the
+    environment names. Raises LevelFailed when it fails, completes nothing or takes over `timeout_s` wall seconds.
     """
     with Scratch() as folder:
         dataset, result, log = (Path(folder, name) for name in ("trace.json", "result.json", "log"))
@@ -74,7 +71,7 @@ def run(
         deadline = time.monotonic() + timeout_s
 
         def result_of(*more: str) -> tuple[dict, list[tuple[float, float]]]:
-            marks = _run_guarded([*command, *more], environment, log, deadline)
+            marks = _cpu_marks([*command, *more], environment, log, deadline)
             try:
                 return json.loads(result.read_text()), marks
             except (OSError, ValueError):
@@ -99,22 +96,17 @@ def _unproxied(endpoint: Endpoint) -> dict[str, str]:
     return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
-def _run_guarded(
+def _cpu_marks(
     command: Sequence[str], environment: Mapping[str, str], log: Path, deadline: float
 ) -> list[tuple[float, float]]:
-    """Runs the client until it ends or the deadline has passed, under a watchdog, as a server is: see `_cpu_marks`."""
-    with watchdog.popen(command, environment, log, grace_s=2) as process:
-        try:
-            return _cpu_marks(process, deadline)
-        finally:
-            process.stdin.close()  # ends a client that still runs
-
-
-def _cpu_marks(guard: subprocess.Popen, deadline: float) -> list[tuple[float, float]]:
-    """(time, CPU seconds) of the guarded client, five times a second until it ends or the deadline has passed."""
+    """Runs the client under a watchdog until its end or the deadline; (time, CPU seconds) five times a second."""
     marks = []
-    # A client that could not even be started has no pid.
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+    # A client that could not even be started has no pid. Closing the guard's input ends one that still runs.
+    with (
+        watchdog.popen(command, environment, log, grace_s=2) as guard,
+        contextlib.closing(guard.stdin),
+        contextlib.suppress(psutil.NoSuchProcess, IndexError),
+    ):
         client = psutil.Process(int(guard.stdout.readline().split()[1]))
         while guard.poll() is None and time.monotonic() < deadline:
             times = client.cpu_times()

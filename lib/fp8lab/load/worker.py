@@ -1,8 +1,7 @@
 """One load worker: a process that sends its share of a schedule and writes down what comes back.
 
-A team starts it and calls `main`. It takes a pickled Job on standard input,
-answers with JSON lines (ready or unready, progress, end) on standard output, and appends pickled batches of outcomes
-to its spool file, so that nothing recorded is lost when it dies. When standard input closes, it stops.
+It takes a pickled Job on standard input, answers with JSON lines (ready or unready, progress, end) on standard output,
+and appends pickled batches of outcomes to a spool file, so that nothing is lost when it dies. Its input's end stops it.
 """
 
 import asyncio
@@ -37,8 +36,7 @@ RAISE_IDLE_TIMEOUT = "; to wait longer: load-test --idle-timeout"
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's share. `due_s` are wall seconds from the shared start; `bodies` what is asked of one of the `endpoints`,
-    each of which is at its address."""
+    """A worker's share. `due_s` are wall seconds from the shared start; `addresses` are those of the `endpoints`."""
 
     endpoints: tuple[Endpoint, ...]
     addresses: tuple[Address, ...]

@@ -148,8 +148,7 @@ def kernel_times(steps: Sequence[Step]) -> dict[str, dict[str, float]]:
 
 
 def by_kind(kernels: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`kernel_times` as today's table of names has it: a run may be older than the table. The output head, which no name
-    tells, stays."""
+    """`kernel_times` of a run perhaps older than the table of names. The output head, which no name tells, stays."""
     held: dict[str, Counter] = defaultdict(Counter)
     for stored, names in kernels.items():
         for name, ms in names.items():

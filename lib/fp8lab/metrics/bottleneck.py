@@ -71,10 +71,9 @@ def backlog_growth(records: pd.DataFrame) -> float:
 
 
 def growth_by_chance(records: pd.DataFrame) -> float:
-    """What `backlog_growth` may be of a server that keeps up, by the chance of its arrivals: two standard errors of the slope.
-
-    Of Poisson arrivals at a rate r that stay for S the number in flight has autocovariances that sum to r E[S²] (M/G/∞), so
-    that a slope over w seconds has the variance 12 r E[S²] / w³. 0 for all at once."""
+    """What `backlog_growth` may be of a server that keeps up, by the chance of its arrivals: two standard errors of the
+    slope. Of Poisson arrivals at a rate r that stay for S the number in flight has autocovariances that sum to r E[S²]
+    (M/G/∞), so that a slope over w seconds has the variance 12 r E[S²] / w³. 0 for all at once."""
     done = completed(records)
     duration = done["scheduled_s"].max() if len(done) else 0.0
     stays = _early_stays(done)
@@ -126,7 +125,6 @@ def what_limited(
     power_limit_w: float | None = None,
 ) -> Limit:  # fmt: skip
     """The limit of a level, from its summary (with the means of `summarize_usage`), records and telemetry.
-
     `power_limit_w` is the datasheet's, for a level whose enforced limit was not sampled."""
     if not summary.valid:
         return Limit("unknown", f"the level is invalid: {summary.invalid_reason}")

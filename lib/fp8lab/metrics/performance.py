@@ -18,11 +18,9 @@ _BLOCK = 16
 
 
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
-    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms.
-
-    TPOT = (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has
-    it; nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent.
-    """
+    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms. TPOT =
+    (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has it;
+    nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent."""
     done = completed(records)
     ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
     e2el = (done["last_token_s"] - done["sent_s"]) * 1e3
@@ -69,9 +67,7 @@ def completed(records: pd.DataFrame) -> pd.DataFrame:
 def inter_token_ms(tokens: pd.DataFrame, records: pd.DataFrame) -> np.ndarray:
     """ITL: the gaps between chunks of a request, pooled over completed requests, in ms."""
     kept = tokens[tokens["request"].isin(completed(records)["request"])]
-    gaps = np.diff(kept["at_s"].to_numpy())
-    same = np.diff(kept["request"].to_numpy()) == 0
-    return gaps[same] * 1e3
+    return kept.groupby("request")["at_s"].diff().dropna().to_numpy() * 1e3
 
 
 def peak_concurrency(records: pd.DataFrame) -> int:
@@ -80,18 +76,14 @@ def peak_concurrency(records: pd.DataFrame) -> int:
 
 
 def peak_concurrency_per_second(records: pd.DataFrame) -> int:
-    """vLLM's peak: each request counts in every whole second it touches; the fullest second wins.
-
-    It is never below the exact sweep, and above it by the requests that come and go within a second.
-    """
+    """vLLM's peak: each request counts in every whole second it touches; the fullest second wins. It is never below the
+    exact sweep, and above it by the requests that come and go within a second."""
     begin, end = _spans(records)
     if not begin.size:
         return 0
     first, last = (np.floor(t - begin.min()).astype(int) for t in (begin, end))
-    counts = np.zeros(last.max() + 2, dtype=int)
-    np.add.at(counts, first, 1)
-    np.add.at(counts, last + 1, -1)
-    return int(np.cumsum(counts).max())
+    seconds = last.max() + 2
+    return int(np.cumsum(np.bincount(first, minlength=seconds) - np.bincount(last + 1, minlength=seconds)).max())
 
 
 def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -103,10 +95,8 @@ def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 
 
 def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, float]:
-    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan) for none.
-
-    It leaves out ramp and drain whatever the arrival process, and needs no tuning.
-    """
+    """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan)
+    for none. It leaves out ramp and drain whatever the arrival process, and needs no tuning."""
     at, held = _arrivals(tokens, completed(records))
     if not held.sum():
         return np.nan, np.nan
@@ -120,7 +110,7 @@ def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, f
 def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
     """The fields of `summary.Summary` that follow from what the client saw."""
     done, each = completed(records), latencies(records)
-    duration = _duration(records)
+    duration = float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
     begin, end = steady_window(records, tokens)
     output = int(done["output_tokens"].sum())
     chunks = int(done["chunks"].sum())
@@ -169,11 +159,6 @@ def _spans(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return done["sent_s"].to_numpy(float), done["last_token_s"].to_numpy(float)
 
 
-def _duration(records: pd.DataFrame) -> float | None:
-    done = completed(records)
-    return float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
-
-
 def _arrivals(tokens: pd.DataFrame, done: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """(when each chunk of the completed requests arrived, in s; how many tokens it is taken to hold)."""
     kept = tokens[tokens["request"].isin(done["request"])]
@@ -189,18 +174,15 @@ def _fullest_second(tokens: pd.DataFrame, records: pd.DataFrame) -> int | None:
 
 
 def paging_waste(records: pd.DataFrame) -> float:
-    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps.
-
-    Only a request's last block can be partly empty: vLLM allocates a block when the one before is full
-    (Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023).
-    """
+    """The share of allocated KV slots that hold no token, with vLLM's blocks of 16 tokens, over all steps. Only a
+    request's last block can be partly empty: vLLM allocates a block when the one before is full (Kwon et al.,
+    "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023)."""
     contexts = _contexts(records)
     return 1 - contexts.sum() / (np.ceil(contexts / _BLOCK) * _BLOCK).sum()
 
 
 def reserving_waste(records: pd.DataFrame, length: int) -> float | None:
-    """The same if every request reserved `length` tokens from its first step on, as servers did before paging; None
-    where some request holds more than that."""
+    """The same if every request reserved `length` tokens, as servers did before paging; None where one holds more."""
     contexts = _contexts(records)
     return None if contexts.max(initial=0) > length else float(1 - contexts.mean() / length)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 1000
+RESAMPLES, _SEED = 1000, 0
 _ROWS_AT_ONCE = 8192
 _RATIOS = ("perplexity_ratio", "output_ratio")
 
@@ -144,19 +144,19 @@ def identical_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return int(differing[0]) if differing.size else length
 
 
-def mean_interval(values: np.ndarray, group: np.ndarray, weights: np.ndarray | None = None, seed: int = 0) -> Estimate:
+def mean_interval(values: np.ndarray, group: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     """sum(values) / sum(weights) (weights 1: the mean), resampling whole groups; `values` and `group` are (n,)."""
     weights = np.ones_like(values, float) if weights is None else weights
     _, index = np.unique(group, return_inverse=True)
     sums, masses = np.bincount(index, values), np.bincount(index, weights)
-    draws = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    draws = np.random.default_rng(_SEED).integers(len(sums), size=(RESAMPLES, len(sums)))
     return _estimate(sums.sum() / masses.sum(), sums[draws].sum(axis=1) / masses[draws].sum(axis=1))
 
 
-def quantile_interval(values: np.ndarray, group: np.ndarray, q: float, *, seed: int = 0) -> Estimate:
+def quantile_interval(values: np.ndarray, group: np.ndarray, q: float) -> Estimate:
     """The quantile `q` (numpy's linear) of all values, resampling whole groups."""
     parts = [values[group == each] for each in np.unique(group)]
-    draws = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES // 4, len(parts)))
+    draws = np.random.default_rng(_SEED).integers(len(parts), size=(RESAMPLES // 4, len(parts)))
     resampled = [np.quantile(np.concatenate([parts[i] for i in draw]), q) for draw in draws]
     return _estimate(np.quantile(values, q), np.array(resampled))
 

@@ -10,9 +10,8 @@ from ..config.dimensions import ModelShape, WeightFormat
 from ..config.profile import Card
 from .performance import completed
 
-# (times, values) of a column where it was sampled; (begin, end) of a span.
-Samples = tuple[np.ndarray, np.ndarray]
-Window = tuple[float, float]
+Samples = np.ndarray  # (2, n): times and values of a column where it was sampled
+Window = tuple[float, float]  # (begin, end) of a span
 
 
 def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Window) -> dict[str, float | None]:
@@ -31,25 +30,21 @@ def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Wind
     means += [f"{role}_cpu_max" for role in ("frontend", "engine", "client")]
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
     usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
-    usage["preemptions"] = _increase(run["preemptions"])
-    held = clock(telemetry, window)
-    usage |= {"gpu_power_limit_w": held.limit_w}
-    usage |= {"power_limited_steady": held.by_power, "heat_limited_steady": held.by_heat}
-    power, counter = (_known_samples(telemetry, column) for column in ("gpu_power_w", "gpu_energy_j"))
+    preempted, held = run["preemptions"].dropna(), clock(telemetry, window)
+    power, counter = (telemetry[["at_s", name]].dropna().to_numpy(float).T for name in ("gpu_power_w", "gpu_energy_j"))
     integral, counted = _integral(power, *span), _counted(counter, power, *span)
     energy = integral if counted is None else counted
     tokens = int(done["output_tokens"].sum())
     return usage | {
+        "preemptions": float(preempted.iloc[-1] - preempted.iloc[0]) if len(preempted) > 1 else None,
+        "gpu_power_limit_w": held.limit_w,
+        "power_limited_steady": held.by_power,
+        "heat_limited_steady": held.by_heat,
         "energy_j": counted,
         "energy_integral_j": integral,
         "joules_per_output_token": energy / tokens if energy and tokens else None,
         "joules_per_request": energy / len(done) if energy and len(done) else None,
     }
-
-
-def _known_samples(telemetry: pd.DataFrame, column: str) -> Samples:
-    known = telemetry[["at_s", column]].dropna().to_numpy(float)
-    return known[:, 0], known[:, 1]
 
 
 def _integral(power: Samples, begin: float, end: float) -> float | None:
@@ -78,11 +73,6 @@ def _edge(power: Samples, begin: float, end: float) -> float | None:
     if end <= begin:
         return 0.0
     return (end - begin) * float(np.interp([begin, end], *power).mean()) if power[0].size else None
-
-
-def _increase(counter: pd.Series) -> float | None:
-    known = counter.dropna()
-    return float(known.iloc[-1] - known.iloc[0]) if len(known) > 1 else None
 
 
 def _known(value: float) -> float | None:
@@ -133,22 +123,16 @@ class Clock:
 
 def clock(telemetry: pd.DataFrame, window: Window, limit_w: float | None = None) -> Clock:
     """The clock over `window` (s). `limit_w` stands in where the limit was not sampled: the datasheet's."""
-    inside = telemetry[telemetry["at_s"].between(*window)]
-
-    def mean(column: str) -> float | None:
-        known = inside[column].dropna() if column in inside else ()
-        return float(known.mean()) if len(known) else None
-
-    def share(bits: int) -> float | None:
-        known = inside["gpu_clock_reasons"].dropna() if "gpu_clock_reasons" in inside else ()
-        return float(np.mean((known.to_numpy(np.int64) & bits) != 0)) if len(known) else None
-
-    limit_w = mean("gpu_power_limit_w") or limit_w
-    power = inside["gpu_power_w"].dropna()
+    # A run from before a column existed has it unsampled.
+    columns = ["gpu_sm_mhz", "gpu_power_w", "gpu_power_limit_w", "gpu_clock_reasons"]
+    inside = telemetry[telemetry["at_s"].between(*window)].reindex(columns=columns)
+    mhz, power_w, limit, _ = map(_known, inside.mean())
+    power, reasons = inside["gpu_power_w"].dropna(), inside["gpu_clock_reasons"].dropna().astype(np.int64)
+    limit_w = limit or limit_w
     return Clock(
-        mhz=mean("gpu_sm_mhz"), fastest_mhz=telemetry["gpu_sm_mhz"].max(), power_w=mean("gpu_power_w"), limit_w=limit_w,
-        by_power=share(POWER), by_heat=share(HEAT),
-        at_limit=float((power >= _AT_LIMIT * limit_w).mean()) if limit_w and len(power) else None,
+        mhz=mhz, fastest_mhz=telemetry["gpu_sm_mhz"].max(), power_w=power_w, limit_w=limit_w,
+        by_power=_known((reasons & POWER != 0).mean()), by_heat=_known((reasons & HEAT != 0).mean()),
+        at_limit=_known((power >= _AT_LIMIT * limit_w).mean()) if limit_w else None,
     )  # fmt: skip
 
 
@@ -220,10 +204,8 @@ _ACTIVATIONS = 3 * 2 * 8192
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on `shared_by` cards that share each layer: GiB of weights a card, and the KV cache's tokens on all of them
-    together; 0 tokens: it does not fit."""
+    """GiB of weights a card, and the KV cache's tokens on all cards together; 0 tokens: the model does not fit."""
 
-    shared_by: int
     weights_gib: float
     kv_tokens: int
 
@@ -239,4 +221,4 @@ def fit(
     left = card.memory_gib * share * GIB - held - activations - _FIXED_GIB * GIB
     # Each card holds the KV heads that it computes; with more cards than heads they are held more than once.
     token = shape.kv_bytes_per_token(kv_itemsize) / min(shared_by, shape.kv_heads)
-    return Fit(shared_by, held / GIB, max(0, int(left / token)))
+    return Fit(held / GIB, max(0, int(left / token)))

@@ -22,6 +22,7 @@ from .bottleneck import RAMP_OVER, keeps_up, lasted
 from .performance import latencies
 
 CONFIDENCE = 0.99
+_ENDLESS = 1 << 50  # requests; more than any level has
 # Whether a backlog grows is seen in the second half of the arrivals. That it does not is shown when the slow requests of
 # the ramp have left by then (RAMP_OVER); that it stays, when they had as long again.
 _STAYS = 3.0
@@ -42,11 +43,8 @@ class SLO:
             raise BadInput(f"{self}: limits must be above 0 ms and the share between 0 and 1")
 
     def __str__(self) -> str:
-        limits = [
-            f"{name} ≤ {value:,g} ms"
-            for name, value in (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("E2EL", self.e2el_ms))
-            if value < math.inf
-        ]
+        each = {"TTFT": self.ttft_ms, "TPOT": self.tpot_ms, "E2EL": self.e2el_ms}
+        limits = [f"{name} ≤ {value:,g} ms" for name, value in each.items() if value < math.inf]
         return f"{' and '.join(limits)} for {100 * self.share:.4g}% of requests ({self.name})"
 
     @classmethod
@@ -76,10 +74,8 @@ OBJECTIVES = (DEFAULT, MLPERF_SERVER, MLPERF_INTERACTIVE)
 
 
 class Attainment(NamedTuple):
-    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence.
-
-    `at_limit`: undecided although it was as long as a probe of the search.
-    """
+    """What a level says of an SLO: `met`, `missed`, or `undecided`, and why in a sentence. `at_limit`: undecided
+    although it was as long as a probe of the search."""
 
     state: str
     reason: str
@@ -89,11 +85,8 @@ class Attainment(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing.
-
-        A level at the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the
-        SLO. One that was merely too short says nothing.
-        """
+        """What the level says of the limit, for `bracket`: `met`, `missed`, or `undecided`, which says nothing. One at
+        the limit counts as missed: with all the requests that were asked of it, it was not shown to meet the SLO."""
         return "missed" if self.at_limit else self.state
 
 
@@ -108,11 +101,8 @@ def goodput(records: pd.DataFrame, slo: SLO, duration_s: float | None) -> dict[s
     """The fields of `summary.Summary` that follow from an objective: goodput as `vllm bench serve` has it (requests within
     the limits / duration; vllm/benchmarks/serve.py, calculate_metrics)."""
     good = within(records, slo)
-    return {
-        "slo": str(slo),
-        "slo_share": good / len(records),
-        "request_goodput": good / duration_s if duration_s else 0.0,
-    }
+    rate = good / duration_s if duration_s else 0.0
+    return {"slo": str(slo), "slo_share": good / len(records), "request_goodput": rate}
 
 
 def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
@@ -149,13 +139,7 @@ def allowed_violations(requests: int, share: float = 0.99) -> int:
 @functools.cache
 def required_requests(violations: int = 0, share: float = 0.99) -> int:
     """The fewest requests with which `violations` still show the SLO met: 459, 662, 838, … for the 99th percentile."""
-    low, high = violations, violations + 1
-    while allowed_violations(high, share) < violations:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if allowed_violations(middle, share) >= violations else (middle, high)
-    return high
+    return bisect.bisect_left(range(_ENDLESS), violations, key=lambda requests: allowed_violations(requests, share))
 
 
 def probe_requests(slo: SLO) -> int:
@@ -172,10 +156,8 @@ def _at_most(k: int | np.ndarray, n: int, p: float) -> float | np.ndarray:
 
 class Bracket(NamedTuple):
     """The limit lies between `low`, the highest rate shown to meet the SLO, and `high`, the lowest one that missed it,
-    or that a level of full length did not show to meet it (`Attainment.bound`).
-
-    0 and inf: no rate that was tried showed it. 0 and 0: one request alone misses it.
-    """
+    or that a level of full length did not show to meet it (`Attainment.bound`). 0 and inf: no rate that was tried
+    showed it. 0 and 0: one request alone misses it."""
 
     low: float
     high: float

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+import numpy as np
+
 CONFIDENCE = 0.95
 # Fewer pairs than this say too little of their own spread where that of comparable levels is known.
 _OWN_SPREAD = 3
@@ -84,12 +86,9 @@ def pooled_noise(groups: Sequence[Cells]) -> Noise | None:
         seeds = _common_seeds(cells)
         if len(seeds) < 2 or len(cells) < 2:
             continue
-        logs = {name: {seed: math.log(values[seed]) for seed in seeds} for name, values in cells.items()}
-        grand = fmean(fmean(row.values()) for row in logs.values())
-        by_seed = {seed: fmean(row[seed] for row in logs.values()) for seed in seeds}
-        for row in logs.values():
-            mean = fmean(row.values())
-            squares += sum((row[seed] - mean - by_seed[seed] + grand) ** 2 for seed in seeds)
+        logs = np.log([[values[seed] for seed in seeds] for values in cells.values()])
+        left = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()
+        squares += float((left**2).sum())
         freedom += (len(seeds) - 1) * (len(cells) - 1)
     return Noise(math.sqrt(squares / freedom), freedom) if freedom else None
 

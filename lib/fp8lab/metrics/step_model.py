@@ -37,9 +37,8 @@ _SMOOTH, _BLOCK = 4, 16
 
 @dataclass(frozen=True)
 class StepModel:
-    """Of one variant on one card and host. `low` and `high` say how well the levels tell the fitted numbers, by name, from the
-    fit's curvature; where the two are the same it is at its bound. `levels` are those that they come from, of the recorded
-    `run`."""
+    """Of one variant on one card and host, fitted to `levels` of the recorded `run`. `low` and `high` say how well
+    these tell the fitted numbers, by name, from the fit's curvature; where the two are the same it is at its bound."""
 
     base_ms: float  # each step: what neither batch nor context changes, on the card and on the host
     weights_ms: float  # to read the weights once
@@ -105,8 +104,7 @@ class StepModel:
         return Limits(self.requests, self.step_tokens, self.kv_tokens // _BLOCK, _BLOCK, api_s=api)
 
     def behind(self, us: float) -> "StepModel":
-        """The same behind an API server of one process, which a token keeps busy for so many µs. Raises BadInput for what is no
-        such server."""
+        """The same behind an API server of one process, busy `us` µs a token. Raises BadInput for 0 or above `MOST`."""
         if not 0 < us <= MOST:
             raise BadInput(f"{us:g} µs a token: an API server takes more than 0 and at most {MOST:g}")
         note = f"{self.origin}, behind one API server process of {us:g} µs a token; of latencies that says little once that is full"
@@ -135,11 +133,8 @@ class StepModel:
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
-        lines = [f"[{json.dumps(variant)}]"]
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if one.name != "note":
-                lines.append(f"{one.name} = {_toml(value)}")
+        names = [one.name for one in dataclasses.fields(self) if one.name != "note"]
+        lines = [f"[{json.dumps(variant)}]", *(f"{name} = {_toml(getattr(self, name))}" for name in names)]
         return "\n".join(lines) + "\n"
 
 
@@ -159,12 +154,8 @@ MEASURED = ("api_us", "host_ms", "host_us", "mhz_low", "mhz_high")
 # What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as
 # sensitive to a step's length as what it delivers.
 TIMES = {
-    "output_token_throughput": 2.0,
-    "mean_tpot_ms": 1.0,
-    "p99_tpot_ms": 0.5,
-    "mean_ttft_ms": 0.5,
-    "p99_ttft_ms": 0.5,
-}
+    "output_token_throughput": 2.0, "mean_tpot_ms": 1.0, "p99_tpot_ms": 0.5, "mean_ttft_ms": 0.5, "p99_ttft_ms": 0.5,
+}  # fmt: skip
 JOULES = "joules_per_output_token"
 JUDGED = (*TIMES, JOULES)
 # A number that may be so many times more or less is told by no level.
@@ -197,11 +188,8 @@ def _check(variant: str, model: StepModel) -> None:
     bounds = dict.fromkeys((*FITTED, *MEASURED, *ENERGY, "queue_us"), (int | float, 0, MOST))
     bounds |= dict.fromkeys(("hbm_bytes_per_s", "bf16_flops"), (int | float, 0, 1e20))
     bounds |= dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
-    bounds |= {
-        "graphs": (int, 0, 10**9),
-        "base_ms": (int | float, 1 / MOST, MOST),
-        "limit_w": (int | float, 1, math.inf),
-    }
+    bounds |= {"graphs": (int, 0, 10**9), "base_ms": (int | float, 1 / MOST, MOST)}
+    bounds |= {"limit_w": (int | float, 1, math.inf)}
     for name, (kind, least, most) in bounds.items():
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:

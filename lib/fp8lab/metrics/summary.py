@@ -195,10 +195,9 @@ class Summary:
             server = _fields(ServerInfo, kept["server"])
             kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
         for name, value in kept.items():
-            numeric = name not in _NO_NUMBERS
             if name == "notes" and not (isinstance(value, Sequence) and all(isinstance(note, str) for note in value)):
                 raise ValueError(f"notes is {value!r}, no list of sentences")
-            if value is not None and numeric and not isinstance(value, (int, float)):
+            if value is not None and name not in _NO_NUMBERS and not isinstance(value, int | float):
                 raise ValueError(f"{name} is {value!r}, no number")
         return cls(**kept)
 

@@ -8,6 +8,7 @@ default on a GPU, a step is put together while the one before it runs (`depth` 2
 what has ended holds its seat for a step longer.
 """
 
+import bisect
 import heapq
 import math
 from collections import deque
@@ -34,8 +35,7 @@ class Limits:
 
 
 class Step(NamedTuple):
-    """What a step computes: requests that decode, tokens of prompts, requests that get a token, and the tokens of context
-    that are read for all of them."""
+    """What a step computes: requests that decode, tokens of prompts, requests given a token, tokens of context."""
 
     decoding: int
     prompt: int
@@ -45,10 +45,9 @@ class Step(NamedTuple):
 
 @dataclass
 class Course:
-    """How a load went: for each request when its first and its last token came (s; nan: never); how many steps, in how many
-    seconds of them, the tokens that they computed and the tokens of context that they read, how many requests ran and blocks
-    were held at most, how many were preempted. And of the API server until when it has something to do, and how far it was behind
-    at most (s)."""
+    """How a load went: for each request when its first and its last token came (s; nan: never); how many steps, in how
+    many seconds, the tokens that they computed and those of context that they read, how many requests ran and blocks
+    were held at most; preemptions. Until when the API server has something to do, and how far behind it was (s)."""
 
     first_s: np.ndarray
     last_s: np.ndarray
@@ -63,9 +62,8 @@ class Course:
     behind_s: float = 0.0
 
     def hand_out(self, work_s: float, steps: int, first_end: float, last_end: float) -> float:
-        """When the API server has handed out the tokens of so many steps, which ended from `first_end` to `last_end`: those of each
-        keep it busy for `work_s`, after all it had before. Steps grow longer, so that it is the first or the last one, if any, that
-        finds it idle."""
+        """When the API server has handed out the tokens of so many steps, which ended from `first_end` to `last_end`:
+        those of each keep it busy for `work_s`. Steps grow longer: the first or the last one, if any, finds it idle."""
         self.given_s = max(self.given_s + steps * work_s, first_end + steps * work_s, last_end + work_s)
         self.behind_s = max(self.behind_s, self.given_s - last_end)
         return self.given_s
@@ -276,11 +274,8 @@ class _Play:
         if len(self.seats) < self.limits.requests and not self.waiting:
             most = min(most, max(1, self._until(next_due - self.begins, took, more) + depth - 1))
         if self._held(step + most - 1) > self.limits.blocks:
-            fits = 1
-            while most - fits > 1:
-                middle = (fits + most) // 2
-                fits, most = (middle, most) if self._held(step + middle - 1) <= self.limits.blocks else (fits, middle)
-            most = fits
+            fit = bisect.bisect_right(range(step, step + most), self.limits.blocks, key=self._held)
+            most = max(1, fit)
         return most
 
     @staticmethod

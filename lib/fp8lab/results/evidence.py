@@ -98,8 +98,7 @@ class Evidence:
         return held / running if running else None
 
     def levels(self, variants: Collection[str], rate: float | None = None, *, valid: bool = True) -> dict[str, Summary]:
-        """The summaries of these variants' levels at `rate` (None: at any), by level id; with `valid` only of those
-        that count."""
+        """The summaries of these variants' levels at `rate` (None: any), by level id; with `valid` those that count."""
         held = {level_id: s for level_id, s in self.summaries.items() if s.level.variant in variants}
         held = {level_id: s for level_id, s in held.items() if rate is None or s.level.rate == rate}
         return {level_id: s for level_id, s in held.items() if s.valid or not valid}
@@ -165,18 +164,17 @@ class Evidence:
         is unknown, the records say whether a backlog grew; without records it counts as kept up."""
 
         def kept_up(level_id: str) -> bool:
-            cause, level = self.limit(level_id).cause, self.level(level_id)
-            return cause == "offered load" or (
-                cause == "unknown" and (level is None or keeps_up(level.records) is not False)
-            )
+            if (cause := self.limit(level_id).cause) != "unknown":
+                return cause == "offered load"
+            level = self.level(level_id)
+            return level is None or keeps_up(level.records) is not False
 
         return not all(kept_up(level_id) for level_id in self.levels(variants, rate))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def noise(self, metric: str, *, saturated: bool, burst: bool) -> Noise | None:
-        """The repeat-to-repeat noise of a metric, pooled over the levels of one kind that have repeats: it is small below
-        saturation, and larger where a pile grows than where it was sent at once. Where a kind has no repeats, those of the
-        same saturation stand in."""
+        """The repeat-to-repeat noise of a metric, pooled over levels of one kind that have repeats, else of the same
+        saturation: it is small below that, and larger where a pile grows than where it was sent at once."""
         groups = {
             (rate, bf16): self.cells((bf16, fp8), rate, metric)
             for bf16, fp8, _ in self.pairs()

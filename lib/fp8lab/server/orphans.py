@@ -22,8 +22,7 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True)
 class Leftover:
-    """One server's processes. `owner_pid` started it; `owned` says whether that process still lives, `watched`
-    whether the server's watchdog does."""
+    """One server's processes. `owner_pid` started it; `owned` and `watched`: that process, its watchdog still lives."""
 
     id: str
     variant: str
@@ -74,16 +73,15 @@ def stop(server: Leftover) -> None:
     while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     deadline = time.monotonic() + _GRACE_S
-    while (alive := [p for p in {*processes, *_remaining(server.id)} if _runs(p)]) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        left = find(server.id)
+        alive = [p for p in {*processes, *with_descendants(left.pids if left else ())} if _runs(p)]
+        if not alive:
+            return
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(_POLL_S)
-
-
-def _remaining(id: str) -> list[psutil.Process]:
-    left = find(id)
-    return with_descendants(left.pids) if left else []
 
 
 def _details(value: str) -> dict | None:

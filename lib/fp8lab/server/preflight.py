@@ -93,9 +93,8 @@ def check_cards(what: str, cards: int) -> None:
 
 
 def take_gpus(what: str, cards: int = 1) -> list[Lock]:
-    """The locks on the first `cards` GPUs, for a server called `what`. Raises InUse when another start holds one, or when
-    anything computes on them or fills them: a server beside it would not be measured alone. BadInput for a card that is
-    lost."""
+    """The locks on the first `cards` GPUs, for a server called `what`. Raises InUse when another start holds one, or
+    anything computes on them or fills them, for it would not be measured alone; BadInput for a card that is lost."""
     uuids, locks = gpu.gpu_uuids(cards), []
     if len(uuids) < cards or None in uuids:
         one = "the GPU" if cards == 1 else f"one of the {cards} GPUs"
@@ -151,12 +150,10 @@ def others_on_gpu(
         doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
     said = [describe(o.pid, o.memory_gib) for o in others]
     used, held = gpu.memory_used_gib(cards), [o.memory_gib for o in (*ours, *others)]
-    if (
-        ours
-        and None not in (used, before_gib, *held)
-        and (hidden := used - before_gib - sum(held)) > _IDLE_GIB + 0.5 * (cards - 1)
-    ):
-        said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
+    if ours and None not in (used, before_gib, *held):
+        hidden = used - before_gib - sum(held)
+        if hidden > _IDLE_GIB + 0.5 * (cards - 1):
+            said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
     return said, {o.pid for o in ours}, doubt
 
 

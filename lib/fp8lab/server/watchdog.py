@@ -12,6 +12,7 @@ Standard library only, Linux only, and started by path: it must not fail because
 """
 
 import argparse
+import contextlib
 import ctypes
 import mmap
 import os
@@ -100,10 +101,8 @@ def reap(server: subprocess.Popen) -> None:
     server.poll()
     for pid in descendants(os.getpid(), direct=True):
         if pid != server.pid:
-            try:
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                continue
 
 
 def descendants(ancestor: int, direct: bool = False) -> list[int]:
@@ -111,12 +110,9 @@ def descendants(ancestor: int, direct: bool = False) -> list[int]:
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", "rb") as stat:
-                    # The command, in parentheses, may hold anything; what follows it is numbers.
-                    parents[int(entry)] = int(stat.read().rpartition(b")")[2].split()[1])
-            except OSError:
-                continue
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as stat:
+                # The command, in parentheses, may hold anything; what follows it is numbers.
+                parents[int(entry)] = int(stat.read().rpartition(b")")[2].split()[1])
     if direct:
         return [pid for pid, parent in parents.items() if parent == ancestor]
     found, frontier = [], {ancestor}
@@ -128,30 +124,27 @@ def descendants(ancestor: int, direct: bool = False) -> list[int]:
 
 def blot_out(path: str, secrets) -> None:
     """Overwrites every occurrence of `secrets` in the file, in place, with asterisks."""
-    try:
-        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as text:
-            # The longest first: one may begin another.
-            for secret in sorted(map(os.fsencode, secrets), key=len, reverse=True):
-                at = text.find(secret)
-                while at >= 0:
-                    text[at : at + len(secret)] = b"*" * len(secret)
-                    at = text.find(secret, at)
-    except (OSError, ValueError):
-        return  # gone, or empty: nothing to blot out
+    with (
+        contextlib.suppress(OSError, ValueError),  # gone, or empty: nothing to blot out
+        open(path, "r+b") as file,
+        mmap.mmap(file.fileno(), 0) as text,
+    ):
+        # The longest first: one may begin another.
+        for secret in sorted(map(os.fsencode, secrets), key=len, reverse=True):
+            at = text.find(secret)
+            while at >= 0:
+                text[at : at + len(secret)] = b"*" * len(secret)
+                at = text.find(secret, at)
 
 
 def send(pid: int, signum: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
-    except ProcessLookupError:
-        return
 
 
 def tell(line: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the owner is gone; the work goes on without a listener
         os.write(1, f"{line}\n".encode())
-    except OSError:
-        return  # the owner is gone; the work goes on without a listener
 
 
 if __name__ == "__main__":

@@ -20,11 +20,8 @@ class Occupant:
 @contextlib.contextmanager
 def _nvml():
     """NVML initialised, or None where there is no driver."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -39,22 +36,20 @@ def _nvml():
 
 def gpu_names() -> list[str]:
     """Names of the visible GPUs, in order; empty without a GPU or driver."""
-    with _gpus() as (nvml, handles):
-        names = [_answer(nvml, nvml.nvmlDeviceGetName, handle) for handle in handles]
-        return [name for name in names if name]
+    return [name for name in _each("nvmlDeviceGetName") if name]
 
 
 def visible() -> list[str]:
     """The GPUs that a server started here would see, as CUDA_VISIBLE_DEVICES names them."""
     with _nvml() as nvml:
-        return list(_handles(nvml)) if nvml else []
+        return list(_visible(nvml))
 
 
 def server_environment(cards: int = 1) -> dict[str, str]:
     """The variables with which a server sees its `cards`, the first of those that are read here, in the same order: by their
     place in the machine, as NVML numbers them. CUDA's own order is by speed, and vLLM takes no shortened UUID."""
     with _nvml() as nvml:
-        places = [str(index) for index in _places(nvml).values()] if nvml else []
+        places = [str(index) for index, _ in _visible(nvml).values()]
     named = len(places) > cards or (places and "CUDA_VISIBLE_DEVICES" in os.environ)
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({"CUDA_VISIBLE_DEVICES": ",".join(places[:cards])} if named else {})
 
@@ -68,7 +63,7 @@ def refusal() -> str | None:
             return None
         if text.startswith("MIG-"):
             return f"CUDA_VISIBLE_DEVICES={text} names a MIG slice, and {whole}; name a card (`nvidia-smi -L`)"
-        first = next(iter(_handles(nvml).values()), None)
+        _, first = next(iter(_visible(nvml).values()), (None, None))
         if first is not None and (_answer(nvml, nvml.nvmlDeviceGetMigMode, first) or [0])[0]:
             return f"the GPU is cut into MIG slices, and {whole}; switch MIG off, or choose another card"
         names = sorted({name for _, handle in _all(nvml) if (name := _answer(nvml, nvml.nvmlDeviceGetName, handle))})
@@ -99,9 +94,8 @@ def driver_version() -> str | None:
 
 def memory_used_each_gib(cards: int = 1) -> list[float]:
     """Memory in use on each of the first `cards` GPUs, which a server would take, in GiB; empty when one cannot be read."""
-    with _gpus() as (nvml, handles):
-        each = [_answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle) for handle in handles[:cards]]
-        return [memory.used / 2**30 for memory in each] if None not in each and len(each) == cards else []
+    each = _each("nvmlDeviceGetMemoryInfo", cards)
+    return [memory.used / 2**30 for memory in each] if None not in each and len(each) == cards else []
 
 
 def memory_used_gib(cards: int = 1) -> float | None:
@@ -111,31 +105,27 @@ def memory_used_gib(cards: int = 1) -> float | None:
 
 def memory_gib() -> float | None:
     """The memory of the first GPU in GiB; None without one that can be read."""
-    with _gpus() as (nvml, handles):
-        memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handles[0]) if handles else None
-        return memory.total / 2**30 if memory else None
+    memory = next(iter(_each("nvmlDeviceGetMemoryInfo", 1)), None)
+    return memory.total / 2**30 if memory else None
 
 
 def gpu_uuids(cards: int = 1) -> list[str | None]:
     """The names under which the first `cards` GPUs are known everywhere; None for one that cannot be read."""
-    with _gpus() as (nvml, handles):
-        return [_answer(nvml, nvml.nvmlDeviceGetUUID, handle) for handle in handles[:cards]]
+    return _each("nvmlDeviceGetUUID", cards)
 
 
 def occupants(cards: int = 1) -> list[Occupant]:
-    """Who computes on the first `cards` GPUs, with what each holds of them together. In a container NVML may show none, or
-    pids of the host."""
-    with _gpus() as (nvml, handles):
-        # Some drivers do not tell; the memory in use still does.
-        listed = [_answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or [] for handle in handles[:cards]]
-        found: dict[int, float | None] = {}
-        for process in (process for each in listed for process in each):
-            # All bits set is NVML's "not available".
-            used = process.usedGpuMemory
-            used = used if used is not None and used < 2**60 else None
-            held = found.get(process.pid, 0.0)
-            found[process.pid] = None if None in (used, held) else held + used / 2**30
-        return [Occupant(pid, found[pid]) for pid in sorted(found)]
+    """Who computes on the first `cards` GPUs. In a container NVML may show none, or pids of the host."""
+    # Some drivers do not tell (None); the memory in use still does.
+    listed = _each("nvmlDeviceGetComputeRunningProcesses", cards)
+    found: dict[int, float | None] = {}
+    for process in (process for each in listed for process in each or ()):
+        # All bits set is NVML's "not available".
+        used = process.usedGpuMemory
+        used = used if used is not None and used < 2**60 else None
+        held = found.get(process.pid, 0.0)
+        found[process.pid] = None if None in (used, held) else held + used / 2**30
+    return [Occupant(pid, found[pid]) for pid in sorted(found)]
 
 
 class GpuReader:
@@ -158,7 +148,7 @@ class GpuReader:
     def __enter__(self) -> "GpuReader":
         self._stack = contextlib.ExitStack()
         self._nvml = self._stack.enter_context(_nvml())
-        self._chosen = list(_handles(self._nvml).values())[: self.cards] if self._nvml else []
+        self._chosen = [handle for _, handle in list(_visible(self._nvml).values())[: self.cards]]
         return self
 
     def __exit__(self, *exc) -> None:
@@ -205,18 +195,12 @@ def _answer(nvml, question, *args, per: float = 1):
     return answer if per == 1 else answer / per
 
 
-@contextlib.contextmanager
-def _gpus():
-    """(NVML, the visible GPUs' handles); (None, []) without a driver."""
+def _each(question: str, cards: int | None = None) -> list:
+    """What NVML answers to `question` (a function's name) of each of the first `cards` visible GPUs, or of all; None
+    for one that it does not answer of. Empty without a GPU or driver."""
     with _nvml() as nvml:
-        yield nvml, list(_handles(nvml).values()) if nvml else []
-
-
-def _handles(nvml) -> dict:
-    """The GPUs that a server started here would see, in its order, by their names in CUDA_VISIBLE_DEVICES, which NVML
-    itself ignores."""
-    handles = dict(_all(nvml))
-    return {name: handles[index] for name, index in _places(nvml).items()}
+        chosen = list(_visible(nvml).values())[:cards]
+        return [_answer(nvml, getattr(nvml, question), handle) for _, handle in chosen]
 
 
 def _all(nvml) -> list[tuple]:
@@ -226,15 +210,16 @@ def _all(nvml) -> list[tuple]:
     return [(index, handle) for index, handle in found if handle is not None]
 
 
-def _places(nvml) -> dict[str, int]:
-    """NVML's index of each GPU that CUDA_VISIBLE_DEVICES leaves, by its name there."""
-    there = _all(nvml)
+def _visible(nvml) -> dict[str, tuple]:
+    """(index, handle) of each GPU that a server started here would see, in its order, by its name in
+    CUDA_VISIBLE_DEVICES, which NVML itself ignores; none without NVML."""
+    there = dict(_all(nvml)) if nvml else {}
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return {str(index): index for index, _ in there}
+        return {str(index): (index, handle) for index, handle in there.items()}
     by_uuid = chosen.startswith("GPU-")
-    uuids = {index: _answer(nvml, nvml.nvmlDeviceGetUUID, handle) or "" for index, handle in there} if by_uuid else {}
-    return visible_devices(chosen, [index for index, _ in there], uuids)
+    uuids = {i: _answer(nvml, nvml.nvmlDeviceGetUUID, handle) or "" for i, handle in there.items()} if by_uuid else {}
+    return {name: (index, there[index]) for name, index in visible_devices(chosen, list(there), uuids).items()}
 
 
 def visible_devices(chosen: str, indices: Sequence[int], uuids: Mapping[int, str]) -> dict[str, int]:
