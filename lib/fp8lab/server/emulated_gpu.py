@@ -7,13 +7,13 @@ What is modelled: the forward pass, as a wait. One step takes
 
     max(weight bytes read / HBM, FLOPs / peak) + KV bytes read / HBM + a constant,
 
-with the bytes and FLOPs that `fp8lab.metrics.resources` counts. Cards that share each layer (tensor parallel) do their part
+with the bytes and FLOPs of `fp8lab.config.dimensions`. Cards that share each layer (tensor parallel) do their part
 of them, and reduce their results twice a layer: 2 (n - 1) / n of the activations over the link, and a constant. A step takes
 never less than the tokens that it emits x the API server's serial cost a token. With a step model that was fitted to a real
 card (`metrics.step_model`) a step takes what that says instead. Overlap of scheduling
 and computing, which vLLM has on a GPU, is modelled too: back-to-back steps are timed from the end of the
-last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU
-(see `settings`). Written against vLLM 0.32.0.
+last one. Tokens have no meaning. The card comes as JSON in the environment variable FP8LAB_EMULATED_GPU.
+Written against vLLM 0.32.0.
 """
 
 import functools
