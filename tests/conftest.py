@@ -2,6 +2,7 @@
 as it is told, a run made of whole cloth."""
 
 import contextlib
+import functools
 import gc
 import inspect
 import json
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from fp8lab.paths import PROJECT
+from fp8lab.results.run_folder import open_run
 from fp8lab.server import orphans
 from fp8lab.system import gpu
 
@@ -82,6 +84,12 @@ def _marked_truly():
         patch.setattr(Server, "_launch", checked(Server._launch))
         patch.setattr(notebooks, "execute", checked(notebooks.execute))
         yield
+
+
+@functools.cache
+def recorded(name: str):
+    """A recorded run, opened once a process: what is read and concluded of it is kept with it."""
+    return open_run(source=name)
 
 
 @pytest.fixture(autouse=True)

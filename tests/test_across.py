@@ -9,39 +9,39 @@ import nbformat
 import pytest
 
 import fp8lab as lab
+from conftest import recorded
 from fp8lab.metrics.summary import Summary
 from fp8lab.paths import DATA
 from fp8lab.report import notebooks
 from fp8lab.report.comparison import causes, worth_figure
 from fp8lab.results.evidence import Evidence, evidence
-from fp8lab.results.run_folder import open_run
 
 H100, H200, LONG, EMULATED = "h100-80gb", "h200-80gb", "h100-80gb-long-prompts", "emulated-h100"
 STARTS = "h100-80gb-starts"
 
 
-def recorded(*names):
-    return [open_run(source=name) for name in names]
+def several(*names):
+    return [recorded(name) for name in names]
 
 
 def test_claims_stand_run_by_run_and_a_run_named_twice_once():
-    table = lab.claims_across(*recorded(H200, H100, H200))
+    table = lab.claims_across(*several(H200, H100, H200))
     assert list(table.columns[3:]) == [H200, H100]
-    alone = {v.id: v for v in lab.judge(open_run(source=H100))}
+    alone = {v.id: v for v in lab.judge(recorded(H100))}
     for row in table.rows:
         assert alone[row[0]].verdict in row[4]
     assert table.rows[0][4] == "1.28× (1.17× to 1.39×): not reproduced; stated cause: undecided"
-    emulated = lab.claims_across(*recorded(EMULATED, H100))
+    emulated = lab.claims_across(*several(EMULATED, H100))
     assert emulated.columns[3] == "emulated-h100 (EMULATED)"
     assert {row[3] for row in emulated.rows} == {"not run"}
 
 
 def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
-    rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*recorded(H100, H200, LONG)).rows}
+    rows = {(row[0], row[1], row[2]): row for row in lab.worth_table(*several(H100, H200, LONG)).rows}
     card = rows[LONG, "all at once", "one Python process"]
     assert card[3].startswith("1.65×") and card[6:8] == ("KV capacity", "GPU, nearer memory")
     assert rows[H100, "100 req/s", "one Python process"][6:8] == ("API server", "API server")
-    figure = worth_figure(*recorded(H100, H200, LONG))
+    figure = worth_figure(*several(H100, H200, LONG))
     names = [tick.get_text() for tick in figure.canvas.axes[0].get_yticklabels()]
     assert names[0] == "published, other loads:\nFP8 at 100, BF16 at 50 req/s"
     assert "h100-80gb-long-prompts, all at once\nlimit: BF16 KV capacity, FP8 GPU" in names
@@ -50,7 +50,7 @@ def test_what_fp8_is_worth_names_the_limit_beside_each_ratio():
 
 
 def test_an_invalid_seed_is_no_cause():
-    seen = Evidence(open_run(source=H100))
+    seen = Evidence(recorded(H100))
     whole = causes(seen, "fp8", 100)
     seen.summaries = seen.summaries | {
         "fp8-100rps-r2": dataclasses.replace(seen.summaries["fp8-100rps-r2"], valid=False)
@@ -59,11 +59,11 @@ def test_an_invalid_seed_is_no_cause():
 
 
 def test_an_emulated_run_marks_what_it_is_drawn_in():
-    assert "EMULATED" in lab.worth_table(*recorded(EMULATED, H100)).caption
+    assert "EMULATED" in lab.worth_table(*several(EMULATED, H100)).caption
     # It has one seed: nothing of it is drawn, so that nothing needs the mark.
-    beside = worth_figure(*recorded(EMULATED, H100))
+    beside = worth_figure(*several(EMULATED, H100))
     assert EMULATED not in beside.caption and "EMULATED" not in beside.caption
-    alone = worth_figure(*recorded(EMULATED))
+    alone = worth_figure(*several(EMULATED))
     assert "EMULATED" in alone.caption and any("EMULATED" in text.get_text() for text in alone.canvas.axes[0].texts)
 
 
@@ -79,13 +79,13 @@ def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
         for cell in nbformat.read(notebooks.FRONT, as_version=4).cells
         if cell.cell_type == "markdown"
     )
-    seen = evidence(open_run(source=LONG))
+    seen = evidence(recorded(LONG))
     tokens, joules = (
         seen.compare("fp8", "bf16", math.inf, metric)
         for metric in ("output_token_throughput", "joules_per_output_token")
     )
     assert f"FP8 gives {tokens.value:.2f} times the tokens for {joules.value:.2f} times the energy each" in prose
-    own = evidence(open_run(source=STARTS))
+    own = evidence(recorded(STARTS))
     tokens = own.compare("fp8-rust-graphs", "bf16-rust-graphs", math.inf, "output_token_throughput").value
     levels = {name: own.levels((f"{name}-rust-graphs",)).values() for name in ("fp8", "bf16")}
     assert all(s.power_limited_steady == 1.0 for s in levels["bf16"])
@@ -97,7 +97,7 @@ def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
 
 
 def _frontend_costs(name):
-    summaries = open_run(source=name).summaries()
+    summaries = recorded(name).summaries()
     ids = [f"{variant}-100rps-r{seed}" for variant in ("bf16", "fp8") for seed in (1, 2, 3)]
     costs = [round(summaries[level].frontend_us_per_token) for level in ids]
     return min(costs), max(costs)

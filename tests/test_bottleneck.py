@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import make_records, make_tokens
+from conftest import make_records, make_tokens, recorded
 from fp8lab.config.dimensions import BF16, FP8, fp8_kv, model_shape, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import arrival_times, sharegpt_like
@@ -27,7 +27,6 @@ from fp8lab.metrics.resources import POWER, clock, roofline
 from fp8lab.metrics.summary import ServerInfo, Summary
 from fp8lab.paths import DATA
 from fp8lab.results.evidence import evidence
-from fp8lab.results.run_folder import open_run
 
 IDLE = {
     "gpu_util_steady": 0.99,
@@ -174,7 +173,7 @@ def test_a_run_without_the_reasons_says_what_its_power_is_consistent_with():
     seen = judged(records, sampled(records, 1.0).assign(gpu_power_w=694.0, gpu_sm_mhz=1510.0))
     assert seen.cause == "GPU, nearer compute" and "consistent with the power limit" in seen.evidence
     assert "power limit" not in judged(records, sampled(records, 1.0)).evidence
-    h100 = evidence(open_run(source="h100-80gb"))
+    h100 = evidence(recorded("h100-80gb"))
     for repeat in (1, 2, 3):
         assert "consistent with the power limit" in h100.limit(f"bf16-rust-graphs-infrps-r{repeat}").evidence
         assert "power limit" not in h100.limit(f"fp8-rust-infrps-r{repeat}").evidence
@@ -183,7 +182,7 @@ def test_a_run_without_the_reasons_says_what_its_power_is_consistent_with():
 
 def test_every_reader_of_a_level_has_the_same_steady_window():
     """Where the token timestamps are not kept, the window is the stored one and not another guess."""
-    seen = evidence(open_run(source="h100-80gb"))
+    seen = evidence(recorded("h100-80gb"))
     for level_id, summary in seen.summaries.items():
         level = seen.level(level_id)
         begin, end = summary.window
@@ -208,7 +207,7 @@ def test_a_full_api_server_that_holds_nothing_back_is_not_the_limit():
 
 @pytest.mark.parametrize("name", ["h100-80gb", "h100-80gb-long-prompts", "h200-80gb", "emulated-h100"])
 def test_every_recorded_level_is_attributed(name):
-    seen = evidence(open_run(source=name))
+    seen = evidence(recorded(name))
     for level_id, summary in seen.summaries.items():
         found = seen.limit(level_id)
         assert found.cause in (*CAUSES, "emulated card") and found.evidence, level_id

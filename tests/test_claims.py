@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import fp8lab as lab
+from conftest import recorded
 from fp8lab.config.profile_file import read_profile
 from fp8lab.paths import DATA
 from fp8lab.report import claims, drawing, judges, verdict
@@ -154,7 +155,7 @@ def test_claims_json_holds_all_that_a_verdict_needs(run):
 
 
 def test_the_recorded_run_judges_what_was_recommended():
-    verdicts = {v.id: v for v in claims.judge(open_run(source="h200-80gb"))}
+    verdicts = {v.id: v for v in claims.judge(recorded("h200-80gb"))}
     assert verdicts["R3"].verdict == "reproduced" and 1 < verdicts["R3"].measured < 4
     assert verdicts["R2"].interval[0] < verdicts["R2"].measured < verdicts["R2"].interval[1]
     assert "pre-quantised checkpoint" in verdicts["R2"].reason
@@ -182,7 +183,7 @@ def test_figures_draw_what_there_is(run, draw, levels):
 
 
 def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
-    drawn = {name: lab.memory_figure(open_run(source=name)) for name in ("h100-80gb", "h200-80gb")}
+    drawn = {name: lab.memory_figure(recorded(name)) for name in ("h100-80gb", "h200-80gb")}
     said = {name: [text.get_text() for text in one.canvas.axes[0].texts] for name, one in drawn.items()}
     assert {"vLLM's share 71.6", "the card 79.6"} <= set(said["h100-80gb"])
     assert "vLLM's share 71.3" in said["h200-80gb"]  # held to the memory of a smaller card
@@ -190,7 +191,7 @@ def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
 
 
 def test_a_colour_of_a_variant_means_that_variant():
-    lines = lab.batching_figure(open_run(source="h200-80gb")).canvas.axes[0].lines
+    lines = lab.batching_figure(recorded("h200-80gb")).canvas.axes[0].lines
     assert len(lines) >= 3 and not {line.get_color() for line in lines} & {color for color, _ in drawing.STYLE.values()}
 
 
@@ -230,14 +231,14 @@ def test_tables_escape_what_they_show():
 def test_a_reservation_too_little_for_the_requests_is_said_to_be():
     said = {}
     for name, level_id in (("h100-80gb-long-prompts", "fp8-infrps-r1"), ("h100-80gb", "fp8-100rps-r1")):
-        seen = evidence(open_run(source=name))
+        seen = evidence(recorded(name))
         said[name] = judges._paging_waste(verdict.claim_of("R3"), seen, [level_id])["reason"]
     assert said["h100-80gb-long-prompts"].endswith("reserving 2,048 tokens a request would be too little for some")
     assert said["h100-80gb"].endswith("%")
 
 
 def test_parts_of_a_run_may_be_machines_or_commits():
-    reason = next(v.reason for v in claims.judge(open_run(source="h200-80gb")) if v.id == "R2")
+    reason = next(v.reason for v in claims.judge(recorded("h200-80gb")) if v.id == "R2")
     assert "measured in parts 1, 4 of the run (other machines or commits, run.json)" in reason
 
 
@@ -314,13 +315,13 @@ def test_memory_is_judged_by_all_valid_seeds_and_not_by_half_of_the_loads(run, t
 
 def test_the_recorded_runs_judge_memory_and_name_where_it_ran_out():
     for name in ("h100-80gb", "h200-80gb"):
-        seen = evidence(open_run(source=name))
+        seen = evidence(recorded(name))
         found = next(v for v in claims.judge(seen.run) if v.id == "M1")
         by_hand = [s for s in seen.summaries.values() if s.level.variant == "bf16" and s.level.rate in (50, 100)]
         assert found.verdict == "not reproduced" and len(by_hand) == 6 and len(found.levels) == 12
         assert found.measured == pytest.approx(100 * max(s.kv_cache_usage_max for s in by_hand)) and found.measured < 95
         assert sum(s.preemptions + s.failed for s in by_hand) == 0
-    found = next(v for v in claims.judge(open_run(source="h100-80gb-long-prompts")) if v.id == "M1")
+    found = next(v for v in claims.judge(recorded("h100-80gb-long-prompts")) if v.id == "M1")
     told = "memory did run out: bf16-infrps-r1, bf16-infrps-r2, bf16-infrps-r3 (120 preemptions, 0 failed requests"
     assert found.verdict == "not run" and told in found.reason and "fp8-infrps" not in found.reason
 
@@ -360,7 +361,7 @@ def test_one_rule_judges_by_the_interval(direction, low, value, high, expected):
 
 def test_other_variants_stand_for_the_published_ones():
     """The same requests behind another API server: its levels are judged, told apart, and nothing else is."""
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     instead = {"bf16": "bf16-rust", "fp8": "fp8-rust"}
     verdicts = {one.id: one for one in lab.judge(run, instead)}
     assert list(verdicts) == ["C1", "C2", "C3", "C4", "R1", "R2", "R3"]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import fp8lab as lab
+from conftest import recorded
 from fp8lab.errors import BadInput
 from fp8lab.metrics.summary import Summary
 from fp8lab.report.claims import _FIGURES
@@ -19,14 +20,14 @@ ABOUT = ["C1", "C2", "C3", "C4", "M1", "R1", "R3", "B1", *_FIGURES]
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("about", ABOUT)
 def test_every_run_has_a_conclusion_about_everything(name, about):
-    said = lab.conclusion(open_run(source=name), about)
+    said = lab.conclusion(recorded(name), about)
     assert said.so.endswith((".", ".)")) or said.so[-1].isalnum() or said.so[-1] == "%"
     assert said.so.startswith("EMULATED") == (name == "emulated-h100")
     assert said._repr_html_().startswith("<p><strong>") and "nan" not in repr(said) and "None" not in repr(said)
 
 
 def test_a_conclusion_says_what_the_verdict_says():
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     verdicts = {one.id: one for one in lab.judge(run)}
     for claim in ("C1", "C3", "M1", "R2"):
         said = lab.conclusion(run, claim)
@@ -38,13 +39,13 @@ def test_a_conclusion_says_what_the_verdict_says():
     means = lab.levels(run).groupby(["variant", "rate"])["steady_output_token_throughput"].mean()
     assert f"{means.max():,.0f} tokens/s: {means.idxmax()[0]}, all at once" in lab.conclusion(run, "saturation").so
     assert lab.conclusion(run, "kv_capacity").so == "The KV cache was the limit of no level."
-    full = lab.conclusion(open_run(source="h100-80gb-long-prompts"), "kv_capacity").so
+    full = lab.conclusion(recorded("h100-80gb-long-prompts"), "kv_capacity").so
     assert full.startswith("The KV cache was the limit of bf16-infrps-r1, bf16-infrps-r2, bf16-infrps-r3")
 
 
 def test_a_conclusion_changes_with_its_run():
     """The same levels with BF16 three times as fast at 50 req/s: what is concluded follows."""
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     seen = evidence(run)
     before = lab.conclusion(run, "equal_load").because
     faster = {
@@ -62,11 +63,11 @@ def test_a_conclusion_changes_with_its_run():
 
 def test_what_is_concluded_about_nothing_known_is_refused():
     with pytest.raises(BadInput, match="nothing is concluded about 'C9' .there are: C1, .*objective"):
-        lab.conclusion(open_run(source="emulated-h100"), "C9")
+        lab.conclusion(recorded("emulated-h100"), "C9")
 
 
 def test_the_levels_of_a_run_are_one_table():
-    run = open_run(source="h100-80gb")
+    run = recorded("h100-80gb")
     frame = lab.levels(run)
     assert isinstance(frame, pd.DataFrame) and list(frame.index) == list(run.summaries())
     fields = {field.name for field in dataclasses.fields(Summary)} - {"level", "server"}
@@ -91,7 +92,7 @@ def test_an_empty_run_has_an_empty_table(tmp_path):
 
 
 def test_setups_pair_variants_that_differ_in_their_bases_alone():
-    seen = Evidence(open_run(source="h200-80gb"))
+    seen = Evidence(recorded("h200-80gb"))
     assert [setup for *_, setup in seen.pairs()] == ["one Python process", "4 Python processes", "Rust"]
     assert seen.setups("bf16", "fp8-weights", "fp8-kv", "fp8")["Rust"]["fp8-kv"] == "fp8-kv-rust"
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import fp8lab as lab
+from conftest import recorded
 from fp8lab.config.dimensions import model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
@@ -34,7 +35,7 @@ FIGURES = [
 def run(request, tmp_path):
     if request.param == "empty":
         return open_run(tmp_path / "run", read_profile("h100-80gb"))
-    return open_run(source=request.param)
+    return recorded(request.param)
 
 
 @pytest.mark.parametrize("draw", TABLES)
@@ -78,7 +79,7 @@ def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
     assert _steps(shape, context=0)["decode for 32"] == pytest.approx(32)
     steps = _steps(shape, context=400)
     assert steps["decode for 256"] < card.bf16_flops / card.hbm_bytes_per_s < steps["prefill of 2,048"]
-    figure = lab.roofline_figure(open_run(source="h100-80gb"))
+    figure = lab.roofline_figure(recorded("h100-80gb"))
     assert re.search(r"memory is the limit of decode for 32 .*; compute is the limit of prefill", figure.caption)
     ticks = [note.get_text() for note in figure.canvas.axes[0].texts if re.match("decode|prefill", note.get_text())]
     assert ticks == list(steps) and all(f"{tick} (" in figure.caption for tick in ticks)
@@ -86,24 +87,24 @@ def test_decode_is_bound_by_memory_and_prefill_by_compute_by_arithmetic():
 
 def test_without_telemetry_no_step_is_drawn_or_told(monkeypatch):
     monkeypatch.setattr(Evidence, "kv_tokens_a_request", lambda self: None)
-    figure = lab.roofline_figure(open_run(source="h100-80gb"))
+    figure = lab.roofline_figure(recorded("h100-80gb"))
     assert "Ticks" not in figure.caption and not any(
         "decode" in note.get_text() for note in figure.canvas.axes[0].texts
     )
 
 
 def test_the_caption_explains_the_markers_that_were_drawn():
-    told = {name: lab.saturation_figure(open_run(source=name)).caption for name in ("h100-80gb", "h200-80gb")}
+    told = {name: lab.saturation_figure(recorded(name)).caption for name in ("h100-80gb", "h200-80gb")}
     assert "left half full for 4 Python processes" in told["h200-80gb"]
     assert ("lower half full" in told["h100-80gb"], "lower half full" in told["h200-80gb"]) == (True, False)
-    assert "Markers" not in lab.saturation_figure(open_run(source="h100-80gb-long-prompts")).caption
+    assert "Markers" not in lab.saturation_figure(recorded("h100-80gb-long-prompts")).caption
 
 
 def test_a_whole_runs_gain_is_its_ramp_and_drain_only_beyond_the_steady_states_interval(monkeypatch):
-    told = {row[1]: row[5] for row in lab.equal_load_table(open_run(source="h200-80gb")).rows if "kept up" in row[5]}
+    told = {row[1]: row[5] for row in lab.equal_load_table(recorded("h200-80gb")).rows if "kept up" in row[5]}
     assert "in its ramp and drain; steady state 1.00×" in told["50 req/s"]
     assert told["60 req/s"].endswith("(both kept up; steady state 1.06× (1.00 to 1.13))")
-    seen, said = evidence(open_run(source="h200-80gb")), []
+    seen, said = evidence(recorded("h200-80gb")), []
     at_50 = Compared("one Python process", 50, "", {"bf16": "bf16", "fp8": "fp8"}, Ratio(1.05, 1.01, 1.09, 3, ""))
     for steady in (Ratio(1.2, 1.1, 1.3, 3, ""), Ratio(0.9, 0.8, 0.95, 3, "")):
         monkeypatch.setattr(Evidence, "compare", lambda self, *_, steady=steady: steady)
@@ -112,21 +113,21 @@ def test_a_whole_runs_gain_is_its_ramp_and_drain_only_beyond_the_steady_states_i
 
 
 def test_a_reservation_that_cannot_hold_the_requests_is_no_waste():
-    rows = dict(lab.paging_table(open_run(source="h100-80gb-long-prompts")).rows)
+    rows = dict(lab.paging_table(recorded("h100-80gb-long-prompts")).rows)
     assert rows["reserving 2,048 tokens a request"] == "too little: some hold more"
     assert rows["reserving 8,192 tokens a request"].endswith("%") and rows["the same, as published"] == "at most 4%"
-    assert "%" in dict(lab.paging_table(open_run(source="h100-80gb")).rows)["reserving 2,048 tokens a request"]
+    assert "%" in dict(lab.paging_table(recorded("h100-80gb")).rows)["reserving 2,048 tokens a request"]
 
 
 def test_a_level_of_unknown_limit_keeps_up_if_its_records_say_so(monkeypatch):
     monkeypatch.setattr(Evidence, "limit", lambda self, level_id: Limit("unknown", "no GPU was sampled"))
-    seen = Evidence(open_run(source="h200-80gb"))
+    seen = Evidence(recorded("h200-80gb"))
     assert not seen.saturated("bf16", rate=25)
     assert seen.saturated("bf16", rate=100) and seen.saturated("bf16", rate=math.inf)
 
 
 def test_a_level_that_does_not_count_is_left_out_everywhere():
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     whole, seen = Evidence(run), Evidence(run)
     seen.summaries = {
         level_id: dataclasses.replace(s, valid=False, completed=0) if level_id == "fp8-60rps-r1" else s
@@ -149,7 +150,7 @@ def test_variants_are_told_apart_without_colour():
 
 def test_the_recorded_ratios_can_be_had_from_the_records_by_hand():
     """A spreadsheet's way: tokens over (last token - first sending), FP8 over BF16, the mean of the three seeds."""
-    seen, logs = evidence(open_run(source="h200-80gb")), []
+    seen, logs = evidence(recorded("h200-80gb")), []
     for seed in (1, 2, 3):
         rate = {}
         for variant in ("bf16", "fp8"):
@@ -163,7 +164,7 @@ def test_the_recorded_ratios_can_be_had_from_the_records_by_hand():
 
 
 def test_a_comparison_says_in_which_parts_of_the_run_it_was_measured():
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     begun = sorted(place["created"] for place in [run.manifest, *run.manifest["continued"]])
     assert len(begun) == 4
     equal = {(row[1], row[2]): row[-1] for row in lab.equal_load_table(run).rows}
@@ -171,11 +172,11 @@ def test_a_comparison_says_in_which_parts_of_the_run_it_was_measured():
     assert equal["60 req/s", "one Python process"] == "3, 4" and equal["60 req/s", "Rust"] == "4"
     assert {row[-1] for row in lab.ablation_table(run).rows if row[2] == "Rust"} == {"1, 4"}
     # A run in one part has no such column.
-    assert "part" not in str(lab.equal_load_table(open_run(source="emulated-h100")).columns)
+    assert "part" not in str(lab.equal_load_table(recorded("emulated-h100")).columns)
 
 
 def test_the_plan_is_arithmetic_on_the_bracket():
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     row = next(r for r in lab.capacity_plan(run, MLPERF_SERVER, 500).rows if r[0] == "bf16")
     low, planned, cards = float(row[1]), float(row[2]), int(row[3])
     assert planned == pytest.approx(low * 0.8, abs=0.05) and cards == -(-500 // planned)
@@ -186,7 +187,7 @@ def test_the_plan_is_arithmetic_on_the_bracket():
 
 
 def test_a_recorded_run_brackets_its_limit():
-    run = open_run(source="h200-80gb")
+    run = recorded("h200-80gb")
     with lab.serve(run.profile, "bf16", run=run) as server:
         assert lab.find_max_rate(server, MLPERF_SERVER, run=run) == (60, 75)
 
@@ -198,20 +199,20 @@ def test_the_function_measure_is_not_hidden_by_the_room_of_that_name():
 
 
 def test_the_clock_figure_shows_what_was_sampled():
-    held = lab.clock_figure(open_run(source="h100-80gb-starts"))
+    held = lab.clock_figure(recorded("h100-80gb-starts"))
     assert "Levels bf16-rust-graphs-infrps-r1 and fp8-rust-graphs-infrps-r1" in held.caption
-    said = lab.conclusion(open_run(source="h100-80gb-starts"), "clock")
+    said = lab.conclusion(recorded("h100-80gb-starts"), "clock")
     assert "the power limit held the clock back in 100% of the samples" in said.because
     assert "Ticks: samples in which NVML named the power limit" in held.caption
-    before = lab.clock_figure(open_run(source="h100-80gb"))
+    before = lab.clock_figure(recorded("h100-80gb"))
     assert "What held the clock back was not sampled in this run" in before.caption
-    assert "consistent with the power limit" in lab.conclusion(open_run(source="h100-80gb"), "clock").because
-    emulated = lab.clock_figure(open_run(source="emulated-h100"))
+    assert "consistent with the power limit" in lab.conclusion(recorded("h100-80gb"), "clock").because
+    emulated = lab.clock_figure(recorded("emulated-h100"))
     assert "no GPU was sampled" in [text.get_text() for text in emulated.canvas.axes[0].texts]
 
 
 def test_a_comparison_names_the_clocks_that_it_also_compares():
-    run = open_run(source="h100-80gb")
+    run = recorded("h100-80gb")
     rows = {(row[0], row[1], row[2]): row for row in lab.equal_load_table(run).rows}
     row = rows["output tokens/s, whole run", "all at once", "Rust, max-cudagraph-capture-size 1024"]
     assert row[3] == "1.242" and row[6] == "1.30× (1,959 / 1,512 MHz)"

@@ -9,6 +9,7 @@ from statistics import fmean, geometric_mean, median
 import pytest
 
 import fp8lab as lab
+from conftest import recorded
 from fp8lab import cli
 from fp8lab.experiment.anatomy import anatomies, floors_of
 from fp8lab.experiment.predict import PYTHON_US, highest_rate, step_models
@@ -40,7 +41,7 @@ GOAL = SLO("both", 200, 50)
 
 def test_the_claims_table_is_that_of_the_recorded_runs():
     block = re.search(r"<!-- claims h100-80gb h200-80gb -->\n(.*?)\n<!-- end -->", DATA_README, re.DOTALL)[1]
-    assert block.strip() == claims_across(*(open_run(source=name) for name in RECORDED)).to_markdown()
+    assert block.strip() == claims_across(*(recorded(name) for name in RECORDED)).to_markdown()
 
 
 def busy_in_large_steps(seen, level_id: str) -> float:
@@ -66,7 +67,7 @@ def held_back(seen, suffix: str, seeds: int) -> list[str]:
 def headline_numbers() -> list[str]:
     """The numbers that the READMEs' prose rests on, as it writes them."""
     h100, seen, long_prompts, starts = (
-        evidence(open_run(source=name)) for name in (*RECORDED, "h100-80gb-long-prompts", "h100-80gb-starts")
+        evidence(recorded(name)) for name in (*RECORDED, "h100-80gb-long-prompts", "h100-80gb-starts")
     )
     metric, joules = "output_token_throughput", "joules_per_output_token"
     ratios = [
@@ -155,7 +156,7 @@ def unsealed_numbers() -> list[str]:
     """Those of the card with nothing in its way, and of a step taken apart."""
     metrics = "output_token_throughput", "steady_output_token_throughput"
     seen, both, first, conv, code, short = (
-        evidence(open_run(source=f"h100-80gb{name}"))
+        evidence(recorded(f"h100-80gb{name}"))
         for name in ("-unseal", "-unsealed", "", "-azure-conv", "-azure-code", "-128-128")
     )
     told, limits = [], ["API server", "EngineCore", "GPU", "GPU", "GPU", "GPU"]
@@ -171,7 +172,7 @@ def unsealed_numbers() -> list[str]:
     told += [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
     last = [mean_of(one, "fp8-unsealed", metrics[0]) for one in (both, seen)]
     told.append(f"{min(last):,.0f} and {max(last):,.0f} in two runs")
-    there = [evidence(open_run(source=f"h200-80gb{name}")) for name in ("", "-versions", "-x2-8b")]
+    there = [evidence(recorded(f"h200-80gb{name}")) for name in ("", "-versions", "-x2-8b")]
     ends = [mean_of(there[0], "fp8", metrics[0])]
     ends += [mean_of(one, "fp8-unsealed", metric) for metric in metrics for one in there[1:]]
     told.append(
@@ -249,7 +250,7 @@ def unsealed_numbers() -> list[str]:
 
 def recipe_numbers() -> list[str]:
     """Those of the number formats side by side."""
-    seen = evidence(open_run(source="h200-80gb-recipes"))
+    seen = evidence(recorded("h200-80gb-recipes"))
     tokens, joules, tpot = "output_token_throughput", "joules_per_output_token", "mean_tpot_ms"
     took = {row[0]: row[3] for row in lab.checkpoints_table(seen.run).rows}
     told = [f"| `bf16` | {took['bf16']} | {mean_of(seen, 'bf16', tokens):,.0f} tokens/s | {mean_of(seen, 'bf16', joules):.4f} J | "
@@ -275,7 +276,7 @@ def recipe_numbers() -> list[str]:
     )
     told.append(f"loads in {static} of the time with one scale a tensor and in {channel} by channel, about a second of a start of "
                 f"{first} to {last}.")  # fmt: skip
-    card = evidence(open_run(source="h100-80gb-recipes"))
+    card = evidence(recorded("h100-80gb-recipes"))
     (worth, cost), (too, its) = (
         [card.compare(one, "bf16", math.inf, metric) for metric in (tokens, joules)] for one in ("fp8-online", "int8")
     )
@@ -290,7 +291,7 @@ def recipe_numbers() -> list[str]:
 
 def card_numbers() -> list[str]:
     """Those of one card and two, and of whose weights take how many joules."""
-    seen, formats = (evidence(open_run(source=f"h200-80gb-{name}")) for name in ("x2-8b", "recipes"))
+    seen, formats = (evidence(recorded(f"h200-80gb-{name}")) for name in ("x2-8b", "recipes"))
     tokens, steady, joules = "output_token_throughput", "steady_output_token_throughput", "joules_per_output_token"
     own = [mean_of(seen, "fp8-unsealed", m) / mean_of(formats, "fp8-online", m) for m in (joules, steady, tokens)]
     told = [
@@ -327,7 +328,7 @@ def card_numbers() -> list[str]:
 
 def format_steps() -> list[str]:
     """Those of a step in four number formats."""
-    found = anatomies(open_run(source="h200-80gb-recipes"))
+    found = anatomies(recorded("h200-80gb-recipes"))
     full, small = (
         {v: one.decode.times for v, batches in found.items() for one in batches if one.batch == n} for n in (1024, 64)
     )
@@ -351,7 +352,7 @@ def half_numbers() -> list[str]:
     tokens, steady, joules = "output_token_throughput", "steady_output_token_throughput", "joules_per_output_token"
     told = []
     for name, fp8, bf16, cards in (("x2-32b", "fp8", "bf16-tp2", "two"), ("x4-70b", "fp8-tp2", "bf16-tp4", "four")):
-        seen = evidence(open_run(source=f"h200-80gb-{name}"))
+        seen = evidence(recorded(f"h200-80gb-{name}"))
         assert {seen.limit(level).cause for level in seen.levels((bf16,), math.inf)} == {"GPU power limit"}
         half, whole = (mean_of(seen, variant, tokens) for variant in (fp8, bf16))
         worth, then, cost = (seen.compare(fp8, bf16, math.inf, metric) for metric in (tokens, steady, joules))
@@ -395,7 +396,7 @@ def version_numbers() -> list[str]:
     """Those of a newer vLLM beside the one of the recorded runs."""
     told = []
     for run, variant in (("h100-80gb-versions", "fp8-online"), ("h200-80gb-versions", "fp8-unsealed")):
-        seen, newer = evidence(open_run(source=run)), f"{variant}-033"
+        seen, newer = evidence(recorded(run)), f"{variant}-033"
         names = ("output_token_throughput", "steady_output_token_throughput", "joules_per_output_token")
         whole, steady, cost = (seen.compare(newer, variant, math.inf, name) for name in names)
         new, old = (mean_of(seen, one, names[0]) for one in (newer, variant))
@@ -429,7 +430,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     assert len(rows) == 16
     named, near, full, worst, late, joules, short = [], [], [], [0.0, 0.0], [], [], []
     for fitted, scaled, of, count, told in rows:
-        run = open_run(source=fitted if of == "the same run" else of.strip("`"))
+        run = recorded(fitted if of == "the same run" else of.strip("`"))
         models = step_models(fitted, card=f"{run.path.name[:4]}-80gb" if scaled else "")
         if run.path.name.endswith(("-recipes", "-versions")) and fitted == "h100-80gb-unsealed":
             models |= {name: models[fit] for name, fit in other_names.items()}
@@ -467,7 +468,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     )
     assert f"foretold {100 * min(late):.0f} to {100 * max(late):.0f} % too long" in " ".join(DATA_README.split())
     assert f"is named rightly in {sum(named)} of the {len(named)} that" in " ".join(DATA_README.split())
-    recipes = evidence(open_run(source="h200-80gb-recipes"))
+    recipes = evidence(recorded("h200-80gb-recipes"))
     odd = [mean_of(recipes, f"fp8-{form}", "mean_tpot_ms", 50) for form in ("online", "static", "channel")]
     said = f"took {odd[0]:.1f} ms a token where FP8's other two forms took {odd[1]:.1f} and {odd[2]:.1f}."
     assert sorted(short) == [("fp8-online", 25, "10"), ("fp8-online", 100, "12")]
@@ -475,7 +476,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
     assert len(near) - sum(near) == 5 and said in " ".join(DATA_README.split())
     bursts = [
         s.output_token_throughput
-        for level, s in open_run(source="h200-80gb").summaries().items()
+        for level, s in recorded("h200-80gb").summaries().items()
         if level.startswith("fp8-rust-inf")
     ]
     said = "which served {:,.0f}, {:,.0f} and {:,.0f} tokens/s: the fit saw the slowest".format(*bursts)
@@ -484,7 +485,7 @@ def test_what_is_foretold_is_as_far_off_as_is_said():
 
 @pytest.mark.servers  # half a minute, though it starts none
 def test_a_highest_rate_was_foretold_as_is_said():
-    seen, draw, told = evidence(open_run(source="h200-80gb-x4-70b")), lab.drawing(), " ".join(DATA_README.split())
+    seen, draw, told = evidence(recorded("h200-80gb-x4-70b")), lab.drawing(), " ".join(DATA_README.split())
     (bf16, fp8), measured = (
         [highest_rate(variant, model, draw, GOAL) for variant, model in step_models("h200-80gb-x4-70b").items()],
         seen.slo_limit("bf16-tp4", GOAL),
@@ -502,7 +503,7 @@ def test_a_highest_rate_was_foretold_as_is_said():
 def test_what_one_python_api_server_hands_out_is_as_far_off_as_is_said():
     models, run, off = (
         step_models("h100-80gb-unsealed"),
-        open_run(source="h100-80gb"),
+        recorded("h100-80gb"),
         {"all": [], "own": [], "free": []},
     )
     full = [
@@ -534,7 +535,7 @@ def test_what_one_python_api_server_hands_out_is_as_far_off_as_is_said():
 def answer():
     """The numbers of README's table and of the sentence under it, by what they are."""
     h100, h200, long_prompts, starts, steps, *unsealed = (
-        evidence(open_run(source=name))
+        evidence(recorded(name))
         for name in (*RECORDED, *(f"h100-80gb-{name}" for name in ("long-prompts", "starts", "unseal", *UNSEALED)))
     )
     metric, peak = "output_token_throughput", "peak_concurrent_requests_vllm"
@@ -562,7 +563,7 @@ def answer():
         ],
         "joules": f"{h100.compare('fp8', 'bf16', 50, 'joules_per_output_token').value:.2f}",
         "half": [
-            f"{2 * evidence(open_run(source=f'h200-80gb-{run}')).compare(fp8, bf16, math.inf, name).value:.2f}"
+            f"{2 * evidence(recorded(f'h200-80gb-{run}')).compare(fp8, bf16, math.inf, name).value:.2f}"
             for run, fp8, bf16 in (("x2-32b", "fp8", "bf16-tp2"), ("x4-70b", "fp8-tp2", "bf16-tp4"))
             for name in (metric, "steady_output_token_throughput")
         ],
@@ -614,10 +615,10 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
 def test_what_limited_the_levels_behind_the_answer():
     """Where README's table names a cause, the kit does."""
     for name in RECORDED:
-        seen = evidence(open_run(source=name))
+        seen = evidence(recorded(name))
         causes = [seen.limit(level_id).cause for level_id in seen.levels(("fp8",), 100)]
         assert causes.count("API server") == len(causes)
-    starts, long_prompts = (evidence(open_run(source=name)) for name in ("h100-80gb-starts", "h100-80gb-long-prompts"))
+    starts, long_prompts = (evidence(recorded(name)) for name in ("h100-80gb-starts", "h100-80gb-long-prompts"))
     assert {starts.limit(level_id).cause for level_id in starts.levels(("bf16-rust-graphs",))} == {"GPU power limit"}
     assert {long_prompts.limit(level_id).cause for level_id in long_prompts.levels(("bf16",))} == {"KV capacity"}
 
@@ -628,7 +629,7 @@ def test_a_readme_is_read_in_a_few_minutes(name):
 
 
 def test_the_answers_are_those_of_the_recorded_run():
-    held = comparisons(open_run(source="smollm2-h200"))
+    held = comparisons(recorded("smollm2-h200"))
     for variant, name in {"fp8-weights": "FP8 weights", "fp8-kv": "FP8 KV cache, scale 1.0", "fp8": "both"}.items():
         one, floor = held[variant], held["bf16-again"]
         ratio, same, length = one.perplexity_ratio, one.top1_agreement.value, one.output_ratio
@@ -642,7 +643,7 @@ def test_the_answers_are_those_of_the_recorded_run():
 
 
 def test_what_other_formats_do_to_answers_is_that_of_the_recorded_run():
-    held, told = comparisons(open_run(source="smollm2-h200-recipes")), " ".join(DATA_README.split())
+    held, told = comparisons(recorded("smollm2-h200-recipes")), " ".join(DATA_README.split())
     floor = held["bf16-again"]
     int4 = "INT4 in groups of 64"
     names = {
@@ -661,7 +662,7 @@ def test_what_other_formats_do_to_answers_is_that_of_the_recorded_run():
     same, apart = 100 * floor.top1_agreement.value, floor.kl_mean.value
     assert f"BF16 agrees with itself there at {same:.1f} % of positions, {apart:.4f} nats apart." in told
     # "By perplexity and likeliest token ... about as much as FP8 weights do", whose answers are no longer
-    fp8 = comparisons(open_run(source="smollm2-h200"))
+    fp8 = comparisons(recorded("smollm2-h200"))
     assert abs(held["int8"].perplexity_ratio.value - fp8["fp8-weights"].perplexity_ratio.value) < 0.005
     assert abs(held["int8"].top1_agreement.value - fp8["fp8-weights"].top1_agreement.value) < 0.01
     assert not distinguishable("output_ratio", fp8["fp8-weights"], fp8["bf16-again"])
@@ -672,7 +673,7 @@ def test_the_fastest_commands_give_the_answers_of_the_published_ones():
         ("smollm2-h100-unsealed", "bf16", "(`smollm2-h100-unsealed`) the likeliest token is the same at"),
         ("smollm2-h100-unsealed-fp8", "fp8", "(`smollm2-h100-unsealed-fp8`) at"),
     ):
-        run = open_run(source=name)
+        run = recorded(name)
         held = comparisons(run)
         one, floor = held[f"{reference}-unsealed"], held[f"{reference}-again"]
         same, again = (100 * each.top1_agreement.value for each in (one, floor))
