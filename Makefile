@@ -58,11 +58,12 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# So many files at a time: what the tests of a file share is made once. Three where tests wait more than they compute.
+# So many files at a time: what the tests of a file share is made once. More than there are cores,
+# since tests wait too.
 BESIDE = $(PYTEST) -n $(1) --dist loadfile
 
 quick: lint
-	$(call BESIDE,2) -m "not servers and not timing" $(ARGS)
+	$(call BESIDE,3) -m "not servers and not timing" $(ARGS)
 
 # What fails beside another test (pytest's exit code 1), since a server fills a core or since it times itself, is run once
 # more, alone.
