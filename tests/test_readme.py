@@ -614,7 +614,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C4：每个 token 39 ms，仍可用 | {shown['C4']} | 卡在同一个 API server 上 | {a['C4'][0]} 和 {a['C4'][1]} ms |",
         f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达，换用 Rust API server 和更大的 CUDA graph，BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "
         f"每个 token 的能耗只有 {a['joules']} 倍。",
-        f"全程从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，稳定阶段从 {a['unsealed'][3]} 升到 {a['unsealed'][2]}。 此时 FP8 是 BF16 的 {each[0]} 倍（权重换成随机抽取的真实量级，另一台机器上是 {a['drawn']} 倍）；"
+        f"全程从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}，稳定阶段从 {a['unsealed'][3]} 升到 {a['unsealed'][2]}。 此时 FP8 是 BF16 的 {each[0]} 倍（权重改为按正态分布抽取，在另一台机器上是 {a['drawn']} 倍）；"
         f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
         "平均每张卡的吞吐是 BF16 用两张卡时的 {} 倍（稳态 {} 倍）；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {} 倍（稳态 {} 倍，两台主机）".format(
             *a["half"]
