@@ -182,7 +182,14 @@ def test_the_guard_closes_a_websocket_and_lets_a_lifespan_pass(monkeypatch):
 
 def test_the_log_says_how_far_a_start_is_and_why_it_failed():
     text = "(EngineCore pid=1) INFO 11-23 22:52:39 [core.py:133] Initializing a V1 LLM engine (v0.32.0)\n"
-    assert log.phase("") == "importing vLLM" and log.phase(text) == "starting the EngineCore"
+    assert log.phase("") == "importing vLLM" and log.phase(text) == "starting the worker"
+    for told, phase in (
+        ("Using max model len 8192", "starting the EngineCore"),
+        ("Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup", "importing vLLM"),
+        ("[backbone] Starting torch.compile", "compiling (torch.compile)"),
+        ("Using cache directory: /x for vLLM's torch.compile", "compiling (torch.compile)"),
+    ):
+        assert log.phase(f"(APIServer pid=1) INFO 11-23 22:52:39 [x.py:1] {told}") == phase
     text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] GPU KV cache size: 431,568 tokens, Maximum\n"
     text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] Model loading took 14.96 GiB memory\n"
     assert log.reported(text) == log.Reported(431568, 14.96, None, ())

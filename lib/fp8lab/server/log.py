@@ -9,13 +9,14 @@ from typing import NamedTuple
 _MAX_BYTES = 1 << 20
 _MAX_LINE = 500
 
-# In the order in which vLLM writes them (0.26 to 0.32).
+# In the order in which vLLM writes them (0.26 to 0.33). That torch.compile is disabled is told earlier, and is no phase.
 _PHASES = (
     (r"non-default args|Resolved architecture", "reading the model's configuration"),
-    (r"Initializing a V1 LLM engine", "starting the EngineCore"),
+    (r"Using max model len", "starting the EngineCore"),
+    (r"Initializing a V1 LLM engine", "starting the worker"),
     (r"Starting to load model|Loading model|Loading safetensors", "loading weights"),
     (r"Model loading took", "measuring memory"),
-    (r"torch\.compile|Dynamo bytecode|Compiling a graph", "compiling (torch.compile)"),
+    (r"Starting torch\.compile|vLLM's torch\.compile|Dynamo bytecode|Compiling a graph", "compiling (torch.compile)"),
     (r"KV cache size", "reserving the KV cache"),
     (r"Capturing CUDA graphs|Graph capturing", "capturing CUDA graphs"),
     (r"init engine", "starting the API server"),
