@@ -1,6 +1,7 @@
 """The number formats side by side: what each takes of the card, what it serves alone and under load, what it does to answers."""
 
 import math
+from collections import Counter
 from statistics import fmean
 
 from ..config.dimensions import weight_format
@@ -69,20 +70,27 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
     return with_parts(f"{caption}without one is a single seed's", columns, rows)
 
 
-def _chosen(run: Run, answers: Run | None) -> list[tuple[str, float, float | None, float | None, float | None]]:
-    """(variant, tokens/s with all at once or the most that was delivered, tokens/s of one request at the lowest rate, GiB of
-    weights, % of positions with the same likeliest token or, without `answers`, tokens a joule at the first) of every format."""
+def _shared_rates(seen: Evidence, formats: list[str]) -> tuple[float, float]:
+    """The highest and the lowest of the rates at which the most formats were measured: one's 25 req/s beside another's single
+    request would compare loads, not formats."""
+    counts = Counter(rate for variant in formats for rate in seen.rates(variant))
+    most = [rate for rate, count in counts.items() if count == max(counts.values())]
+    return max(most, default=_BURST), min(most, default=_BURST)
+
+
+def _chosen(
+    run: Run, answers: Run | None, full: float, low: float
+) -> list[tuple[str, float | None, float | None, float | None, float | None]]:
+    """(variant, tokens/s at the rate `full`, tokens/s of one request at `low`, GiB of weights, % of positions with the same
+    likeliest token or, without `answers`, tokens a joule at `full`) of every format; None: not measured there."""
     seen, held = evidence(run), comparisons(answers) if answers and answers.read_parts("quality") else {}
     rows = []
-    for variant in formats_of(seen):
-        if served := {rate: fmean(values) for rate, values in seen.by_rate(variant, _TOKENS).items()}:
-            rate = _BURST if _BURST in served else max(served, key=served.get)
-            alone = seen.by_rate(variant, "mean_tpot_ms")
-            slowest = 1e3 / fmean(alone[min(alone)]) if alone else None
-            gib = next(iter(seen.levels((variant,)).values())).server.model_memory_gib
-            joules = mean_of(seen, variant, _JOULES, rate)
-            same = 100 * held[variant].top1_agreement.value if variant in held else None
-            rows.append((variant, served[rate], slowest, gib, same if answers else joules and 1 / joules))
+    for variant in (one for one in formats_of(seen) if seen.rates(one)):
+        tpot, joules = mean_of(seen, variant, "mean_tpot_ms", low), mean_of(seen, variant, _JOULES, full)
+        gib = next(iter(seen.levels((variant,)).values())).server.model_memory_gib
+        same = 100 * held[variant].top1_agreement.value if variant in held else None
+        served = mean_of(seen, variant, _TOKENS, full)
+        rows.append((variant, served, tpot and 1e3 / tpot, gib, same if answers else joules and 1 / joules))
     return rows
 
 
@@ -92,24 +100,29 @@ _COLOURS = {"bf16": "#0072B2", "fp8": "#D55E00", "int8": "#009E73", "int4": "#CC
 
 @figure("recipes", "Which number format is fast, and what does it cost?", columns=2)
 def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
-    """Tokens a second (all requests at once, or the most that was delivered; those of one request at the lowest rate) against the
+    """Tokens a second (at the highest rate at which the most formats were measured; those of one request at the lowest) against the
     share of positions at which the trained model of `answers` has the same likeliest token as its reference, or, without
     `answers`, against tokens a joule; the area of a mark is the weights' memory."""
     label = "same likeliest token, % of positions" if answers else "output tokens a joule"
-    rows = _chosen(run, answers)
+    seen = evidence(run)
+    full, low = _shared_rates(seen, formats_of(seen))
+    rows = _chosen(run, answers, full, low)
     drawn = [row for row in rows if row[4] is not None]
     left_out = [row[0] for row in rows if row[4] is None]
-    places = zip(axes, (1, 2), ("fullest load, output tokens/s", "lowest rate, tokens/s of a request"), strict=True)
-    for one, place, across in places:
+    said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""
+    for one, place, what, rate in zip(
+        axes, (1, 2), ("output tokens/s", "tokens/s of a request"), (full, low), strict=True
+    ):
         here = [row for row in drawn if row[place]]
+        if lacking := [row[0] for row in drawn if not row[place]]:
+            said += f"Not measured at {rate_name(rate)}: {', '.join(lacking)}. "
         for row in here:
             colour = _COLOURS.get(row[0].partition("-")[0], INK)
             one.scatter(row[place], row[4], s=12 * (row[3] or 4), color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
-        one.set(xlabel=across, ylabel=label)
+        one.set(xlabel=f"{what}, {rate_name(rate)}", ylabel=label)
         one.margins(0.25, 0.2)
         one.xaxis.set_major_formatter(plainly)
         label_where_free(one, [(row[0], row[place], row[4]) for row in here])
-    said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""
     model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
-    least = "" if answers else "Tokens a joule are those of the fullest load. "
+    least = "" if answers else f"Tokens a joule: {rate_name(full)}. "
     return f"Right and up is better; a mark's area is the memory of its weights. {least}{said}{model}".strip()
