@@ -339,6 +339,7 @@ def test_no_damage_of_a_table_is_another_error(level_folder):
     [
         ("records", lambda t: t.drop(columns="chunks"), "it lacks chunks"),
         ("records", lambda t: t.assign(chunks="many"), "holds chunks that are no numbers"),
+        ("records", lambda t: t.assign(chunks=float("inf")), "holds chunks that are no numbers"),
         ("tokens", lambda t: t.rename(columns={"at_s": "at"}), "it lacks at_s"),
         ("tokens", lambda t: t.assign(at_s=[{"a": 1}] * len(t)).drop(columns="request"), "it lacks request"),
     ],

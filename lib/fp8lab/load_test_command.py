@@ -196,9 +196,16 @@ def _drawn(args: argparse.Namespace, requests: int, seed: int) -> Trace:
 
 def _options(args: argparse.Namespace) -> dict:
     """What a level's load is sent with."""
-    named = ("others", "balance", "workers", "max_concurrency", "connections_ahead")
-    waits = {"idle_timeout_s": args.idle_timeout, "drain_timeout_s": args.drain_timeout}
-    return {name: getattr(args, name) for name in named} | waits | {"exact_tokens": not args.natural_stop}
+    return {
+        "others": args.others,
+        "balance": args.balance,
+        "workers": args.workers,
+        "max_concurrency": args.max_concurrency,
+        "connections_ahead": args.connections_ahead,
+        "exact_tokens": not args.natural_stop,
+        "idle_timeout_s": args.idle_timeout,
+        "drain_timeout_s": args.drain_timeout,
+    }
 
 
 def _warm_up(args: argparse.Namespace, endpoint: Endpoint) -> None:

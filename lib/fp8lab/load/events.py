@@ -157,7 +157,8 @@ class Reader:
         return self._decode(body, now)
 
     def end(self) -> str | None:
-        """The body ended as it should; the reason why it is no complete stream, or None."""
+        """The body ended as it should; the reason why it is no complete stream, or None. An event counts without the
+        blank line behind it."""
         outcome = self._outcome
         if not self._clean:
             self._line(self._tail)

@@ -108,9 +108,12 @@ def send_load(
     due = np.asarray(due_s, dtype=float)
     if due.shape != (len(trace),):
         raise BadInput(f"{due.size} arrival times for {len(trace)} requests")
-    counts = {"workers": workers, "max_concurrency": max_concurrency, "connections_ahead": connections_ahead}
-    for name, value in counts.items():
-        lowest = 0 if name == "connections_ahead" else 1
+    least = (
+        ("workers", workers, 1),
+        ("max_concurrency", max_concurrency, 1),
+        ("connections_ahead", connections_ahead, 0),
+    )
+    for name, value, lowest in least:
         if value is not None and value < lowest:
             raise BadInput(f"{name} {value} is below {lowest}")
     for name, seconds in (("idle_timeout_s", idle_timeout_s), ("drain_timeout_s", drain_timeout_s)):

@@ -70,21 +70,20 @@ def recipes_table(run: Run, beside: str = "bf16") -> Table:
     return with_parts(f"{caption}without one is a single seed's", columns, rows)
 
 
-def _shared_rates(seen: Evidence, formats: list[str]) -> tuple[float, float]:
+def _shared_rates(seen: Evidence) -> tuple[float, float]:
     """The highest and the lowest of the rates at which the most formats were measured: one's 25 req/s beside another's single
     request would compare loads, not formats."""
-    counts = Counter(rate for variant in formats for rate in seen.rates(variant))
+    counts = Counter(rate for variant in formats_of(seen) for rate in seen.rates(variant))
     most = [rate for rate, count in counts.items() if count == max(counts.values())]
     return max(most, default=_BURST), min(most, default=_BURST)
 
 
 def _chosen(
-    run: Run, answers: Run | None, full: float, low: float
+    seen: Evidence, answers: Run | None, full: float, low: float
 ) -> list[tuple[str, float | None, float | None, float | None, float | None]]:
     """(variant, tokens/s at the rate `full`, tokens/s of one request at `low`, GiB of weights, % of positions with the same
     likeliest token or, without `answers`, tokens a joule at `full`) of every format; None: not measured there."""
-    seen, held = evidence(run), comparisons(answers) if answers and answers.read_parts("quality") else {}
-    rows = []
+    held, rows = comparisons(answers) if answers and answers.read_parts("quality") else {}, []
     for variant in (one for one in formats_of(seen) if seen.rates(one)):
         tpot, joules = mean_of(seen, variant, "mean_tpot_ms", low), mean_of(seen, variant, _JOULES, full)
         gib = next(iter(seen.levels((variant,)).values())).server.model_memory_gib
@@ -105,8 +104,8 @@ def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
     `answers`, against tokens a joule; the area of a mark is the weights' memory."""
     label = "same likeliest token, % of positions" if answers else "output tokens a joule"
     seen = evidence(run)
-    full, low = _shared_rates(seen, formats_of(seen))
-    rows = _chosen(run, answers, full, low)
+    full, low = _shared_rates(seen)
+    rows = _chosen(seen, answers, full, low)
     drawn = [row for row in rows if row[4] is not None]
     left_out = [row[0] for row in rows if row[4] is None]
     said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""

@@ -16,6 +16,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from ..config.profile import Level, Profile, rate_name
 from ..config.profile_file import from_dict
@@ -214,7 +216,7 @@ class Run:
         kept, token, sample = (folder / f"{name}.parquet" for name in ("records", "tokens", "telemetry"))
         records = read_parquet(kept, remedy, _RECORDS, most_rows=level.requests)
         numbers = records[[column for column in _RECORDS if column not in _TEXTS]].dropna(axis=1, how="all")
-        if odd := [column for column in numbers if not pd.api.types.is_numeric_dtype(numbers[column])]:
+        if odd := [name for name, held in numbers.items() if not is_numeric_dtype(held) or held.max() == math.inf]:
             raise RunDamaged(f"{kept} holds {', '.join(odd)} that are no numbers; {remedy}")
         if len(records) != summary.requests:
             raise RunDamaged(f"{kept} holds {len(records)} requests, its summary {summary.requests}; {remedy}")
