@@ -11,7 +11,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
-from fp8lab.report import notebooks
+from fp8lab.report import claims, notebooks
 from fp8lab.report.anatomy import host_adds
 
 # Names as profilers on a Hopper card show them.
@@ -242,6 +242,40 @@ def test_each_change_stands_beside_what_it_adds_to():
     assert [row["beside"] for row in rows.values()] == ["–", *list(rows)[:-1]]
     assert rows["fp8-rust"]["changes"] == "API server: Rust" and rows["fp8-unsealed"]["changes"] == "max-num-seqs 2048"
     assert "fp8-unsealed over fp8: 1.43×" in str(lab.conclusion(run, "unsealing"))
+
+
+def test_changes_that_were_tried_beside_each_other_are_told_one_by_one():
+    run = lab.open_run(source="h100-80gb-what-else")
+    rows = {row[0]: row[1:3] for row in lab.unsealing_table(run).rows}
+    # One takes back a flag of the published command, which is a change like any other.
+    assert rows["fp8-kv16"] == ("kv-cache-dtype auto", "fp8-unsealed")
+    assert {rows[f"fp8-{name}"][1] for name in ("budget", "triton")} == {"fp8-unsealed"}
+    # It adds to the published command, of which this run holds no level.
+    assert rows["fp8-intervals"] == ("stream-interval 10", "–")
+    told = str(lab.conclusion(run, "unsealing"))
+    assert told.startswith("What each change does alone.") and told.count(" over fp8-unsealed: ") == 3
+
+
+def test_a_way_of_changes_ends_where_several_were_tried_beside_each_other(monkeypatch):
+    run = lab.open_run(source="h100-80gb-unseal")
+    ways = {
+        "fp8-rust": "fp8",
+        "fp8-mp": "fp8-rust",
+        "fp8-unsealed": "fp8-mp",
+        "fp8-mixed-graphs": "fp8-mp",
+        "fp8-rust-graphs": "fp8",
+    }
+    steps = [("fp8", "", ""), *((variant, before, "") for variant, before in ways.items())]
+    monkeypatch.setattr(claims, "unsealing_steps", lambda seen: steps)
+    told = str(lab.conclusion(run, "unsealing"))
+    assert told.startswith("What all changes together give.")
+    pairs = [
+        "fp8-mp over fp8:",
+        "fp8-unsealed over fp8-mp:",
+        "fp8-mixed-graphs over fp8-mp:",
+        "fp8-rust-graphs over fp8:",
+    ]
+    assert all(pair in told for pair in pairs) and told.count(" over fp8") == 4
 
 
 def test_another_version_of_vllm_is_a_change_like_any_other():

@@ -23,7 +23,7 @@ from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
 from fp8lab.report.anatomy import host_adds
 from fp8lab.report.claims import claims_across, judge
-from fp8lab.report.comparison import mean_of
+from fp8lab.report.comparison import causes, mean_of
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
 from fp8lab.ui.text import four_digits
@@ -170,8 +170,9 @@ def unsealed_numbers() -> list[str]:
         both.compare("fp8-unsealed", "bf16-unsealed", rate, name) for rate in (math.inf, 100, 50) for name in names
     ]
     told += [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in ratios]
-    last = [mean_of(one, "fp8-unsealed", metrics[0]) for one in (both, seen)]
-    told.append(f"{min(last):,.0f} and {max(last):,.0f} in two runs")
+    other = evidence(recorded("h100-80gb-what-else"))
+    last = sorted(mean_of(one, "fp8-unsealed", metrics[0]) for one in (both, seen, other))
+    told.append("The last row gives {:,.0f}, {:,.0f} and {:,.0f} in three runs.".format(*last))
     there = [evidence(recorded(f"h200-80gb{name}")) for name in ("", "-versions", "-x2-8b")]
     ends = [mean_of(there[0], "fp8", metrics[0])]
     ends += [mean_of(one, "fp8-unsealed", metric) for metric in metrics for one in there[1:]]
@@ -245,7 +246,13 @@ def unsealed_numbers() -> list[str]:
     assert b1.verdict == b2.verdict == "not reproduced"
     each = [re.findall(r"([\d.]+)×", part) for part in b2.reason.split(";")]
     told += [f"{min(each[1])} to {max(each[1])} times as fast", f"{min(each[3])} to {max(each[3])} times (B2)"]
-    return [*told, f"need {b1.measured:.0f} % of the matrix peak", *recipe_numbers(), *card_numbers()]
+    return [
+        *told,
+        f"need {b1.measured:.0f} % of the matrix peak",
+        *recipe_numbers(),
+        *what_else_numbers(),
+        *card_numbers(),
+    ]
 
 
 def recipe_numbers() -> list[str]:
@@ -286,7 +293,30 @@ def recipe_numbers() -> list[str]:
     told += [f"{worth} of BF16's tokens/s for {cost} the joules and INT8 {too} for {its},",
              "at 100 req/s, one seed, {:.2f}× and {:.2f}×.".format(
                  *(mean_of(card, one, tokens, 100) / mean_of(card, "bf16", tokens, 100) for one in ("fp8-online", "int8")))]  # fmt: skip
+    worth, cost = (card.compare("int4", "bf16", math.inf, metric) for metric in (tokens, joules))
+    assert card.parts(("int4",), math.inf) == "2" and set(causes(card, "int4", math.inf)) == {"GPU power limit"}
+    alone = [mean_of(card, one, tpot, 0.5) for one in ("int4", "bf16")]
+    told.append(
+        f"{worth} for {cost} the joules, also at the power limit, with a TPOT of {alone[0]:.2f} ms alone where BF16's is {alone[1]:.2f}."
+    )
     return told
+
+
+def what_else_numbers() -> list[str]:
+    """Those of what is said to help, beside the fastest variant."""
+    seen, best = evidence(recorded("h100-80gb-what-else")), "fp8-unsealed"
+    tokens, steady, joules = "output_token_throughput", "steady_output_token_throughput", "joules_per_output_token"
+    means = {variant: mean_of(seen, variant, tokens) for variant in seen.variants()}
+    worth = {variant: seen.compare(variant, best, math.inf, tokens) for variant in means}
+    assert worth["fp8-triton"].high < 1 and all(worth[f"fp8-{name}"].low <= 1 for name in ("budget", "kv16"))
+    assert set(causes(seen, "fp8-kv16", math.inf)) == {"GPU power limit"}
+    slow, fast = (mean_of(seen, variant, "mean_tpot_ms") for variant in ("fp8-budget", best))
+    return [
+        f"serves {means[best]:,.0f} tokens/s, {mean_of(seen, best, steady):,.0f} in the steady state: twice the batch budget "
+        f"{worth['fp8-budget']}, with a TPOT of {slow:.1f} ms in place of {fast:.1f}; Triton's attention {worth['fp8-triton']};",
+        f"{means['fp8-kv16']:,.0f} tokens/s, {worth['fp8-kv16']}, for {seen.compare('fp8-kv16', best, math.inf, joules)} the joules",
+        f"(`--stream-interval 10`): {means['fp8-intervals']:,.0f} tokens/s",
+    ]
 
 
 def card_numbers() -> list[str]:

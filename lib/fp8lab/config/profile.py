@@ -268,6 +268,14 @@ class Profile(ProfileTable):
         other = [] if server == self._api_server(before) else [f"API server: {server}"]
         return ", ".join([*other, *self._beside(name, before)])
 
+    def changed(self, name: str) -> set[str]:
+        """The names of the flags and variables that a variant changes beside its base."""
+        one, other = self.variants[name], self.variants.get(self.base(name), Variant())
+        held = parse(other.flags)
+        found = {flag.name for flag in parse(one.flags) if flag not in held}
+        found |= {key for key in one.env.keys() | other.env.keys() if one.env.get(key) != other.env.get(key)}
+        return found | ({"python"} if one.python != other.python else set())
+
     def _api_server(self, name: str) -> str:
         one = self.variants[name]
         if one.api_server == "rust":

@@ -148,24 +148,35 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
-    """How far each base came with all changes, and what FP8 is worth then. Another scheduler than vLLM's takes no part."""
+    """How far each base came with all changes, what changes to one server that were tried beside each other did, and what FP8
+    is worth with all of them. Another scheduler than vLLM's takes no part."""
     told, last, profile, title = [], {}, seen.run.profile, "What all changes together give."
-    before = {variant: adds_to for variant, adds_to, _ in unsealing_steps(seen)}
-    for variant in before:
-        if flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto":
-            last[profile.base(variant)] = variant
-    for variant in last.values():
-        first = variant
-        while before[first]:
-            first = before[first]
-        cards = {s.cards for s in seen.levels((first, variant), math.inf).values()}
-        whole, steady = (seen.compare(variant, first, math.inf, metric) for metric in UNSEALED)
-        if variant != first and len(cards) == 1 and whole and steady:
-            if profile.changes(variant, first).startswith("python "):
+    before = {
+        variant: adds_to
+        for variant, adds_to, _ in unsealing_steps(seen)
+        if flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto"
+    }
+    adding = {one: [v for v, adds_to in before.items() if adds_to == one] for one in before}
+    pairs = []
+    for first in (variant for variant, adds_to in before.items() if not adds_to):
+        # The way goes on where others add to what was added, and ends where several were tried beside each other.
+        way = [first]
+        while on := [v for v in adding[way[-1]] if adding[v]] or (adding[way[-1]] if len(adding[way[-1]]) == 1 else []):
+            way.append(on[0])
+        last.setdefault(profile.base(first), way[-1])
+        pairs += [(way[-1], first)] if len(way) > 1 else []
+        pairs += [(v, before[v]) for v in before if before[v] in way and v not in way]
+    if pairs and all(before[variant] == beside for variant, beside in pairs):
+        title = "What each change does alone."
+    for variant, beside in pairs:
+        cards = {s.cards for s in seen.levels((beside, variant), math.inf).values()}
+        whole, steady = (seen.compare(variant, beside, math.inf, metric) for metric in UNSEALED)
+        if len(cards) == 1 and whole and steady:
+            if profile.changes(variant, beside).startswith("python "):
                 title = "What another version of vLLM gives."
             now = [shown(mean_of(seen, variant, metric)) for metric in UNSEALED]
             told.append(
-                f"{variant} over {first}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
+                f"{variant} over {beside}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
             )
     changed = all(last.get(base, base) != base for base in ("bf16", "fp8"))
     if changed and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from ..config.flags import parse
 from ..config.profile import rate_name
 from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
@@ -99,15 +98,11 @@ def unsealing_table(run: Run) -> Table:
 
 def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:
     """(variant, the one that it adds to or "", what it changes) of every variant that was sent all requests at once, the least
-    changed of a base first. It adds to that one which has the most of its flags and none that it lacks; where none was
-    measured, its changes are those to its base."""
+    changed of a base first. It adds to that one which changes the most of the flags that it changes, and no other; where none
+    was measured, its changes are those to its base."""
     profile, found = seen.run.profile, []
     held = [v for v in seen.variants() if v in profile.variants and math.inf in seen.rates(v)]
-    fields = {v: profile.variant(v) for v in held}
-    names = {
-        v: {flag.name for flag in parse(f.flags)} | set(f.env) | ({"python"} if f.python else set())
-        for v, f in fields.items()
-    }
+    names = {v: profile.changed(v) for v in held}
     for variant in sorted(held, key=lambda v: (profile.base(v), len(names[v]))):
         base = profile.base(variant)
         beside = [v for v in held if profile.base(v) == base and names[v] < names[variant]]
