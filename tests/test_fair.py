@@ -98,6 +98,22 @@ def test_the_caption_explains_the_markers_that_were_drawn():
     assert "left half full for 4 Python processes" in told["h200-80gb"]
     assert ("lower half full" in told["h100-80gb"], "lower half full" in told["h200-80gb"]) == (True, False)
     assert "Markers" not in lab.saturation_figure(recorded("h100-80gb-long-prompts")).caption
+    # What all share is told by none.
+    told = lab.saturation_figure(recorded("h200-80gb-x2-8b")).caption
+    assert (
+        "hollow for none of these; lower half full for data-parallel-size 2; full for tensor-parallel-size 2." in told
+    )
+
+
+def test_what_is_offered_is_drawn_by_the_requests_of_each_rate():
+    """The few requests at 0.5 req/s have shorter answers than the thousands at 100."""
+    run = recorded("h200-80gb-recipes")
+    line = lab.saturation_figure(run).canvas.axes[0].lines[0]
+    offered = dict(zip(*line.get_data(), strict=True))
+    assert list(offered) == [0, 0.5, 25, 50, 100]
+    for rate, level in ((0.5, "bf16-0.5rps-r1"), (100, "int8-100rps-r1")):
+        s = run.summaries()[level]
+        assert offered[rate] == pytest.approx(rate * s.output_tokens / s.completed)
 
 
 def test_a_whole_runs_gain_is_its_ramp_and_drain_only_beyond_the_steady_states_interval(monkeypatch):
@@ -141,8 +157,9 @@ def test_a_level_that_does_not_count_is_left_out_everywhere():
     assert seen.parts(("fp8",), 60) == ""
 
 
-def test_variants_are_told_apart_without_colour():
-    profile = read_profile("h200-80gb")
+@pytest.mark.parametrize("name", ["h200-80gb", "h100-80gb-recipes", "h100-x2-32b", "smollm2-gpu-recipes"])
+def test_variants_are_told_apart_without_colour(name):
+    profile = read_profile(name)
     styles = [drawing.style_of(profile, variant) for variant in profile.variants]
     shapes = [(style["marker"], style["fillstyle"]) for style in styles]
     assert len(set(shapes)) == len(shapes)

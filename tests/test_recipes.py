@@ -259,7 +259,11 @@ def test_formats_are_drawn_at_the_rates_that_all_have(name, low):
     loads = [axes.get_xlabel() for axes in lab.recipes_figure(run).canvas.axes[:2]]
     assert loads == ["output tokens/s, all at once", f"tokens/s of a request, {low}"]
     full, few = (len(axes.collections) for axes in lab.recipes_figure(run).canvas.axes[:2])
-    assert full == few == len(lab.checkpoints_table(run).rows)
+    formats = [row[0] for row in lab.checkpoints_table(run).rows]
+    assert full == few == len(formats)
+    # However near each other some lie, each has its name.
+    for axes in lab.recipes_figure(run).canvas.axes[:2]:
+        assert sorted(text.get_text() for text in axes.texts) == sorted(formats)
 
 
 @pytest.mark.nightly  # two starts that compile

@@ -26,7 +26,8 @@ def steps_table(run: Run) -> Table:
                          host_adds(one), shown(one.gpu.get("gpu_util"), ".0%"), most))  # fmt: skip
     columns = ("variant", "decoding at once", "context, tokens", "step, ms", "context when profiled", "GPU, ms",
                "host adds, ms", "GPU busy (NVML)", "longest on the GPU, ms")  # fmt: skip
-    return Table(f"{card_note(run)}What a decode step takes, run {run.path.name}", columns, rows)
+    caption = f"{card_note(run)}What a decode step takes, run {run.path.name}"
+    return Table(caption if rows else f"{caption}: no step of it was taken apart", columns, rows)
 
 
 def kernels_table(run: Run, variant: str, *, names: int = 2) -> Table:

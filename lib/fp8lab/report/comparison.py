@@ -10,7 +10,7 @@ from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
-from .drawing import INK, STYLE, Figure, figure, forest, name_rows, note, plainly
+from .drawing import Figure, figure, forest, name_rows, note, plainly, style_of
 from .verdict import card_note, claim_of
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -239,7 +239,7 @@ def unsealing_figure(axes, run: Run) -> str:
     seen = evidence(run)
     steps = unsealing_steps(seen)
     for y, (variant, _, _) in enumerate(steps):
-        color = STYLE.get(run.profile.base(variant), (INK, ""))[0]
+        color = style_of(run.profile, variant)["color"]
         whole, steady = (mean_of(seen, variant, metric) for metric in UNSEALED)
         for x, height, alpha in ((steady, 0.76, 0.35), (whole, 0.4, 1.0)):
             if x is not None:

@@ -20,6 +20,10 @@ from .verdict import card_mark, card_note
 
 # Okabe-Ito colours, told apart also in grey and by marker; a base keeps its own everywhere.
 STYLE = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "fp8-weights": ("#009E73", "^"), "fp8-kv": ("#CC79A7", "D")}
+# Other bases, in the order in which a profile has them. One whose name begins with that of a number format has its colour.
+_FAMILIES = {"bf16": "#0072B2", "fp8": "#D55E00", "int8": "#009E73", "int4": "#56B4E9", "w4a8": "#E69F00"}
+_OTHERS = (("#E69F00", "v"), ("#56B4E9", "P"), ("#117733", "<"), ("#AA4499", ">"), ("#999933", "p"), ("#332288", "h"),
+           ("#222222", "d"), ("#A0A0A0", "*"), ("#661100", "8"), ("#6699CC", (4, 1, 0)), ("#C9B037", "H"), ("#00A087", (6, 1, 0)))  # fmt: skip
 INK, GREY = "#222222", "#767676"
 # In another setup (API server, further flags) a variant keeps its base's colour and marker, drawn otherwise filled.
 _FILLINGS = (("full", "-", "full"), ("left", ":", "left half full"), ("none", "--", "hollow"))
@@ -117,9 +121,17 @@ def _alt(canvas, title: str) -> str:
 
 def style_of(profile: Profile, variant: str) -> dict:
     """How a variant is drawn: colour and marker are its base's, filling and line its setup's."""
-    color, marker = STYLE.get(profile.base(variant), (INK, "v"))
+    color, marker = _base_style(profile, profile.base(variant))
     filling, line, _ = _filling(profile, variant)
     return {"color": color, "marker": marker, "fillstyle": filling, "ls": line, "lw": 1.6, "ms": 6}
+
+
+def _base_style(profile: Profile, base: str) -> tuple[str, str]:
+    others = [name for name in dict.fromkeys(map(profile.base, [*profile.variants, base])) if name not in STYLE]
+    if base in STYLE:
+        return STYLE[base]
+    color, marker = _OTHERS[others.index(base) % len(_OTHERS)]
+    return _FAMILIES.get(base.partition("-")[0], color), marker
 
 
 def _filling(profile: Profile, variant: str) -> tuple[str, str, str]:
@@ -130,8 +142,11 @@ def _filling(profile: Profile, variant: str) -> tuple[str, str, str]:
 
 def fillings(profile: Profile, variants: Collection[str]) -> str:
     """Which setup the markers of `variants` stand for, as a sentence to go on with; empty where all have the first."""
-    told = dict.fromkeys(f"{_filling(profile, v)[2]} for {profile.setup(v)}" for v in profile.variants if v in variants)
-    return f" Markers by API server: {'; '.join(told)}." if len(told) > 1 else ""
+    setups = {_filling(profile, v)[2]: profile.setup(v).split(", ") for v in profile.variants if v in variants}
+    shared = set.intersection(*map(set, setups.values())) if setups else set()
+    own = {filling: [word for word in words if word not in shared] for filling, words in setups.items()}
+    told = "; ".join(f"{filling} for {', '.join(words) or 'none of these'}" for filling, words in own.items())
+    return f" Markers by {'what not all share' if shared else 'API server'}: {told}." if len(own) > 1 else ""
 
 
 def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
@@ -147,22 +162,30 @@ def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
         note(axes, name, (x, y), (24, moved - upward - own), va="center", fontsize=8.5, color=color, arrowprops=leader)
 
 
-def label_where_free(axes, points: list[tuple[str, float, float]]) -> None:
-    """Writes a name beside each of `points`, (name, x, y) each, where it lies on no other point and no other name."""
+def label_where_free(
+    axes, points: list[tuple[str, float, float]], radius: float = 4.0, *, around: bool = False
+) -> None:
+    """Writes a name beside each of `points`, (name, x, y) each, or, with `around`, above or below it, where it lies on no
+    other point, whose marks reach so many points from their middle, and no other name."""
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()
     pixel, size = axes.figure.dpi / 72, 7
+    reach = radius * pixel
     at = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [Bbox.from_extents(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in at]
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
     taken += [text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)]
     for (name, *point), (x, y) in zip(points, at, strict=True):
         wide, high = 0.62 * size * len(name) * pixel, size * pixel
-        for side, left in (("left", x + 6 * pixel), ("right", x - 6 * pixel - wide)):
-            box = Bbox.from_bounds(left, y - high / 2, wide, high)
+        off, line = radius + 2, radius + 2 + size / 2
+        places = [("left", off, 0), ("right", -off, 0)]
+        places += [("center", 0, by * line) for by in (-1, 1, -1.8, 1.8, -2.6, 2.6)] if around else []
+        for side, right, up in places:
+            start = x + right * pixel - {"left": 0, "right": wide, "center": wide / 2}[side]
+            box = Bbox.from_bounds(start, y + up * pixel - high / 2, wide, high)
             if not box.count_overlaps(taken):
-                note(axes, name, point, (6 if side == "left" else -6, 0), ha=side, va="center", fontsize=size)
+                note(axes, name, point, (right, up), ha=side, va="center", fontsize=size)
                 taken.append(box)
                 break
 

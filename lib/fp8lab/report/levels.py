@@ -206,12 +206,19 @@ def saturation_figure(axes, run: Run) -> str:
     seen = evidence(run)
     finite = sorted({r for v in seen.variants() for r in seen.rates(v) if math.isfinite(r)}) or [1.0]
     burst = finite[-1] * 1.2
-    some = next((s for s in seen.summaries.values() if s.completed), None)
-    mean = some.output_tokens / some.completed if some else 0.0
-    axes.plot([0, finite[-1]], [0, finite[-1] * mean], color=GREY, lw=1, ls=":")
-    axes.annotate("as offered", (finite[0] * 1.05, finite[0] * mean * 1.12), color=GREY, fontsize=8, ha="right")
+    # Each rate's own requests: a few of them may be longer or shorter than many.
+    counted = [s for s in seen.summaries.values() if s.completed and math.isfinite(s.level.rate)]
+    offered = {rate: fmean(rate * s.output_tokens / s.completed for s in counted if s.level.rate == rate)
+               for rate in sorted({s.level.rate for s in counted})}  # fmt: skip
+    if offered:
+        axes.plot([0, *offered], [0, *offered.values()], color=GREY, lw=1, ls=":")
+        note(axes, "as offered", list(offered.items())[-1], (-4, 2), color=GREY, ha="right")
     drawn = _over_rates(axes, seen, "steady_output_token_throughput", lambda rate: min(rate, burst))
-    axes.set_xticks([*finite, burst], [*(f"{r:g}" for r in finite), "all at\nonce"])
+    # A search measures rates near each other: not all have room for their number.
+    ticks: list[float] = []
+    for rate in finite:
+        ticks += [rate] if not ticks or rate - ticks[-1] > 0.065 * burst else []
+    axes.set_xticks([*ticks, burst], [*(f"{r:g}" for r in ticks), "all at\nonce"])
     axes.set(xlabel="offered rate, requests/s", ylabel="output tokens/s, steady state", xlim=(0, burst * 1.08))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(plainly)
@@ -230,6 +237,7 @@ def objective_figure(axes, run: Run, slo: SLO) -> str:
     axes.set(yscale="log", xlabel="offered rate, requests/s", ylabel="TTFT p99, ms")
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(plainly)
+    axes.yaxis.set_minor_formatter(plainly)
     legend(axes, "upper left")
     return f"{slo}. {_SEEDS}"
 

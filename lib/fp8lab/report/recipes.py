@@ -11,7 +11,7 @@ from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
 from .comparison import causes, mean_of, over, with_parts
-from .drawing import INK, figure, label_where_free, plainly
+from .drawing import INK, figure, label_where_free, plainly, style_of
 from .verdict import card_note
 
 _BURST, _TOKENS, _JOULES = math.inf, "output_token_throughput", "joules_per_output_token"
@@ -93,10 +93,6 @@ def _chosen(
     return rows
 
 
-# Colours of the formats, told apart also by their names beside them.
-_COLOURS = {"bf16": "#0072B2", "fp8": "#D55E00", "int8": "#009E73", "int4": "#CC79A7", "w4a8": "#E69F00"}
-
-
 @figure("recipes", "Which number format is fast, and what does it cost?", columns=2)
 def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
     """Tokens a second (at the highest rate at which the most formats were measured; those of one request at the lowest) against the
@@ -115,13 +111,17 @@ def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
         here = [row for row in drawn if row[place]]
         if lacking := [row[0] for row in drawn if not row[place]]:
             said += f"Not measured at {rate_name(rate)}: {', '.join(lacking)}. "
+        areas = {row[0]: 12 * (row[3] or 4) for row in here}
         for row in here:
-            colour = _COLOURS.get(row[0].partition("-")[0], INK)
-            one.scatter(row[place], row[4], s=12 * (row[3] or 4), color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
+            colour = style_of(run.profile, row[0])["color"]
+            one.scatter(row[place], row[4], s=areas[row[0]], color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
         one.set(xlabel=f"{what}, {rate_name(rate)}", ylabel=label)
         one.margins(0.25, 0.2)
+        one.locator_params(axis="x", nbins=5)
         one.xaxis.set_major_formatter(plainly)
-        label_where_free(one, [(row[0], row[place], row[4]) for row in here])
+        # An area is given in points squared, as the square of the diameter.
+        widest = math.sqrt(max(areas.values(), default=0))
+        label_where_free(one, [(row[0], row[place], row[4]) for row in here], widest / 2, around=True)
     model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
     least = "" if answers else f"Tokens a joule: {rate_name(full)}. "
     return f"Right and up is better; a mark's area is the memory of its weights. {least}{said}{model}".strip()
