@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 
 import fp8lab as lab
@@ -103,6 +104,48 @@ def test_the_caption_explains_the_markers_that_were_drawn():
     assert (
         "hollow for none of these; lower half full for data-parallel-size 2; full for tensor-parallel-size 2." in told
     )
+
+
+@pytest.mark.parametrize("name", ["h100-80gb-versions", "h100-80gb-unseal", "h100-80gb-what-else", "h200-80gb-recipes"])
+def test_what_a_level_needed_of_the_card_is_counted_by_steps_that_were(name):
+    """vLLM's own counter of steps, where it was sampled; and no step brings less than a token."""
+    seen, checked = evidence(recorded(name)), 0
+    for level_id, s in seen.summaries.items():
+        needed = seen.roofline(level_id)
+        assert needed.memory < 0.7 and needed.steps_per_s <= s.output_tokens / (s.window[1] - s.window[0])
+        telemetry = seen.level(level_id).telemetry
+        if "iterations" in telemetry and len(known := telemetry[["at_s", "iterations"]].dropna()) > 1:
+            counted = np.ptp(np.interp(s.window, known["at_s"], known["iterations"])) / (s.window[1] - s.window[0])
+            assert needed.steps_per_s == pytest.approx(counted, rel=0.03 if s.level.rate == math.inf else 0.15), (
+                level_id
+            )
+            checked += 1
+    assert checked == {"h100-80gb-versions": 6, "h100-80gb-unseal": 3, "h100-80gb-what-else": 2}.get(name, 0)
+
+
+def test_a_figure_draws_what_a_run_holds_or_says_that_there_is_nothing():
+    """Runs without the published variants."""
+    four, plain = recorded("h200-80gb-x4-70b"), recorded("h100-80gb-versions")
+    power, clock = lab.clock_figure(four).canvas.axes
+    assert [line.get_label() for line in clock.lines if "tp" in line.get_label()] == ["bf16-tp4", "fp8-tp2"]
+    assert max(max(line.get_ydata()) for line in power.lines) < 720  # W of a card, of four and of two
+    assert "2,739 W of 2,800 W" in lab.conclusion(four, "clock").because
+    assert [tick.get_text() for tick in lab.memory_figure(four).canvas.axes[0].get_yticklabels()] == [
+        "bf16-tp4",
+        "fp8-tp2",
+    ]
+    assert lab.batching_figure(four).caption.startswith("Level fp8-tp2-dp2-infrps-r3. ")
+    assert "fp8-tp2-dp2 not known." in lab.conclusion(four, "objective").because
+    for drawn in (lab.equal_load_figure(plain), lab.ablation_figure(plain), lab.step_figure(plain)):
+        assert [text.get_text() for text in drawn.canvas.axes[0].texts] == ["nothing to draw in this run"]
+    assert lab.step_figure(plain).caption.startswith("No step was taken apart")
+
+
+def test_little_s_law_is_held_against_levels_with_requests_enough():
+    """Of a request every two seconds it is chance which samples meet one."""
+    seen = evidence(recorded("h100-80gb-recipes"))
+    assert "bf16-0.5rps-r1" in seen.summaries and "bf16-0.5rps-r1" not in seen.in_flight()
+    assert all(0.95 < counted / expected < 1.07 for expected, counted in seen.in_flight().values())
 
 
 def test_what_is_offered_is_drawn_by_the_requests_of_each_rate():

@@ -104,7 +104,10 @@ def step_figure(axes, run: Run) -> str:
     names = [name for name in ("floor", "step, wall time", *KINDS) if name in drawn]
     # Below the bars, which may be long.
     place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
-    axes.figure.legend([drawn[name] for name in names], names, **place)
+    if names:
+        axes.figure.legend([drawn[name] for name in names], names, **place)
+    if not held:
+        return "No step was taken apart (`fp8lab anatomy`)."
     kinds = "Kernels were not profiled: no GPU."
     if any(one.decode for _, one in held):
         kinds = "Colours: GPU kernels by kind, from a profiler. Black line: the least that the datasheet allows all of them."

@@ -243,7 +243,7 @@ def _roofline(seen: Evidence) -> tuple[str, str]:
 
 
 def _clock(seen: Evidence) -> tuple[str, str]:
-    clocks = {level_id: seen.clock(level_id) for level_id in seen.fullest_pair()}
+    clocks = {level_id: seen.clock(level_id) for level_id in seen.fullest()}
     told = [f"{level_id}: {ran}." for level_id, ran in clocks.items() if ran and ran.mhz is not None]
     return ("What the clock did in the steady window.", " ".join(told)) if told else ("No GPU was sampled.", "")
 
@@ -266,7 +266,9 @@ def _anatomy(seen: Evidence) -> tuple[str, str]:
 
 def _objective(seen: Evidence) -> tuple[str, str]:
     limits = {variant: seen.slo_limit(variant, DEFAULT) for variant in seen.variants()}
-    each = "; ".join(f"{variant} {limit} req/s" for variant, limit in limits.items())
+    each = "; ".join(
+        f"{v} {limit}{' req/s' if limit.low or 0 < limit.high < math.inf else ''}" for v, limit in limits.items()
+    )
     return f"{DEFAULT}: the highest rate that meets it.", f"{each}."
 
 

@@ -74,6 +74,17 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
             with style.context("default"), rc_context({"svg.hashsalt": name}):
                 canvas, axes = _canvas(runs, title, height, rows, columns)
                 caption = draw(axes, *arguments, **options)
+                for one in canvas.axes:
+                    if not one.has_data():
+                        one.set(xticks=[], yticks=[])
+                        note(
+                            one,
+                            "nothing to draw in this run",
+                            (0.02, 0.5),
+                            (0, 0),
+                            xycoords="axes fraction",
+                            color=GREY,
+                        )
                 canvas.savefig(vector, format="svg", metadata={"Date": None})
             source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
             return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
@@ -228,9 +239,9 @@ def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | No
     canvas.suptitle(axes.get_title(loc="left"), x=0.01, ha="left", fontsize=11, color=INK)
     axes.set_title("", loc="left")
     axes.grid(axis="y", visible=False)
-    axes.axvline(1, color=INK, lw=1)
+    if texts := [text for text, _ in ([said] if said else []) + list(rows)]:
+        axes.axvline(1, color=INK, lw=1)
     beyond = False
-    texts = [text for text, _ in ([said] if said else []) + list(rows)]
     if said:
         axes.plot(said[1], 0, "*", color=INK, mfc="white", ms=12)
     for y, (_, one) in enumerate(rows, start=bool(said)):

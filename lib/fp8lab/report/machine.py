@@ -173,12 +173,16 @@ def littles_law_figure(axes, run: Run) -> str:
 @figure("kv_capacity", "Was the KV cache ever full?")
 def kv_capacity_figure(axes, run: Run) -> str:
     """Requests of this trace that the KV cache can hold, against the most that ran at once."""
-    rows = [row for row in evidence(run).kv_room() if run.profile.base(row[0]) == row[0]]
+    seen = evidence(run)
+    first = seen.a_base_each()
+    rows = [row for row in seen.kv_room() if row[0] in first]
     for y, (variant, _, holds, most, fullest) in enumerate(rows):
         axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
         axes.barh(y, most, 0.34, color=style_of(run.profile, variant)["color"])
         share = "" if fullest is None else f", fullest {fullest:.0%}"
-        note(axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (holds, y), (4, 0), va="center")
+        note(
+            axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (max(holds, most), y), (4, 0), va="center"
+        )
     name_rows(axes, [row[0] for row in rows], 0.9, 0.55)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
     axes.set_xlabel("requests of this trace")
@@ -188,20 +192,22 @@ def kv_capacity_figure(axes, run: Run) -> str:
 
 @figure("clock", "Does the power limit hold the card's clock back?", height=4.6, rows=2)
 def clock_figure(axes: Sequence, run: Run) -> str:
-    """Power and clock over time of both variants' levels all at once, where the card is least waited for."""
+    """Power and clock over time where the card is least waited for: a level of each variant at its highest rate."""
     seen, (upper, lower) = evidence(run), axes
-    ids = seen.fullest_pair()
+    ids = seen.fullest()
     sampled, limit_w, drawn = False, None, False
     for name in ids:
         level, ran = seen.level(name), seen.clock(name)
         if ran is None or ran.mhz is None:
             continue
         style = style_of(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
-        limit_w, drawn = ran.limit_w or limit_w, True
+        cards = level.summary.cards
+        limit_w, drawn = ran.limit_w / cards if ran.limit_w else limit_w, True
         shown = level.telemetry[level.telemetry["at_s"].between(0, level.summary.duration_s)]
         for each, column in ((upper, "gpu_power_w"), (lower, "gpu_sm_mhz")):
             known = shown[["at_s", column]].dropna()
-            each.plot(known["at_s"], known[column], label=level.level.variant, **style)
+            share = known[column] / (cards if each is upper else 1)
+            each.plot(known["at_s"], share, label=level.level.variant, **style)
         if "gpu_clock_reasons" in shown:
             known = shown[["at_s", "gpu_sm_mhz", "gpu_clock_reasons"]].dropna()
             held = known[(known["gpu_clock_reasons"].astype(int) & POWER) != 0]
@@ -211,13 +217,12 @@ def clock_figure(axes: Sequence, run: Run) -> str:
         upper.axhline(limit_w, color=GREY, lw=1, ls=":")
         note(upper, f"limit {limit_w:,.0f} W", (0, limit_w), color=GREY)
         upper.set_ylim(0, limit_w * 1.12)
-    upper.set(ylabel="GPU power, W")
+    upper.set(ylabel="power of a card, W")
     lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
     for each in (upper, lower):
         each.yaxis.set_major_formatter(plainly)
-        if not drawn:
-            each.set(xticks=[], yticks=[])
-            each.text(0.02, 0.86, "no GPU was sampled", transform=each.transAxes, fontsize=8, color=GREY)
+        if ids and not drawn:
+            note(each, "no GPU was sampled", (0.02, 0.86), (0, 0), xycoords="axes fraction", color=GREY)
     legend(upper, "lower right")
     marks = "Ticks: samples in which NVML named the power limit as what held the clock back."
     marks = marks if sampled else "What held the clock back was not sampled in this run."
@@ -231,8 +236,9 @@ _PARTS = (("weights", "#4477AA", ""), ("KV cache", "#CCBB44", "//"), ("the rest"
 @figure("memory", "What fills the card's memory?")
 def memory_figure(axes, run: Run) -> str:
     """What fills the card's memory, variant by variant."""
-    held = {s.level.variant: s for s in evidence(run).summaries.values() if s.kv_cache_tokens}
-    names = [v for v in ("bf16", "fp8-weights", "fp8-kv", "fp8") if v in held and run.profile.shape(v)]
+    seen = evidence(run)
+    held = {s.level.variant: s for s in seen.summaries.values() if s.kv_cache_tokens}
+    names = [v for v in seen.a_base_each() if v in held and run.profile.shape(v)]
     for y, variant in enumerate(names):
         server, shape, used = held[variant].server, run.profile.shape(variant), held[variant].gpu_memory_gib_max
         used = used and used / server.cards
@@ -277,21 +283,34 @@ def _limits(axes, run: Run, shares: Set[float | None]) -> None:
 
 @figure("batching", "How does continuous batching look while it runs?", height=3.2)
 def batching_figure(axes, run: Run) -> str:
-    """Requests running and waiting in the EngineCore over time, and in flight for the client, at the published FP8 level."""
+    """Requests running and waiting in the EngineCore over time, and in flight for the client, at the published FP8 level or,
+    in a run without it, where the most ran."""
     seen, id = evidence(run), level_id("fp8", claim_of("C2")["fp8"]["rate"])
-    level = seen.level(id) if id in seen.summaries else None
+    if id not in seen.summaries:
+        id = max(seen.summaries, key=lambda one: seen.summaries[one].running_max or 0, default="")
+    level = seen.level(id) if id else None
     if level is not None:
         times, in_flight = concurrency_over_time(level.records)
         last = level.records["scheduled_s"].max()
+        # Names stand at parts of the arrivals, or of the whole where all arrive at once.
+        paced = last > 0.1 * times[-1]
+        span = last if paced else 0.6 * times[-1]
         axes.step(times, in_flight, where="post", color=INK, lw=1.6)
-        _name(axes, "in flight for the client", times, in_flight, 0.5 * last, (-50, 34))
+        _name(
+            axes,
+            "in flight for the client",
+            times,
+            in_flight,
+            *((0.5 * span, (-50, 34)) if paced else (0.7 * span, (70, 8))),
+        )
         if level.telemetry is not None and (sampled := level.telemetry.dropna(subset=["running"])).shape[0]:
             axes.plot(sampled["at_s"], sampled["running"], color=GREY, ls="--", marker=".", ms=4)
             axes.plot(sampled["at_s"], sampled["waiting"], color=GREY, ls=":", marker="x", ms=4)
-            _name(axes, "running in the EngineCore", sampled["at_s"], sampled["running"], 0.7 * last, (0, -42))
-            _name(axes, "waiting in the EngineCore", sampled["at_s"], sampled["waiting"], 0.5 * last, (0, 16))
-        axes.axvline(last, color=GREY, lw=1)
-        note(axes, "last arrival", (last, axes.get_ylim()[1]), (3, -10), color=GREY)
+            _name(axes, "running in the EngineCore", sampled["at_s"], sampled["running"], 0.7 * span, (0, -42))
+            _name(axes, "waiting in the EngineCore", sampled["at_s"], sampled["waiting"], 0.5 * span, (0, 16))
+        if paced:
+            axes.axvline(last, color=GREY, lw=1)
+            note(axes, "last arrival", (last, axes.get_ylim()[1]), (3, -10), color=GREY)
     axes.set(xlabel="seconds", ylabel="requests", xlim=(0, None), ylim=(0, None))
     return (
         f"Level {id}. A request joins the running batch at the next step and leaves it with its last token; none waits for a "

@@ -237,19 +237,30 @@ class Evidence:
 
     def in_flight(self) -> dict[str, tuple[float, float]]:
         """By level id the mean number of requests in flight over the whole run: what Little's law expects of the completed
-        ones, and what the EngineCore counted, running and waiting. Levels without samples are left out."""
+        ones, and what the EngineCore counted, running and waiting. Left out are levels without samples, and those with so few
+        in flight that it is chance how many a sample meets (fewer than 100 in all samples)."""
         held = {}
         for level_id, s in self.summaries.items():
             level, expected = self.level(level_id), s.mean_concurrent_requests
             if level is not None and level.telemetry is not None and expected:
                 sampled = level.telemetry[level.telemetry["at_s"].between(0, s.duration_s)]
-                held[level_id] = (expected, float((sampled["running"] + sampled["waiting"]).mean()))
-        return {level_id: pair for level_id, pair in held.items() if not math.isnan(pair[1])}
+                counted = (sampled["running"] + sampled["waiting"]).dropna()
+                if expected * len(counted) >= 100:
+                    held[level_id] = (expected, float(counted.mean()))
+        return held
 
-    def fullest_pair(self) -> list[str]:
-        """The ids of one level each of BF16 and FP8, in the setup least in the way, at each one's highest rate."""
+    def a_base_each(self) -> list[str]:
+        """The first variant of each base that the run holds levels of, in the profile's order."""
+        first: dict[str, str] = {}
+        for variant in self.variants():
+            first.setdefault(self.run.profile.base(variant), variant)
+        return list(first.values())
+
+    def fullest(self) -> list[str]:
+        """The ids of one level each of BF16 and FP8, in the setup least in the way, at each one's highest rate; where the run
+        holds no two variants that differ in nothing else, of each base's first."""
         pairs = [pair[:2] for pair in self.pairs() if self.rates(*pair[:2])]
-        last = pairs[-1] if pairs else ()
+        last = pairs[-1] if pairs else [variant for variant in self.a_base_each() if self.rates(variant)]
         return [next(iter(self.levels((variant,), self.rates(variant)[-1]))) for variant in last]
 
     def kv_room(self) -> list[tuple[str, int, float, float, float | None]]:
