@@ -442,3 +442,10 @@ def test_the_notebook_refuses_random_weights(tmp_path):
             tmp_path / "07.ipynb",
             {"profile_name": "tiny-cpu", "run_dir": str(tmp_path / "run")},
         )
+
+
+def test_recipes_that_were_asked_are_told_apart():
+    run = open_run(source="smollm2-h200-recipes")
+    for axes in (one(run).canvas.axes[0] for one in (lab.divergence_figure, lab.parting_figure)):
+        looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+        assert len(looks) == len(axes.lines) == 5

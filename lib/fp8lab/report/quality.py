@@ -11,7 +11,7 @@ from ..metrics import number_formats
 from ..metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
 from ..results.run_folder import Run
 from ..ui.text import Table
-from .drawing import INK, STYLE, figure, note
+from .drawing import INK, STYLE, figure, note, style_of
 from .judges import kept_of
 from .verdict import card_note, claim_of
 
@@ -156,7 +156,6 @@ def _caption(run: Run) -> str:
 
 
 _FLOOR = ("#767676", "x")
-_FALLBACK = ("#56B4E9", "v")
 
 
 @figure("quality_kl", "How far does each variant move the next token's distribution?")
@@ -165,10 +164,8 @@ def divergence_figure(axes, run: Run) -> str:
     for name in _others(run):
         kl = np.sort(tables(run, name)[0]["kl"].to_numpy(float))
         points = _visible(len(kl), int((kl <= 0).sum()))
-        (color, marker), label = _style(name), _label(name)
-        label = label if len(points) else f"{label}: no difference at all"
-        style = {"color": color, "marker": marker, "markevery": 0.12, "ms": 5, "lw": 1.6}
-        axes.plot(kl[points], 1 - points / len(kl), label=label, **style)
+        label = _label(name) if len(points) else f"{_label(name)}: no difference at all"
+        axes.plot(kl[points], 1 - points / len(kl), label=label, markevery=0.12, **_style(run, name))
     axes.set(xscale="log", yscale="log", xlabel="KL divergence from the reference, nats (at least)",
              ylabel="share of positions beyond it", ylim=(1e-4, 1.3))  # fmt: skip
     axes.legend(frameon=False, loc="lower left")
@@ -188,8 +185,7 @@ def parting_figure(axes, run: Run) -> str:
         parts = np.array([longest + 1 if same == len(a) == len(b) else same for same, a, b in shared])
         steps = np.arange(longest + 1)
         share = (parts[None, :] >= steps[:, None]).mean(axis=1)
-        color, marker = _style(name)
-        axes.step(steps, share, where="post", color=color, marker=marker, markevery=0.1, ms=5, label=_label(name))
+        axes.step(steps, share, where="post", markevery=0.1, label=_label(name), **_style(run, name))
     axes.set(xlabel="tokens into the answer", ylabel="share of answers still the same")
     axes.set(xlim=(0, longest), ylim=(0, 1.05))
     axes.legend(frameon=False, loc="best")
@@ -249,8 +245,9 @@ def _others(run: Run) -> Mapping:
     return {name: one for name, one in comparisons(run).items() if name != reference_variant(run.profile)}
 
 
-def _style(name: str) -> tuple[str, str]:
-    return _FLOOR if name.endswith(AGAIN) else STYLE.get(name, _FALLBACK)
+def _style(run: Run, name: str) -> dict:
+    floor = dict(zip(("color", "marker"), _FLOOR, strict=True))
+    return (floor if name.endswith(AGAIN) else style_of(run.profile, name)) | {"ls": "-", "ms": 5, "lw": 1.6}
 
 
 def _label(name: str) -> str:
