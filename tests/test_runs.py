@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from conftest import make_records
-from fp8lab import share
+from fp8lab import commands, share
 from fp8lab.config.profile import Level, Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
@@ -17,6 +17,7 @@ from fp8lab.experiment.max_rate import find_max_rate
 from fp8lab.experiment.speed import load_test, measure, missing_work, plan_table, trace_for
 from fp8lab.metrics.performance import summarize
 from fp8lab.metrics.summary import MeasuredLevel, Summary
+from fp8lab.paths import DATA
 from fp8lab.results import provenance, run_folder
 from fp8lab.results.run_folder import LevelResult, open_run
 from fp8lab.share import record
@@ -106,9 +107,14 @@ def test_a_recorded_run_is_read_only(run):
 
 
 def test_part_of_a_run_is_read_as_far_as_it_goes(run, profile, capsys):
-    """A colleague's run that was stopped half-way can be looked at; one that holds nothing of what is asked cannot."""
-    with pytest.raises(BadInput, match="lacks the levels bf16-50rps-r1, fp8-100rps-r1: all that were asked for"):
+    """A colleague's run that was stopped half-way can be looked at, or one of other levels; an empty one cannot."""
+    with pytest.raises(BadInput, match="holds no complete level"):
         measure(open_run(source=run.path), profile, "as published")
+    run.write(make_result(other := Level(variant="fp8", rate=7, requests=3), 3))
+    for protocol in ("as published", "one that this profile does not have"):
+        (held,) = measure(open_run(source=run.path), profile, protocol)
+        assert held.level.id == other.id
+        assert f"holds nothing of {protocol}: drawn is all that it holds" in capsys.readouterr().err
     level = profile.levels("as published")[0]
     run.write(make_result(level, 1000))
     (held,) = measure(open_run(source=run.path), profile, "as published")
@@ -367,3 +373,14 @@ def test_a_recording_that_is_interrupted_leaves_the_earlier_one(run, monkeypatch
 def test_a_recorded_run_is_not_opened_to_be_measured_into():
     with pytest.raises(BadInput, match="h100-80gb is a recorded run: read it with --source"):
         open_run(run_folder.DATA / "recorded" / "h100-80gb")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (DATA / "recorded").iterdir()))
+def test_every_recorded_run_has_something_to_show(name):
+    """Whatever its protocols are called: the front notebook draws its levels, of one without levels step 7 the answers."""
+    run = open_run(source=name)
+    if commands._default_notebook(run) == "front":
+        assert measure(run, run.profile, ["as published", "equal load"])
+        assert "nothing is left" in str(plan_table(run.profile, ["as published"], run))
+    else:
+        assert run.read_parts("quality") and not run.summaries()

@@ -44,7 +44,9 @@ from .ui.status import StatusLine
 
 def reproduce(args) -> int:
     hosts.end_with_owner()
-    notebooks = [path for name in args.notebook or ["front"] for path in find(name)]
+    recorded = open_run(source=args.source) if args.source else None
+    default = _default_notebook(recorded) if recorded else "front"
+    notebooks = [path for name in args.notebook or [default] for path in find(name)]
     chosen = {name: _value(text) for name, text in args.parameter}
     for notebook in notebooks:
         check_parameters(notebook, chosen)
@@ -60,7 +62,7 @@ def reproduce(args) -> int:
     profile = args.profile
     if args.weights or args.model:
         profile = load_profile(args.profile, weights=args.weights, model=args.model)
-    run = open_run(args.run, profile, source=args.source)
+    run = recorded or open_run(args.run, profile)
     rendered = RUNS / f"redrawn-{run.path.resolve().name}" if run.read_only else run.path / "rendered"
     where = {"source" if run.read_only else "run_dir": repository_relative(run.path)}
     for notebook in notebooks:
@@ -230,11 +232,14 @@ def plan(args) -> None:
     print(speed.plan_table(profile, args.protocol or list(profile.protocols), run))
 
 
+def _default_notebook(run: Run) -> str:
+    """What shows a run: of one with answers alone the front notebook would have nothing to show."""
+    return "07_quality" if run.read_parts("quality") and not run.summaries() else "front"
+
+
 def share(args) -> None:
     run = open_run(source=args.run)
-    # A run of answers alone has nothing for the front notebook to show.
-    told_by = "front" if run.summaries() else "07_quality"
-    notebooks = [path for name in args.notebook or [told_by] for path in find(name)]
+    notebooks = [path for name in args.notebook or [_default_notebook(run)] for path in find(name)]
     pages, archive = sharing.share(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
     for path in (*pages, archive):
         print(f"{repository_relative(path)}  {path.stat().st_size / 1e6:.1f} MB")

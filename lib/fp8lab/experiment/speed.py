@@ -175,17 +175,20 @@ def measure(
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an interrupted call goes on
     where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted call has set aside) are set
-    aside and measured once more, and returned too. On a recorded run this only reads, and returns what it holds of them.
+    aside and measured once more, and returned too. On a recorded run this only reads, and returns what it holds of them or,
+    where that is nothing, all that it holds.
     Raises InUse when another process writes to the run, RunDamaged before anything is started when a level of it cannot be
     read; at the end, with all measured that could be, ServerFailed when a server did not start or died under load (its further
     levels are missing), LevelFailed when only levels or cross-checks failed.
     """
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    if run.read_only and not again:
+        return _recorded(run, profile, protocols)
     asked = _levels(profile, protocols)
     with run.locked():
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
-        todo = [] if run.read_only else [one for one in asked if one not in anew and not run.has(one)]
+        todo = [one for one in asked if one not in anew and not run.has(one)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
             # A file that cannot be read or is too short says so now.
             trace = trace_for(profile, longest)
@@ -194,23 +197,13 @@ def measure(
         # What is measured already needs its file no more; while that is there, it must be the one that was sent.
         gone = is_file(profile.workload.trace) and not Path(profile.workload.trace).is_file()
         for level in asked:
-            if level not in anew and run.has(level, None if run.read_only or gone else trace_for(profile, level)):
+            if level not in anew and run.has(level, None if gone else trace_for(profile, level)):
                 run.read(level)
         for level in anew:
             if (run.path / "levels" / level.id).is_dir():
                 run.set_aside(level.id)
         work = missing_work(run, profile, protocols, anew)
         asked = list(dict.fromkeys([*asked, *anew]))
-        if work and run.read_only:
-            # Part of a run is shown as far as it goes: what rests on the rest says so itself.
-            lacking = [level.id for level in asked if not run.has(level)]
-            if len(lacking) == len(asked):
-                raise BadInput(
-                    f"recorded run {run.path.name} lacks the levels {', '.join(lacking)}: all that were asked for"
-                )
-            if lacking:
-                StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
-            asked, work = [level for level in asked if run.has(level)], []
         failed: list[Fp8labError] = []
         for variant, levels in work:
             try:
@@ -222,6 +215,23 @@ def measure(
         kind = ServerFailed if any(isinstance(error, ServerFailed) for error in failed) else LevelFailed
         raise kind("\n".join(map(str, failed)))
     return [run.read(level) for level in asked]
+
+
+def _recorded(run: Run, profile: Profile, protocols: Sequence[str]) -> list[LevelResult]:
+    """What a recorded run holds of the protocols; where it holds nothing of them, all that it holds: what rests on the rest
+    says so itself. Raises BadInput when it holds no level."""
+    asked = _levels(profile, [name for name in protocols if name in profile.protocols])
+    held: list[Level] = [level for level in asked if run.has(level)]
+    if not held:
+        held = [s.level for s in run.summaries().values()]
+        if not held:
+            raise BadInput(f"recorded run {run.path.name} holds no complete level: there is nothing to show")
+        StatusLine().done(
+            f"recorded run {run.path.name} holds nothing of {', '.join(protocols)}: drawn is all that it holds"
+        )
+    elif lacking := [level.id for level in asked if level not in held]:
+        StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
+    return [run.read(level) for level in held]
 
 
 def _stored_levels(run: Run, profile: Profile, ids: Sequence[str], asked: Sequence[Level]) -> list[Level]:
@@ -360,8 +370,8 @@ def level_seconds(profile: Profile, level: Level) -> float:
 
 
 def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = None) -> Table:
-    """What is to be measured, server by server, with minutes; with a `run`, only what it lacks."""
-    work = missing_work(run, profile, protocols)
+    """What is to be measured, server by server, with minutes; with a `run`, only what it lacks: of a recorded one nothing."""
+    work = [] if run and run.read_only else missing_work(run, profile, protocols)
     caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
     if not work:
         return Table(caption, ("plan",), [("nothing is left to measure",)])

@@ -87,7 +87,7 @@ def kv_table(run: Run) -> Table:
         for variant, tokens, room, most, fullest in seen.kv_room()
     ]
     each = seen.kv_tokens_a_request()
-    held = f"; a running request held {each:.0f} tokens on average" if each else ""
+    held = f"; a running request held {each:,.0f} tokens on average" if each else ""
     columns = ("variant", "KV cache, tokens", "requests it can hold", "--max-num-seqs", "most running", "fullest")
     return Table(f"{card_note(run)}Was the KV cache ever the limit? Run {run.path.name}{held}", columns, rows)
 
