@@ -86,6 +86,14 @@ def _marked_truly():
         yield
 
 
+@pytest.fixture(scope="session")
+def torch():
+    """torch, imported by the tests that take it: it is 2 s of CPU, which every collection would pay."""
+    import torch
+
+    return torch
+
+
 @functools.cache
 def recorded(name: str):
     """A recorded run, opened once a process: what is read and concluded of it is kept with it."""

@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -524,7 +523,7 @@ NAMES = st.one_of(
 @example("GPU-8932f937,GPU-5d1f")
 @example("GPU-8932f937,GPU-8932")
 @example("0,2,-1,1")
-def test_cuda_visible_devices_means_what_torch_says(chosen):
+def test_cuda_visible_devices_means_what_torch_says(torch, chosen):
     """torch asks the driver's question without a driver; this machine needs no GPU for that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", chosen)

@@ -26,6 +26,7 @@ from .experiment import quality as answers
 from .experiment import speed, step_fit
 from .metrics.slo import SLO
 from .metrics.step_model import FITS, read_fits
+from .models import quantize as making
 from .paths import RUNS, cache_dir, repository_relative, write_text
 from .report.anatomy import host_table, kernels_table, steps_table
 from .report.claims import claims_across, claims_table
@@ -129,8 +130,6 @@ def anatomy(args) -> None:
 
 
 def quantize(args) -> None:
-    from .models import quantize as making  # torch takes seconds
-
     source, drawn = making.source_of(args.model)
     beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
