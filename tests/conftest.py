@@ -35,6 +35,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Once torch and vLLM are imported every full collection walks millions of objects that never go.
 gc.set_threshold(100_000, 50, 1000)
 
+# Some hundred Pythons are started, each of which would compile the library anew where a host keeps no compiled files.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Rare events are looked for at length, and more real servers started, by `make nightly` alone.
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 # Whatever takes two users: nobody else may become another one, or see what it started.
