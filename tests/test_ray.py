@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import marked, nothing_left, wait_for
+from conftest import marked, nothing_left, own_cache, wait_for
 from fp8lab import hosts
 from fp8lab.batch import _Queue, _work, load_matrix, run_batch
 from fp8lab.errors import BadInput
@@ -32,7 +32,7 @@ def cluster(fake_vllm, tmp_path, monkeypatch):
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = []
     for number in range(2):
-        own = {"XDG_CACHE_HOME": str(tmp_path / f"host-{number}")}
+        own = {"XDG_CACHE_HOME": own_cache(tmp_path / f"host-{number}")}
         nodes.append(made.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20, env_vars=own))
 
     def raylet(number: int) -> int:
