@@ -275,7 +275,8 @@ def other_server(reply):
             server.shutdown()  # a thread that serves a closed socket spins until the process ends
 
 
-def test_a_server_without_log_probabilities_is_one_clear_error():
+def test_a_server_without_log_probabilities_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(answers, "_PAUSES_S", (0.0, 0.0, 0.0))
     plain = {"choices": [{"text": "a", "message": {"content": "a"}, "finish_reason": "length"}]}
     with other_server(lambda path: None if "tokenize" in path else plain) as endpoint:
         with pytest.raises(BadInput, match="tokenize is unknown there.*vLLM's own server"):
