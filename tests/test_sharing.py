@@ -21,7 +21,7 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.servers
 def test_a_shared_run_opens_on_another_machine(home):
     run = open_run(source="h200-80gb")
-    (page,), archive = share(run, home / "out", notebooks=[notebooks.FRONT])
+    (page,), archive = share(run, home / "out", notebooks=notebooks.find("04"))
     text = page.read_text()
     fetched = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?!data:)([^"#]+)"', text)
     assert fetched == [] and "@import" not in text and 'lang="en"' in text and text.count("<figure>") >= 4
