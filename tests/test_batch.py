@@ -200,7 +200,7 @@ def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_d
     """The whole way: through papermill, the queue and the pages, to the remedy and the end of it."""
     refused = tmp_path / "refused"
     refused.write_text("100000")
-    profile = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
+    profile = fake_vllm(bf16=f"refuse:{refused}", requests=8, dilation=8)
     path, out = tmp_path / "m.toml", tmp_path / "out"
     path.write_text(f'profiles = ["{profile}"]\nprotocols = ["as published"]\nnotebook = "{short}"\n')
 

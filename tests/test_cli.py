@@ -16,9 +16,7 @@ from warm_cli import fp8lab
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.NAMES)])
 def test_help_teaches_by_example(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "fp8lab.cli", *command, "--help"], capture_output=True, text=True, check=False
-    )
+    done = fp8lab(*command, "--help")
     assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout
 
 

@@ -1,6 +1,7 @@
 """A batch on the hosts of a Ray cluster: two raylets on this machine, each with a folder and a (made-up) card of its own."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -20,12 +21,14 @@ from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 from test_batch import ThisHost, short  # noqa: F401 - a fixture
 
-ray = pytest.importorskip("ray", reason="the gpu environment does without")
+# Looked for and not imported: that takes 1 s of CPU, which every collection of the tests would pay.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the gpu environment does without")
 
 
 @pytest.fixture
 def cluster(fake_vllm, tmp_path, monkeypatch):
     """A cluster whose two hosts start the stand-in for vLLM; `cluster(0)` and `cluster(1)` are their raylets' pids."""
+    import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

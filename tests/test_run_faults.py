@@ -381,7 +381,7 @@ def test_json_that_says_something_else_is_damage(tmp_path, text):
 
 
 def test_the_command_line_measures_again(fake_vllm, tmp_path):
-    path = fake_vllm(dilation=8)
+    path = fake_vllm(requests=8, dilation=8)
     command = ["measure", "--run", str(tmp_path / "run")]
     assert fp8lab(*command, "--profile", str(path)).returncode == 0
     summary = tmp_path / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
@@ -490,7 +490,7 @@ def test_requests_of_ones_own_are_not_replaced_by_the_profiles(tmp_path):
 def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_remedy_works(fake_vllm, tmp_path):
     refused = tmp_path / "refused"
     refused.write_text("100000")
-    path = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
+    path = fake_vllm(bf16=f"refuse:{refused}", requests=8, dilation=8)
 
     def done(*arguments):
         return fp8lab("measure", "--run", str(tmp_path / "run"), *arguments)
