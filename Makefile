@@ -58,9 +58,9 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# So many files at a time: what the tests of a file share is made once. More than there are cores,
-# since tests wait too.
-BESIDE = $(PYTEST) -n $(1) --dist loadfile
+# So many files at a time, in the order of tests/conftest.py: what the tests of a file share is made once. More than there are
+# cores, since tests wait too.
+BESIDE = $(PYTEST) -n $(1) --dist loadfile --no-loadscope-reorder
 
 quick: lint
 	$(call BESIDE,3) -m "not servers and not timing" $(ARGS)

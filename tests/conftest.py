@@ -49,15 +49,23 @@ AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root may act as anot
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
+# The files that take longest, here or there in the phases of `make test`: what is begun last ends last.
+_LONG = [
+    "test_notebooks", "test_server_faults", "test_quality", "test_server", "test_connections", "test_predict", "test_load",
+    "test_readme", "test_endpoint", "test_quantize", "test_run_faults", "test_ray", "test_anatomy", "test_batch",
+    "test_owner_faults", "test_streams", "test_hosts", "test_telemetry", "test_hostile", "test_limit_search",
+]  # fmt: skip
 _now_running = []
 
 
 def pytest_collection_modifyitems(config, items):
     """Marks what starts a server, and what times itself: beside another test its times would be wrong. (What is marked
-    `servers` by hand is no such test, unless it is marked so too.) Tests marked `nightly` are run there alone."""
+    `servers` by hand is no such test, unless it is marked so too.) Tests marked `nightly` are run there alone. Long files come
+    first."""
     if not NIGHTLY:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    items.sort(key=lambda item: [*_LONG, item.module.__name__].index(item.module.__name__))
     for item in items:
         by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):
