@@ -7,6 +7,7 @@ from nothing.
 """
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -70,6 +71,8 @@ if __name__ == "__main__":
 
     from fp8lab import cli, commands, load_test_command  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a child that ends does not go through all that was imported
     work = _wait_for_work()
     os.environ.clear()
     os.environ.update(work["environment"])
