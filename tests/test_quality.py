@@ -410,13 +410,6 @@ def test_tables_say_what_they_are(measured):
     assert next(one for one in lab.judge(measured) if one.id == "Q1").verdict == "not run"
 
 
-@pytest.mark.servers
-def test_the_notebook_shows_the_recorded_run(tmp_path):
-    page = notebooks.execute(notebooks.find("07")[0], tmp_path / "07.ipynb", {"source": "smollm2-h200"}).read_text()
-    assert page.count("<figure>") == 2 and "bf16-again (noise floor)" in page and "99.28" in page
-    assert "IProgress" not in page and "Traceback" not in page
-
-
 def test_the_notebook_on_the_cpu(measured, tmp_path):
     where = {"run_dir": str(measured.path)} | dataclasses.asdict(TASK)
     del where["top"]
