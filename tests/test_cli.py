@@ -21,8 +21,14 @@ def test_help_teaches_by_example(command):
 
 
 def test_importing_is_quick():
-    code = "import sys, fp8lab, fp8lab.cli; print([m for m in ('pandas', 'numpy', 'httpx', 'matplotlib') if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    """And what reads no run does not wait for what does."""
+    for imported, heavy in (
+        ("fp8lab, fp8lab.cli", ("pandas", "numpy", "httpx", "matplotlib")),
+        ("fp8lab.server_commands", ("pandas", "httpx", "matplotlib")),
+        ("fp8lab.commands", ("torch", "transformers", "matplotlib", "ray", "vllm")),
+    ):
+        code = f"import sys, {imported}; print([m for m in {heavy!r} if m in sys.modules])"
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]

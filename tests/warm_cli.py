@@ -69,7 +69,7 @@ if __name__ == "__main__":
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    from fp8lab import cli, commands, load_test_command  # noqa: F401
+    from fp8lab import cli, commands, load_test_command, server_commands  # noqa: F401
 
     gc.collect()
     gc.freeze()  # a child that ends does not go through all that was imported
