@@ -52,7 +52,7 @@ _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "tes
 # The files that take longest, here or there in the phases of `make test`: what is begun last ends last. Beside the front
 # notebook, whose levels may not be late, come the light ones of them.
 _LONG = [
-    "test_notebooks", "test_server_faults", "test_run_faults", "test_quality", "test_server", "test_connections",
+    "test_notebooks", "test_server_faults", "test_run_faults", "test_quality", "test_server", "test_browser", "test_connections",
     "test_predict", "test_load", "test_readme", "test_endpoint", "test_quantize", "test_ray", "test_batch", "test_anatomy",
     "test_owner_faults", "test_streams", "test_hosts", "test_telemetry", "test_hostile", "test_limit_search",
 ]  # fmt: skip
