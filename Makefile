@@ -1,6 +1,6 @@
 # make reproduce   the published comparison, and the fair one, on this machine
-# make quick       formatting, linting, and the tests that need no server (3 to 4 min on two cores)
-# make test        the same with servers, notebooks and a browser (15 to 18 min on two cores)
+# make quick       formatting, linting, and the tests that need no server (2 to 3 min on two cores)
+# make test        the same with servers, notebooks and a browser (10 to 12 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
