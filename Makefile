@@ -1,6 +1,6 @@
 # make reproduce   the published comparison, and the fair one, on this machine
-# make quick       formatting, linting, and the tests that need no server (3 to 4 min on two cores)
-# make test        the same with servers, notebooks and a browser (15 to 18 min on two cores)
+# make quick       formatting, linting, and the tests that need no server (2 to 3 min on two cores)
+# make test        the same with servers, notebooks and a browser (10 to 12 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
@@ -58,9 +58,9 @@ lint: $(STAMP)
 
 PYTEST := $(BIN)/python -m pytest --durations 10
 
-# So many files at a time: what the tests of a file share is made once. More than there are cores,
-# since tests wait too.
-BESIDE = $(PYTEST) -n $(1) --dist loadfile
+# So many files at a time, in the order of tests/conftest.py: what the tests of a file share is made once. More than there are
+# cores, since tests wait too.
+BESIDE = $(PYTEST) -n $(1) --dist loadfile --no-loadscope-reorder
 
 quick: lint
 	$(call BESIDE,3) -m "not servers and not timing" $(ARGS)

@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from fp8lab.models.checkpoints import model_folder
 from fp8lab.paths import PROJECT
 from fp8lab.results.run_folder import open_run
 from fp8lab.server import orphans
@@ -35,6 +36,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Once torch and vLLM are imported every full collection walks millions of objects that never go.
 gc.set_threshold(100_000, 50, 1000)
 
+# Some hundred Pythons are started, each of which would compile the library anew where a host keeps no compiled files.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Rare events are looked for at length, and more real servers started, by `make nightly` alone.
 NIGHTLY = bool(os.environ.get("FP8LAB_NIGHTLY"))
 # Whatever takes two users: nobody else may become another one, or see what it started.
@@ -44,15 +49,24 @@ AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root may act as anot
 # What starts a server for its tests, and what times itself against a streaming server.
 _STARTERS = {"fake_vllm", "tiny", "crowded", "measured", "search"}
 _TIMED = {"test_load", "test_connections", "test_telemetry", "test_clocks", "test_live"}
+# The files that take longest, here or there in the phases of `make test`: what is begun last ends last. Beside the front
+# notebook, whose levels may not be late, come the light ones of them.
+_LONG = [
+    "test_notebooks", "test_server_faults", "test_run_faults", "test_quality", "test_server", "test_browser", "test_connections",
+    "test_predict", "test_load", "test_readme", "test_endpoint", "test_quantize", "test_ray", "test_batch", "test_anatomy",
+    "test_owner_faults", "test_streams", "test_hosts", "test_telemetry", "test_hostile", "test_limit_search",
+]  # fmt: skip
 _now_running = []
 
 
 def pytest_collection_modifyitems(config, items):
     """Marks what starts a server, and what times itself: beside another test its times would be wrong. (What is marked
-    `servers` by hand is no such test, unless it is marked so too.) Tests marked `nightly` are run there alone."""
+    `servers` by hand is no such test, unless it is marked so too.) Tests marked `nightly` are run there alone. Long files come
+    first."""
     if not NIGHTLY:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    items.sort(key=lambda item: [*_LONG, item.module.__name__].index(item.module.__name__))
     for item in items:
         by_hand = item.get_closest_marker("servers")
         if _STARTERS & set(item.fixturenames):
@@ -84,6 +98,14 @@ def _marked_truly():
         patch.setattr(Server, "_launch", checked(Server._launch))
         patch.setattr(notebooks, "execute", checked(notebooks.execute))
         yield
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """torch, imported by the tests that take it: it is 2 s of CPU, which every collection would pay."""
+    import torch
+
+    return torch
 
 
 @functools.cache
@@ -216,11 +238,20 @@ def fake_vllm(monkeypatch, tmp_path):
     return profile
 
 
+def own_cache(folder: Path) -> str:
+    """`folder` as a cache of a test's own (XDG_CACHE_HOME), with the models in it that were built before: to build the
+    tokenizer anew takes 3 s of CPU."""
+    models = model_folder("tiny-llama").parent
+    (folder / "fp8lab").mkdir(parents=True)
+    (folder / "fp8lab" / "models").symlink_to(models)
+    return str(folder)
+
+
 @pytest.fixture
 def card(fake_vllm, tmp_path, monkeypatch):
     """A function that sets what the GPU says, and a cuda profile on it."""
     monkeypatch.setenv("PYTHONPATH", f"{HERE / 'fake_nvml'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path / "cache"))
     monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
     monkeypatch.syspath_prepend(str(HERE / "fake_nvml"))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)

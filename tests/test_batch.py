@@ -24,6 +24,7 @@ from fp8lab.paths import DATA
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 from fp8lab.system.locks import Lock
+from warm_cli import fp8lab
 
 # One level of some requests in a tiny run.
 PROFILE = """
@@ -199,7 +200,7 @@ def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_d
     """The whole way: through papermill, the queue and the pages, to the remedy and the end of it."""
     refused = tmp_path / "refused"
     refused.write_text("100000")
-    profile = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
+    profile = fake_vllm(bf16=f"refuse:{refused}", requests=8, dilation=8)
     path, out = tmp_path / "m.toml", tmp_path / "out"
     path.write_text(f'profiles = ["{profile}"]\nprotocols = ["as published"]\nnotebook = "{short}"\n')
 
@@ -219,8 +220,7 @@ def test_a_job_with_invalid_levels_is_done_and_its_page_says_which_and_what_to_d
     _, said = second.communicate(timeout=60)
     assert second.returncode == 3 and "[1/1]" not in said
     refused.write_text("0")
-    remedy = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(run.path), "--again", "bf16-50rps-r1"]
-    assert subprocess.run(remedy, capture_output=True, check=False).returncode == 0
+    assert fp8lab("measure", "--run", str(run.path), "--again", "bf16-50rps-r1").returncode == 0
     third = batch(path)
     _, said = third.communicate(timeout=300)
     assert third.returncode == 0 and states() == ["done"], said

@@ -73,7 +73,6 @@ def dest(flag) -> str:
     return flag.name[2:].replace("-", "_")
 
 
-@pytest.mark.servers
 @settings(deadline=None, max_examples=300)
 @given(LIST, LIST)
 @example(["--max-num-seqs", "1024"], ["--max-num-seqs", "256"])
@@ -95,7 +94,6 @@ def test_a_command_means_to_vllm_what_its_lists_mean_the_variants_last(vllm, sha
             assert meant[name] == value, name
 
 
-@pytest.mark.servers
 @settings(deadline=None, max_examples=300)
 @given(LIST, LIST)
 def test_what_is_read_from_a_command_is_what_vllm_takes(vllm, first, then):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from fp8lab.metrics import number_formats
 
@@ -10,7 +9,7 @@ from fp8lab.metrics import number_formats
 @pytest.mark.parametrize(
     ("name", "count", "largest", "smallest"), [("E4M3", 253, 448, 2**-9), ("E5M2", 247, 57344, 2**-16)]
 )
-def test_the_values_of_the_specification(name, count, largest, smallest):
+def test_the_values_of_the_specification(torch, name, count, largest, smallest):
     values = number_formats.values(name)
     assert len(values) == count and values[-1] == largest == -values[0] == number_formats.largest(name)
     assert values[values > 0][0] == smallest
@@ -18,14 +17,14 @@ def test_the_values_of_the_specification(name, count, largest, smallest):
     assert np.array_equal(values, np.unique(codes[codes.isfinite()].numpy()))
 
 
-def test_rounding_is_to_the_nearest_and_clips():
+def test_rounding_is_to_the_nearest_and_clips(torch):
     x = torch.tensor([0.3, 1.05, 17.0, 500.0, -1e6, 0.0005])
     assert number_formats.round_to(x, "E4M3", 1.0).tolist() == [0.3125, 1.0, 16.0, 448.0, -448.0, 0.0]
     assert number_formats.round_to(x, "E5M2", 1.0).tolist()[:2] == [0.3125, 1.0]
     assert number_formats.round_to(torch.tensor([2.6]), "INT8", 2.0).tolist() == [2.0]
 
 
-def test_scaling_reaches_the_largest_value_and_the_error_is_relative():
+def test_scaling_reaches_the_largest_value_and_the_error_is_relative(torch):
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     assert number_formats.round_to(x, "E4M3", number_formats.per_tensor_scale(x, "E4M3")).abs().max() == pytest.approx(
         x.abs().max()
@@ -39,7 +38,7 @@ def test_scaling_reaches_the_largest_value_and_the_error_is_relative():
     assert number_formats.per_tensor_scale(torch.zeros(3), "E4M3") == 1.0
 
 
-def test_an_outlier_costs_int8_long_before_e4m3_and_e5m2_nothing():
+def test_an_outlier_costs_int8_long_before_e4m3_and_e5m2_nothing(torch):
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
     cost = {
         name: [number_formats.outlier_error(x, name, size) for size in (10, 1e3, 1e6)]

@@ -156,21 +156,7 @@ def test_a_url_with_a_password_is_refused_unsaid():
     assert "hunter22" not in str(refused.value)
 
 
-def test_a_hostile_title_is_text_in_the_rendered_notebook(fake_vllm, tmp_path):
-    _, page = rendered(lab.load_profile(str(fake_vllm())), tmp_path, title=NASTY)
-    text = page.read_text()
-    assert "<script>alert(1)" not in text and "&lt;script&gt;alert(1)" in text
-    assert not any(character in text for character in "\x1b\x00\u202e")
-
-
-def rendered(profile, tmp_path, **changes):
-    """The front notebook, run and rendered headless on a run of the profile: (run, its page)."""
-    run = open_run(tmp_path / "run", dataclasses.replace(profile, **changes))
-    output = run.path / "rendered" / notebooks.FRONT.name
-    return run, notebooks.execute(notebooks.FRONT, output, {"run_dir": str(run.path)})
-
-
-# Secrets.
+# A page that is made, and secrets.
 
 PLANTED = {
     "HF_TOKEN": "hf_planted0123456789",
@@ -180,11 +166,19 @@ PLANTED = {
 }
 
 
-def test_planted_secrets_are_in_no_file_of_a_run(fake_vllm, tmp_path, monkeypatch):
-    """The stand-in logs its whole environment; the notebook, its page and all that the run stores are searched."""
+def test_a_hostile_title_is_text_in_a_rendered_page_and_planted_secrets_are_in_no_file_of_its_run(
+    fake_vllm, tmp_path, monkeypatch
+):
+    """The stand-in logs its whole environment; the front notebook, its page and all that the run stores are searched."""
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
-    run, page = rendered(lab.load_profile(str(fake_vllm("tell-secrets", "tell-secrets"))), tmp_path)
+    profile = lab.load_profile(str(fake_vllm("tell-secrets", "tell-secrets")))
+    run = open_run(tmp_path / "run", dataclasses.replace(profile, title=NASTY))
+    output = run.path / "rendered" / notebooks.FRONT.name
+    page = notebooks.execute(notebooks.FRONT, output, {"run_dir": str(run.path)})
+    text = page.read_text()
+    assert "<script>alert(1)" not in text and "&lt;script&gt;alert(1)" in text
+    assert not any(character in text for character in "\x1b\x00\u202e")
     log = (run.path / "logs" / "bf16.log").read_text()
     assert "'HF_TOKEN': '****" in log and "'VLLM_API_KEY': '****" in log
     files = [path for path in run.path.rglob("*") if path.is_file()]

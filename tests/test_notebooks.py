@@ -105,14 +105,13 @@ def test_measuring_again_measures_nothing(measured):
 
 
 def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
+    """The front notebook: see below."""
     run_dir, _ = measured
     before = {path: path.read_bytes() for path in [*run_dir.glob("levels/*/*"), *ALL]}
-    output = tmp_path / "project_reproduce.ipynb"
-    page = notebooks.execute(notebooks.FRONT, output, {"source": str(run_dir)}).read_text()
-    assert page.count("<figure>") == FRONT_FIGURES and "recorded" not in (run_dir / "run.json").read_text()
     for name in ("03", "06"):  # they would measure
         (step,) = notebooks.find(name)
-        notebooks.execute(step, tmp_path / step.name, {"source": str(run_dir)} | short_load(step))
+        page = notebooks.execute(step, tmp_path / step.name, {"source": str(run_dir)} | short_load(step)).read_text()
+        assert "<table" in page and "recorded" not in (run_dir / "run.json").read_text()
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -154,8 +153,11 @@ def test_the_steps_one_after_the_other_share_a_run(tmp_path, fake_vllm):
 @pytest.mark.servers
 def test_the_front_notebook_shows_the_recorded_run(tmp_path):
     """Its committed outputs are what the recorded data gives today: `make front` brings them up to date."""
-    output = tmp_path / "front.ipynb"
-    notebooks.execute(notebooks.FRONT, output, {"source": "h200-80gb"})
+    output, run = tmp_path / "front.ipynb", open_run(source="h200-80gb")
+    before = {path: path.read_bytes() for path in [*run.path.rglob("*"), *ALL] if path.is_file()}
+    page = notebooks.execute(notebooks.FRONT, output, {"source": "h200-80gb"}).read_text()
+    assert page.count("<figure>") == FRONT_FIGURES
+    assert before == {path: path.read_bytes() for path in [*run.path.rglob("*"), *ALL] if path.is_file()}
     fresh = {cell.id: cell for cell in nbformat.read(output, as_version=4).cells}
 
     def shown(cell):

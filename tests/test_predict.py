@@ -334,8 +334,8 @@ def test_a_minute_at_each_rate():
 def test_a_fit_of_one_variant_leaves_the_others_in_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(read_fits(FIT)["bf16-unsealed"].as_toml("mine"))
-    done = fp8lab("fit-model", "h200-80gb-x2-32b", "--variant", "fp8", "--out", str(tmp_path / "mine"))
-    assert done.returncode == 0 and set(read_fits(str(path))) == {"mine", "fp8"}, done.stderr
+    done = fp8lab("fit-model", "h200-80gb-x4-70b", "--variant", "fp8-tp2", "--out", str(tmp_path / "mine"))
+    assert done.returncode == 0 and set(read_fits(str(path))) == {"mine", "fp8-tp2"}, done.stderr
 
 
 def test_a_fit_is_written_and_read_back(tmp_path):

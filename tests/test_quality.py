@@ -275,7 +275,8 @@ def other_server(reply):
             server.shutdown()  # a thread that serves a closed socket spins until the process ends
 
 
-def test_a_server_without_log_probabilities_is_one_clear_error():
+def test_a_server_without_log_probabilities_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(answers, "_PAUSES_S", (0.0, 0.0, 0.0))
     plain = {"choices": [{"text": "a", "message": {"content": "a"}, "finish_reason": "length"}]}
     with other_server(lambda path: None if "tokenize" in path else plain) as endpoint:
         with pytest.raises(BadInput, match="tokenize is unknown there.*vLLM's own server"):
@@ -407,13 +408,6 @@ def test_tables_say_what_they_are(measured):
     published = repr(lab.published_table(measured))
     assert "99.28" in published and "68.71" in published and "model card" in published
     assert next(one for one in lab.judge(measured) if one.id == "Q1").verdict == "not run"
-
-
-@pytest.mark.servers
-def test_the_notebook_shows_the_recorded_run(tmp_path):
-    page = notebooks.execute(notebooks.find("07")[0], tmp_path / "07.ipynb", {"source": "smollm2-h200"}).read_text()
-    assert page.count("<figure>") == 2 and "bf16-again (noise floor)" in page and "99.28" in page
-    assert "IProgress" not in page and "Traceback" not in page
 
 
 def test_the_notebook_on_the_cpu(measured, tmp_path):

@@ -1,6 +1,7 @@
 """A batch on the hosts of a Ray cluster: two raylets on this machine, each with a folder and a (made-up) card of its own."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import marked, nothing_left, wait_for
+from conftest import marked, nothing_left, own_cache, wait_for
 from fp8lab import hosts
 from fp8lab.batch import _Queue, _work, load_matrix, run_batch
 from fp8lab.errors import BadInput
@@ -20,19 +21,21 @@ from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 from test_batch import ThisHost, short  # noqa: F401 - a fixture
 
-ray = pytest.importorskip("ray", reason="the gpu environment does without")
+# Looked for and not imported: that takes 1 s of CPU, which every collection of the tests would pay.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the gpu environment does without")
 
 
 @pytest.fixture
 def cluster(fake_vllm, tmp_path, monkeypatch):
     """A cluster whose two hosts start the stand-in for vLLM; `cluster(0)` and `cluster(1)` are their raylets' pids."""
+    import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = []
     for number in range(2):
-        own = {"XDG_CACHE_HOME": str(tmp_path / f"host-{number}")}
+        own = {"XDG_CACHE_HOME": own_cache(tmp_path / f"host-{number}")}
         nodes.append(made.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20, env_vars=own))
 
     def raylet(number: int) -> int:

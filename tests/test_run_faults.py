@@ -30,6 +30,7 @@ from fp8lab.paths import DATA
 from fp8lab.results.run_folder import open_run
 from fp8lab.system import locks as folders
 from test_runs import LEVEL, make_result
+from warm_cli import fp8lab
 
 KILLS = 50 if NIGHTLY else 8
 PROTOCOLS = ["as published", "equal load"]
@@ -380,14 +381,14 @@ def test_json_that_says_something_else_is_damage(tmp_path, text):
 
 
 def test_the_command_line_measures_again(fake_vllm, tmp_path):
-    path = fake_vllm(dilation=8)
-    command = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(tmp_path / "run")]
-    assert subprocess.run([*command, "--profile", str(path)], capture_output=True, check=False).returncode == 0
+    path = fake_vllm(requests=8, dilation=8)
+    command = ["measure", "--run", str(tmp_path / "run")]
+    assert fp8lab(*command, "--profile", str(path)).returncode == 0
     summary = tmp_path / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
     summary.write_text("{half")
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused = fp8lab(*command)
     assert refused.returncode == 1 and "--again bf16-50rps-r1" in refused.stderr and "Traceback" not in refused.stderr
-    again = subprocess.run([*command, "--again", "bf16-50rps-r1"], capture_output=True, text=True, check=False)
+    again = fp8lab(*command, "--again", "bf16-50rps-r1")
     assert again.returncode == 0, again.stderr
     assert json.loads(summary.read_text())["failed"] == 0
 
@@ -489,11 +490,10 @@ def test_requests_of_ones_own_are_not_replaced_by_the_profiles(tmp_path):
 def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_remedy_works(fake_vllm, tmp_path):
     refused = tmp_path / "refused"
     refused.write_text("100000")
-    path = fake_vllm(bf16=f"refuse:{refused}", dilation=8)
-    measure = [sys.executable, "-m", "fp8lab.cli", "measure", "--run", str(tmp_path / "run")]
+    path = fake_vllm(bf16=f"refuse:{refused}", requests=8, dilation=8)
 
     def done(*arguments):
-        return subprocess.run([*measure, *arguments], capture_output=True, text=True, check=False)
+        return fp8lab("measure", "--run", str(tmp_path / "run"), *arguments)
 
     first = done("--profile", str(path))
     assert first.returncode == 3, first.stderr
@@ -511,8 +511,7 @@ def test_an_invalid_level_is_exit_code_3_after_all_else_was_measured_and_its_rem
 
 def test_work_that_failed_wins_over_an_invalid_level(fake_vllm, tmp_path):
     path = fake_vllm(bf16="die", fp8="bad-model")
-    command = [sys.executable, "-m", "fp8lab.cli", "measure", "--profile", str(path), "--run", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fp8lab("measure", "--profile", str(path), "--run", str(tmp_path / "run"))
     held = open_run(source=tmp_path / "run").summaries()
     assert done.returncode == 1 and [s.valid for s in held.values()] == [False]
 

@@ -2,8 +2,6 @@ import csv
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -20,6 +18,7 @@ from fp8lab.experiment.speed import plan_table
 from fp8lab.models.checkpoints import model_folder
 from fp8lab.paths import DATA
 from fp8lab.results.run_folder import open_run
+from warm_cli import fp8lab
 
 
 def test_lengths_have_the_published_shape():
@@ -300,36 +299,17 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
     }  # fmt: skip
     due = {}
     with streaming_server() as url:
-        common = [
-            sys.executable,
-            "-m",
-            "fp8lab.cli",
-            "load-test",
-            "--base-url",
-            url,
-            "--model",
-            "ok",
-            "--max-context",
-            "100",
-        ]
+        common = ["load-test", "--base-url", url, "--model", "ok", "--max-context", "100"]
         for name, options in cases.items():
             out = tmp_path / name
-            done = subprocess.run(
-                [*common, "--trace", str(tmp_path / "mine.csv"), *options, "--out", str(out)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            done = fp8lab(*common, "--trace", str(tmp_path / "mine.csv"), *options, "--out", str(out))
             assert done.returncode in (0, 3), done.stderr  # 3: on a busy machine the client may be late
             assert (
                 done.stderr.count("trace mine.csv: 5 of 12 requests left out: more than the 100 tokens") == 1
                 and name in done.stderr
             )
             due[name] = pd.read_parquet(out / "records.parquet")["scheduled_s"].to_numpy()
-        none = subprocess.run(
-            [*common, "--arrivals", "trace", "--out", str(tmp_path / "none")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        none = fp8lab(*common, "--arrivals", "trace", "--out", str(tmp_path / "none"))
     assert none.returncode == 2 and "the trace 'sharegpt-like' holds no arrival times" in none.stderr
     replay, scaled, drawn, burst = due.values()
     assert replay == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1.0]) and scaled == pytest.approx(replay * 0.7)

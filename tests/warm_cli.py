@@ -1,11 +1,13 @@
 """The command line in a process of its own that has its imports behind it: a fork of one that waits for work.
 
 What a command does, says and returns is as in a shell, for a tenth of the CPU time; that it starts from nothing is shown by
-the tests that start it so. What Python, the loader or the library reads at its start (PYTHONPATH, the locale, the folder of all
-runs) cannot be changed in a fork: then it is started from nothing.
+the tests that start it so. What Python, the loader or the library reads at its start (PYTHONPATH, the locale) cannot be changed
+in a fork: each such setting has a process of its own to fork. For a folder of all runs, which is a test's own, it is started
+from nothing.
 """
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -15,20 +17,21 @@ import sys
 import tempfile
 
 _COMMAND = [sys.executable, "-m", "fp8lab.cli"]
-_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "FP8LAB_RUNS")
-_waiting: list[tuple[subprocess.Popen, dict]] = []
+_AT_START = ("PYTHON", "LC_", "LANG", "LD_")
+_waiting: dict[tuple, subprocess.Popen] = {}
 
 
 def fp8lab(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
     """`fp8lab ARGUMENTS`, with this process's variables and folder."""
     command = [*_COMMAND, *arguments]
-    if not _waiting and "FP8LAB_RUNS" not in os.environ:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        _waiting.append((subprocess.Popen([sys.executable, __file__], text=True, **pipes), _fixed()))
-        atexit.register(_waiting[0][0].communicate)  # its pipe's end is its own
-    one, fixed = _waiting[0] if _waiting else (None, None)
-    if fixed != _fixed():
+    if "FP8LAB_RUNS" in os.environ:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    setting = tuple(sorted(one for one in os.environ.items() if one[0].startswith(_AT_START)))
+    if setting not in _waiting:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        _waiting[setting] = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
+        atexit.register(_waiting[setting].communicate)  # its pipe's end is its own
+    one = _waiting[setting]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
         work = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
@@ -42,10 +45,6 @@ def fp8lab(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess
     if code == -signal.SIGKILL:
         raise subprocess.TimeoutExpired(command, timeout, *said)
     return subprocess.CompletedProcess(command, code, *said)
-
-
-def _fixed() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_AT_START)}
 
 
 def _wait_for_work() -> dict:
@@ -70,8 +69,10 @@ if __name__ == "__main__":
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    from fp8lab import cli, commands, load_test_command  # noqa: F401
+    from fp8lab import cli, commands, load_test_command, server_commands  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a child that ends does not go through all that was imported
     work = _wait_for_work()
     os.environ.clear()
     os.environ.update(work["environment"])

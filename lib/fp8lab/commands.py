@@ -1,14 +1,13 @@
 """What each command of the command line does: a function each, of the parsed arguments, that returns an exit code or None.
 
 `cli.py` says what they are called and take, and imports this module when one of them is run: `--help` answers at once, and
-`load-test`, which has a module of its own, needs none of it.
+`load-test` and what is of servers and profiles alone, which have modules of their own, need none of it.
 """
 
 import contextlib
 import dataclasses
 import math
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from . import hosts
 from . import share as sharing
 from .config.dimensions import ModelShape, model_names, model_shape, recipe
 from .config.profile import dimensions_at, rate_name
-from .config.profile_file import profile_names, read_profile
+from .config.profile_file import read_profile
 from .config.this_machine import load_profile, profile_name
 from .errors import INVALID, BadInput, Fp8labError
 from .experiment import anatomy as decoding
@@ -26,6 +25,7 @@ from .experiment import quality as answers
 from .experiment import speed, step_fit
 from .metrics.slo import SLO
 from .metrics.step_model import FITS, read_fits
+from .models import quantize as making
 from .paths import RUNS, cache_dir, repository_relative, write_text
 from .report.anatomy import host_table, kernels_table, steps_table
 from .report.claims import claims_across, claims_table
@@ -35,10 +35,6 @@ from .report.notebooks import check_parameters, declared, execute, find
 from .report.predicted import errors_of, foretold_table, predicted_table
 from .report.quality import quality_table
 from .results.run_folder import Run, open_run
-from .server import orphans
-from .server.command import printable_command
-from .server.launch import start_server
-from .system import gpu
 from .ui.status import StatusLine
 
 
@@ -131,8 +127,6 @@ def anatomy(args) -> None:
 
 
 def quantize(args) -> None:
-    from .models import quantize as making  # torch takes seconds
-
     source, drawn = making.source_of(args.model)
     beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
@@ -254,74 +248,10 @@ def record(args) -> None:
     print(repository_relative(sharing.record(open_run(source=args.run), args.name, args.tokens or ())))
 
 
-def serve(args) -> None:
-    if args.print_command:
-        # A command can be shown for a card that is not here.
-        name = "h100-80gb" if args.profile == "auto" and not gpu.gpu_names() else profile_name(args.profile)
-        print(printable_command(read_profile(name), args.variant, args.port or 8000))
-        return
-    with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
-        print(server)
-        print(f"\nmodel name  {server.model}\nlog         {server.log_path}")
-        print("API key     in the environment variable VLLM_API_KEY of the server's processes; --show-key prints it")
-        if args.show_key:
-            print(f"            {server.api_key}")
-        print("Ctrl-C stops the server.", flush=True)
-        while server.alive:
-            time.sleep(0.5)
-        raise Fp8labError(f"the server ended by itself; see {server.log_path}")
-
-
 def claims(args) -> None:
     runs = [open_run(source=run) for run in args.run]
     table = claims_table(*runs, brief=args.brief) if len(runs) == 1 else claims_across(*runs)
     print(table.to_markdown() if args.markdown else table)
-
-
-def profiles(args) -> None:
-    if not args.name:
-        names = profile_names()
-        wide = max(map(len, names)) + 2
-        for name in names:
-            print(f"{name:<{wide}}{read_profile(name).title}")
-        return
-    profile = read_profile(profile_name(args.name))
-    wide = max(map(len, profile.variants)) + 2
-    print(f"{profile.name}: {profile.title}\n\nvariants")
-    for name, one in profile.variants.items():
-        variables = " ".join(f"{key}={value}" for key, value in one.env.items())
-        print(f"  {name:<{wide}}{' '.join(filter(None, (variables, *one.flags)))}")
-    print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
-    for protocol, levels in profile.protocols.items():
-        print(f"\nprotocol {protocol!r}")
-        for level in levels:
-            at = rate_name(level.rate)
-            print(f"  {level.variant:<{wide}}{at:<14}{level.requests} requests, repeat {level.repeat}")
-
-
-def status(_args) -> None:
-    found = orphans.servers()
-    if not found:
-        print("no server of fp8lab is running")
-    for server in found:
-        owner, watchdog = f"in use by pid {server.owner_pid}", ", its watchdog is gone"
-        if not server.owned:
-            owner, watchdog = f"LEFT OVER: its owner {server.owner_pid} is gone", ", its watchdog too"
-        owner += "" if server.watched else watchdog
-        held = f"{(time.time() - server.started) / 60:.0f} min, {server.memory_gib:.1f} GiB"
-        pids = ", ".join(map(str, server.pids))
-        print(f"{server.variant} ({server.profile}), port {server.port}, {held}, {owner}; pids {pids}")
-    if (used := gpu.memory_used_gib()) is not None:
-        print(f"GPU memory in use: {used:.1f} GiB")
-
-
-def stop(args) -> None:
-    found = [server for server in orphans.servers() if args.all or not server.owned]
-    for server in found:
-        orphans.stop(server)
-        print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
-    if not found:
-        print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")
 
 
 @contextlib.contextmanager

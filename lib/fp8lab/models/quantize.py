@@ -3,7 +3,12 @@
 Each weight of the layers' matrices is rounded to the nearest value that its format has, and packed as vLLM reads it: all that
 speed needs. For better answers a recipe `...-by-gptq` or `...-by-awq` has llmcompressor calibrate the rounding on a text
 (`calibrate.py`), in the same format.
+
+torch, transformers and compressed-tensors are imported where they are used: they take seconds, and what cannot be quantised is
+said at once.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
@@ -16,15 +21,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
-from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
@@ -32,6 +31,9 @@ from ..paths import DATA, PROJECT, cache_dir
 from ..system.locks import Lock
 from ..ui.status import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
+
+if TYPE_CHECKING:
+    import torch
 
 _LAYER = re.compile(r"^model\.layers\.\d+\..*_proj\.weight$")
 _HEAD = "lm_head.weight"
@@ -122,6 +124,8 @@ def _alone(target: Path) -> Lock:
 
 
 def _write(source: Path, target: Path, how: Recipe, weights, made: dict, shards: list, key: str) -> None:
+    import torch
+
     files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
     partial = target.with_name(f"{target.name}.partial")
     plan, planned = partial / "plan", json.dumps([key, [list(shard) for shard in shards]])
@@ -218,6 +222,8 @@ class _Stored:
         self.key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def tensor(self, name: str) -> torch.Tensor:
+        import torch
+
         return self._files[name].get_tensor(name).to(_device(), torch.bfloat16)
 
 
@@ -227,6 +233,9 @@ class _Random:
     key = "random"
 
     def __init__(self, folder: Path):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         tied = getattr(model.config, "tie_word_embeddings", False)
@@ -234,6 +243,8 @@ class _Random:
         self.shapes = {name: shape for name, shape in sorted(shapes.items()) if not (tied and name == _HEAD)}
 
     def tensor(self, name: str) -> torch.Tensor:
+        import torch
+
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
@@ -245,12 +256,16 @@ class _Random:
 
 def _device() -> str:
     """Where weights are drawn and rounded: on a GPU in a hundredth of the time."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _plan(how: Recipe, weights) -> list[dict[str, dict[str, torch.Tensor]]]:
     """The files to write: of each, by the names of its source tensors, what each becomes (on no device: shapes and types).
     Raises BadInput for a matrix that the recipe cannot take."""
+    import torch
+
     shards = [{}]
     for name, shape in weights.shapes.items():
         parts = _converted(how, name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
@@ -289,11 +304,15 @@ def _parts(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 @functools.cache
 def _planned(how: Recipe, out: int, into: int) -> dict[str, torch.Tensor]:
     """The parts of a matrix of this shape on no device; a model has a few shapes, each in every layer."""
+    import torch
+
     return _parts(how, torch.empty(out, into, dtype=torch.bfloat16, device="meta"))
 
 
 @functools.cache
 def _scheme(how: Recipe):
+    from compressed_tensors.quantization import preset_name_to_scheme
+
     # To vLLM the output head is no linear layer: it is named.
     scheme = preset_name_to_scheme(how.scheme, ["Linear", "lm_head"] if how.head else ["Linear"])
     if scheme.weights.group_size:
@@ -302,6 +321,10 @@ def _scheme(how: Recipe):
 
 
 def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     scheme = _scheme(how)
     strategy, (out, into) = scheme.weights.strategy, weight.shape
     # Of what each scale is the largest: (outputs, a group) x (inputs, a group).
@@ -324,6 +347,9 @@ def _compressed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _packed(how: Recipe, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """4-bit values with a zero point of 8, in groups of 128 along the inputs, eight to an int32: GPTQ packs along the inputs,
     AWQ along the outputs. (What is packed here is less 8.)"""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     groups = weight.T.unflatten(0, (-1, 128)).float()  # (groups, 128, outputs)
     scales = (groups.abs().amax(1) / 7).clamp(min=1e-8)
     values = torch.round(groups / scales[:, None]).clamp(-8, 7).flatten(0, 1).to(torch.int8)
@@ -343,6 +369,8 @@ def _quantization_config(how: Recipe) -> dict:
         return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
     if how.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    from compressed_tensors.quantization import QuantizationConfig
+
     return QuantizationConfig(
         config_groups={"group_0": _scheme(how)}, quant_method="compressed-tensors", format=how.format,
         ignore=[] if how.head else ["lm_head"], quantization_status="compressed",
@@ -365,6 +393,8 @@ def _check_room(needed: int, target: Path) -> None:
 
 def _write_shard(path: Path, shard: Mapping, how: Recipe, weights, said: str) -> None:
     """Writes one file whole or not at all; one that is there is whole."""
+    from safetensors.torch import save_file
+
     if path.exists():
         return
     status, parts, unfinished = StatusLine(), {}, path.with_suffix(".unfinished")
