@@ -15,7 +15,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
 from fp8lab.errors import BadInput, NotWritten
 from fp8lab.experiment.predict import drawing, highest_rate, predict, step_models
-from fp8lab.experiment.step_fit import JUDGED, _graphs, apart, fit, held_out, play_level, replay
+from fp8lab.experiment.step_fit import JUDGED, _graphs, _not_fitted, apart, fit, held_out, play_level, replay
 from fp8lab.metrics.slo import SLO
 from fp8lab.metrics.step_model import FITS, FITTED, StepModel, read_fits
 from fp8lab.metrics.virtual import Step, play
@@ -39,6 +39,9 @@ def test_a_step_takes_what_its_parts_take():
     assert twice == pytest.approx(2 * large, rel=1e-3)
     read, mixed = (MODEL.seconds(Step(64, p, 64, 10**6)) - MODEL.seconds(Step(64, p, 64, 0)) for p in (0, 1))
     assert (read, mixed) == (pytest.approx(0.04), pytest.approx(0.06))
+    # A prompt's tokens attend to those before them.
+    dear = dataclasses.replace(MODEL, pair_ns=0.5)
+    assert dear.seconds(Step(0, 9, 1, 9, 2e6)) - MODEL.seconds(Step(0, 9, 1, 9)) == pytest.approx(1e-3)
     # Beyond the largest CUDA graph a step that only decodes costs more, at once.
     eager = dataclasses.replace(MODEL, graphs=32, eager_ms=7.0)
     more = [eager.seconds(Step(n, p, n, 0)) - MODEL.seconds(Step(n, p, n, 0)) for n, p in ((32, 0), (33, 0), (33, 1))]
@@ -100,6 +103,9 @@ def _as_if_measured(monkeypatch, truth):
         made[name] = LevelResult(level.level, summary, records, None, telemetry)
     monkeypatch.setattr(Run, "summaries", lambda _run: {name: one.summary for name, one in made.items()})
     monkeypatch.setattr(Run, "read", lambda _run, level: made[level.id])
+    steps = [Step(n, 0, n, 300 * n) for n in (64, 1024)]
+    taken_apart = [(step, 1e3 * truth.seconds(step)) for step in steps]
+    monkeypatch.setattr(experiment.step_fit, "_decoding", lambda _run, variant: taken_apart)
     return run
 
 
@@ -153,6 +159,19 @@ def test_the_recorded_fits_never_saw_what_they_are_judged_by():
                 each = [abs(one[name]) for one in off]
                 assert np.median(each) == pytest.approx(model.median[name], abs=2e-3), (variant, name)
                 assert max(each) == pytest.approx(model.worst[name], abs=2e-3), (variant, name)
+
+
+def test_what_levels_do_not_tell_is_not_fitted():
+    floors, known, ends = _not_fitted(open_run(source=FIT), "fp8-unsealed")
+    # A pair: four FLOPs for each of 32 layers' 4,096 values, at the H100's 989 TFLOP/s.
+    assert known["pair_ns"] == pytest.approx(1e9 * 4 * 32 * 4096 / 989e12, rel=1e-4)
+    # A token of an FP8 cache: 64 KiB, read at most at 3.35 TB/s; by attention's kernels at 0.82 of that.
+    assert math.exp(floors["context_ns"]) == pytest.approx(65536 / 3350, rel=1e-4)
+    assert known["context_ns"] == pytest.approx(math.exp(floors["context_ns"]) / 0.82, rel=0.01)
+    assert ends["low"]["context_ns"] <= known["context_ns"] <= ends["high"]["context_ns"]
+    assert read_fits(FIT)["fp8-unsealed"].context_ns == known["context_ns"]
+    # Two batch sizes do not tell a token from a request.
+    assert _not_fitted(open_run(source="h200-80gb-recipes"), "fp8-online")[1].keys() == {"pair_ns"}
 
 
 def test_a_load_in_virtual_time_costs_what_its_steps_do():

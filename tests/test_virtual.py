@@ -47,6 +47,13 @@ def test_it_does_what_vllms_scheduler_does(load, blocks, depth, api):
     )
 
 
+@pytest.mark.parametrize("by", [play, play_with_vllm])
+def test_a_prompt_is_as_many_pairs_in_chunks_as_at_once(by):
+    prompts, pairs = [5, 70, 33], []
+    by(prompts, [3, 3, 3], [0.0] * 3, Limits(8, 16, 64, BLOCK), lambda step: pairs.append(step.pairs) or 1.0)
+    assert sum(pairs) == sum(n * (n + 1) / 2 for n in prompts)
+
+
 def test_a_prediction_by_vllms_scheduler_is_the_same(capsys):
     few = ["predict", "h100-80gb-unsealed", "--variant", "fp8-unsealed", "--requests", "40", "--scheduler"]
     said = []

@@ -191,6 +191,8 @@ class ModelShape:
         mlp = 3 * config.hidden_size * config.intermediate_size
         # Elements that a token brings into the layers' four matrix products: of attention (in and out) and of the MLP.
         self.product_inputs = self.layers * (2 * config.hidden_size + heads + config.intermediate_size)
+        # Two products (scores and values) of two FLOPs a pair of tokens, head, and element.
+        self.pair_flops = 4.0 * self.layers * heads
         self.context = getattr(config, "max_position_embeddings", None)
         self.layer_parameters = self.layers * (attention + mlp)
         self.vocabulary_parameters = config.vocab_size * config.hidden_size

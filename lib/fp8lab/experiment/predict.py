@@ -14,7 +14,7 @@ from ..config.trace import Trace, arrival_times, begun_anew
 from ..errors import BadInput
 from ..metrics.slo import SLO, Bracket, attains, probe_requests, search
 from ..metrics.step_model import StepModel, read_fits
-from ..metrics.virtual import Course, Limits, Step, play
+from ..metrics.virtual import Course, Limits, Step, attended, play
 from ..models.checkpoints import model_folder
 from .step_fit import Played, play_level
 
@@ -138,7 +138,7 @@ def what_if(model: StepModel) -> dict[str, StepModel]:
     halves = {
         "what each step costs, batch or not": ("base_ms", "mixed_ms"),
         "memory": ("weights_ms", "context_ns", "mixed_context_ns"),
-        "matrix products": ("token_us",),
+        "matrix products": ("token_us", "pair_ns"),
         "what each token costs beside them": ("request_us",),
     }
     changed = {
@@ -287,7 +287,7 @@ class _Course:
 
     def _step(self, output, lengths: dict[str, int]) -> tuple[Step, frozenset[str]]:
         """What a step computes, and who gets a token of it; `lengths` are those of the requests before it was put together."""
-        decoding = prompt = context = 0
+        decoding, prompt, context, pairs = 0, 0, 0, 0.0
         emitting = set()
         for name, count in output.num_scheduled_tokens.items():
             one = self.scheduler.requests[name]
@@ -297,10 +297,11 @@ class _Course:
                 decoding += 1
             else:
                 prompt += count
+                pairs += attended(had, count)
             context += had + count
             if had + count >= one.num_tokens:
                 emitting.add(name)
-        return Step(decoding, prompt, len(emitting), context), frozenset(emitting)
+        return Step(decoding, prompt, len(emitting), context, pairs), frozenset(emitting)
 
     def _note(self, step: int, now: Step, took: float) -> None:
         course, running = self.course, self.scheduler.running

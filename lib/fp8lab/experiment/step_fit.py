@@ -2,7 +2,8 @@
 
 Passes of least squares. First over telemetry: between two samples so many tokens came and so much context was read,
 which says how many steps there were and how long they took. Then over the levels themselves: what they delivered, played in
-virtual time, against what was measured. Last what they took of energy, and the power between samples. Levels that `data/fits/held_out.toml` names are never seen by a fit.
+virtual time, and the steps of them that were taken apart, against what was measured. Last what they took of energy, and the
+power between samples. Levels that `data/fits/held_out.toml` names are never seen by a fit.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ from ..config.dimensions import cards, count_of, fp8_kv, most_running, replicas,
 from ..config.flags import flag_of, parse
 from ..config.profile import RUST
 from ..errors import BadInput
+from ..metrics.anatomy import ATTENTION
 from ..metrics.bottleneck import PREEMPTED, backlog_growth, growth_by_chance, keeps_up
 from ..metrics.performance import latencies
 from ..metrics.statistics import student_t
 from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, STEPS, TIMES, UNTOLD, StepModel
 from ..metrics.summary import Summary
-from ..metrics.virtual import Course, Limits, play
+from ..metrics.virtual import Course, Limits, Step, play
 from ..results.run_folder import LevelResult, Run
 from ..ui.status import StatusLine
 from .anatomy import anatomies
@@ -40,6 +42,8 @@ _FULL = 0.99
 _FULL_CORE = 0.95
 # An API server that was so far behind, as a part of a level's time, was its limit.
 _BEHIND = 0.1
+# Steps of so many batch sizes have to be taken apart to tell a token of context from a request, and both from a step.
+_TELL = 3
 # vLLM's largest CUDA graph, by default.
 _GRAPHS = 512
 _START = {"base_ms": 2.0, "weights_ms": 3.0, "token_us": 15.0, "request_us": 2.0, "context_ns": 40.0, "mixed_ms": 1.0,
@@ -167,12 +171,15 @@ def fit(run: Run, variant: str) -> StepModel:
     status.update(f"{variant}: {len(rows):,} intervals of {len(levels)} levels")
 
     graphed = taken["graphs"] >= taken["requests"]  # then no step is beyond its graphs
-    names = [name for name in FITTED if not (graphed and name == "eager_ms")]
-    floors, of_steps = _floors(run, variant), len(names) - 1
+    floors, known, within = _not_fitted(run, variant)
+    taken |= known
+    names = [name for name in FITTED if name not in known and not (graphed and name == "eager_ms")]
+    of_steps = len(names) - 1
+    taken_apart = _decoding(run, variant)
     lowest = np.array([floors.get(name, -np.inf) for name in names])
 
     def of_spans(logs: np.ndarray) -> np.ndarray:
-        return _foretold(dict(zip(names, np.exp(logs), strict=False)), taken["graphs"], rows) / rows[:, 0] - 1
+        return _foretold(known | dict(zip(names, np.exp(logs), strict=False)), taken["graphs"], rows) / rows[:, 0] - 1
 
     start = np.maximum(np.log([_START[name] for name in names]), lowest + 0.05)
     bounds = lowest[:of_steps], math.log(MOST)
@@ -188,20 +195,25 @@ def fit(run: Run, variant: str) -> StepModel:
         for level in levels.values():
             found = replay(model, level).found
             apart += [weight * math.log(found[name] / getattr(level.summary, name)) for name, weight in TIMES.items()]
+        steps = [math.log(1e3 * model.seconds(step) / took) for step, took in taken_apart]
         # The first pass keeps its say, as much as one level has.
         spans = of_spans(logs[:of_steps]) / math.sqrt(len(rows))
-        return np.concatenate([apart, 2 * spans])
+        return np.concatenate([apart, steps, 2 * spans])
 
     status.update(f"{variant}: playing {len(levels)} levels again and again")
-    begin = np.append(first.x, start[of_steps:])
-    found = least_squares(of_levels, begin, bounds=(lowest, math.log(MOST)), diff_step=0.02, max_nfev=25)
+    begin, bounds = np.append(first.x, start[of_steps:]), (lowest, math.log(MOST))
+    # Near saturation a level turns on chance, so that small steps may end where larger ones see a way down.
+    for step, most in ((0.02, 25), (0.05, 12)):
+        found = least_squares(of_levels, begin, bounds=bounds, diff_step=step, max_nfev=most)
+        begin = found.x
     model = model_of(found.x)
     beside = _energy(model, list(levels.values()), rows) | _host_adds(run, variant, model.context_ns)
     model = dataclasses.replace(model, **beside)
     status.done(f"{variant}: fitted to {', '.join(levels)}")
     unseen = [run.read(s.level) for k, s in mine.items() if k not in kept]
     off = off_by([apart(replay(model, level), level.summary) for level in unseen])
-    return dataclasses.replace(model, **_intervals(found, model, names, len(levels), lowest), **off)
+    ends = _intervals(found, model, names, 2 * (len(levels) + 1) + len(taken_apart), lowest)
+    return dataclasses.replace(model, **{end: ends[end] | within[end] for end in ends}, **off)
 
 
 def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:
@@ -256,7 +268,8 @@ def _spans(level: LevelResult) -> np.ndarray:
 
 
 def _foretold(values: Mapping[str, float], graphs: int, rows: np.ndarray) -> np.ndarray:
-    """The seconds that steps take which so much was done in; `StepModel.seconds` for many at a time."""
+    """The seconds that steps take which so much was done in; `StepModel.seconds` for many at a time, but for the pairs of
+    prompts, which are not sampled and take about 1 % of what their tokens do."""
     base, weights, token, request, context, mixed, mixed_context = (values[name] for name in STEPS[:-1])
     _, steps, running, read, held, with_prompts, _ = rows.T
 
@@ -303,6 +316,14 @@ def _measured(run: Run, levels: Sequence[Summary]) -> dict[str, object]:
     return {"host": named, **{name: float(f"{one:.6g}") for name, one in found.items()}}
 
 
+def _decoding(run: Run, variant: str) -> list[tuple[Step, float]]:
+    """Steps that only decode, and the ms that each took, where enough were taken apart."""
+    held = [one for one in anatomies(run).get(variant, ()) if one.context]
+    if len({one.batch for one in held}) < _TELL:
+        return []
+    return [(Step(one.batch, 0, one.batch, round(one.batch * one.context)), one.wall_ms) for one in held]
+
+
 def _host_adds(run: Run, variant: str, context_ns: float) -> dict[str, float]:
     """What the host adds to a step, as so much a step and so much a request of it, by least squares over the steps that were taken
     apart; their timed and their profiled contexts made equal by what a token of context takes."""
@@ -317,16 +338,36 @@ def _host_adds(run: Run, variant: str, context_ns: float) -> dict[str, float]:
     return {name: float(f"{one:.6g}") for name, one in zip(("host_ms", "host_us"), nnls(parts, adds)[0], strict=True)}
 
 
-def _floors(run: Run, variant: str) -> dict[str, float]:
-    """The logarithms that a fit may not go below: weights and contexts are read at the card's bandwidth at most."""
-    profile, low = run.profile, {}
+def _not_fitted(run: Run, variant: str) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
+    """The logarithms that a fit may not go below, since weights and contexts are read at the card's bandwidth at most; what is
+    known and not fitted, and the 95 % interval that it lies within. All empty without a datasheet or the model's shape."""
+    profile = run.profile
     card, shape, flags = profile.gpu, profile.shape(variant), profile.flags(variant)
-    if card and shape:
-        weights = 1e3 * shape.weight_bytes_read(weight_format(flags, shape)) / card.hbm_bytes_per_s
-        token = 1e9 * shape.kv_bytes_per_token(1 if fp8_kv(flags, shape) else 2) / card.hbm_bytes_per_s
-        for name, value in (("weights_ms", weights), ("context_ns", token), ("mixed_context_ns", token)):
-            low[name] = math.log(value / (cards(flags) // replicas(flags)))
-    return low
+    if not (card and shape):
+        return {}, {}, {"low": {}, "high": {}}
+    shared_by, in_fp8 = cards(flags) // replicas(flags), fp8_kv(flags, shape)
+    weights = 1e3 * shape.weight_bytes_read(weight_format(flags, shape)) / card.hbm_bytes_per_s / shared_by
+    token = 1e9 * shape.kv_bytes_per_token(1 if in_fp8 else 2) / card.hbm_bytes_per_s / shared_by
+    floors = {
+        name: math.log(value)
+        for name, value in (("weights_ms", weights), ("context_ns", token), ("mixed_context_ns", token))
+    }
+    known = {"pair_ns": float(f"{1e9 * shape.pair_flops / card.bf16_flops / shared_by:.6g}")}
+    alike = [
+        (held.batch, held.batch * held.decode.context, held.decode.times[ATTENTION])
+        for other, steps in anatomies(run).items() if fp8_kv(profile.flags(other), shape) == in_fp8
+        for held in steps if held.decode
+    ]  # fmt: skip
+    ends = {"low": {}, "high": {}}
+    if len({batch for batch, _, _ in alike}) >= _TELL and len(alike) > 3:
+        batch, context, took = np.array(alike, float).T
+        parts = np.stack([np.ones_like(batch), 1e-3 * batch, 1e-6 * context], axis=1) / took[:, None]
+        found, freedom = np.linalg.lstsq(parts, np.ones_like(took), rcond=None)[0], len(alike) - 3
+        spread = np.linalg.inv(parts.T @ parts)[2, 2] * float(((parts @ found - 1) ** 2).sum()) / freedom
+        read, half = max(float(found[2]), token), student_t(freedom) * math.sqrt(spread)
+        known["context_ns"] = float(f"{read:.6g}")
+        ends = {"low": {"context_ns": max(token, read - half)}, "high": {"context_ns": read + half}}
+    return floors, known, ends
 
 
 # Nearer than this to the datasheet's bound a number is at it.
@@ -336,12 +377,12 @@ _UNFELT = 1e-6
 
 
 def _intervals(
-    found, model: StepModel, names: Sequence[str], levels: int, lowest: np.ndarray
+    found, model: StepModel, names: Sequence[str], told: int, lowest: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """How well the levels tell each number, from the curvature at the best fit, of the logarithms of what was fitted; no lower
-    than the datasheet allows, and the number itself where it is at that. What is judged of a level goes together: it counts as
-    two, and all of telemetry as one level does."""
-    freedom = max(1, 2 * (levels + 1) - len(names))
+    than the datasheet allows, and the number itself where it is at that. What is judged of a level goes together: of what is `told`
+    it counts as two, all of telemetry as one level does, and a step taken apart as one."""
+    freedom = max(1, told - len(names))
     spread = np.linalg.pinv(found.jac.T @ found.jac) * (2 * found.cost / freedom)
     half = np.minimum(student_t(freedom) * np.sqrt(np.maximum(np.diag(spread), 0.0)), math.log(UNTOLD))
     half[np.abs(found.jac).max(axis=0) < _UNFELT] = math.log(UNTOLD)  # the levels do not tell it at all

@@ -172,15 +172,13 @@ def floors_ms(
     layers, head = shape.flops(tokens, emitted)
     kv_token = shape.kv_bytes_per_token(1 if fp8_kv else 2)
     pairs = work.prompt_pairs + work.decode_context
-    # Two products (scores and values) of two FLOPs a pair, head, and element.
-    attention = 4.0 * shape.layers * shape.heads * shape.head_size * pairs
     inputs = shape.product_inputs * tokens
 
     def least(moved: float, flops: float = 0.0, peak: float = card.bf16_flops) -> float:
         return 1e3 * max(moved / card.hbm_bytes_per_s, flops / peak) / shared_by
 
     found = {
-        ATTENTION: least((work.prompt_context + work.decode_context) * kv_token, attention),
+        ATTENTION: least((work.prompt_context + work.decode_context) * kv_token, shape.pair_flops * pairs),
         LAYERS: least(shape.layer_parameters * weights.weight_bytes, layers, card.flops(weights.eight_bit)),
         HEAD: least(shape.vocabulary_parameters * weights.head_bytes, head, card.flops(weights.head)),
         KV_WRITE: least(tokens * (kv_token + shape.kv_bytes_per_token(2))),

@@ -4,10 +4,15 @@
          + context x tokens of context, in a step that only decodes
            + eager, if it decodes more requests than CUDA graphs were captured for
          + mixed + mixed_context x tokens of context, in one that reads prompts too
+           + pair x pairs of a prompt's token with one that it attends to
 
 Weights have to be read whatever the batch; once it is large, products take longer than that: whichever is longer counts, with
 a smooth passage. In a step with prompts attention may read the contexts of those that decode less well. Neither weights nor
 contexts are read faster than the datasheet's bandwidth allows; what else one number takes from another the levels may not tell.
+
+Levels of one trace tell neither a token of context from the request that has it nor a prompt's pairs from its tokens. A pair is
+not fitted: it takes what it does at the card's BF16 peak. Nor is a token of context where the run holds steps of three batch
+sizes taken apart: it takes what it adds to their attention's kernels.
 
 The API server is a wait before the first token. One Python process, with about a core, is a queue too (`behind`): tokens are handed
 out in the order in which they come, each after so many µs of CPU. Latencies of one that is full turn on more than that, so that no
@@ -55,6 +60,7 @@ class StepModel:
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
     host: str = ""  # the CPU that EngineCore and API server ran on, in the levels fitted
+    pair_ns: float = 0.0  # a prompt's token and one that it attends to, at the card's BF16 peak
     eager_ms: float = 0.0  # a step that decodes more requests than `graphs`
     graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
     api_us: float = 0.0  # CPU of the API server, a token, as measured at its fullest
@@ -88,6 +94,7 @@ class StepModel:
             read = self.mixed_ms + 1e-6 * self.mixed_context_ns * step.context
         elif 0 < self.graphs < step.decoding:
             read += self.eager_ms
+        read += 1e-6 * self.pair_ns * step.pairs
         return 1e-3 * (self.base_ms + products + 1e-3 * self.request_us * step.emitted + read)
 
     def joules(self, course: Course, span_s: float) -> float | None:
@@ -125,7 +132,9 @@ class StepModel:
             )
         read, products = self.hbm_bytes_per_s / other.hbm_bytes_per_s, self.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
-        scaled |= {"token_us": self.token_us * products} | dict.fromkeys((*ENERGY, "mhz_low", "mhz_high"), 0.0)
+        scaled |= {one: getattr(self, one) * products for one in ("token_us", "pair_ns")} | dict.fromkeys(
+            (*ENERGY, "mhz_low", "mhz_high"), 0.0
+        )
         unknown = {key: {} for key in ("low", "high", "median", "worst")}
         note = f"scaled from {self.card_name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
         note = f"{self.note}; {note}" if self.note else note
@@ -149,8 +158,8 @@ def _toml(value) -> str:
 # The fitted numbers, in order.
 STEPS = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "eager_ms")
 FITTED = (*STEPS, "api_ms")
-# What else was measured: of the host, and the clock.
-MEASURED = ("api_us", "host_ms", "host_us", "mhz_low", "mhz_high")
+# What else is known: by the datasheet, of the host, and the clock.
+MEASURED = ("pair_ns", "api_us", "host_ms", "host_us", "mhz_low", "mhz_high")
 # What a fit of steps is held against in a level, and how much each counts: latencies of a saturated level are many times as
 # sensitive to a step's length as what it delivers.
 TIMES = {

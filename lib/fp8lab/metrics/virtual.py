@@ -35,12 +35,19 @@ class Limits:
 
 
 class Step(NamedTuple):
-    """What a step computes: requests that decode, tokens of prompts, requests given a token, tokens of context."""
+    """What a step computes: requests that decode, tokens of prompts, requests given a token, tokens of context, and pairs of a
+    prompt's token with one that it attends to."""
 
     decoding: int
     prompt: int
     emitted: int
     context: int
+    pairs: float = 0.0
+
+
+def attended(before: int, tokens: int) -> float:
+    """The pairs that so many tokens make, after those that came `before` them: each attends to all up to itself."""
+    return tokens * (before + (tokens + 1) / 2)
 
 
 @dataclass
@@ -191,7 +198,7 @@ class _Play:
         while self._held(step) > limits.blocks and self.seats:
             self._preempt()
         decoding = emitted = self.decoding.count
-        left, prompt = limits.step_tokens - decoding, 0
+        left, prompt, pairs = limits.step_tokens - decoding, 0, 0.0
         context = self.decoding.context(step)
         began = len(self.reading)
         while left > 0:
@@ -212,6 +219,7 @@ class _Play:
             if self._held(step) + more > limits.blocks:
                 self._preempt()
                 break
+            pairs += attended(one.computed, take)
             one.computed += take
             left, prompt, context = left - take, prompt + take, context + one.computed
             if one.computed == one.length:
@@ -220,7 +228,7 @@ class _Play:
                 self.decoding.change(one, +1)
                 heapq.heappush(self.ends, (one.last, one.index))
                 emitted += 1
-        return Step(decoding, prompt, emitted, context)
+        return Step(decoding, prompt, emitted, context, pairs)
 
     def _preempt(self) -> None:
         """Takes the seat of the one admitted last; it waits first, with the tokens that it has or will have of what runs."""

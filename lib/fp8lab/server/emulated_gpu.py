@@ -34,7 +34,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from ..config.dimensions import FORMATS, ModelShape
 from ..metrics.step_model import StepModel
-from ..metrics.virtual import Step
+from ..metrics.virtual import Step, attended
 
 SETTINGS_VARIABLE = "FP8LAB_EMULATED_GPU"
 GIB = 2**30
@@ -123,10 +123,12 @@ class EmulatedGpuExecutor(UniProcExecutor):
         cached = scheduled.scheduled_cached_reqs
         for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             self.requests[request][1] = computed
-        context, decoding, tokens_of = 0, 0, {}
+        context, decoding, pairs, tokens_of = 0, 0, 0.0, {}
         for request, tokens in scheduled.num_scheduled_tokens.items():
             state = self.requests[request]
-            decoding += state[1] > 0 and state[0] - state[1] == 1
+            decodes = state[1] > 0 and state[0] - state[1] == 1
+            decoding += decodes
+            pairs += 0.0 if decodes else attended(state[1], tokens)
             state[1] += tokens
             context += state[1]
             # A request whose tokens are all computed gets another one; one that is only part of the way, through a long
@@ -137,7 +139,7 @@ class EmulatedGpuExecutor(UniProcExecutor):
             emitted = sum(map(len, tokens_of.values()))
             tokens = scheduled.total_num_scheduled_tokens
             if self.model:
-                self._wait(self.model.seconds(Step(decoding, tokens - decoding, emitted, context)))
+                self._wait(self.model.seconds(Step(decoding, tokens - decoding, emitted, context, pairs)))
             else:
                 self._wait(self.step_seconds(tokens, context, emitted))
         places = {request: i for i, request in enumerate(tokens_of)}
