@@ -36,6 +36,8 @@ def test_a_conclusion_says_what_the_verdict_says():
     assert "measured 1.65× (95 % interval 1.15× to 2.38×); stated cause: no (the offered load)" in repr(
         lab.conclusion(run, "C1")
     )
+    emulated = lab.conclusion(recorded("emulated-h100"), "C1").because
+    assert "; emulated 1.58×; EMULATED GPU" in emulated and "; measured" not in emulated
     means = lab.levels(run).groupby(["variant", "rate"])["steady_output_token_throughput"].mean()
     assert f"{means.max():,.0f} tokens/s: {means.idxmax()[0]}, all at once" in lab.conclusion(run, "saturation").so
     assert lab.conclusion(run, "kv_capacity").so == "The KV cache was the limit of no level."

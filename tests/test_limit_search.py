@@ -27,7 +27,7 @@ def refused(tmp_path):
 @pytest.fixture
 def profile(fake_vllm, refused):
     """The stand-in's BF16 refuses as many requests as `refused` says. All requests are alike, so that few suffice."""
-    path = fake_vllm(bf16=f"refuse:{refused}", requests=20, dilation=4)
+    path = fake_vllm(bf16=f"refuse:{refused}", requests=20, dilation=8)
     alike = 'trace = "random"\ninput_tokens = 16\noutput_tokens = 20\nwarmup_requests = 2'
     path.write_text(path.read_text().replace("warmup_requests = 2", alike))
     refused.write_text("0")

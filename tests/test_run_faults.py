@@ -380,9 +380,11 @@ def test_json_that_says_something_else_is_damage(tmp_path, text):
         open_run(run.path)
 
 
-def test_the_command_line_measures_again(fake_vllm, tmp_path):
+def test_the_command_line_measures_a_variant_the_rest_and_again(fake_vllm, tmp_path):
     path = fake_vllm(requests=8, dilation=8)
     command = ["measure", "--run", str(tmp_path / "run")]
+    assert fp8lab(*command, "--profile", str(path), "--variant", "fp8").returncode == 0
+    assert {one.partition("-")[0] for one in open_run(source=tmp_path / "run").summaries()} == {"fp8"}
     assert fp8lab(*command, "--profile", str(path)).returncode == 0
     summary = tmp_path / "run" / "levels" / "bf16-50rps-r1" / "summary.json"
     summary.write_text("{half")

@@ -121,6 +121,19 @@ def test_part_of_a_run_is_read_as_far_as_it_goes(run, profile, capsys):
     assert held.level == level and "lacks fp8-100rps-r1: drawn without" in capsys.readouterr().err
 
 
+def test_what_is_left_of_a_run_is_planned_by_its_variants(run, profile):
+    level = profile.levels("as published")[0]
+    run.write(make_result(level, 1000))
+    assert [
+        [one for one, _ in missing_work(run, profile, ["as published"], variants=variants)]
+        for variants in ((), ["bf16"])
+    ] == [["fp8"], []]
+    told = str(plan_table(profile, ["as published"], open_run(source=run.path)))
+    assert "fp8" in told and "bf16" not in told
+    with pytest.raises(BadInput, match="no variant 'none' in profile"):
+        missing_work(None, profile, ["as published"], variants=["none"])
+
+
 def test_damage_names_the_file_and_the_remedy(run):
     run.write(make_result())
     records = run.path / "levels" / LEVEL.id / "records.parquet"

@@ -36,6 +36,7 @@ _RUN = ("--run", "DIR", "run folder, resumed if it exists (default: a new one in
 _SOURCE = ("--source", "DIR", "read this run, measure nothing", _TEXT)
 _MODEL = ("--model", "M", "serve this checkpoint (path or hub name) for every variant", {})
 _PROTOCOL = ("--protocol", "NAME", "a protocol of the profile (default: all); repeatable", _LIST)
+_VARIANT = ("--variant", "V", "only the levels of this variant; repeatable", _LIST)
 _LENGTHS = (
     ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
     ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
@@ -122,7 +123,7 @@ which measures nothing).""", (
     """),
     ("measure", """\
 Measure a profile's levels without a notebook. Exit code 3: a level of the run is INVALID, all else is measured.""", (
-        _PROFILE, _RUN, _PROTOCOL,
+        _PROFILE, _RUN, _PROTOCOL, _VARIANT,
         ("--workers", "N", "client processes (default: by rate and cores)", _WHOLE),
         ("--again", "LEVEL", "set this level of the run aside and measure it again, without --protocol nothing else; repeatable",
          _LIST | {"default": []}),
@@ -130,6 +131,7 @@ Measure a profile's levels without a notebook. Exit code 3: a level of the run i
         fp8lab measure --profile h200-80gb --run runs/h200       every protocol of the profile
         fp8lab measure --run runs/h200                           goes on where it stopped
         fp8lab measure --protocol "as published" --protocol ablation
+        fp8lab measure --profile h100-80gb-recipes --variant int4 --run runs/formats    one format; the rest later
         fp8lab measure --run runs/h200 --again bf16-50rps-r1     set this level aside and measure it anew
     """),
     ("quality", """\
@@ -180,7 +182,7 @@ on where it stopped, one that calibrates begins anew.""", (
         fp8lab quantize /path/to/a/model --recipe int4-by-gptq --text mine.txt    calibrated (once before: make calibrator)
     """),
     ("plan", "Show which levels a profile measures and about how long they take.", (
-        _PROFILE, _PROTOCOL, ("--run", "DIR", "count only what this run does not hold yet", _TEXT),
+        _PROFILE, _PROTOCOL, _VARIANT, ("--run", "DIR", "count only what this run does not hold yet", _TEXT),
     ), """
         fp8lab plan --profile h200-80gb                          levels and minutes
         fp8lab plan --run runs/h200                              what is left of a run

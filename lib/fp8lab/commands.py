@@ -80,12 +80,12 @@ def measure(args) -> int:
     profile = args.profile
     if not args.run:  # what cannot be measured makes no folder
         profile = load_profile(profile)
-        speed.plan_table(profile, args.protocol or list(profile.protocols))
+        speed.plan_table(profile, args.protocol or list(profile.protocols), variants=args.variant or ())
     run = open_run(args.run, profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
-        speed.measure(run, run.profile, protocols, workers=args.workers, again=args.again)
+        speed.measure(run, run.profile, protocols, variants=args.variant or (), workers=args.workers, again=args.again)
     print(levels_table(run))
     print(f"\n{validity_table(run)}\n")
     print(repository_relative(run.path))
@@ -223,7 +223,7 @@ def predict(args) -> None:
 def plan(args) -> None:
     run = open_run(source=args.run) if args.run else None
     profile = run.profile if run and args.profile == "auto" else read_profile(profile_name(args.profile))
-    print(speed.plan_table(profile, args.protocol or list(profile.protocols), run))
+    print(speed.plan_table(profile, args.protocol or list(profile.protocols), run, args.variant or ()))
 
 
 def _default_notebook(run: Run) -> str:

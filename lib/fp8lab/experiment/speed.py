@@ -148,12 +148,17 @@ def warm_up(server: Server | RecordedServer) -> None:
 
 
 def missing_work(
-    run: Run | None, profile: Profile, protocols: Sequence[str], others: Sequence[Level] = ()
+    run: Run | None,
+    profile: Profile,
+    protocols: Sequence[str],
+    others: Sequence[Level] = (),
+    *,
+    variants: Sequence[str] = (),
 ) -> list[tuple[str, list[Level]]]:
-    """What is still to be done of the protocols and of `others`: (variant, its levels), one entry a server. Variants come in
-    the order of the profile, levels that ask for a start of their own after the others and start by start: variants then
-    alternate. Without a run that is everything."""
-    todo = list(dict.fromkeys([*_levels(profile, protocols), *others]))
+    """What is still to be done of the protocols (of these `variants`, or of all) and of `others`: (variant, its levels), one
+    entry a server. Variants come in the order of the profile, levels that ask for a start of their own after the others and
+    start by start: variants then alternate. Without a run that is everything."""
+    todo = list(dict.fromkeys([*_levels(profile, protocols, variants), *others]))
     if run:
         checked = run.cross_checks()
         todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
@@ -168,10 +173,12 @@ def measure(
     profile: Profile,
     protocol: str | Sequence[str] = "as published",
     *,
+    variants: Sequence[str] = (),
     workers: int | None = None,
     again: Sequence[str] = (),
 ) -> list[LevelResult]:
-    """Measures every level of `protocol` (one or several) that `run` does not hold; returns all of them.
+    """Measures every level of `protocol` (one or several; of these `variants`, or of all) that `run` does not hold; returns
+    all of them.
 
     One server a variant, in the order of the profile; a finished level is stored at once, so that an interrupted call goes on
     where it stopped. The levels `again` (ids of any that the run holds, or that an interrupted call has set aside) are set
@@ -185,7 +192,7 @@ def measure(
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
     if run.read_only and not again:
         return _recorded(run, profile, protocols)
-    asked = _levels(profile, protocols)
+    asked = _levels(profile, protocols, variants)
     with run.locked():
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
         todo = [one for one in asked if one not in anew and not run.has(one)]
@@ -202,7 +209,7 @@ def measure(
         for level in anew:
             if (run.path / "levels" / level.id).is_dir():
                 run.set_aside(level.id)
-        work = missing_work(run, profile, protocols, anew)
+        work = missing_work(run, profile, protocols, anew, variants=variants)
         asked = list(dict.fromkeys([*asked, *anew]))
         failed: list[Fp8labError] = []
         for variant, levels in work:
@@ -322,8 +329,11 @@ def cross_check(server: Server, level: Level, run: Run) -> dict:
     return result
 
 
-def _levels(profile: Profile, protocols: Sequence[str]) -> list[Level]:
-    return list(dict.fromkeys(level for name in protocols for level in profile.levels(name)))
+def _levels(profile: Profile, protocols: Sequence[str], variants: Sequence[str] = ()) -> list[Level]:
+    for variant in variants:
+        profile.variant(variant)
+    held = dict.fromkeys(level for name in protocols for level in profile.levels(name))
+    return [level for level in held if not variants or level.variant in variants]
 
 
 def _measure_level(server: Server, level: Level, trace: Trace, workers: int | None) -> LevelResult:
@@ -369,9 +379,14 @@ def level_seconds(profile: Profile, level: Level) -> float:
     return 2 * load + _CROSS_CHECK_START_S if level.cross_check else load
 
 
-def plan_table(profile: Profile, protocols: Sequence[str], run: Run | None = None) -> Table:
-    """What is to be measured, server by server, with minutes; with a `run`, only what it lacks: of a recorded one nothing."""
-    work = [] if run and run.read_only else missing_work(run, profile, protocols)
+def plan_table(
+    profile: Profile, protocols: Sequence[str], run: Run | None = None, variants: Sequence[str] = ()
+) -> Table:
+    """What is to be measured (of these `variants`, or of all), server by server, with minutes; with a `run`, only what it
+    lacks. A recorded one may be of a profile that has other protocols: then it lacks nothing of them."""
+    if run and run.read_only:
+        protocols = [name for name in protocols if name in profile.protocols]
+    work = missing_work(run, profile, protocols, variants=variants)
     caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
     if not work:
         return Table(caption, ("plan",), [("nothing is left to measure",)])

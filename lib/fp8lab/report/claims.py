@@ -120,7 +120,8 @@ def conclusion(run: Run, about: str) -> Conclusion:
     if about in _FIGURES:
         found = _FIGURES[about](evidence(run))
     elif one := (claims := {one.id: one for one in judge(run)}).get(about):
-        measured = "" if one.measured is None else f"measured {show_value(one.measured, one.unit)}"
+        how = "emulated" if one.emulated else "measured"
+        measured = "" if one.measured is None else f"{how} {show_value(one.measured, one.unit)}"
         between = f" (95 % interval {show_interval(one)})" if one.interval else ""
         said = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
         values = "; ".join(filter(None, (said, measured + between)))
