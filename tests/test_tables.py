@@ -30,3 +30,8 @@ def test_a_number_and_its_unit_stay_on_one_line_in_a_page():
         and "\xa0" not in repr(table) + table.to_markdown()
     )
     assert 'white-space:nowrap">fp8-weights-rust-infrps-r1' in table._repr_html_()
+
+
+def test_a_table_without_rows_says_so():
+    assert Table("What", ("one", "two"), []).caption == "What: nothing to show"
+    assert Table("What", ("one",), [("1",)]).caption == "What"

@@ -93,7 +93,7 @@ def unsealing_table(run: Run) -> Table:
     columns = ("variant", "changes", "beside", "tok/s, whole run", "over that", "tok/s, steady", "over that, steady", "TTFT ms",
                "TPOT ms", "KV cache, tokens", "start, s", "limited by", "part of the run")  # fmt: skip
     caption = f"{card_note(run)}One change after the other, all requests at once, run {run.path.name}; 95 % intervals"
-    return with_parts(caption if rows else f"{caption}: no such level", columns, rows)
+    return with_parts(caption, columns, rows)
 
 
 def unsealing_steps(seen: Evidence) -> list[tuple[str, str, str]]:

@@ -64,14 +64,14 @@ _CAPTION = "text-align:left;min-width:20em"
 @dataclass(frozen=True)
 class Table:
     """Rows under named columns, with a caption, for a notebook's cell and a terminal. Whatever its cells hold is shown as text,
-    as it is: format numbers before."""
+    as it is: format numbers before. Without a row the caption says so."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def __post_init__(self):
-        object.__setattr__(self, "caption", visible(self.caption))
+        object.__setattr__(self, "caption", visible(self.caption) + ("" if self.rows else ": nothing to show"))
         object.__setattr__(self, "rows", [tuple(visible(cell) for cell in row) for row in self.rows])
 
     def _numeric(self, column: int) -> bool:
