@@ -38,6 +38,10 @@ def test_a_conclusion_says_what_the_verdict_says():
     )
     emulated = lab.conclusion(recorded("emulated-h100"), "C1").because
     assert "; emulated 1.58×; EMULATED GPU" in emulated and "; measured" not in emulated
+    # One pair without a repeat says nothing, neither that there is a difference nor that none is shown.
+    assert (
+        "mean TPOT: no repeats, nothing is claimed." in lab.conclusion(recorded("emulated-h100"), "equal_load").because
+    )
     means = lab.levels(run).groupby(["variant", "rate"])["steady_output_token_throughput"].mean()
     assert f"{means.max():,.0f} tokens/s: {means.idxmax()[0]}, all at once" in lab.conclusion(run, "saturation").so
     assert lab.conclusion(run, "kv_capacity").so == "The KV cache was the limit of no level."

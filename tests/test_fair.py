@@ -267,8 +267,7 @@ def test_the_clock_figure_shows_what_was_sampled():
     before = lab.clock_figure(recorded("h100-80gb"))
     assert "What held the clock back was not sampled in this run" in before.caption
     assert "consistent with the power limit" in lab.conclusion(recorded("h100-80gb"), "clock").because
-    emulated = lab.clock_figure(recorded("emulated-h100"))
-    assert "no GPU was sampled" in [text.get_text() for text in emulated.canvas.axes[0].texts]
+    assert "No GPU was sampled." in lab.clock_figure(recorded("emulated-h100")).caption
 
 
 def test_a_comparison_names_the_clocks_that_it_also_compares():

@@ -203,8 +203,8 @@ def _ratios(what: str, compared: Callable) -> tuple[str, str]:
             low, high = (pick(off, key=lambda c: c.ratio.value) for pick in (min, max))
             each = " to ".join(f"{c.ratio} ({where(c)})" for c in (low, high))
         if ratios:
-            said = f"{len(off)} of {len(ratios)} comparisons differ, {each}." if off else "no difference shown."
-            told.append(f"{title}: {said}")
+            same = "no difference shown" if any(c.ratio.interval for c in ratios) else "no repeats, nothing is claimed"
+            told.append(f"{title}: {f'{len(off)} of {len(ratios)} comparisons differ, {each}' if off else same}.")
     return (f"{what}, metric by metric.", " ".join(told)) if told else (f"{what}: not measured in this run.", "")
 
 

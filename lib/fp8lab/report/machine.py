@@ -195,14 +195,14 @@ def clock_figure(axes: Sequence, run: Run) -> str:
     """Power and clock over time where the card is least waited for: a level of each variant at its highest rate."""
     seen, (upper, lower) = evidence(run), axes
     ids = seen.fullest()
-    sampled, limit_w, drawn = False, None, False
+    sampled, limit_w = False, None
     for name in ids:
         level, ran = seen.level(name), seen.clock(name)
         if ran is None or ran.mhz is None:
             continue
         style = style_of(run.profile, level.level.variant) | {"marker": "", "ls": "-"}
         cards = level.summary.cards
-        limit_w, drawn = ran.limit_w / cards if ran.limit_w else limit_w, True
+        limit_w = ran.limit_w / cards if ran.limit_w else limit_w
         shown = level.telemetry[level.telemetry["at_s"].between(0, level.summary.duration_s)]
         for each, column in ((upper, "gpu_power_w"), (lower, "gpu_sm_mhz")):
             known = shown[["at_s", column]].dropna()
@@ -221,9 +221,9 @@ def clock_figure(axes: Sequence, run: Run) -> str:
     lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
     for each in (upper, lower):
         each.yaxis.set_major_formatter(plainly)
-        if ids and not drawn:
-            note(each, "no GPU was sampled", (0.02, 0.86), (0, 0), xycoords="axes fraction", color=GREY)
     legend(upper, "lower right")
+    if not upper.lines:
+        return "No GPU was sampled."
     marks = "Ticks: samples in which NVML named the power limit as what held the clock back."
     marks = marks if sampled else "What held the clock back was not sampled in this run."
     return f"Levels {' and '.join(ids) or 'none'}. Power is NVML's mean over a second. {marks}"
