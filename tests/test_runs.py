@@ -130,6 +130,9 @@ def test_what_is_left_of_a_run_is_planned_by_its_variants(run, profile):
     ] == [["fp8"], []]
     told = str(plan_table(profile, ["as published"], open_run(source=run.path)))
     assert "fp8" in told and "bf16" not in told
+    recorded = open_run(source="h200-80gb")
+    held = measure(recorded, recorded.profile, "equal load", variants=["fp8"])
+    assert {one.level.variant for one in held} == {"fp8"}
     with pytest.raises(BadInput, match="no variant 'none' in profile"):
         missing_work(None, profile, ["as published"], variants=["none"])
 

@@ -269,12 +269,12 @@ class Profile(ProfileTable):
         return ", ".join([*other, *self._beside(name, before)])
 
     def changed(self, name: str) -> set[str]:
-        """The names of the flags and variables that a variant changes beside its base."""
+        """The names of the flags, variables and fields that a variant changes beside its base."""
         one, other = self.variants[name], self.variants.get(self.base(name), Variant())
         held = parse(other.flags)
         found = {flag.name for flag in parse(one.flags) if flag not in held}
         found |= {key for key in one.env.keys() | other.env.keys() if one.env.get(key) != other.env.get(key)}
-        return found | ({"python"} if one.python != other.python else set())
+        return found | {field for field in ("python", "recipe") if getattr(one, field) != getattr(other, field)}
 
     def _api_server(self, name: str) -> str:
         one = self.variants[name]

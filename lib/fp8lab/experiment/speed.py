@@ -191,7 +191,7 @@ def measure(
     run.check_profile(profile)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
     if run.read_only and not again:
-        return _recorded(run, profile, protocols)
+        return _recorded(run, profile, protocols, variants)
     asked = _levels(profile, protocols, variants)
     with run.locked():
         anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
@@ -224,10 +224,10 @@ def measure(
     return [run.read(level) for level in asked]
 
 
-def _recorded(run: Run, profile: Profile, protocols: Sequence[str]) -> list[LevelResult]:
-    """What a recorded run holds of the protocols; where it holds nothing of them, all that it holds: what rests on the rest
-    says so itself. Raises BadInput when it holds no level."""
-    asked = _levels(profile, [name for name in protocols if name in profile.protocols])
+def _recorded(run: Run, profile: Profile, protocols: Sequence[str], variants: Sequence[str]) -> list[LevelResult]:
+    """What a recorded run holds of the protocols (of these `variants`, or of all); where that is nothing, all that it holds:
+    what rests on the rest says so itself. Raises BadInput when it holds no level."""
+    asked = _levels(profile, [name for name in protocols if name in profile.protocols], variants)
     held: list[Level] = [level for level in asked if run.has(level)]
     if not held:
         held = [s.level for s in run.summaries().values()]

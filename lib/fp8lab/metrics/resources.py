@@ -167,7 +167,7 @@ def roofline(
 
     A running request gets one token a step, so between two samples there are as many steps as tokens for each of them, and
     each reads the KV blocks in use and each replica's weights. So counted they are those of vLLM's own counter of steps, where
-    that was sampled, within 1 % in bursts and 13 % below. Left out: what cards tell each other, activations, writing the KV
+    that was sampled, within 1 % in bursts and 13 % at lower rates. Left out: what cards tell each other, activations, writing the KV
     cache, the products inside attention (about 1 % of a token's), and whatever the kernels read twice.
     """
     names = ["running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]

@@ -75,16 +75,7 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
                 canvas, axes = _canvas(runs, title, height, rows, columns)
                 caption = draw(axes, *arguments, **options)
                 for one in canvas.axes:
-                    if not one.has_data():
-                        one.set(xticks=[], yticks=[])
-                        note(
-                            one,
-                            "nothing to draw in this run",
-                            (0.02, 0.5),
-                            (0, 0),
-                            xycoords="axes fraction",
-                            color=GREY,
-                        )
+                    _say_if_empty(one)
                 canvas.savefig(vector, format="svg", metadata={"Date": None})
             source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
             return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
@@ -116,6 +107,12 @@ def _canvas(runs: Sequence[Run], title: str, height: float, rows: int, columns: 
     return canvas, every if len(every) > 1 else every[0]
 
 
+def _say_if_empty(axes) -> None:
+    if not axes.has_data():
+        axes.set(xticks=[], yticks=[])
+        note(axes, "nothing to draw in this run", (0.02, 0.5), (0, 0), xycoords="axes fraction", color=GREY)
+
+
 def _alt(canvas, title: str) -> str:
     """What is drawn, for those who do not see it: the question, the axes, the names in it."""
     told = []
@@ -138,9 +135,9 @@ def style_of(profile: Profile, variant: str) -> dict:
 
 
 def _base_style(profile: Profile, base: str) -> tuple[str, str]:
-    others = [name for name in dict.fromkeys(map(profile.base, [*profile.variants, base])) if name not in STYLE]
     if base in STYLE:
         return STYLE[base]
+    others = [name for name in dict.fromkeys(map(profile.base, [*profile.variants, base])) if name not in STYLE]
     color, marker = _OTHERS[others.index(base) % len(_OTHERS)]
     return _FAMILIES.get(base.partition("-")[0], color), marker
 

@@ -296,13 +296,8 @@ def batching_figure(axes, run: Run) -> str:
         paced = last > 0.1 * times[-1]
         span = last if paced else 0.6 * times[-1]
         axes.step(times, in_flight, where="post", color=INK, lw=1.6)
-        _name(
-            axes,
-            "in flight for the client",
-            times,
-            in_flight,
-            *((0.5 * span, (-50, 34)) if paced else (0.7 * span, (70, 8))),
-        )
+        where = (0.5 * span, (-50, 34)) if paced else (0.7 * span, (70, 8))
+        _name(axes, "in flight for the client", times, in_flight, *where)
         if level.telemetry is not None and (sampled := level.telemetry.dropna(subset=["running"])).shape[0]:
             axes.plot(sampled["at_s"], sampled["running"], color=GREY, ls="--", marker=".", ms=4)
             axes.plot(sampled["at_s"], sampled["waiting"], color=GREY, ls=":", marker="x", ms=4)
