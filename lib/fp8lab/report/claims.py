@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..config.flags import flag_of
 from ..config.profile import rate_name
 from ..errors import BadInput
 from ..experiment.anatomy import anatomies, floors_of
@@ -150,13 +149,9 @@ def _saturation(seen: Evidence) -> tuple[str, str]:
 
 def _unsealing(seen: Evidence) -> tuple[str, str]:
     """How far each base came with all changes, what changes to one server that were tried beside each other did, and what FP8
-    is worth with all of them. Another scheduler than vLLM's takes no part."""
+    is worth with all of them."""
     told, last, profile, title = [], {}, seen.run.profile, "What all changes together give."
-    before = {
-        variant: adds_to
-        for variant, adds_to, _ in unsealing_steps(seen)
-        if flag_of(profile.variant(variant).flags, "--scheduler-cls") == "auto"
-    }
+    before = {variant: adds_to for variant, adds_to, _ in unsealing_steps(seen)}
     adding = {one: [v for v, adds_to in before.items() if adds_to == one] for one in before}
     pairs = []
     for first in (variant for variant, adds_to in before.items() if not adds_to):
