@@ -98,15 +98,15 @@ def measure_level(
     problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, fleet)
     problems += _in_one_piece(sent) + clock_problems(clocks, Clocks.now())
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
-    fields = summarize(records, tokens) | _client(sent, len(tokens))
+    sampled = telemetry.table(sent.start) if telemetry else None
+    counter = sampled[["at_s", "generation_tokens"]] if telemetry else None
+    fields = summarize(records, tokens, counter) | _client(sent, len(tokens))
     if len(fleet) > 1:
         fields["endpoints"] = _by_endpoint(fleet, records, tokens, fields["duration_s"])
     if slo:
         fields |= goodput(records, slo, fields["duration_s"])
-    sampled = None
     if telemetry:
         steady = fields["steady_begin_s"] or math.nan, fields["steady_end_s"] or math.nan
-        sampled = telemetry.table(sent.start)
         fields |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
         whole = (records["sent_s"].min(), completed(records)["last_token_s"].max())
         # A server that failed or a client that stood still explains a silence: told already.

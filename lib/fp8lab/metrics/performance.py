@@ -5,8 +5,8 @@ TTFT, TPOT, ITL, E2EL, throughput and the per-second peak concurrency are those 
 Failed requests are counted and add nothing to a numerator; they stay in every denominator.
 
 A chunk may hold several tokens. The server counts those of a request; each of its chunks is taken to hold the same share,
-output tokens / chunks, which is one where every chunk is a token. Throughputs, the peak by second, the steady window and
-TPOT go by tokens so spread; ITL is the gap between chunks, as vLLM's is.
+output tokens / chunks, which is one where every chunk is a token. The peak by second goes by tokens so spread, and so does
+the steady window unless the server's own counter says better (`counted_window`); ITL is the gap between chunks, as vLLM's is.
 """
 
 import numpy as np
@@ -14,18 +14,21 @@ import pandas as pd
 
 PERCENTILES = (50, 90, 99)
 _STEADY = (0.2, 0.8)
+# Tokens a chunk: below, a chunk is a token but for characters of several tokens (1.01 to 1.02 with drawn weights).
+_MERGED = 1.02
+_OTHERS = 0.01
 _BLOCK = 16
 
 
 def latencies(records: pd.DataFrame) -> pd.DataFrame:
-    """Per completed request: ttft_ms, e2el_ms, tpot_ms (nan for a single token), ttft_from_schedule_ms, lag_ms. TPOT =
-    (E2EL - TTFT) / (output tokens after the first chunk): output tokens - 1 where a chunk is a token, as vLLM has it;
-    nan where all came in one chunk. The lag is how long after its scheduled instant the request was sent."""
+    """Per completed request: ttft_ms, e2el_ms, tpot_ms, ttft_from_schedule_ms, lag_ms. TPOT = (E2EL - TTFT) / (output
+    tokens - 1), as vLLM has it: its servers send a request's first token alone; nan for a single token, and where all
+    came in one chunk. The lag is how long after its scheduled instant the request was sent."""
     done = completed(records)
     ttft = (done["first_token_s"] - done["sent_s"]) * 1e3
     e2el = (done["last_token_s"] - done["sent_s"]) * 1e3
     lag = (done["sent_s"] - done["scheduled_s"]) * 1e3
-    later = done["output_tokens"] - tokens_a_chunk(done).clip(lower=1)
+    later = (done["output_tokens"] - 1).where(done["chunks"] > 1)
     return pd.DataFrame(
         {
             "ttft_ms": ttft,
@@ -96,7 +99,8 @@ def concurrency_over_time(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 
 def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, float]:
     """The steady state: from the instant when 20 % of all output tokens had arrived to that of 80 %, in s; (nan, nan)
-    for none. It leaves out ramp and drain whatever the arrival process, and needs no tuning."""
+    for none. It is the middle of the output, whatever the arrival process, and needs no tuning: ramp and drain lie outside.
+    Of a burst that the server admits at once the prompts do too, and those running become fewer within it."""
     at, held = _arrivals(tokens, completed(records))
     if not held.sum():
         return np.nan, np.nan
@@ -107,11 +111,30 @@ def steady_window(records: pd.DataFrame, tokens: pd.DataFrame) -> tuple[float, f
     return tuple(float(np.interp(part, share, at)) for part in _STEADY)
 
 
-def summarize(records: pd.DataFrame, tokens: pd.DataFrame) -> dict[str, float | int | None]:
-    """The fields of `summary.Summary` that follow from what the client saw."""
+def counted_window(records: pd.DataFrame, counter: pd.DataFrame) -> tuple[float, float]:
+    """The steady window by the server's own counter of tokens (at_s, generation_tokens), for a level whose chunks hold
+    several: a busy API server merges more of them at some times than at others, which the client does not see. (nan, nan)
+    where a chunk is a token, where nothing was counted, and where other clients' tokens were counted too."""
+    done, counter = completed(records), counter.dropna()
+    output, chunks = done["output_tokens"].sum(), done["chunks"].sum()
+    # By what was still to come: the first tokens may have been made before the counter was first read.
+    arrived = output - (counter["generation_tokens"].max() - counter["generation_tokens"])
+    merged = chunks and output / chunks > _MERGED
+    if not merged or len(counter) < 2 or arrived.min() < -_OTHERS * output or arrived.min() > _STEADY[0] * output:
+        return np.nan, np.nan
+    return tuple(float(np.interp(part * output, arrived, counter["at_s"])) for part in _STEADY)
+
+
+def summarize(
+    records: pd.DataFrame, tokens: pd.DataFrame, counter: pd.DataFrame | None = None
+) -> dict[str, float | int | None]:
+    """The fields of `summary.Summary` that follow from what the client saw, and from the server's counter of tokens where it
+    has one (see `counted_window`)."""
     done, each = completed(records), latencies(records)
     duration = float(done["last_token_s"].max() - records["sent_s"].min()) if len(done) else None
-    begin, end = steady_window(records, tokens)
+    begin, end = counted_window(records, counter) if counter is not None else (np.nan, np.nan)
+    if not end > begin:
+        begin, end = steady_window(records, tokens)
     output = int(done["output_tokens"].sum())
     chunks = int(done["chunks"].sum())
 
