@@ -71,6 +71,12 @@ class Comparison:
     same_answers: Estimate
     output_ratio: Estimate
 
+    @property
+    def kept(self) -> Estimate:
+        """The reference's perplexity over the variant's."""
+        ratio = self.perplexity_ratio
+        return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
 
 def compare(positions: pd.DataFrame, answers: pd.DataFrame, reference: tuple[pd.DataFrame, pd.DataFrame]) -> Comparison:
     """The comparison out of the stored tables: `position_table` of a variant with its answers, and the reference's.

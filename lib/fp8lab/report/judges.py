@@ -3,20 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 
+from ..config.dimensions import recipe
 from ..config.profile import level_id
-from ..experiment.anatomy import StepAnatomy, anatomies, floors_of
+from ..experiment.anatomy import anatomies, floors_of
 from ..experiment.quality import comparisons, reference_variant
 from ..metrics.anatomy import ATTENTION, LAYERS, NORMS, QUANTISATION
 from ..metrics.performance import paging_waste, reserving_waste
-from ..metrics.quality import Comparison, Estimate
 from ..metrics.slo import SLO, attains
 from ..metrics.statistics import Ratio, contrast, ratio
 from ..metrics.summary import Summary
 from ..results.evidence import Evidence, other_card, unmeasured
 from ..ui.text import four_digits
-from .burst_judges import integer_formats, quantised_before, scaling, schemes
 from .verdict import Verdict, allowed, by_interval, found, left_out, near, not_judged, verdict, weakest
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.
@@ -109,10 +108,6 @@ def _load_alone(claim: dict, seen: Evidence) -> Ratio | None:
 def _seeds_of_fp8(claim: dict, seen: Evidence) -> list[str]:
     rate = claim["fp8"]["rate"]
     return list(seen.levels(("fp8",), rate)) or [level_id("fp8", rate)]
-
-
-def _one_level(claim: dict, seen: Evidence) -> list[str]:
-    return _seeds_of_fp8(claim, seen)[:1]
 
 
 def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
@@ -210,8 +205,7 @@ def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         reason = "the run holds no quality of fp8 against bf16 (`fp8lab quality`)"
         return verdict(claim, seen, [], verdict="not run", reason=reason, **judged)
     one, model = comparisons(run)["fp8"], parts["fp8"]["model"]
-    kept = kept_of(one)
-    value, low, high = (100 * end for end in (kept.value, kept.low, kept.high))
+    value, low, high = (100 * end for end in (one.kept.value, one.kept.low, one.kept.high))
     said = f"perplexity kept to {value:.2f} %, the same top token at {one.top1_agreement.value:.1%} of positions"
     judged |= {"measured": value, "interval": (low, high), "measured_parts": {"fp8": value}}
     if claim["model"] not in model.lower():
@@ -222,12 +216,6 @@ def _quality(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         word, how_near = by_interval(claim, claim["fp8"]["value"], value, low, high)
         reason = f"{how_near}; another measure (perplexity)"
     return verdict(claim, seen, [], verdict=word, reason=f"{reason}; {said}", **judged)
-
-
-def kept_of(one: Comparison) -> Estimate:
-    """The reference's perplexity over the variant's."""
-    ratio = one.perplexity_ratio
-    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
 
 
 def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
@@ -241,7 +229,8 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         judged |= dict(zip(("verdict", "reason"), unjudged, strict=True))
     else:
         both = {v: [s for rate in rates for s in held[v, rate].values()] for v in ("bf16", "fp8")}
-        ran_out = {variant: _ran_out(levels, claim["full"]) for variant, levels in both.items()}
+        memory = {variant: _memory(levels, claim["full"]) for variant, levels in both.items()}
+        ran_out = {variant: one for variant, (one, _, _) in memory.items()}
         if ran_out["bf16"] is False:
             word, so = "not reproduced", "BF16 did not run out of memory: there was no risk to remove"
         elif ran_out["fp8"]:
@@ -250,8 +239,8 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
             word, so = "reproduced", "BF16 ran out of memory, FP8 did not"
         else:
             word, so = "undecided", "vLLM's counters were not sampled at every level"
-        reason = "; ".join([so, *(f"{variant}: {_memory(levels)}" for variant, levels in both.items())])
-        parts = {variant: full for variant, levels in both.items() if (full := _fullest(levels)) is not None}
+        reason = "; ".join([so, *(f"{variant}: {how_near}" for variant, (_, how_near, _) in memory.items())])
+        parts = {variant: fullest for variant, (_, _, fullest) in memory.items() if fullest is not None}
         judged |= found(seen, word, reason, measured=parts.get("bf16"), measured_parts=parts)
     told = filter(None, (judged["reason"], left_out(seen, cells), _out_elsewhere(claim, seen)))
     return verdict(claim, seen, ids, **judged | {"reason": "; ".join(told)})
@@ -263,33 +252,22 @@ def _out_elsewhere(claim: dict, seen: Evidence) -> str:
     variants = [name for name in sorted(seen.variants(), key=base_of) if base_of(name) in bases]
     for variant, rate in [(name, rate) for name in variants for rate in seen.rates(name)]:
         levels = seen.levels((variant,), rate)
-        if (variant not in bases or rate not in claim["rates"]) and _ran_out(levels.values(), claim["full"]):
-            told.append(f"{', '.join(levels)} ({_memory(levels.values())})")
+        ran_out, how_near, _ = _memory(levels.values(), claim["full"])
+        if ran_out and (variant not in bases or rate not in claim["rates"]):
+            told.append(f"{', '.join(levels)} ({how_near})")
     return f"under other loads memory did run out: {'; '.join(told)}" if told else ""
 
 
-def _ran_out(levels: Collection[Summary], full: float) -> bool | None:
-    """Whether a request of some of these levels (their summaries) was preempted or failed, or the KV cache was full; None
-    when that is not known of all of them."""
-    each = [(level.preemptions, level.failed, level.kv_cache_usage_max) for level in levels]
-    if any((preempted or 0) > 0 or (failed or 0) > 0 or (fullest or 0) >= full for preempted, failed, fullest in each):
-        return True
-    return None if any(None in one for one in each) else False
-
-
-def _memory(levels: Collection[Summary]) -> str:
-    """How near levels came to running out of memory, as text."""
-    sums = [[level.preemptions for level in levels], [level.failed for level in levels]]
-    preempted, failed = ("unknown" if None in counts else f"{sum(counts):,.0f}" for counts in sums)
-    fullest = _fullest(levels)
-    share = "was not sampled" if fullest is None else f"at most {fullest:.0f} % full"
-    return f"{preempted} preemptions, {failed} failed requests, KV cache {share}"
-
-
-def _fullest(levels: Collection[Summary]) -> float | None:
-    """The fullest that the KV cache was in any of the levels, in %; None where it was not sampled."""
-    known = [share for level in levels if (share := level.kv_cache_usage_max) is not None]
-    return 100 * max(known) if known else None
+def _memory(levels: Collection[Summary], full: float) -> tuple[bool | None, str, float | None]:
+    """Whether a request of some of these levels (their summaries) was preempted or failed, or the KV cache was full (None: that
+    is not known of all of them); how near they came to it, as text; the fullest that the cache was, in % (None: not sampled)."""
+    preempted, used = ([getattr(s, name) for s in levels] for name in ("preemptions", "kv_cache_usage_max"))
+    failed, known = sum(s.failed for s in levels), [100 * share for share in used if share is not None]
+    fullest = max(known, default=None)
+    ran_out = failed > 0 or any(preempted) or (fullest or 0) >= 100 * full
+    told = f"{'unknown' if None in preempted else f'{sum(preempted):,.0f}'} preemptions, {failed:,} failed requests, KV cache "
+    told += "was not sampled" if fullest is None else f"at most {fullest:.0f} % full"
+    return None if not ran_out and None in (*preempted, *used) else ran_out, told, fullest
 
 
 def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
@@ -326,8 +304,11 @@ def _twice_the_data(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     attention = [a.times[ATTENTION] / a.work.decode_context * b.work.decode_context / b.times[ATTENTION]
                  for a, b in zip(bf16, fp8, strict=True)]  # fmt: skip
     # What is fused with a product's input is another kernel in each: norms and activations, in FP8 with the quantisation.
-    around = (LAYERS, NORMS, QUANTISATION)
-    whole = [_sum(a, around) / _sum(b, around) for a, b in zip(bf16, fp8, strict=True)]
+    around = [
+        [sum(one.times.get(kind, 0.0) for kind in (LAYERS, NORMS, QUANTISATION)) for one in steps]
+        for steps in (bf16, fp8)
+    ]
+    whole = [a / b for a, b in zip(*around, strict=True)]
     value = geometric_mean(products)
     words = [
         by_interval(claim, claim["fp8"]["value"], geometric_mean(r), min(r), max(r))[0] for r in (products, attention)
@@ -342,14 +323,131 @@ def _twice_the_data(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     return verdict(claim, seen, [], **judged)
 
 
-def _sum(step: StepAnatomy, kinds: Collection[str]) -> float:
-    return sum(step.times.get(kind, 0.0) for kind in kinds)
+# Claims that rest on several servers with all requests at once: number formats (B3, B4, R4) and cards (R5).
+_TOKENS, _BURST = "output_token_throughput", math.inf
+
+
+def _at_once(
+    variants: Callable, judge: Callable, needs: str = "h100-80gb-recipes", how: str = "all at once"
+) -> Callable:
+    """A judge of such claims: `variants` names those that it rests on, `judge` is asked when all their levels count; the profile
+    `needs` has them. Of a variant without one the first seed's is missed."""
+
+    def judged(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+        names = variants(claim, seen)
+        held = {name: list(seen.levels((name,), _BURST, valid=False)) or [level_id(name, _BURST)] for name in names}
+        ids = [level for levels in held.values() for level in levels]
+        if unjudged := not_judged(seen, ids):
+            word, reason = unjudged
+            answer = found(seen, word, f"{reason}; profile {needs} has them" if word == "not run" else reason)
+        else:
+            answer = judge(claim, seen, *names)
+        return verdict(claim, seen, ids, protocol=how, **answer)
+
+    return judged
+
+
+def _integer_formats(claim: dict, seen: Evidence, under: str, *others: str) -> dict:
+    """B4: is a model with INT8 weights, or with INT4 ones, no faster than with BF16 ones, where the card is the limit? What
+    they do to answers another run says (`fp8lab quality`): a model with random weights has none."""
+    ratios: dict[str, Ratio] = {v: seen.compare(v, under, _BURST, _TOKENS) for v in others}
+    if apart := [v for v, one in ratios.items() if one is None]:
+        return found(seen, "undecided", f"{under} shares no seed with {', '.join(apart)}")
+    judged = [ratios[v] for v in claim["formats"]]
+    # The claim is about all of them: one that is faster is enough to contradict it.
+    word = weakest([by_interval(claim, 1.0, one.value, one.low, one.high)[0] for one in judged])
+    told = ", ".join(f"{variant} {one}" for variant, one in ratios.items())
+    causes = sorted({seen.limit(level).cause for level in seen.levels((under,), _BURST)})
+    reason = f"tokens/s over BF16 weights with the same KV cache: {told}; BF16's limit there: {' or the '.join(causes)}"
+    reason += _joules(seen, others, under)
+    if not all(cause.startswith("GPU") for cause in causes):
+        word, reason = "undecided", f"the card was not BF16's limit, so that a format could not show; {reason}"
+    return found(
+        seen, word, f"{reason}; answers are another run's (`fp8lab quality`)", measured=judged[0].value,
+        interval=judged[0].interval, measured_parts={variant: one.value for variant, one in ratios.items()},
+    )  # fmt: skip
+
+
+def _joules(seen: Evidence, variants: Collection[str], under: str) -> str:
+    ratios = {v: seen.compare(v, under, _BURST, "joules_per_output_token") for v in variants}
+    return "".join(f"; joules a token, {variant} {one}" for variant, one in ratios.items() if one)
+
+
+def _schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
+    """B3: which of the FP8 schemes does vLLM serve, with which kernel?"""
+    held = {v: one.recipe for v, one in seen.run.profile.variants.items() if one.recipe.startswith("fp8")}
+    served = {variant: s.server.kernels for variant in held for s in seen.levels((variant,)).values()}
+    ids = [next(iter(seen.levels((variant,)))) for variant in served]
+    named = {variant: ", ".join(kernels) for variant, kernels in served.items() if kernels}
+    if not named:
+        reason = f"not measured here: it needs {claim['needs']}"
+        return verdict(claim, seen, [], protocol="none", verdict="not run", reason=reason)
+    others = [variant for variant in named if held[variant] != claim["per_tensor"]]
+    reason = "; ".join(f"{variant} ({recipe(held[variant]).says}): {kernel}" for variant, kernel in named.items())
+    word = "not reproduced" if others else "undecided"
+    own = {kernel for v in named if v not in others for kernel in served[v]}
+    apart = [v for v in others if set(served[v]) - own]
+    how = f"with kernels of their own ({', '.join(apart)})" if apart else "with the same kernels"
+    said = f"schemes other than one scale a tensor are served too, {how}" if others else "no other scheme was tried"
+    return verdict(claim, seen, ids, protocol="one start each", **found(seen, word, f"{said}: {reason}"))
+
+
+def _quantised_before(claim: dict, seen: Evidence, online: str, *forms: str) -> dict:
+    """R4: does a checkpoint that is FP8 already load sooner than a BF16 one that is quantised at the start, and serve as much?
+    The loads of each start are compared, with their interval."""
+    least, words, told = 1 - claim["tolerance"], [], []
+    starts = {v: list({s.start: s for s in seen.levels((v,), _BURST).values()}.values()) for v in (online, *forms)}
+    loads = {v: {s.level.repeat: s.server.load_s for s in each if s.server.load_s} for v, each in starts.items()}
+    if not all(loads.values()):
+        return found(seen, "undecided", "vLLM did not say how long weights took to load")
+    load = {v: fmean(each.values()) for v, each in loads.items()}
+    whole = {v: fmean(s.server.startup_s for s in each) for v, each in starts.items()}
+    for before in forms:
+        served, took = seen.compare(before, online, _BURST, _TOKENS), ratio(loads[before], loads[online])
+        if served is None or took is None:
+            return found(seen, "undecided", "no two starts served the same seed")
+        # With one start of each nothing says how much starts differ.
+        slower = served.high < least or took.low > least
+        words.append("not reproduced" if slower else "reproduced" if took.high < least else "undecided")
+        told.append(
+            f"{before} in {four_digits(load[before])} s, {took}, of a start of {whole[before]:.0f}, for {served} the tokens/s"
+        )
+    reason = f"{online}, which reads BF16 and quantises, loads its weights in {four_digits(load[online])} s of a start of {whole[online]:.0f}"
+    parts = {"measured": load[forms[0]], "measured_parts": load}
+    return found(seen, weakest(words), "; ".join([reason, *told]), **parts)
+
+
+def _scaling(claim: dict, seen: Evidence, one: str, *two: str) -> dict:
+    """R5: do two cards deliver twice as much as one, at the same load a card? Judged is the better way of using two."""
+    loads = {v: {s.requests / s.cards for s in seen.levels((v,), _BURST).values()} for v in (one, *two)}
+    if len(set.union(*loads.values())) > 1:
+        each = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in sorted(held))}" for v, held in loads.items())
+        return found(seen, "undecided", f"the load a card differs: {each} requests")
+    ratios = {v: ratio for v in two if (ratio := seen.compare(v, one, _BURST, _TOKENS))}
+    if not ratios:
+        return found(seen, "undecided", f"{one} shares no seed with {', '.join(two)}")
+    best = max(ratios.values(), key=lambda ratio: ratio.value)
+    word, how_near = by_interval(claim, claim["fp8"]["value"], best.value, best.low, best.high)
+    reason = f"{how_near}; tokens/s over {one}: {', '.join(f'{v} {ratio}' for v, ratio in ratios.items())}"
+    parts = {v: ratio.value for v, ratio in ratios.items()}
+    measured = {"measured": best.value, "interval": best.interval, "measured_parts": parts}
+    return found(seen, word, reason + _joules(seen, ratios, one), **measured)
+
+
+def _held(seen: Evidence, names: list[str], most: int | None = None) -> list[str]:
+    """Those of these variants that have a valid level with all requests at once; the first where none has."""
+    return [v for v in names if seen.levels((v,), _BURST)][:most] or names[:1]
 
 
 JUDGES = {
     "ratio": judge_values, "fp8": judge_values, "memory risk": _memory_risk,
-    "service line": _judge_with(_seeds_of_fp8, _service_line), "paging waste": _judge_with(_one_level, _paging_waste),
+    "service line": _judge_with(_seeds_of_fp8, _service_line),
+    "paging waste": _judge_with(lambda claim, seen: _seeds_of_fp8(claim, seen)[:1], _paging_waste),
     "default flags": _judge_with(_four_variants, _default_flags), "quality": _quality,
-    "compute use": _compute_use, "twice the data": _twice_the_data, "scaling": scaling, "integer formats": integer_formats, "schemes": schemes,
-    "quantised before": quantised_before,
+    "compute use": _compute_use, "twice the data": _twice_the_data, "schemes": _schemes,
+    "scaling": _at_once(
+        lambda claim, seen: (*_held(seen, claim["one"], 1), *_held(seen, claim["two"])), _scaling, "h100-x2-8b",
+        "all at once, the same load a card"),
+    "integer formats": _at_once(lambda claim, _: (claim["beside"], *claim["formats"], claim["fp8_format"]), _integer_formats),
+    "quantised before": _at_once(lambda claim, seen: (claim["online"], *_held(seen, claim["before"])), _quantised_before),
 }  # fmt: skip

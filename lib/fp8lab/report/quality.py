@@ -8,11 +8,10 @@ import numpy as np
 
 from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
 from ..metrics import number_formats
-from ..metrics.quality import Comparison, Estimate, distinguishable, identical_prefix
+from ..metrics.quality import Estimate, distinguishable, identical_prefix
 from ..results.run_folder import Run
 from ..ui.text import Table
-from .drawing import INK, STYLE, figure, note, style_of
-from .judges import kept_of
+from .drawing import GREY, INK, STYLE, figure, note, style_of
 from .verdict import card_note, claim_of
 
 # The published reference (static, per-tensor scales); its value is claim Q1 of data/published.toml.
@@ -32,18 +31,24 @@ _COLUMNS = (
 def quality_table(run: Run) -> Table:
     """Every measurement in one line, with 95 % intervals; "none" marks what the noise floor hides."""
     held, reference = comparisons(run), reference_variant(run.profile)
-    floor = held.get(reference + AGAIN)
+    floor, model = held.get(reference + AGAIN), next(iter(summaries(run).values()))["model"]
     rows = []
     for name, one in held.items():
-        cells = [_interval(one.perplexity, "{:.3f}")]
+        cells = []
         for metric, _, pattern in _COLUMNS:
-            cells.append("reference" if name == reference else _interval(getattr(one, metric), pattern)
-                         + _against(metric, name, one, floor, reference))  # fmt: skip
-        cells.insert(3, "reference" if name == reference else f"{one.unlisted_mass:.0%}")
-        rows.append((f"{name} (noise floor)" if name == reference + AGAIN else name, *cells))
+            hidden = floor and name != reference + AGAIN and not distinguishable(metric, one, floor)
+            cells.append(_interval(getattr(one, metric), pattern) + " none" * bool(hidden))
+        cells.insert(2, f"{one.unlisted_mass:.0%}")
+        told = ["reference"] * len(cells) if name == reference else cells
+        shown = f"{name} (noise floor)" if name == reference + AGAIN else name
+        rows.append((shown, _interval(one.perplexity, "{:.3f}"), *told))
     titles = [title for _, title, _ in _COLUMNS]
     columns = ("variant", "perplexity", *titles[:2], "not listed", *titles[2:])
-    return Table(_caption(run), columns, rows)
+    caption = (
+        f"{card_note(run)}What the number format does to the answers of {model}, against {reference}; 95 % intervals in "
+        f'brackets; "none": no more than {reference} differs from itself in other batches. Run {run.path.name}'
+    )
+    return Table(caption, columns, rows)
 
 
 def asked_table(run: Run) -> Table:
@@ -82,7 +87,7 @@ def published_table(run: Run) -> Table:
     rows = [("published", PUBLISHED, f"{claim_of('Q1')['fp8']['value']} % of the benchmark average", PUBLISHED_SOURCE)]
     for name, one in held.items():
         if name not in (reference, reference + AGAIN):
-            kept = f"{_interval(kept_of(one), '{:.2%}')} of the perplexity"
+            kept = f"{_interval(one.kept, '{:.2%}')} of the perplexity"
             rows.append((name, summaries(run)[name]["model"], kept, f"run {run.path.name}"))
     return Table(f"{card_note(run)}How much is kept; the rows measure different things on different models",
                  ("", "model and measure", "kept", "source"), rows)  # fmt: skip
@@ -138,24 +143,9 @@ def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
     return Table(f"Relative error of rounding the KV cache of {tokens} tokens, mean over the layers", columns, rows)
 
 
-def _against(metric: str, name: str, one: Comparison, floor: Comparison | None, reference: str) -> str:
-    hidden = floor is not None and name != reference + AGAIN and not distinguishable(metric, one, floor)
-    return " none" if hidden else ""
-
-
 def _interval(estimate: Estimate, pattern: str) -> str:
     value, low, high = (pattern.format(each) for each in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
-
-
-def _caption(run: Run) -> str:
-    first = next(iter(summaries(run).values()))
-    reference = reference_variant(run.profile)
-    return (f"{card_note(run)}What the number format does to the answers of {first['model']}, against {reference}; 95 % intervals in "
-            f"brackets; \"none\": no more than {reference} differs from itself in other batches. Run {run.path.name}")  # fmt: skip
-
-
-_FLOOR = ("#767676", "x")
 
 
 @figure("quality_kl", "How far does each variant move the next token's distribution?")
@@ -203,7 +193,7 @@ def formats_figure(axes, folder: Path) -> str:
     magnitudes = np.geomspace(1e-5, 1e5, 4000)
     low, high = np.quantile(scaled, [0.01, 0.99])
     left.axvspan(low, high, color="#dddddd", label="98 % of the weights, scaled")
-    colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": _FLOOR}
+    colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": (GREY, "x")}
     for name in number_formats.FORMATS:
         left.plot(magnitudes, number_formats.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
     left.set(xlabel="magnitude after scaling", ylabel="worst relative rounding error")
@@ -246,8 +236,8 @@ def _others(run: Run) -> Mapping:
 
 
 def _style(run: Run, name: str) -> dict:
-    floor = dict(zip(("color", "marker"), _FLOOR, strict=True))
-    return (floor if name.endswith(AGAIN) else style_of(run.profile, name)) | {"ls": "-", "ms": 5, "lw": 1.6}
+    own = {"color": GREY, "marker": "x"} if name.endswith(AGAIN) else style_of(run.profile, name)
+    return own | {"ls": "-", "ms": 5, "lw": 1.6}
 
 
 def _label(name: str) -> str:
