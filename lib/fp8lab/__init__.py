@@ -31,8 +31,8 @@ _HOMES = {
     "report.claims": ("claims_across", "claims_table", "conclusion", "judge", "write_claims"),
     "report.anatomy": ("host_table", "kernels_table", "step_figure", "steps_table"),
     "report.comparison": (
-        "ablation_figure", "ablation_table", "cards_table", "equal_load_figure", "equal_load_table", "unsealing_figure",
-        "unsealing_table", "worth_figure", "worth_table",
+        "ablation_figure", "ablation_table", "cards_table", "checkpoints_table", "equal_load_figure", "equal_load_table",
+        "recipes_figure", "recipes_table", "unsealing_figure", "unsealing_table", "worth_figure", "worth_table",
     ),
     "report.levels": (
         "attainment_table", "capacity_plan", "client_table", "concurrency_figure", "cross_check_table",
@@ -52,7 +52,6 @@ _HOMES = {
         "answers_table", "asked_table", "divergence_figure", "formats_figure", "formats_table", "kv_rounding_table",
         "number_line_figure", "parting_figure", "published_table", "quality_table", "weights_table",
     ),
-    "report.recipes": ("checkpoints_table", "recipes_figure", "recipes_table"),
     "results.evidence": ("levels",),
     "results.run_folder": ("LevelResult", "Run", "open_run"),
     "server.command": ("printable_command",),

@@ -1,16 +1,19 @@
-"""Variants against each other at equal load: one run's ratios with their intervals, several runs' side by side, by cards."""
+"""Variants against each other at equal load: one run's ratios with their intervals, several runs' side by side, by cards, by
+number formats."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from ..config.dimensions import weight_format
 from ..config.profile import rate_name
+from ..experiment.quality import comparisons
 from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import Table, shown
-from .drawing import Figure, figure, forest, name_rows, note, plainly, style_of
+from .drawing import INK, PLAINLY, Figure, figure, forest, label_where_free, name_rows, note, style_of
 from .verdict import card_note, claim_of
 
 # What is compared at equal load: metric of a level's summary, its name, and which way is better.
@@ -163,10 +166,9 @@ def _interval(one: Ratio) -> str:
 
 def _across_parts(seen: Evidence, c: Compared) -> str:
     """A warning where an effect also compares parts of the run: where they do not cancel in its contrast."""
-    net: dict[str, float] = {}
+    net: Counter[str] = Counter()
     for base, weight in ABLATION[c.effect].items():
-        part = seen.parts([c.variants[base]], c.rate)
-        net[part] = net.get(part, 0.0) + weight
+        net[seen.parts([c.variants[base]], c.rate)] += weight
     return " (but it also compares parts of the run)" if len(net) > 1 and any(net.values()) else ""
 
 
@@ -248,7 +250,7 @@ def unsealing_figure(axes, run: Run) -> str:
     name_rows(axes, [variant for variant, _, _ in steps], 1.4, 0.55)
     axes.set_xlabel("output tokens/s, all requests at once")
     axes.margins(x=0.22)
-    axes.xaxis.set_major_formatter(plainly)
+    axes.xaxis.set_major_formatter(PLAINLY)
     return "Mean of the seeds: whole run (full colour) / steady state (pale). The table says what each variant changes."
 
 
@@ -316,3 +318,102 @@ def _mostly(bf16: Counter[str], fp8: Counter[str]) -> str:
         most = f"mostly {cause}" if 2 * levels > plain.total() else "differs by seed"
         told.append(cause if len(plain) == 1 else most)
     return told[0] if told[0] == told[1] else f"BF16 {told[0]}, FP8 {told[1]}"
+
+
+def formats_of(seen: Evidence) -> list[str]:
+    """The variants that were measured, those with the most bytes a weight first."""
+    profile = seen.run.profile
+
+    def bytes_of(variant: str) -> float:
+        return weight_format(profile.variant(variant).flags, profile.shape(variant)).weight_bytes
+
+    return sorted((v for v in seen.variants() if v in profile.variants), key=bytes_of, reverse=True)
+
+
+def checkpoints_table(run: Run) -> Table:
+    """What each format takes: bytes on the card beside those that it should take, room for KV cache, seconds to start, and
+    the kernels of its matrix products."""
+    seen, rows = evidence(run), []
+    for variant in formats_of(seen):
+        # One of each start: how many levels it served says nothing of it.
+        servers = list({s.start: s.server for s in seen.levels((variant,), valid=False).values()}.values())
+        shape, one = run.profile.shape(variant), servers[0]
+        asked = weight_format(one.command, shape)
+        expected = shape.weight_bytes(asked) / 2**30 if shape else None
+        loads = [server.load_s for server in servers if server.load_s]
+        rows.append((
+            variant, run.profile.variant(variant).recipe or "–", shown(expected, ".2f"), shown(one.model_memory_gib, ".2f"),
+            shown(one.kv_cache_tokens), shown(fmean(loads) if loads else None, ".1f"),
+            shown(fmean(server.startup_s for server in servers)), ", ".join(one.kernels) or "–",
+        ))  # fmt: skip
+    columns = ("variant", "recipe", "weights should take, GiB", "they take, GiB", "KV cache, tokens", "loading, s", "start, s",
+               "kernels")  # fmt: skip
+    return Table(f"{card_note(run)}What each number format takes, run {run.path.name}", columns, rows)
+
+
+def recipes_table(run: Run, beside: str = "bf16") -> Table:
+    """Every format at each rate: the time a token takes, throughput and energy over those of `beside`, with 95 % intervals
+    where there are several seeds."""
+    seen, rows = evidence(run), []
+    formats = formats_of(seen)
+    for rate in sorted({rate for variant in seen.variants() for rate in seen.rates(variant)}):
+        for variant in (v for v in formats if seen.levels((v,), rate)):
+            tokens, joules = (over(seen, variant, beside, rate, metric) for metric in (_THROUGHPUT, _JOULES))
+            names = ("mean_ttft_ms", "mean_tpot_ms", _THROUGHPUT, _JOULES, "gpu_sm_mhz_steady")
+            ttft, tpot, served, cost, mhz = (mean_of(seen, variant, name, rate) for name in names)
+            rows.append((
+                rate_name(rate), variant, shown(ttft), shown(tpot, ",.2f"), shown(served), tokens, shown(cost, ".4f"), joules,
+                shown(mhz), " or the ".join(causes(seen, variant, rate)), seen.parts((variant, beside), rate),
+            ))  # fmt: skip
+    columns = ("offered", "variant", "TTFT ms", "TPOT ms", "tok/s, whole run", f"over {beside}", "J/token", f"J over {beside}",
+               "steady MHz", "limited by", "part of the run")  # fmt: skip
+    starts = min(
+        (seen.starts((variant,), math.inf) for variant in formats if seen.levels((variant,), math.inf)), default=0
+    )
+    spread = f", all at once over {starts} start{'s' * (starts > 1)} of each" if starts else ""
+    caption = f"{card_note(run)}Every number format at equal load, run {run.path.name}; 95 % intervals over seeds{spread}; a ratio "
+    return with_parts(f"{caption}without one is a single seed's", columns, rows)
+
+
+@figure("recipes", "Which number format is fast, and what does it cost?", columns=2)
+def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
+    """Tokens a second (at the highest rate at which the most formats were measured; those of one request at the lowest) against the
+    share of positions at which the trained model of `answers` has the same likeliest token as its reference, or, without
+    `answers`, against tokens a joule; the area of a mark is the weights' memory."""
+    seen = evidence(run)
+    formats = [variant for variant in formats_of(seen) if seen.rates(variant)]
+    # One format's 25 req/s beside another's single request would compare loads, not formats.
+    counts = Counter(rate for variant in formats for rate in seen.rates(variant))
+    most = [rate for rate, count in counts.items() if count == max(counts.values())]
+    full, low = max(most, default=math.inf), min(most, default=math.inf)
+    held = comparisons(answers) if answers and answers.read_parts("quality") else {}
+    drawn, left_out = {}, []
+    for variant in formats:
+        joules, tpot = mean_of(seen, variant, _JOULES, full), mean_of(seen, variant, "mean_tpot_ms", low)
+        same = 100 * held[variant].top1_agreement.value if variant in held else None
+        if (height := same if answers else joules and 1 / joules) is None:
+            left_out.append(variant)
+            continue
+        gib = next(iter(seen.levels((variant,)).values())).server.model_memory_gib
+        drawn[variant] = (mean_of(seen, variant, _THROUGHPUT, full), tpot and 1e3 / tpot), height, 12 * (gib or 4)
+    said = f"Not drawn, theirs was not measured: {', '.join(left_out)}. " if left_out else ""
+    for place, (one, what, rate) in enumerate(
+        zip(axes, ("output tokens/s", "tokens/s of a request"), (full, low), strict=True)
+    ):
+        here = {variant: (x[place], y, area) for variant, (x, y, area) in drawn.items() if x[place]}
+        if lacking := [variant for variant in drawn if variant not in here]:
+            said += f"Not measured at {rate_name(rate)}: {', '.join(lacking)}. "
+        for variant, (x, y, area) in here.items():
+            colour = style_of(run.profile, variant)["color"]
+            one.scatter(x, y, s=area, color=colour, alpha=0.7, edgecolor=INK, lw=0.6)
+        one.set(xlabel=f"{what}, {rate_name(rate)}")
+        one.set_ylabel("same likeliest token, % of positions" if answers else "output tokens a joule")
+        one.margins(0.25, 0.2)
+        one.locator_params(axis="x", nbins=5)
+        one.xaxis.set_major_formatter(PLAINLY)
+        # An area is given in points squared, as the square of the diameter.
+        widest = math.sqrt(max((area for _, _, area in here.values()), default=0))
+        label_where_free(one, [(variant, x, y) for variant, (x, y, _) in here.items()], widest / 2, around=True)
+    model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
+    least = "" if answers else f"Tokens a joule: {rate_name(full)}. "
+    return f"Right and up is better; a mark's area is the memory of its weights. {least}{said}{model}".strip()

@@ -26,11 +26,13 @@ _OTHERS = (("#E69F00", "v"), ("#56B4E9", "P"), ("#117733", "<"), ("#AA4499", ">"
            ("#222222", "d"), ("#A0A0A0", "*"), ("#661100", "8"), ("#6699CC", (4, 1, 0)), ("#C9B037", "H"), ("#00A087", (6, 1, 0)))  # fmt: skip
 INK, GREY = "#222222", "#767676"
 # In another setup (API server, further flags) a variant keeps its base's colour and marker, drawn otherwise filled.
-_FILLINGS = (("full", "-", "full"), ("left", ":", "left half full"), ("none", "--", "hollow"))
-_FILLINGS += (("bottom", "-.", "lower half full"),)
+_FILLINGS = (("full", "-", "full"), ("left", ":", "left half full"), ("none", "--", "hollow"),
+             ("bottom", "-.", "lower half full"))  # fmt: skip
 # Other figures share a page with text when they are printed; in a tall one the names would be too small to read.
 _TALL_INCHES, _OWN_PAGE = 4.5, ";max-height:225mm"
 _LEFT, _RIGHT = 0.4, 2.5
+# Numbers of an axis without an exponent.
+PLAINLY = "{x:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
             with style.context("default"), rc_context({"svg.hashsalt": name}):
                 canvas, axes = _canvas(runs, title, height, rows, columns)
                 caption = draw(axes, *arguments, **options)
-                for one in canvas.axes:
-                    _say_if_empty(one)
+                for one in (one for one in canvas.axes if not one.has_data()):
+                    one.set(xticks=[], yticks=[])
+                    note(one, "nothing to draw in this run", (0.02, 0.5), (0, 0), xycoords="axes fraction", color=GREY)
                 canvas.savefig(vector, format="svg", metadata={"Date": None})
             source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
             return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
@@ -105,12 +108,6 @@ def _canvas(runs: Sequence[Run], title: str, height: float, rows: int, columns: 
             style = {"ha": "center", "va": "center", "rotation": 20, "fontsize": 44, "color": "#bbbbbb", "alpha": 0.45}
             axes.text(0.5, 0.5, mark, transform=axes.transAxes, **style)
     return canvas, every if len(every) > 1 else every[0]
-
-
-def _say_if_empty(axes) -> None:
-    if not axes.has_data():
-        axes.set(xticks=[], yticks=[])
-        note(axes, "nothing to draw in this run", (0.02, 0.5), (0, 0), xycoords="axes fraction", color=GREY)
 
 
 def _alt(canvas, title: str) -> str:
@@ -220,10 +217,6 @@ def mark(axes, at: Sequence[float], profile: Profile, variant: str) -> None:
     """Marks a level of `variant` at (x, y); the first one of a variant names it in the legend."""
     named = variant in axes.get_legend_handles_labels()[1]
     axes.plot(*at, label=None if named else variant, **style_of(profile, variant) | {"ls": ""})
-
-
-def plainly(value: float, _position: int) -> str:
-    return f"{value:,.0f}"
 
 
 def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | None = None) -> None:

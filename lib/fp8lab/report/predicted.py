@@ -13,7 +13,7 @@ from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, UNTOL
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
 from ..ui.text import Table, shown
-from .drawing import INK, figure, plainly
+from .drawing import INK, PLAINLY, figure
 from .verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
@@ -229,10 +229,10 @@ def predicted_figure(
     axes[0].set(xlabel="offered, requests/s", ylabel="output tokens/s", ylim=(0, None))
     axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms", yscale="log")
     for one in axes:
-        one.xaxis.set_major_formatter(plainly)
-        one.yaxis.set_major_formatter(plainly)
+        one.xaxis.set_major_formatter(PLAINLY)
+        one.yaxis.set_major_formatter(PLAINLY)
         one.text(0.98, 0.04, "PREDICTED", transform=one.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
-    axes[1].yaxis.set_minor_formatter(plainly)
+    axes[1].yaxis.set_minor_formatter(PLAINLY)
     axes[0].legend(frameon=False, fontsize=9)
     scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
     return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")
