@@ -28,7 +28,7 @@ TABLES = [
 ]  # fmt: skip
 FIGURES = [
     lab.saturation_figure, lab.equal_load_figure, lab.ablation_figure, lab.littles_law_figure,
-    lab.kv_capacity_figure, lab.roofline_figure, lambda run: lab.objective_figure(run, DEFAULT),
+    lab.roofline_figure, lambda run: lab.objective_figure(run, DEFAULT),
 ]  # fmt: skip
 
 

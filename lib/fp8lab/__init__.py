@@ -40,7 +40,7 @@ _HOMES = {
         "saturation_figure", "slo_table", "throughput_figure", "throughputs_table", "tpot_figure", "validity_table",
     ),
     "report.machine": (
-        "batching_figure", "bottlenecks_table", "clock_figure", "fit_table", "kv_capacity_figure", "kv_table",
+        "batching_figure", "bottlenecks_table", "clock_figure", "fit_table", "kv_table",
         "littles_law_figure", "memory_figure", "memory_table", "paging_table", "resources_table", "roofline_figure",
         "roofline_table",
     ),

@@ -170,26 +170,6 @@ def littles_law_figure(axes, run: Run) -> str:
     )
 
 
-@figure("kv_capacity", "Was the KV cache ever full?")
-def kv_capacity_figure(axes, run: Run) -> str:
-    """Requests of this trace that the KV cache can hold, against the most that ran at once."""
-    seen = evidence(run)
-    first = seen.a_base_each()
-    rows = [row for row in seen.kv_room() if row[0] in first]
-    for y, (variant, _, holds, most, fullest) in enumerate(rows):
-        axes.barh(y, holds, 0.62, color="white", edgecolor=INK)
-        axes.barh(y, most, 0.34, color=style_of(run.profile, variant)["color"])
-        share = "" if fullest is None else f", fullest {fullest:.0%}"
-        note(
-            axes, f"room for {holds:,.0f}, most running {most:,.0f}{share}", (max(holds, most), y), (4, 0), va="center"
-        )
-    name_rows(axes, [row[0] for row in rows], 0.9, 0.55)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.9)
-    axes.set_xlabel("requests of this trace")
-    frame = "Frame: what the cache holds at the mean context of a running request, as vLLM counted it."
-    return f"{frame} Filled: the most that ran at once, over all levels."
-
-
 @figure("clock", "Does the power limit hold the card's clock back?", height=4.6, rows=2)
 def clock_figure(axes: Sequence, run: Run) -> str:
     """Power and clock over time where the card is least waited for: a level of each variant at its highest rate."""
