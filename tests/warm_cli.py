@@ -69,8 +69,11 @@ if __name__ == "__main__":
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    from fp8lab import cli, commands, load_test_command, server_commands  # noqa: F401
+    import fp8lab
+    from fp8lab import batch, cli, commands, load_test_command  # noqa: F401
 
+    for name in fp8lab.__all__:
+        getattr(fp8lab, name)
     gc.collect()
     gc.freeze()  # a child that ends does not go through all that was imported
     work = _wait_for_work()

@@ -357,10 +357,7 @@ def _run(arguments: list[str] | None) -> int:
             from . import load_test_command
 
             return load_test_command.run(args)
-        if args.command in ("serve", "status", "stop", "profiles"):
-            from . import server_commands as commands
-        else:
-            from . import commands
+        from . import commands
 
         return getattr(commands, args.command)(args) or 0
     except BadInput as error:

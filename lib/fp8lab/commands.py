@@ -1,46 +1,35 @@
 """What each command of the command line does: a function each, of the parsed arguments, that returns an exit code or None.
 
-`cli.py` says what they are called and take, and imports this module when one of them is run: `--help` answers at once, and
-`load-test` and what is of servers and profiles alone, which have modules of their own, need none of it.
+`cli.py` says what they are called and take, and imports this module when one of them is run: `--help` answers at once.
+What a command needs beyond profiles and paths is imported when it is used; the library's public names (`lab`) are so anyhow.
 """
 
 import contextlib
 import dataclasses
 import math
 import sys
+import time
 import tomllib
 from pathlib import Path
 
-from . import batch as batches
-from . import hosts
-from . import share as sharing
+import fp8lab as lab
+
 from .config.dimensions import ModelShape, model_names, model_shape, recipe
 from .config.profile import dimensions_at, rate_name
-from .config.profile_file import read_profile
+from .config.profile_file import profile_names, read_profile
 from .config.this_machine import load_profile, profile_name
 from .errors import INVALID, BadInput, Fp8labError
-from .experiment import anatomy as decoding
-from .experiment import predict as foretelling
-from .experiment import quality as answers
-from .experiment import speed, step_fit
-from .metrics.slo import SLO
-from .metrics.step_model import FITS, read_fits
-from .models import quantize as making
 from .paths import RUNS, cache_dir, repository_relative, write_text
-from .report.anatomy import host_table, kernels_table, steps_table
-from .report.claims import claims_across, claims_table
-from .report.levels import levels_table, validity_table
-from .report.machine import fit_table
-from .report.notebooks import check_parameters, declared, execute, find
-from .report.predicted import errors_of, foretold_table, predicted_table
-from .report.quality import quality_table
-from .results.run_folder import Run, open_run
+from .system import gpu
 from .ui.status import StatusLine
 
 
 def reproduce(args) -> int:
-    hosts.end_with_owner()
-    recorded = open_run(source=args.source) if args.source else None
+    from .hosts import end_with_owner
+    from .report.notebooks import check_parameters, declared, execute, find
+
+    end_with_owner()
+    recorded = lab.open_run(source=args.source) if args.source else None
     default = _default_notebook(recorded) if recorded else "front"
     notebooks = [path for name in args.notebook or [default] for path in find(name)]
     chosen = {name: _value(text) for name, text in args.parameter}
@@ -58,16 +47,16 @@ def reproduce(args) -> int:
     profile = args.profile
     if args.weights or args.model:
         profile = load_profile(args.profile, weights=args.weights, model=args.model)
-    run = recorded or open_run(args.run, profile)
+    run = recorded or lab.open_run(args.run, profile)
     rendered = RUNS / f"redrawn-{run.path.resolve().name}" if run.read_only else run.path / "rendered"
     where = {"source" if run.read_only else "run_dir": repository_relative(run.path)}
     for notebook in notebooks:
         with _resumable(run):
             page = execute(notebook, rendered / notebook.name, where | chosen)
         print(repository_relative(page))
-    print(claims_table(run, brief=True))
+    print(lab.claims_table(run, brief=True))
     if not run.valid:
-        print(f"\n{validity_table(run)}\n")
+        print(f"\n{lab.validity_table(run)}\n")
     print(f"reasons: fp8lab claims {repository_relative(run.path)}")
     return 0 if run.valid or run.read_only else INVALID
 
@@ -77,56 +66,58 @@ def measure(args) -> int:
         raise BadInput(f"--again {args.again[0]}: name the run that holds it with --run DIR (or --run latest)")
     if args.workers is not None and args.workers < 1:
         raise BadInput(f"--workers {args.workers} is below 1")
-    profile = args.profile
+    profile, variants = args.profile, args.variant or ()
     if not args.run:  # what cannot be measured makes no folder
         profile = load_profile(profile)
-        speed.plan_table(profile, args.protocol or list(profile.protocols), variants=args.variant or ())
-    run = open_run(args.run, profile)
+        lab.plan_table(profile, args.protocol or list(profile.protocols), variants=variants)
+    run = lab.open_run(args.run, profile)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
-        speed.measure(run, run.profile, protocols, variants=args.variant or (), workers=args.workers, again=args.again)
-    print(levels_table(run))
-    print(f"\n{validity_table(run)}\n")
+        lab.measure(run, run.profile, protocols, variants=variants, workers=args.workers, again=args.again)
+    print(f"{lab.levels_table(run)}\n\n{lab.validity_table(run)}\n")
     print(repository_relative(run.path))
     return 0 if run.valid else INVALID
 
 
 def quality(args) -> None:
     if args.source:
-        print(quality_table(open_run(source=args.source)))
+        print(lab.quality_table(lab.open_run(source=args.source)))
         return
-    task = answers.QualityTask(**{one.name: getattr(args, one.name) for one in dataclasses.fields(answers.QualityTask)})
-    profile = load_profile(answers.quality_profile(args.profile), weights=args.weights, model=args.model)
-    answers.check_weights(profile)
+    task = lab.QualityTask(**{one.name: getattr(args, one.name) for one in dataclasses.fields(lab.QualityTask)})
+    profile = load_profile(lab.quality_profile(args.profile), weights=args.weights, model=args.model)
+    lab.check_weights(profile)
     task.read()
     for variant in args.variant or ():
         profile.variant(variant)
-    run = open_run(args.run, profile)
+    run = lab.open_run(args.run, profile)
     with _resumable(run):
-        answers.measure_quality(run, profile, args.variant or (), task=task)
-    print(quality_table(run))
+        lab.measure_quality(run, profile, args.variant or (), task=task)
+    print(lab.quality_table(run))
     print(repository_relative(run.path))
 
 
 def anatomy(args) -> None:
-    variants, batches, profile = args.variant or ("bf16", "fp8"), args.batch or decoding.BATCHES, args.profile
-    decoding.check_batches(batches)
+    from .experiment.anatomy import BATCHES, check_batches
+
+    variants, batches, profile = args.variant or ("bf16", "fp8"), args.batch or BATCHES, args.profile
+    check_batches(batches)
     if not (args.run or args.source):  # what cannot be taken apart makes no folder
         profile = load_profile(profile)
         for variant in variants:
             profile.variant(variant)
-    run = open_run(args.run, profile, source=args.source)
+    run = lab.open_run(args.run, profile, source=args.source)
     with _resumable(run):
-        decoding.measure_anatomy(run, run.profile, variants, batches=batches)
-    held = decoding.anatomies(run)
+        held = lab.measure_anatomy(run, run.profile, variants, batches=batches)
     profiled = [variant for variant in held if any(one.steps for one in held[variant])]
-    for table in (steps_table(run), *(kernels_table(run, variant) for variant in profiled), host_table(run)):
+    for table in (lab.steps_table(run), *(lab.kernels_table(run, one) for one in profiled), lab.host_table(run)):
         print(f"{table}\n")
     print(repository_relative(run.path))
 
 
 def quantize(args) -> None:
+    from .models import quantize as making
+
     source, drawn = making.source_of(args.model)
     beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
@@ -138,6 +129,8 @@ def quantize(args) -> None:
 
 
 def fit(args) -> None:
+    from .report.machine import fit_table
+
     if args.tokens < 1:
         raise BadInput(f"--tokens {args.tokens} is below 1 (tokens of a request, in and out)")
     profile = read_profile(args.card)
@@ -155,8 +148,12 @@ def fit(args) -> None:
 
 
 def fit_model(args) -> int:
+    from .experiment.step_fit import fit
+    from .metrics.step_model import FITS, read_fits
+    from .report.predicted import errors_of
+
     path = Path(args.run).resolve()
-    run = open_run(source=path if path.is_dir() else args.run)
+    run = lab.open_run(source=path if path.is_dir() else args.run)
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
     target = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
     target = target if target.suffix == ".toml" else target.with_name(f"{target.name}.toml")
@@ -168,7 +165,7 @@ def fit_model(args) -> int:
     models, wrong = {}, []
     for variant in args.variant or measured:
         try:
-            models[variant] = step_fit.fit(run, variant)
+            models[variant] = fit(run, variant)
         except BadInput as error:
             wrong.append(error)
             print(f"fp8lab: {error}", file=sys.stderr)
@@ -183,7 +180,7 @@ def fit_model(args) -> int:
 
 
 def predict(args) -> None:
-    models = foretelling.step_models(args.fit, args.variant, card=args.card)
+    models = lab.step_models(args.fit, args.variant, card=args.card)
     if args.api_us is not None:
         models = {variant: model.behind(args.api_us) for variant, model in models.items()}
     loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
@@ -198,10 +195,10 @@ def predict(args) -> None:
             "--slo searches with some hundred thousand requests, too many for vLLM's own scheduler: leave out one"
         )
     if args.against:
-        print(foretold_table(open_run(source=args.against), models))
+        print(lab.foretold_table(lab.open_run(source=args.against), models))
         return
-    slo = SLO.parse(args.slo) if args.slo else None
-    draw = foretelling.drawing(
+    slo = lab.SLO.parse(args.slo) if args.slo else None
+    draw = lab.drawing(
         args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,
         max_context=args.max_context,
     )  # fmt: skip
@@ -209,53 +206,130 @@ def predict(args) -> None:
     for variant, model in models.items():
         for rate in args.rate or [math.inf]:
             status.update(f"{variant} at {rate_name(rate)}")
-            levels.append(foretelling.predict(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
+            levels.append(lab.predict(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
     status.done(f"{len(levels)} levels played")
-    print(predicted_table(levels, models))
+    print(lab.predicted_table(levels, models))
     for variant, model in models.items() if slo else ():
         status.update(f"{variant}: the highest rate that meets {slo}")
-        limit = foretelling.highest_rate(variant, model, draw, slo, seed=args.seed)
+        limit = lab.highest_rate(variant, model, draw, slo, seed=args.seed)
         status.done(f"{variant}: searched")
         unit = " req/s" * (limit not in ((0, math.inf), (0, 0)))
         print(f"PREDICTED, {variant}: the highest rate that meets {slo}: {limit}{unit}")
 
 
 def plan(args) -> None:
-    run = open_run(source=args.run) if args.run else None
+    run = lab.open_run(source=args.run) if args.run else None
     profile = run.profile if run and args.profile == "auto" else read_profile(profile_name(args.profile))
-    print(speed.plan_table(profile, args.protocol or list(profile.protocols), run, args.variant or ()))
+    print(lab.plan_table(profile, args.protocol or list(profile.protocols), run, args.variant or ()))
 
 
-def _default_notebook(run: Run) -> str:
+def _default_notebook(run: "lab.Run") -> str:
     """What shows a run: of one with answers alone the front notebook would have nothing to show."""
     return "07_quality" if run.read_parts("quality") and not run.summaries() else "front"
 
 
 def share(args) -> None:
-    run = open_run(source=args.run)
+    from .report.notebooks import find
+    from .share import share as shared
+
+    run = lab.open_run(source=args.run)
     notebooks = [path for name in args.notebook or [_default_notebook(run)] for path in find(name)]
-    pages, archive = sharing.share(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
+    pages, archive = shared(run, Path(args.out), notebooks=notebooks, tokens=args.tokens)
     for path in (*pages, archive):
         print(f"{repository_relative(path)}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 def batch(args) -> int:
-    out = Path(args.out) if args.out else None
-    return batches.run_batch(batches.load_matrix(Path(args.matrix)), out, ray=args.ray)
+    from .batch import load_matrix, run_batch
+
+    return run_batch(load_matrix(Path(args.matrix)), Path(args.out) if args.out else None, ray=args.ray)
 
 
 def record(args) -> None:
-    print(repository_relative(sharing.record(open_run(source=args.run), args.name, args.tokens or ())))
+    from .share import record as recorded
+
+    print(repository_relative(recorded(lab.open_run(source=args.run), args.name, args.tokens or ())))
 
 
 def claims(args) -> None:
-    runs = [open_run(source=run) for run in args.run]
-    table = claims_table(*runs, brief=args.brief) if len(runs) == 1 else claims_across(*runs)
+    runs = [lab.open_run(source=run) for run in args.run]
+    table = lab.claims_table(*runs, brief=args.brief) if len(runs) == 1 else lab.claims_across(*runs)
     print(table.to_markdown() if args.markdown else table)
 
 
+def serve(args) -> None:
+    from .server.command import printable_command
+    from .server.launch import start_server
+
+    if args.print_command:
+        # A command can be shown for a card that is not here.
+        name = "h100-80gb" if args.profile == "auto" and not gpu.gpu_names() else profile_name(args.profile)
+        print(printable_command(read_profile(name), args.variant, args.port or 8000))
+        return
+    with start_server(load_profile(args.profile), args.variant, port=args.port) as server:
+        print(server)
+        print(f"\nmodel name  {server.model}\nlog         {server.log_path}")
+        print("API key     in the environment variable VLLM_API_KEY of the server's processes; --show-key prints it")
+        if args.show_key:
+            print(f"            {server.api_key}")
+        print("Ctrl-C stops the server.", flush=True)
+        while server.alive:
+            time.sleep(0.5)
+        raise Fp8labError(f"the server ended by itself; see {server.log_path}")
+
+
+def profiles(args) -> None:
+    if not args.name:
+        names = profile_names()
+        wide = max(map(len, names)) + 2
+        for name in names:
+            print(f"{name:<{wide}}{read_profile(name).title}")
+        return
+    profile = read_profile(profile_name(args.name))
+    wide = max(map(len, profile.variants)) + 2
+    print(f"{profile.name}: {profile.title}\n\nvariants")
+    for name, one in profile.variants.items():
+        variables = " ".join(f"{key}={value}" for key, value in one.env.items())
+        print(f"  {name:<{wide}}{' '.join(filter(None, (variables, *one.flags)))}")
+    print(f"\nshared flags\n  {' '.join(profile.server.flags)}")
+    for protocol, levels in profile.protocols.items():
+        print(f"\nprotocol {protocol!r}")
+        for level in levels:
+            at = rate_name(level.rate)
+            print(f"  {level.variant:<{wide}}{at:<14}{level.requests} requests, repeat {level.repeat}")
+
+
+def status(_args) -> None:
+    from .server import orphans
+
+    found = orphans.servers()
+    if not found:
+        print("no server of fp8lab is running")
+    for server in found:
+        owner, watchdog = f"in use by pid {server.owner_pid}", ", its watchdog is gone"
+        if not server.owned:
+            owner, watchdog = f"LEFT OVER: its owner {server.owner_pid} is gone", ", its watchdog too"
+        owner += "" if server.watched else watchdog
+        held = f"{(time.time() - server.started) / 60:.0f} min, {server.memory_gib:.1f} GiB"
+        pids = ", ".join(map(str, server.pids))
+        print(f"{server.variant} ({server.profile}), port {server.port}, {held}, {owner}; pids {pids}")
+    if (used := gpu.memory_used_gib()) is not None:
+        print(f"GPU memory in use: {used:.1f} GiB")
+
+
+def stop(args) -> None:
+    from .server import orphans
+
+    found = [server for server in orphans.servers() if args.all or not server.owned]
+    for server in found:
+        orphans.stop(server)
+        print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
+    if not found:
+        print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")
+
+
 @contextlib.contextmanager
-def _resumable(run: Run):
+def _resumable(run: "lab.Run"):
     """Says how to go on with `run` when what is done with it ends early."""
     try:
         yield
