@@ -138,7 +138,7 @@ def fit(args) -> None:
         raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")
     folder = Path(args.model)
     known = dimensions_at(folder)
-    shape = ModelShape.of(known) if known else model_shape(args.model)
+    shape = ModelShape(known) if known else model_shape(args.model)
     if shape is None:
         raise BadInput(
             f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {model_names()}"

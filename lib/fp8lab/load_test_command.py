@@ -232,8 +232,7 @@ def _check_same(path: Path, asked: dict) -> None:
         return
     before = read_json(path, "choose another --out folder", ("asked",))["asked"]
     for name, value in plain(asked).items():
-        # A search from before fleets asked one endpoint.
-        if before.get(name, {"others": [], "balance": ""}.get(name)) != value:
+        if before.get(name) != value:
             raise BadInput(
                 f"{path.parent} holds a search with {name} {before.get(name)!r}, not {value!r}; choose another --out folder"
             )

@@ -121,7 +121,6 @@ class Dimensions:
     tie_word_embeddings: bool = False
     max_position_embeddings: int | None = None
     weights: str = "bf16"
-    fp8_weights: bool = False  # what older runs say instead
     fp8_kv: bool = False
 
 
@@ -177,10 +176,10 @@ def _is_float8(scheme) -> bool:
 
 
 class ModelShape:
-    """A model's sizes, from its Hugging Face configuration (an object with the configuration's names). `weights` is the format
-    of the checkpoint that is served."""
+    """A model's sizes, from its Hugging Face configuration or its `Dimensions` (an object with the configuration's names).
+    `weights` is the format of the checkpoint that is served, by default that of the dimensions, or BF16."""
 
-    def __init__(self, config, weights: WeightFormat = BF16):
+    def __init__(self, config, weights: WeightFormat | None = None):
         self.layers, self.hidden = config.num_hidden_layers, config.hidden_size
         self.intermediate = config.intermediate_size
         self.kv_heads = config.num_key_value_heads
@@ -198,11 +197,8 @@ class ModelShape:
         self.vocabulary_parameters = config.vocab_size * config.hidden_size
         self.embeddings = 1 if config.tie_word_embeddings else 2
         self.some_token = min(1000, config.vocab_size - 1)
-        self.weights, self.fp8_kv = weights, getattr(config, "fp8_kv", False)
-
-    @classmethod
-    def of(cls, known: Dimensions) -> "ModelShape":
-        return cls(known, FP8 if known.fp8_weights else FORMATS[known.weights])
+        self.weights = weights or FORMATS[getattr(config, "weights", "bf16")]
+        self.fp8_kv = getattr(config, "fp8_kv", False)
 
     def weight_bytes(self, weights: WeightFormat) -> int:
         """The layers' matrices are quantised, and the output head where the format says so; the embedding stays BF16."""
@@ -227,7 +223,7 @@ def model_names() -> str:
     return ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
 
 
-def model_shape(name: str, weights: WeightFormat = BF16) -> ModelShape | None:
+def model_shape(name: str, weights: WeightFormat | None = None) -> ModelShape | None:
     """The shape of a model in `data/models/`, with its weights in this format; None when there is no such model."""
     path = DATA / "models" / name / "config.json"
     return ModelShape(SimpleNamespace(**json.loads(path.read_text())), weights) if name and path.is_file() else None

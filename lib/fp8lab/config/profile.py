@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
 from ..paths import without_home
-from .dimensions import BF16, FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
+from .dimensions import FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
 from .flags import flag_of, joined, parse
 
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
@@ -322,9 +322,9 @@ class Profile(ProfileTable):
         made = self.variants[variant].recipe if variant in self.variants else ""
         weights = FORMATS[recipe(made).weights] if made else None
         if self.model.weights != "checkpoint":
-            return model_shape(self.model.shapes, weights or BF16)
+            return model_shape(self.model.shapes, weights)
         known = self.model.dimensions.get(self._key(variant))
-        return known and (ModelShape(known, weights) if weights else ModelShape.of(known))
+        return known and ModelShape(known, weights)
 
     def context(self) -> int | None:
         """The most tokens, in and out together, that every variant takes in a request; None where none is known."""

@@ -398,13 +398,19 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
     path = Path(run_dir) if run_dir else _unused(RUNS, f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    if path.exists() and (not path.is_dir() or any(not _made_here(entry) for entry in path.iterdir())):
+    # What an `open_run` that was killed leaves is still new.
+    if path.exists() and not (
+        path.is_dir() and all(one.name == ".lock" or one.name.startswith(".run.json.") for one in path.iterdir())
+    ):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
     made(path, remedy)
     manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
     write_json(path / "run.json", manifest)
     if path.resolve().parent == RUNS:
-        _point_latest_at(path)
+        scratch = RUNS / f".latest-{os.getpid()}"
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(path.name, target_is_directory=True)
+        scratch.replace(RUNS / "latest")
     return Run(path, manifest, read_only=False)
 
 
@@ -421,11 +427,6 @@ def _place(profile: Profile) -> dict:
     return collect() | {"measured_with": digest(json.dumps(made_of, sort_keys=True))}
 
 
-def _made_here(entry: Path) -> bool:
-    """Whether `entry` is what an `open_run` that was killed leaves: a folder with nothing else is still new."""
-    return entry.name == ".lock" or entry.name.startswith(".run.json.")
-
-
 def _manifest(path: Path) -> dict:
     if not (path / "run.json").is_file():
         recorded = ", ".join(sorted(p.name for p in (DATA / "recorded").glob("*") if p.is_dir())) or "none"
@@ -435,10 +436,3 @@ def _manifest(path: Path) -> dict:
     if manifest.get("schema") != SCHEMA:
         raise BadInput(f"{path}/run.json has schema {manifest.get('schema')!r}; this version reads {SCHEMA}")
     return manifest
-
-
-def _point_latest_at(path: Path) -> None:
-    scratch = RUNS / f".latest-{os.getpid()}"
-    scratch.unlink(missing_ok=True)
-    scratch.symlink_to(path.name, target_is_directory=True)
-    scratch.replace(RUNS / "latest")
