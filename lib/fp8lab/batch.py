@@ -34,7 +34,7 @@ from .results.evidence import evidence
 from .results.files import write_json
 from .results.run_folder import Run, open_run
 from .system.locks import Lock
-from .ui.text import COUNTS, LEVEL, Column, Table, view
+from .ui.text import COUNTS, LEVEL, Column, Table, toml, view
 
 _LOOK_S = 0.5
 # How often a job's host may be lost before the job is what ends them.
@@ -159,7 +159,7 @@ def _job(matrix: Matrix, folder: Path, name: str, profile: str, workload: Mappin
     (folder / "profile.toml").write_text(_text(changed))
     variants = {level.variant for levels in changed.protocols.values() for level in levels}
     most = max((cards(changed.flags(variant)) for variant in variants), default=1) if changed.device == "cuda" else 1
-    arguments = ("reproduce", "--notebook", matrix.notebook, "-p", "protocols", _toml(list(matrix.protocols)))
+    arguments = ("reproduce", "--notebook", matrix.notebook, "-p", "protocols", toml(list(matrix.protocols)))
     return Job(name, folder, arguments, most)
 
 
@@ -293,22 +293,13 @@ def _profile(matrix: Matrix, profile: str, workload: Mapping, name: str) -> Prof
     return replace(changed, title=f"{changed.title} ({name})", protocols=levels)
 
 
-def _toml(value) -> str:
-    """A value as TOML writes it within a line; what is None is left out."""
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{_toml(key)} = {_toml(one)}' for key, one in value.items() if one is not None)} }}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
-    return f"{value}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-
-
 def _text(profile: Profile) -> str:
     """A profile as TOML that needs no other profile; the files that it names (traces, models) have to be where it is read."""
     values = profile.as_dict()
     levels = {name: {"levels": body["levels"]} for name, body in values.pop("protocols").items()}
     values.pop("name")
     kept = {key: value for key, value in values.items() if value is not None}
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in (kept | {"protocols": levels}).items())
+    return "".join(f"{key} = {toml(value)}\n" for key, value in (kept | {"protocols": levels}).items())
 
 
 def has_invalid(run_dir: Path) -> bool:

@@ -30,10 +30,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 from ..config.profile import Card
 from ..errors import BadInput
 from ..paths import DATA
+from ..ui.text import toml
 from .virtual import Course, Limits, Step
 
 FITS = DATA / "fits"
@@ -45,14 +47,14 @@ class StepModel:
     """Of one variant on one card and host, fitted to `levels` of the recorded `run`. `low` and `high` say how well
     these tell the fitted numbers, by name, from the fit's curvature; where the two are the same it is at its bound."""
 
-    base_ms: float  # each step: what neither batch nor context changes, on the card and on the host
-    weights_ms: float  # to read the weights once
-    token_us: float  # a token's matrix products, where they take longer than that
-    request_us: float  # a request that gets a token: head, sampling, bookkeeping
-    context_ns: float  # a token of context, read by a step that only decodes
-    mixed_ms: float  # a step that reads prompts too
-    mixed_context_ns: float  # a token of context in such a step
-    api_ms: float  # a request's way through the API server
+    base_ms: Annotated[float, "ms, each step, whatever it computes"]
+    weights_ms: Annotated[float, "ms, to read the weights once"]
+    token_us: Annotated[float, "µs, a token's matrix products, where they take longer than that"]
+    request_us: Annotated[float, "µs, a request that gets a token"]
+    context_ns: Annotated[float, "ns, a token of context, in a step that only decodes"]
+    mixed_ms: Annotated[float, "ms, a step that reads prompts too"]
+    mixed_context_ns: Annotated[float, "ns, a token of context in such a step"]
+    api_ms: Annotated[float, "ms, a request's way through the API server"]
     requests: int  # most that run at once (--max-num-seqs)
     step_tokens: int  # most tokens of a step (--max-num-batched-tokens)
     kv_tokens: int  # room in the KV cache
@@ -60,19 +62,21 @@ class StepModel:
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
     host: str = ""  # the CPU that EngineCore and API server ran on, in the levels fitted
-    pair_ns: float = 0.0  # a prompt's token and one that it attends to, at the card's BF16 peak
-    eager_ms: float = 0.0  # a step that decodes more requests than `graphs`
+    pair_ns: Annotated[float, "ns, a prompt's token and one that it attends to, at the BF16 peak"] = 0.0
+    eager_ms: Annotated[float, "ms, a step that decodes more requests than CUDA graphs hold"] = 0.0
     graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
-    api_us: float = 0.0  # CPU of the API server, a token, as measured at its fullest
-    queue_us: float = 0.0  # for how long a token keeps it busy that is one process; 0: it is never full
-    host_ms: float = 0.0  # what of `base_ms` is the GPU's wait for the host, where the run has steps taken apart
-    host_us: float = 0.0  # and of `request_us`
-    mhz_low: float = 0.0  # the mean SM clock of a level's steady state, in the lowest: it falls at the power limit
-    mhz_high: float = 0.0
-    idle_w: float = 0.0  # what the card draws whatever it does
-    step_j: float = 0.0  # a step: reading the weights, and launching
-    token_mj: float = 0.0  # a token's matrix products
-    context_uj: float = 0.0  # a token of context, read
+    api_us: Annotated[float, "µs of the API server's CPU, a token, measured"] = 0.0
+    queue_us: float = 0.0  # µs for which a token keeps an API server of one process busy; 0: it is never full
+    host_ms: Annotated[
+        float, "ms that the host adds to the GPU's time of each step, by the run's steps taken apart"
+    ] = 0.0
+    host_us: Annotated[float, "µs that it adds for each request of the step"] = 0.0
+    mhz_low: Annotated[float, "MHz, the mean SM clock of a level's steady state, in the lowest"] = 0.0
+    mhz_high: Annotated[float, "MHz, in the highest"] = 0.0
+    idle_w: Annotated[float, "W, whatever it computes"] = 0.0
+    step_j: Annotated[float, "J, each step"] = 0.0
+    token_mj: Annotated[float, "mJ, a token's matrix products"] = 0.0
+    context_uj: Annotated[float, "µJ, a token of context, read"] = 0.0
     limit_w: float = math.inf  # the power limit of the cards
     cards: int = 1  # that it runs on
     card_name: str = ""  # the datasheet's, with its bandwidth (bytes/s) and its BF16 peak (FLOP/s)
@@ -143,18 +147,13 @@ class StepModel:
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""
         names = [one.name for one in dataclasses.fields(self) if one.name != "note"]
-        lines = [f"[{json.dumps(variant)}]", *(f"{name} = {_toml(getattr(self, name))}" for name in names)]
+        lines = [f"[{json.dumps(variant)}]", *(f"{name} = {toml(getattr(self, name), '.6g')}" for name in names)]
         return "\n".join(lines) + "\n"
 
 
-def _toml(value) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }" if value else "{}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value) if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
+# What each number is, with its unit.
+MEANS = {name: hint.__metadata__[0] for name, hint in get_type_hints(StepModel, include_extras=True).items()
+         if hasattr(hint, "__metadata__")}  # fmt: skip
 # The fitted numbers, in order.
 STEPS = ("base_ms", "weights_ms", "token_us", "request_us", "context_ns", "mixed_ms", "mixed_context_ns", "eager_ms")
 FITTED = (*STEPS, "api_ms")

@@ -9,7 +9,7 @@ from ..errors import BadInput
 from ..experiment.predict import Predicted, highest_rate, longer, predict, predict_rates, what_if
 from ..experiment.step_fit import apart, held_out, judgeable, off_by, replay
 from ..metrics.slo import SLO
-from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEASURED, UNTOLD, StepModel
+from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEANS, MEASURED, UNTOLD, StepModel
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
 from ..ui.text import Table, shown
@@ -20,21 +20,6 @@ _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_
           "p99_ttft_ms": "TTFT p99", JOULES: "J/token"}  # fmt: skip
 _UNITS = {name: f"{word}, ms" for name, word in _WORDS.items() if name.endswith("_ms")}
 _DIGITS = {"mean_tpot_ms": ",.1f", "p99_tpot_ms": ",.1f", JOULES: ".4f"}
-_MEANS = {
-    "base_ms": "ms, each step, whatever it computes", "weights_ms": "ms, to read the weights once",
-    "token_us": "µs, a token's matrix products, where they take longer than that", "request_us": "µs, a request that gets a token",
-    "context_ns": "ns, a token of context, in a step that only decodes", "mixed_ms": "ms, a step that reads prompts too",
-    "mixed_context_ns": "ns, a token of context in such a step", "pair_ns": "ns, a prompt's token and one that it attends to, at the BF16 peak",
-    "eager_ms": "ms, a step that decodes more requests than CUDA graphs hold",
-    "api_ms": "ms, a request's way through the API server", "api_us": "µs of the API server's CPU, a token, measured",
-    "host_ms": "ms that the host adds to the GPU's time of each step, by the run's steps taken apart",
-    "host_us": "µs that it adds for each request of the step", "mhz_low": "MHz, the mean SM clock of a level's steady state, in the lowest",
-    "mhz_high": "MHz, in the highest",
-    "idle_w": "W, whatever it computes", "step_j": "J, each step", "token_mj": "mJ, a token's matrix products",
-    "context_uj": "µJ, a token of context, read",
-}  # fmt: skip
-
-
 # Colours that no measured variant has, with markers that are lines and dashes that are no setup's.
 _STYLES = (("#7A4B00", "x"), ("#4B2E83", "+"), ("#00576B", "1"), ("#8C1D40", "2"), ("#3D5A00", "3"), ("#555555", "4"),
            ("#A0522D", "|"), ("#6A1B9A", "_"))  # fmt: skip
@@ -87,7 +72,7 @@ def models_table(models: Mapping[str, StepModel]) -> Table:
             ends = " (its levels do not tell)" if low and high / low > 0.9 * UNTOLD**2 else ends
             value = getattr(model, name)
             cells.append(f"{value:{',.0f' if value >= 1000 else '.3g'}}{ends}" if value else "–")
-        rows.append((name, _MEANS[name], *cells))
+        rows.append((name, MEANS[name], *cells))
     fitted = "; ".join(dict.fromkeys(model.origin for model in models.values()))
     note = "in brackets how well its levels tell each; at its bound: as fast as the datasheet's bandwidth allows"
     return Table(f"Step models: {fitted}; {note}", ("number", "what it is", *models), rows)

@@ -2,10 +2,11 @@
 
 import html
 import itertools
+import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,17 @@ def shown(value: float | None, pattern: str = ",.0f", unit: str = "") -> str:
 def four_digits(value: float) -> str:
     """Four digits that count, and no exponent."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def toml(value, digits: str = "") -> str:
+    """A value as TOML writes it within a line, floats by a format specification; of a mapping what is None is left out."""
+    if isinstance(value, Mapping):
+        names = {key: key if re.fullmatch(r"[\w-]+", key, re.ASCII) else toml(key) for key in value}
+        held = [f"{names[key]} = {toml(one, digits)}" for key, one in value.items() if one is not None]
+        return f"{{ {', '.join(held)} }}" if held else "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(toml(one, digits) for one in value)}]"
+    return f"{value:{digits}}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 # A number, perhaps with a sign and a unit: "1,033", "-0.4", "63.15 req/s", "1.60×".
