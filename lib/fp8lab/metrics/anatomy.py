@@ -22,7 +22,7 @@ KINDS = (ATTENTION, LAYERS, HEAD, QUANTISATION, KV_WRITE, SAMPLING, NORMS, COPIE
 # The first pattern that is found in a kernel's name decides: attention kernels are CUTLASS templates too, and a fused
 # kernel that quantises is named after all that it does and, with `scaled_mm`, after the product that it does it for. Names
 # of vLLM 0.26 to 0.33 on Hopper.
-_KIND_OF_NAME = (
+_KINDS = (
     (QUANTISATION, r"^triton_\w*fused\w*(clamp|quant|float8|scaled_mm)"),
     (KV_WRITE, r"reshape_and_cache|concat_and_cache"),
     (ATTENTION, r"flash|fmha|attn|attention|varlen"),
@@ -33,7 +33,6 @@ _KIND_OF_NAME = (
     (NORMS, r"norm|silu|rotary|rope|embedding"),
     (COPIES, r"memcpy|memset|copy|fill|index|scatter|gather|elementwise"),
 )
-_KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _KIND_OF_NAME)
 
 _PART = r"{0}_(\d+)\(sq(\d+)sk(\d+)sqsq\d+sqsk(\d+)\)"
 _STEP = re.compile(rf"execute_\d+_{_PART.format('context')}_{_PART.format('generation')}")
@@ -43,7 +42,7 @@ _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel, by its name; `OTHER` for an unknown one. A matrix product counts as the layers'."""
-    return next((kind for kind, pattern in _KINDS if pattern.search(kernel)), OTHER)
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, kernel, re.IGNORECASE)), OTHER)
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,11 @@ def read_steps(trace: Mapping) -> list[Step]:
     is part of, was launched; the last matrix product of a step that emits tokens is the output head's. The first and the
     last step, which the profiler may have cut, are left out, and steps without a kernel."""
     events = [event for event in trace.get("traceEvents", ()) if event.get("ph") == "X"]
+    # The last number is the pairs of those that decode, which their context says as well.
     marks = sorted(
-        (event["ts"], found)
+        (event["ts"], Work(*map(float, found.groups()[:-1])))
         for event in events
-        if event.get("cat") == "user_annotation" and (found := _work_of(event["name"]))
+        if event.get("cat") == "user_annotation" and (found := _STEP.fullmatch(event["name"]))
     )
     launched = {
         event["args"]["correlation"]: event["ts"]
@@ -120,14 +120,6 @@ def read_steps(trace: Mapping) -> list[Step]:
             of_step[bisect.bisect_right(begins, ts) - 1].append(event)
     steps = [Step(work, _kernels(of_step[number], work)) for number, (_, work) in enumerate(marks)]
     return [step for step in steps[1:-1] if step.kernels]
-
-
-def _work_of(annotation: str) -> Work | None:
-    found = _STEP.fullmatch(annotation)
-    if not found:
-        return None
-    prompts, tokens, context, pairs, running, decoded, held, _ = map(float, found.groups())
-    return Work(prompts, tokens, context, pairs, running, decoded, held)
 
 
 def _kernels(events: Iterable[Mapping], work: Work) -> tuple[Kernel, ...]:

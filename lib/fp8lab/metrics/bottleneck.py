@@ -133,58 +133,52 @@ def what_limited(
     window = summary.window
     held = held_by_api_server(records, telemetry, window)
     ran = clock(telemetry, window, power_limit_w) if telemetry is not None else None
-    used = _Used(summary, held, ran)
+    used = _told(summary, ran, held, roofline)
+    # vLLM's API server in Rust computes on many threads: that it is full shows in what it holds back alone.
+    threads = summary.server is not None and summary.server.environment.get(RUST, "0") != "0"
+    holds_none = held is not None and held < _HELD
+    frontend_full = (summary.frontend_cpu_max_steady or 0) >= _FULL and not (threads and holds_none)
     if (summary.client_busiest_core or 0) > _CLIENT_FULL:
         return Limit("client", f"a client process used {summary.client_busiest_core:.2f} of a core")
-    if kept_up and not used.full("frontend"):
+    if kept_up and not frontend_full:
         grew = "no backlog grew" if growth <= _GROWTH else "in flight grew no more than chance makes it"
-        return Limit("offered load", f"{grew} while {used}{_distance(roofline)}")
+        return Limit("offered load", f"{grew} while {used}")
     if kv := _kv_full(summary, telemetry):
         return Limit("KV capacity", kv)
     trend = "it just kept up" if kept_up else f"in flight grew by {growth:.0%} of the offered rate"
     trend = "all were sent at once" if math.isnan(growth) else trend
-    evidence = f"{trend}; {used}{_distance(roofline)}"
-    gpu_is_fed = used.gpu is not None and used.gpu >= _GPU_FULL and held is not None and held < _HELD
-    if used.full("frontend") and not gpu_is_fed:
+    evidence, gpu = f"{trend}; {used}", summary.gpu_util_steady
+    if frontend_full and not (gpu is not None and gpu >= _GPU_FULL and holds_none):
         return Limit("API server", evidence)
-    if used.gpu is None:
+    if gpu is None:
         return Limit("unknown", f"{evidence}; no GPU was sampled")
-    if used.gpu < _GPU_WAITS:
+    if gpu < _GPU_WAITS:
         # Steps are launched by the EngineCore alone: a GPU that idles while requests run waits for it. One that
         # idles most of the time itself waits for something that was not sampled.
-        running = (summary.running_steady or 0) >= 1
-        busy = used.full("engine") or (running and (used.cores["engine"] or 0) >= _ENGINE_WORKS)
+        engine = summary.engine_cpu_max_steady or 0
+        busy = engine >= _FULL or (engine >= _ENGINE_WORKS and (summary.running_steady or 0) >= 1)
         return Limit("EngineCore" if busy else "unknown", evidence)
-    if used.gpu < _GPU_FULL:
+    if gpu < _GPU_FULL:
         return Limit("GPU and EngineCore", evidence)
     if ran and ran.power_limited:
         return Limit("GPU power limit", evidence)
     return Limit(f"GPU, nearer {roofline.nearest if roofline else 'compute'}", evidence)
 
 
-class _Used:
-    """The shares of the steady window, and the sentence that tells them."""
-
-    def __init__(self, summary: Summary, held: float | None, ran: Clock | None):
-        self.gpu = summary.gpu_util_steady
-        self.held = held
-        self.clock = str(ran) if ran else ""
-        self.cores = {role: getattr(summary, f"{role}_cpu_max_steady") for role in ("frontend", "engine", "client")}
-        self.threads = summary.server is not None and summary.server.environment.get(RUST, "0") != "0"
-
-    def full(self, role: str) -> bool:
-        # vLLM's API server in Rust computes on many threads: that it is full shows in what it holds back alone.
-        if role == "frontend" and self.threads and self.held is not None and self.held < _HELD:
-            return False
-        return (self.cores[role] or 0) >= _FULL
-
-    def __str__(self) -> str:
-        names = {"frontend": "API server", "engine": "EngineCore", "client": "client"}
-        parts = [f"{names[role]} {share:.2f}" for role, share in self.cores.items() if share is not None]
-        busiest = f"the busiest process of each kind used, in cores: {', '.join(parts)}" if parts else ""
-        gpu = f"the GPU had no kernel running {1 - self.gpu:.0%} of the time" if self.gpu is not None else ""
-        held = f"{self.held:.0%} of the requests in flight were not in the EngineCore" if self.held is not None else ""
-        return "; ".join(filter(None, (gpu, self.clock, busiest, held))) or "nothing was sampled"
+def _told(summary: Summary, ran: Clock | None, held: float | None, roofline: Roofline | None) -> str:
+    """The shares of the steady window, in words."""
+    names, gpu = {"frontend": "API server", "engine": "EngineCore", "client": "client"}, summary.gpu_util_steady
+    cores = {name: getattr(summary, f"{role}_cpu_max_steady") for role, name in names.items()}
+    parts = ", ".join(f"{name} {share:.2f}" for name, share in cores.items() if share is not None)
+    told = "; ".join(filter(None, (
+        f"the GPU had no kernel running {1 - gpu:.0%} of the time" if gpu is not None else "",
+        str(ran or ""),
+        f"the busiest process of each kind used, in cores: {parts}" if parts else "",
+        f"{held:.0%} of the requests in flight were not in the EngineCore" if held is not None else "",
+    ))) or "nothing was sampled"  # fmt: skip
+    if roofline is None:
+        return told
+    return f"{told}; the tokens needed about {roofline.compute:.0%} of its matrix peak and {roofline.memory:.0%} of its bandwidth"
 
 
 def _kv_full(summary: Summary, telemetry: pd.DataFrame | None) -> str:
@@ -198,9 +192,3 @@ def _kv_full(summary: Summary, telemetry: pd.DataFrame | None) -> str:
         if waited > 0.1:
             return f"requests waited while the KV cache was at least {_FULL:.0%} full in {waited:.0%} of the samples"
     return ""
-
-
-def _distance(roofline: Roofline | None) -> str:
-    if roofline is None:
-        return ""
-    return f"; the tokens needed about {roofline.compute:.0%} of its matrix peak and {roofline.memory:.0%} of its bandwidth"

@@ -218,13 +218,9 @@ def _next_rate(tried: Sequence[tuple[float, str]], start: float, step: float, to
     if low == 0 or high == math.inf:
         wide = min(2.0, step ** min(2 ** (len(tried) - 1), 512))
         rate = high / wide if low == 0 else low * wide
-        return rate if wide == 2 else _three_digits(rate)
+        return rate if wide == 2 else float(f"{rate:.3g}")
     if high / low - 1 <= tolerance:
         return None
-    rate = _three_digits(math.sqrt(low * high))  # the geometric middle halves the relative width
+    # The geometric middle halves the relative width; with three digits a level's name is readable.
+    rate = float(f"{math.sqrt(low * high):.3g}")
     return rate if low < rate < high else None
-
-
-def _three_digits(rate: float) -> float:
-    """So that a level's name is readable."""
-    return float(f"{rate:.3g}")

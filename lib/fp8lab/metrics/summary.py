@@ -183,15 +183,15 @@ class Summary:
         """The summary that a run folder holds. Keys that are no field (of an older or newer version) are left out; raises
         TypeError or ValueError for what cannot be one."""
         kept = _fields(cls, values)
-        for name in ("level", "server"):
+        for name, made, field_of, kind in (
+            ("level", MeasuredLevel, "rate", float),
+            ("server", ServerInfo, "command", tuple),
+        ):
             if not isinstance(kept.get(name), Mapping | None):
                 raise ValueError(f"{name} is {kept[name]!r}, no table")
-        if isinstance(kept.get("level"), Mapping):
-            level = _fields(MeasuredLevel, kept["level"])
-            kept["level"] = MeasuredLevel(**level | {"rate": float(level["rate"])})
-        if isinstance(kept.get("server"), Mapping):
-            server = _fields(ServerInfo, kept["server"])
-            kept["server"] = ServerInfo(**server | {"command": tuple(server["command"])})
+            if kept.get(name) is not None:
+                values = _fields(made, kept[name])
+                kept[name] = made(**values | {field_of: kind(values[field_of])})
         for name, value in kept.items():
             if name == "notes" and not (isinstance(value, Sequence) and all(isinstance(note, str) for note in value)):
                 raise ValueError(f"notes is {value!r}, no list of sentences")
