@@ -22,7 +22,7 @@ from ..metrics.summary import MeasuredLevel
 from ..results.run_folder import LevelResult, Run
 from ..server import launch
 from ..server.command import source_model
-from ..server.launch import Server, Shown
+from ..server.launch import Served, Server
 from ..ui.status import StatusLine
 from ..ui.text import Table, visible
 
@@ -38,7 +38,7 @@ _PATIENCE_S = 300.0
 _PATIENCE = 5
 
 
-class RecordedServer(Shown):
+class RecordedServer(Served):
     """Stands where a server would when a run is only read: nothing is started, nothing can be loaded."""
 
     def __init__(self, profile: Profile, variant: str, run: Run):

@@ -35,7 +35,7 @@ from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.summary import Summary
 from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
-from ..ui.text import Table, shown
+from ..ui.text import Shown, Table, shown
 from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .provenance import collect, digest
 
@@ -51,8 +51,8 @@ _TELEMETRY = ("at_s", "running", "waiting", "kv_cache_usage", "prompt_tokens", "
 _MOST_SAMPLES = 24 * 3600 * 5
 
 
-@dataclass(frozen=True)
-class LevelResult:
+@dataclass(frozen=True, repr=False)
+class LevelResult(Shown):
     """A measured level: its summary and records. Shown as a table in a notebook."""
 
     level: Level
@@ -86,12 +86,6 @@ class LevelResult:
         ]
         emulated = " (EMULATED GPU)" if s.emulated else ""
         return Table(f"{self.level.variant} at {rate_name(self.level.rate)}{emulated}", ("", "value"), rows)
-
-    def __repr__(self) -> str:
-        return repr(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
 
 
 class Run:

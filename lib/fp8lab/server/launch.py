@@ -28,7 +28,7 @@ from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
 from ..ui.status import StatusLine
-from ..ui.text import Table
+from ..ui.text import Shown, Table
 from . import log, orphans, preflight, watchdog
 from .command import HOST, build_command, build_environment, make_checkpoint, surroundings
 
@@ -42,7 +42,7 @@ _PROBE_S, _HANG_S = 4.0, 60.0
 _MAX_REPLY_BYTES = 4 << 20
 
 
-class Shown:
+class Served(Shown):
     """A server in a cell and in a `with` block: subclasses say what `_table()` it is and how it is to `stop()`."""
 
     def __enter__(self):
@@ -51,14 +51,8 @@ class Shown:
     def __exit__(self, *_exc) -> None:
         self.stop()
 
-    def __repr__(self) -> str:
-        return repr(self._table())
 
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-
-class Server(Shown):
+class Server(Served):
     """A running vLLM server. Stop it with `stop()` or by leaving its `with` block; either may happen twice."""
 
     def __init__(self, profile: Profile, variant: str, port: int, log_path: Path):

@@ -129,6 +129,16 @@ class Table:
         return "\n".join([self.caption, line(self.columns), line(["-" * w for w in widths]), *map(line, self.rows)])
 
 
+class Shown:
+    """What is shown as its `_table()`, in a notebook's cell and in a terminal."""
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
 def _cell(text: str, style: str, scope: str = "") -> str:
     """A cell, with a `scope` the header of its row or column; a header needs a text."""
     tag, scope = ("th", f' scope="{scope}"') if scope and text else ("td", "")
