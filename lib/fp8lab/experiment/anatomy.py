@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import psutil
 
@@ -273,15 +274,15 @@ def _wait(server: Server, until, otherwise: str) -> None:
 
 
 def _metrics(server: Server) -> dict[str, float]:
-    empty = dict.fromkeys(("running", "waiting", "iterations", "kv_cache_usage"), 0.0)
     try:
-        return empty | parse_metrics(server.metrics())
+        return dict.fromkeys(("running", "waiting", "iterations", "kv_cache_usage"), 0.0) | parse_metrics(
+            server.metrics()
+        )
     except OSError as error:
         raise LevelFailed(str(error)) from None
 
 
-@dataclass(frozen=True)
-class _Counted:
+class _Counted(NamedTuple):
     """`steps` that ended in `seconds`, the mean share of the KV cache in use, and what NVML said meanwhile."""
 
     seconds: float

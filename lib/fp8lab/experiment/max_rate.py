@@ -139,7 +139,10 @@ def find_endpoint_max_rate(
         def measured() -> tuple[Summary, Attainment | None]:
             target = folder / f"{rate:g}rps"
             number = len(list(folder.glob("*rps*")))
-            _set_aside(target)
+            if target.exists():  # what is left of an earlier try
+                names = (target.with_name(f"{target.name}-set-aside-{n}") for n in itertools.count(1))
+                with writing(target):
+                    target.rename(next(path for path in names if not path.exists()))
             result = measure(name, rate, needed(rate), number)
             with writing(target):
                 target.mkdir(parents=True)
@@ -174,14 +177,6 @@ def _counts(summary: Summary, records: pd.DataFrame, slo: SLO) -> Attainment | N
     refused = records["error"].notna() & ~records["error"].fillna("").str.contains(_CLIENTS_FAULT)
     missed = summary.completed and found.state == "missed" and refused.sum() > (1 - slo.share) * len(records)
     return found if summary.valid or missed else None
-
-
-def _set_aside(folder: Path) -> None:
-    """Moves what is left of an earlier try out of the way."""
-    if folder.exists():
-        names = (folder.with_name(f"{folder.name}-set-aside-{n}") for n in itertools.count(1))
-        with writing(folder):
-            folder.rename(next(path for path in names if not path.exists()))
 
 
 def _free_level(server: Server, rate: float, requests: int, run: Run) -> Level:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -211,8 +212,7 @@ def _config(block: int, requests: int, step_tokens: int, length: int):
         ).create_engine_config()  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _InHand:
+class _InHand(NamedTuple):
     """A step that was put together: vLLM's output, the requests that get a token of it, and when that is handed out."""
 
     output: object

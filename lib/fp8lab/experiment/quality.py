@@ -218,6 +218,7 @@ def split(tokens: Sequence[int], length: int, limit: int = 0) -> list[list[int]]
 def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text, asked: dict, reference: str) -> None:
     endpoint = Endpoint(server.base_url, server.model, server.api_key)
     status, started = StatusLine(), datetime.datetime.now(datetime.UTC)
+    profile, model = server.profile, server.profile.model
     if server.info.weights_doubt:
         raise LevelFailed(f"{server.variant}: {server.info.weights_doubt}")
 
@@ -229,11 +230,13 @@ def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text,
     tokens, before = tokenize(endpoint, text.content)
     documents = split(tokens, task.document_tokens, task.documents)
     prompts = task.questions(text)
-    how = {"in_flight": readers, "progress": shown("documents read")}
-    reading = read_documents(endpoint, documents, before=before, top=task.top, **how)
+    reading = read_documents(
+        endpoint, documents, before=before, top=task.top, in_flight=readers, progress=shown("documents read")
+    )
     read_s = time.monotonic() - begun
-    how = {"in_flight": answerers, "progress": shown("prompts answered")}
-    answered = answer(endpoint, prompts, max_tokens=task.answer_tokens, **how)
+    answered = answer(
+        endpoint, prompts, max_tokens=task.answer_tokens, in_flight=answerers, progress=shown("prompts answered")
+    )
     seconds = time.monotonic() - begun
     before_all = None if name == reference else Reading.from_table(run.read_table(_FOLDER, f"{reference}-top"))
     positions = position_table(reading, before_all or reading)
@@ -241,21 +244,13 @@ def _measure(run: Run, server: Server, name: str, task: QualityTask, text: Text,
     summary = {
         "asked": asked, "documents": len(documents), "predicted_tokens": len(reading.token),
         "in_flight": {"documents": readers, "prompts": answerers}, "read_s": read_s, "answer_s": seconds - read_s,
-        "started": started.isoformat(timespec="seconds"), "model": _model(server),
+        "started": started.isoformat(timespec="seconds"), "model": portable(profile.checkpoint(server.variant)) if model.weights == "checkpoint" else f"{model.shapes} ({model.weights})",
         "server": dataclasses.asdict(server.info), "comparison": compare(positions, answered, held),
     }  # fmt: skip
     stored = {name: positions, f"{name}-answers": answered, f"{name}-top": reading.to_table()}
     run.write_part(_FOLDER, name, summary, **stored)
     status.done(f"{name}: {len(reading.token):,} tokens read in {read_s:.0f} s, {len(answered)} prompts answered in "
                 f"{seconds - read_s:.0f} s")  # fmt: skip
-
-
-def _model(server: Server) -> str:
-    """What was served, without this machine's folders."""
-    model = server.profile.model
-    if model.weights == "checkpoint":
-        return portable(server.profile.checkpoint(server.variant))
-    return f"{model.shapes} ({model.weights})"
 
 
 def _has(run: Run, name: str, asked: dict) -> bool:

@@ -274,32 +274,27 @@ def _measure_variant(
     except ServerFailed as error:
         StatusLine().done(f"{variant}: not measured, {str(error).partition(chr(10))[0]}")
         return [ServerFailed(f"{error}\nnot measured: {_names(levels)}")]
-    with server:
-        return _measure_on(server, levels, run, workers)
-
-
-def _measure_on(server: Server, levels: list[Level], run: Run, workers: int | None) -> list[Fp8labError]:
     failed: list[Fp8labError] = []
-    try:
-        warm_up(server)
-    except LevelFailed as error:
-        return [LevelFailed(f"{server.variant} could not be warmed up: {error}; not measured: {_names(levels)}")]
-    for number, level in enumerate(levels):
-        if problem := server.problem():
-            said = f"the {server.variant} server did not last: {problem}; not measured: {_names(levels[number:])}"
-            return [*failed, ServerFailed(said)]
+    with server:
         try:
-            load_test(server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers)
+            warm_up(server)
         except LevelFailed as error:
-            StatusLine().done(f"{level.id}: not measured, {error}")
-            failed.append(LevelFailed(f"{level.id} was not measured: {error}"))
-            continue
-        if level.cross_check and not server.problem():
+            return [LevelFailed(f"{variant} could not be warmed up: {error}; not measured: {_names(levels)}")]
+        for number, level in enumerate(levels):
+            if problem := server.problem():
+                said = f"the {variant} server did not last: {problem}; not measured: {_names(levels[number:])}"
+                return [*failed, ServerFailed(said)]
+            now, lacks = "not measured", "was not measured"
             try:
-                cross_check(server, level, run)
+                load_test(
+                    server, rate=level.rate, requests=level.requests, repeat=level.repeat, run=run, workers=workers
+                )
+                now, lacks = "no cross-check", "has no cross-check"
+                if level.cross_check and not server.problem():
+                    cross_check(server, level, run)
             except LevelFailed as error:
-                StatusLine().done(f"{level.id}: no cross-check, {error}")
-                failed.append(LevelFailed(f"{level.id} has no cross-check: {error}"))
+                StatusLine().done(f"{level.id}: {now}, {error}")
+                failed.append(LevelFailed(f"{level.id} {lacks}: {error}"))
     return failed
 
 
