@@ -207,21 +207,6 @@ def to_html(executed: Path) -> Path:
     return page
 
 
-def keep_outputs(executed: Path, source: Path = FRONT) -> None:
-    """Writes the outputs of an executed copy into the notebook itself, which is to be committed with them."""
-    import nbformat
-
-    fresh = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
-    notebook = nbformat.read(source, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [nbformat.from_dict({**out, "metadata": {}}) for out in fresh[cell.id].outputs]
-            for out in cell.outputs:
-                if out.output_type == "execute_result":
-                    out.execution_count = None
-    nbformat.write(notebook, source)
-
-
 @contextlib.contextmanager
 def _forwarded_progress(path: Path) -> Iterator[None]:
     """Shows in this terminal what the notebook's kernel, whose output goes into cells, says of its progress."""
