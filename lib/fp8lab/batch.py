@@ -326,7 +326,8 @@ def write_pages(folder: Path) -> None:
             continue
         try:
             run = open_run(source=folder / name / "run")
-            rows += _levels_of(run, name)
+            mark = f" ({word})" if (word := card_mark(run)) else ""
+            rows += [(f"{name}{mark}", *row) for row in view("", evidence(run).frame, _COLUMNS).rows]
             told = _named(claims_table(run), f"The published claims against {name}: {run.profile.title}", run)
             if job["state"] == "invalid":
                 remedies.append(_named(validity_table(run), f"Does {name} count?", run))
@@ -352,11 +353,6 @@ def _links(folder: Path, name: str, state: str) -> list[str]:
     if state == "failed" and log.is_file():
         pages.append(("log", log))
     return [f'<a href="{html.escape(str(page.relative_to(folder)))}">{html.escape(text)}</a>' for text, page in pages]
-
-
-def _levels_of(run: Run, name: str) -> list[tuple[str, ...]]:
-    mark = f" ({word})" if (word := card_mark(run)) else ""
-    return [(f"{name}{mark}", *row) for row in view("", evidence(run).frame, _COLUMNS).rows]
 
 
 def _named(table: Table, caption: str, run: Run) -> str:

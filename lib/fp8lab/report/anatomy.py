@@ -38,7 +38,11 @@ def kernels_table(run: Run, variant: str, *, names: int = 2) -> Table:
             floors, times = floors_of(run, variant, step.work), step.times
             for kind, ms in times.items():
                 floor = floors.get(kind)
-                longest = [_brief(name) for name in list(step.kernels[kind])[: None if kind == OTHER else names]]
+                longest = [name.removeprefix("void ") for name in step.kernels[kind]][
+                    : None if kind == OTHER else names
+                ]
+                # A kernel's name goes on with all its parameters.
+                longest = [name if len(name) <= 72 else f"{name[:72]}…" for name in longest]
                 rows.append((f"{step.name}, {one.batch:,}", kind, f"{ms:.3f}", f"{ms / step.busy_ms:.0%}",
                              shown(floor, ".3f"), shown(floor and floor / ms, ".0%"), "; ".join(longest)))  # fmt: skip
             together = sum(times.values())
@@ -74,12 +78,6 @@ def host_adds(one: BatchAnatomy) -> str:
         return f"≥ {added:,.2f}" if added > 0 else "–"
     shorter = one.context and one.decode.context < one.context / 1.05
     return f"{'≤ ' if shorter else ''}{max(0.0, added):,.2f}"
-
-
-def _brief(kernel: str, most: int = 72) -> str:
-    """The beginning of a kernel's name, which goes on with all its parameters."""
-    name = kernel.removeprefix("void ")
-    return name if len(name) <= most else f"{name[:most]}…"
 
 
 _COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9", "#009E73", "#999999", "#cccccc", "#000000")

@@ -29,12 +29,13 @@ print(json.dumps({"python": platform.python_version()} | held))
 
 def collect() -> dict:
     """Provenance of a run made here and now, as plain values."""
+    cpus = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "gpus": gpu.gpu_names(),
             "driver": gpu.driver_version(),
-            "cpu": _cpu_model(),
+            "cpu": next((said.strip() for name, _, said in cpus if name.startswith("model name")), platform.machine()),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "kernel": platform.release(),
@@ -74,13 +75,6 @@ def software_of(python: str) -> Mapping[str, str]:
 def versions() -> dict[str, str]:
     """The packages of this environment that matter to a measurement, with their versions."""
     return {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _git_state() -> dict:

@@ -24,18 +24,15 @@ def visible(text: str, limit: int = 8000) -> str:
         text = f"{text[:limit]} ... ({len(text) - limit:,} characters more)"
     if text.isprintable():
         return text
-    return "".join(_shown(character) for character in text)
+    hidden = {
+        c: c.encode("unicode_escape").decode() for c in set(text) - {"\n", "\t"} if unicodedata.category(c) in _UNSEEN
+    }
+    return "".join(hidden.get(character, character) for character in text)
 
 
 def storable(text: str) -> str:
     """`text` with a question mark for each half of a character (a lone surrogate), which UTF-8 does not hold."""
     return text.encode(errors="replace").decode()
-
-
-def _shown(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in _UNSEEN:
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def shown(value: float | None, pattern: str = ",.0f", unit: str = "") -> str:
