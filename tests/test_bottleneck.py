@@ -87,6 +87,15 @@ def test_a_growth_that_chance_makes_decides_nothing():
     assert keeps_up(served(100, 60)) is False  # long stays of its own backlog excuse nothing
 
 
+def test_a_backlog_that_outlasts_the_arrivals_is_no_ramp():
+    """Half a minute's arrivals for five minutes' work: the early ones too stay for longer than the arrivals go on."""
+    deep = served(300, 10, requests=9000)
+    assert backlog_growth(deep) < 0.05 and keeps_up(deep) is False
+    found = judged(deep)
+    assert found.cause.startswith("GPU") and "stayed for longer than all arrivals took" in found.evidence
+    assert growth_by_chance(served(50, 100, requests=2).iloc[1:]) == math.inf
+
+
 def test_failed_requests_are_no_backlog():
     records = served(50, 100)
     records.loc[::10, ["error", "last_token_s", "first_token_s"]] = ["HTTP 500", np.nan, np.nan]

@@ -226,8 +226,20 @@ def test_a_file_of_few_requests_is_begun_anew(tmp_path, monkeypatch):
 
 
 def test_a_level_that_ends_in_its_ramp_says_nothing_of_the_limit():
-    assert predict("x", MODEL, sharegpt_like(30, 1), 30.0).played.limit.startswith("not known")
+    for requests, rate in ((30, 30.0), (3, 50.0), (3, math.inf)):
+        assert predict("x", MODEL, sharegpt_like(requests, 1), rate).played.limit.startswith("not known: too short")
     assert predict("x", MODEL, sharegpt_like(2000, 1), math.inf).played.limit == "GPU"
+
+
+def test_an_overload_is_named_whatever_the_number_of_requests():
+    """Of 16 requests/s each takes longer than all arrivals, so that none of the backlog shows as growth beyond a ramp."""
+    draw, roomy = lab.drawing("random", input_tokens=1000, output_tokens=200), {"requests": 64, "kv_tokens": 10**6}
+    for requests in (100, 1000, 4000):
+        named = [
+            predict("x", dataclasses.replace(MODEL, **changed), draw(requests), 500.0).played.limit
+            for changed in ({"requests": 1024}, roomy)
+        ]
+        assert named == ["KV capacity", "GPU"]
 
 
 def test_only_what_it_is_a_model_of_is_fitted():

@@ -40,6 +40,8 @@ _STEP_TOKENS = 8192
 _FULL = 0.99
 # The part of a core from which on an API server's process is full.
 _FULL_CORE = 0.95
+# More requests than these, and than this part of all, that have no first token when the last one comes are a queue.
+_QUEUE, _QUEUED = 10, 0.1
 # An API server that was so far behind, as a part of a level's time, was its limit.
 _BEHIND = 0.1
 # Steps of so many batch sizes have to be taken apart to tell a token of context from a request, and both from a step.
@@ -69,10 +71,13 @@ class Played:
             return "offered load"
         if self.behind > _BEHIND:
             return "API server"
-        if backlog_growth(self.records) <= growth_by_chance(self.records):
-            return "not known: too short to tell a backlog from chance"
-        full = self.course.preemptions > PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks
-        return "KV capacity" if full else "GPU"
+        if self.course.preemptions > PREEMPTED * len(self.records) or self.course.blocks_max > _FULL * self.blocks:
+            return "KV capacity"
+        queue = (self.records["first_token_s"] > self.records["scheduled_s"].max()).sum()
+        grew = backlog_growth(self.records) > growth_by_chance(self.records)
+        if grew or queue > _QUEUE + _QUEUED * len(self.records):
+            return "GPU"
+        return "not known: too short to tell a backlog from chance, more requests tell"
 
 
 def held_out(run: Run) -> list[str]:

@@ -77,8 +77,10 @@ def growth_by_chance(records: pd.DataFrame) -> float:
     done = completed(records)
     duration = done["scheduled_s"].max() if len(done) else 0.0
     stays = _early_stays(done)
-    if not duration or not stays.size:
+    if not duration:
         return 0.0
+    if not stays.size:  # too few requests to tell anything
+        return math.inf
     return 2 * math.sqrt(12 * float((stays**2).mean()) / (len(done) / duration * (duration / 2) ** 3))
 
 
@@ -96,12 +98,13 @@ def lasted(records: pd.DataFrame) -> float:
 
 def keeps_up(records: pd.DataFrame) -> bool | None:
     """Whether the server kept up with the offered load: its backlog did not grow. None where it grew no more than chance makes
-    it in a level so short. False for all at once."""
-    growth = backlog_growth(records)
-    if growth <= _GROWTH:
+    it in a level so short. False for all at once, and where slow requests stay longer than the level lasts: the ramp that is
+    taken from the growth then holds the backlog."""
+    growth, times = backlog_growth(records), lasted(records)
+    if growth <= _GROWTH and times >= 1:
         return True
     # Where requests stay nearly as long as the level lasts, a backlog has lengthened the early ones too.
-    return None if lasted(records) >= RAMP_OVER and growth <= growth_by_chance(records) else False
+    return None if times >= RAMP_OVER and growth <= growth_by_chance(records) else False
 
 
 def held_by_api_server(records: pd.DataFrame, telemetry: pd.DataFrame | None, window: Window) -> float | None:
@@ -146,6 +149,7 @@ def what_limited(
     if kv := _kv_full(summary, telemetry):
         return Limit("KV capacity", kv)
     trend = "it just kept up" if kept_up else f"in flight grew by {growth:.0%} of the offered rate"
+    trend = "slow requests stayed for longer than all arrivals took" if growth <= _GROWTH and not kept_up else trend
     trend = "all were sent at once" if math.isnan(growth) else trend
     evidence, gpu = f"{trend}; {used}", summary.gpu_util_steady
     if frontend_full and not (gpu is not None and gpu >= _GPU_FULL and holds_none):

@@ -126,7 +126,7 @@ def attains(records: pd.DataFrame, slo: SLO) -> Attainment:
         True: "slow requests took over half as long as all arrivals",
         None: "the backlog grew no more than chance makes it in a level so short",
         False: "the backlog still grew when arrivals ended",
-    }[kept]
+    }[times < 1 or kept]
     return Attainment("undecided", f"{counted}, but {why}: it takes a longer level", violations, requests)
 
 
