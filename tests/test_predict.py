@@ -281,7 +281,7 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
     (row,) = lab.predicted_table(
         lab.predict_rates({"x": model.behind(200)}, lab.drawing(), [math.inf]), {"x": model.behind(200)}
     ).rows
-    assert row[4:8] == ("–",) * 4 and row[3] != "–"
+    assert row[5:9] == ("–",) * 4 and row[4] != "–"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,21 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
         ([FIT, "--api-us", "nan"], "nan µs a token: an API server takes more than 0"),
         ([FIT, "--api-us", "90", "--slo", "tpot=50"], "leave out one"),
         ([FIT, "--card", "tiny-cpu"], "has no datasheet"),
-        ([FIT, "--trace", "random", "--input-tokens", "10000000"], "at most 134,217,728 are sent"),
+        ([FIT, "--trace", "random", "--requests", "1000000"], "at most 134,217,728 are sent"),
+        (
+            [FIT, "--trace", "random", "--input-tokens", "20000"],
+            "more together than the 8,191 that the context takes; ask for shorter",
+        ),
+        (
+            [FIT, "--input-tokens", "4096"],
+            "--input-tokens 4096 says nothing of --trace sharegpt-like, only of --trace random: name that",
+        ),
+        ([FIT, "--trace", "azure-conv", "--tokenizer", "x"], "--tokenizer x says nothing of --trace azure-conv"),
+        (
+            [FIT, "--max-context", "1000"],
+            "--max-context 1000 says nothing of --trace sharegpt-like, only of a recorded trace or a file",
+        ),
+        ([FIT, "--against", "h100-80gb", "--requests", "5", "--trace", "random"], "leave out --requests, --trace"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
         ([FIT, "--slo", "tpot=50", "--scheduler", "vllm"], "too many for vLLM's own scheduler"),
         ([FIT, "--trace", "no.csv"], "no.csv"),
@@ -324,6 +338,21 @@ def test_from_the_command_line(monkeypatch, capsys):
     assert "bf16-50rps-r1" in said(*renamed)
     assert cli.main(["predict", FIT, "--against", "h200-80gb-recipes"]) == 2
     assert "holds no level of bf16-unsealed, fp8-unsealed (it measured: bf16," in capsys.readouterr().err
+
+
+def test_a_file_is_played_as_load_test_sends_it(tmp_path, capsys):
+    """All of it, at its own times unless a rate is given; what the model does not take is left out and counted."""
+    mine = tmp_path / "mine.csv"
+    mine.write_text("prompt_tokens,output_tokens,arrival_s\n100,50,0\n20000,60,1\n200,60,30\n")
+    for options, offered in (((), "replay"), (("--rate", "5"), "5 req/s"), (("--rate", "inf"), "all at once")):
+        assert cli.main(["predict", FIT, "--variant", "fp8-unsealed", "--trace", str(mine), *options]) == 0
+        told = capsys.readouterr().out
+        assert re.search(rf"fp8-unsealed +{offered} +2 ", told) and "mine.csv: 1 of 3 requests left out" in told
+    trace = lab.drawing("azure-conv", models=lab.step_models(FIT))(20_000)
+    assert max(map(sum, zip(trace.prompt_tokens, trace.output_tokens, strict=True))) < 8192
+    assert trace.notes == lab.drawing("azure-conv", max_context=8191)(3).notes != ()
+    with pytest.raises(BadInput, match="holds no arrival times to be replayed: name a rate"):
+        predict("x", MODEL, fixed_length(3), None)
 
 
 def test_a_file_that_is_no_fit_is_one_clear_error(tmp_path):
@@ -388,9 +417,24 @@ def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
     assert float(each) <= low and 0.02 < float(joules) < 0.2 and plan.caption.startswith("PREDICTED")
     # How far off it may be stands beside each number, where levels that the fit never saw say so.
     scaled = lab.step_models(FIT, ["fp8-unsealed"], card="h200-80gb")
-    for each, known in ((models, True), ({"fp8-unsealed": models["fp8-unsealed"].behind(90)}, False), (scaled, False)):
-        (row,) = lab.predicted_table(lab.predict_rates(each, draw, [2]), each).rows
-        assert all(bool(re.fullmatch(r"[\d.,]+ ± \d+%", cell)) == known for cell in row[3:8]), row
+    behind, alike = {"fp8-unsealed": models["fp8-unsealed"].behind(90)}, lab.drawing()
+    for each, drawn, known in (
+        (models, alike, True),
+        (models, draw, False),
+        (behind, alike, False),
+        (scaled, alike, False),
+    ):
+        (row,) = lab.predicted_table(lab.predict_rates(each, drawn, [2]), each).rows
+        assert all(bool(re.fullmatch(r"[\d.,]+ ± \d+%", cell)) == known for cell in row[4:9]), row
+    # Latencies of a level that does not keep up are those of its length.
+    over = lab.predicted_table(lab.predict_rates(models, alike, [150, math.inf]), models)
+    (grows, once), told = over.rows, "GPU: does not keep up"
+    assert "±" in grows[4] and not any("±" in cell for cell in grows[5:9]) and all("±" in cell for cell in once[4:9])
+    assert (
+        (grows[-1], once[-1]) == (told, "GPU")
+        and float(grows[3]) < 120
+        and "same host, same lengths (sharegpt-like)" in over.caption
+    )
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95

@@ -299,10 +299,11 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
     }  # fmt: skip
     due = {}
     with streaming_server() as url:
-        common = ["load-test", "--base-url", url, "--model", "ok", "--max-context", "100"]
+        common = ["load-test", "--base-url", url, "--model", "ok"]
         for name, options in cases.items():
             out = tmp_path / name
-            done = fp8lab(*common, "--trace", str(tmp_path / "mine.csv"), *options, "--out", str(out))
+            mine = ["--trace", str(tmp_path / "mine.csv"), "--max-context", "100"]
+            done = fp8lab(*common, *mine, *options, "--out", str(out))
             assert done.returncode in (0, 3), done.stderr  # 3: on a busy machine the client may be late
             assert (
                 done.stderr.count("trace mine.csv: 5 of 12 requests left out: more than the 100 tokens") == 1
@@ -310,6 +311,8 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
             )
             due[name] = pd.read_parquet(out / "records.parquet")["scheduled_s"].to_numpy()
         none = fp8lab(*common, "--arrivals", "trace", "--out", str(tmp_path / "none"))
+        deaf = fp8lab(*common, "--input-tokens", "4096", "--out", str(tmp_path / "none"))
+    assert deaf.returncode == 2 and "--input-tokens 4096 says nothing of --trace sharegpt-like" in deaf.stderr
     assert none.returncode == 2 and "the trace 'sharegpt-like' holds no arrival times" in none.stderr
     replay, scaled, drawn, burst = due.values()
     assert replay == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1.0]) and scaled == pytest.approx(replay * 0.7)
@@ -328,7 +331,7 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
         (lambda: fixed_length(1, input_tokens=10**21), "at most 134,217,728 are sent"),
         (
             lambda: named_trace("random", 5, seed=0, input_tokens=10, output_tokens=16, max_context=20),
-            "requests of 10 tokens in and 16 out have more than 20 together",
+            "requests of 10 tokens in and 16 out have more together than the 20 that the context takes",
         ),
     ],
 )

@@ -38,10 +38,15 @@ _MODEL = ("--model", "M", "serve this checkpoint (path or hub name) for every va
 _PROTOCOL = ("--protocol", "NAME", "a protocol of the profile (default: all); repeatable", _LIST)
 _VARIANT = ("--variant", "V", "only the levels of this variant; repeatable", _LIST)
 _LENGTHS = (
-    ("--max-context", "N", "leave out requests of a file with more tokens in and out together", _WHOLE),
+    (
+        "--max-context",
+        "N",
+        "leave out requests of a recorded trace or a file with more tokens in and out together",
+        _WHOLE,
+    ),
     ("--tokenizer", "T", "folder or hub name, to count the tokens of conversations", {}),
-    ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE | {"default": 1024}),
-    ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE | {"default": 128}),
+    ("--input-tokens", "N", "with --trace random (default 1024)", _WHOLE),
+    ("--output-tokens", "N", "with --trace random (default 128)", _WHOLE),
 )
 # The options of load-test: (title, text, options), in the order in which one thinks of them.
 _LOAD_TEST = (
@@ -213,8 +218,8 @@ a fit says. PREDICTED, in seconds, on any machine.""", (
         ("fit", "FIT", "a fit of data/fits, or a .toml that fit-model made", {}),
         ("--variant", "V", "which variant (default: all of the fit); V=NAME gives it the name that it has in a run, for --against; "
          "repeatable", _LIST),
-        ("--rate", "R", "requests/s; repeatable (default: all at once)", _REAL | _LIST | {"default": []}),
-        ("--requests", "N", "how many (2000)", _WHOLE | {"default": 2000}),
+        ("--rate", "R", "requests/s; inf sends all at once; repeatable (default: a trace's own times, else all at once)", _REAL | _LIST | {"default": []}),
+        ("--requests", "N", "how many (2000, or all of a file)", _WHOLE),
         ("--trace", "T", "whose lengths, as in load-test (sharegpt-like)", {"default": "sharegpt-like"}),
         *_LENGTHS,
         ("--seed", "S", "of lengths and arrivals (0)", _WHOLE | {"default": 0}),

@@ -18,6 +18,7 @@ from .config.dimensions import ModelShape, model_names, model_shape, recipe
 from .config.profile import dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
 from .config.this_machine import load_profile, profile_name
+from .config.trace import is_file, named_trace
 from .errors import INVALID, BadInput, Fp8labError
 from .paths import RUNS, cache_dir, repository_relative, write_text
 from .system import gpu
@@ -180,10 +181,15 @@ def fit_model(args) -> int:
 
 
 def predict(args) -> None:
+    from .experiment.predict import most_taken
+    from .load_test_command import lengths
+
     models = lab.step_models(args.fit, args.variant, card=args.card)
     if args.api_us is not None:
         models = {variant: model.behind(args.api_us) for variant, model in models.items()}
-    loads = {"--rate": args.rate, "--slo": args.slo, "--scheduler vllm": args.scheduler == "vllm"}
+    options = ("rate", "requests", "slo", "seed", "input_tokens", "output_tokens", "max_context", "tokenizer")
+    loads = {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
+    loads |= {"--trace": args.trace != "sharegpt-like", "--scheduler vllm": args.scheduler == "vllm"}
     if args.slo and args.api_us is not None:
         raise BadInput(
             "--slo asks for latencies, of which a full API server's queue (--api-us) says little: leave out one"
@@ -197,18 +203,20 @@ def predict(args) -> None:
     if args.against:
         print(lab.foretold_table(lab.open_run(source=args.against), models))
         return
-    slo = lab.SLO.parse(args.slo) if args.slo else None
-    draw = lab.drawing(
-        args.trace, input_tokens=args.input_tokens, output_tokens=args.output_tokens, seed=args.seed, tokenizer=args.tokenizer,
-        max_context=args.max_context,
+    slo, given = lab.SLO.parse(args.slo) if args.slo else None, lengths(args)
+    requests = 2000 if args.requests is None and not is_file(args.trace) else args.requests
+    trace = named_trace(
+        args.trace, requests, seed=args.seed, times="dropped" if args.rate else "kept",
+        **given | {"max_context": most_taken(models, args.max_context)},
     )  # fmt: skip
-    status, trace, levels = StatusLine(), draw(args.requests), []
+    status, levels = StatusLine(), []
     for variant, model in models.items():
-        for rate in args.rate or [math.inf]:
-            status.update(f"{variant} at {rate_name(rate)}")
+        for rate in args.rate or [None if trace.arrival_s else math.inf]:
+            status.update(f"{variant}: level {len(levels) + 1}")
             levels.append(lab.predict(variant, model, trace, rate, seed=args.seed, scheduler=args.scheduler))
-    status.done(f"{len(levels)} levels played")
+    status.done(f"levels played: {len(levels)}")
     print(lab.predicted_table(levels, models))
+    draw = lab.drawing(args.trace, seed=args.seed, models=models, **given)
     for variant, model in models.items() if slo else ():
         status.update(f"{variant}: the highest rate that meets {slo}")
         limit = lab.highest_rate(variant, model, draw, slo, seed=args.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from .config.profile import rate_name
-from .config.trace import Trace, arrival_times, begun_anew, named_trace, rescaled
+from .config.trace import NAMES, Trace, arrival_times, begun_anew, is_file, named_trace, rescaled
 from .errors import INVALID, BadInput, LevelFailed
 from .load.endpoint import Endpoint, check_fleet
 from .load.level import Measured, measure_level, warm_up
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
     times = "kept" if args.rate is None or args.arrivals == "trace" else "dropped"
-    trace = named_trace(args.trace, args.requests, seed=args.seed, times=times, **_lengths(args))
+    trace = named_trace(args.trace, args.requests, seed=args.seed, times=times, **lengths(args))
     for note in trace.notes:
         StatusLine().done(f"trace {trace.name}: {note}")
     if args.arrivals == "trace" and trace.arrival_s is None:
@@ -185,13 +185,28 @@ def _variable(option: str, name: str) -> str:
     return os.environ[name]
 
 
-def _lengths(args: argparse.Namespace) -> dict:
-    """What the options say of a trace beside its name."""
-    return {name: getattr(args, name) for name in ("tokenizer", "input_tokens", "output_tokens", "max_context")}
+# Of which traces an option speaks.
+_SPEAKS_OF = {
+    "tokenizer": "a file of conversations", "max_context": "a recorded trace or a file", "input_tokens": "--trace random",
+    "output_tokens": "--trace random",
+}  # fmt: skip
+
+
+def lengths(args: argparse.Namespace) -> dict:
+    """What the options say of a trace beside its name. Raises BadInput for one that says nothing of this trace."""
+    random, file = args.trace == "random", is_file(args.trace)
+    heard = {"input_tokens": random, "output_tokens": random, "tokenizer": file, "max_context": args.trace != NAMES[0]}
+    given = {name: value for name in heard if (value := getattr(args, name)) is not None}
+    if deaf := next((name for name in given if not heard[name]), None):
+        option = f"--{deaf.replace('_', '-')}"
+        raise BadInput(
+            f"{option} {given[deaf]} says nothing of --trace {args.trace}, only of {_SPEAKS_OF[deaf]}: name that, or leave {option} out"
+        )
+    return {"tokenizer": None, "max_context": None, "input_tokens": 1024, "output_tokens": 128} | given
 
 
 def _drawn(args: argparse.Namespace, requests: int, seed: int) -> Trace:
-    return begun_anew(args.trace, requests, seed=seed, **_lengths(args))
+    return begun_anew(args.trace, requests, seed=seed, **lengths(args))
 
 
 def _options(args: argparse.Namespace) -> dict:
@@ -217,12 +232,12 @@ def _warm_up(args: argparse.Namespace, endpoint: Endpoint) -> None:
 
 def _asked(args: argparse.Namespace, endpoint: Endpoint) -> dict:
     """What the probes of one search have in common, without a secret."""
-    kept = ("model", "natural_stop", "trace", "input_tokens", "output_tokens", "max_context", "seed")
-    kept += ("burstiness", "normalised")
+    kept = ("model", "natural_stop", "trace", "seed", "burstiness", "normalised")
     # A few digits tell two bodies apart and give nothing away.
     body = hashlib.sha256(json.dumps(endpoint.extra_body, sort_keys=True).encode()).hexdigest()[:8]
     fleet = {"others": [one.url for one in args.others], "balance": args.balance if args.others else ""}
-    return {"endpoint": endpoint.url, "extra_body": body} | fleet | {name: getattr(args, name) for name in kept}
+    asked = {"endpoint": endpoint.url, "extra_body": body, **fleet, **lengths(args)}
+    return asked | {name: getattr(args, name) for name in kept}
 
 
 def _check_same(path: Path, asked: dict) -> None:

@@ -63,6 +63,11 @@ class Trace:
         held = json.dumps([self.prompts, self.prompt_tokens, self.output_tokens, self.arrival_s])
         return hashlib.sha256(held.encode()).hexdigest()[:16]
 
+    @property
+    def lengths(self) -> str:
+        """Whose lengths its requests have, whatever the seed that drew them: "azure-conv", "random 1024/128"."""
+        return self.name.partition(" seed ")[0]
+
     def __repr__(self) -> str:
         mean_in, mean_out = (sum(tokens) / len(self) for tokens in (self.prompt_tokens, self.output_tokens))
         told = f"trace {visible(self.name)}: {len(self):,} requests, mean {mean_in:.0f} tokens in, {mean_out:.0f} out"
@@ -234,7 +239,8 @@ def begun_anew(trace: str, requests: int, *, seed: int, **options) -> Trace:
         parts.append(draw(lacking, seed=seed + len(parts)))
         lacking -= len(parts[-1])
     columns = ("prompts", "prompt_tokens", "output_tokens")
-    return Trace(first.name, *(tuple(chain(*(getattr(part, column) for part in parts))) for column in columns))
+    joined = (tuple(chain(*(getattr(part, column) for part in parts))) for column in columns)
+    return Trace(first.name, *joined, notes=first.notes)
 
 
 def named_trace(
@@ -248,9 +254,10 @@ def named_trace(
     if trace == "sharegpt-like":
         return sharegpt_like(requests, seed)
     if trace == "random":
-        if (most := options.get("max_context")) and input_tokens + output_tokens > most:
+        if (most := options.get("max_context")) is not None and input_tokens + output_tokens > most:
             raise BadInput(
-                f"requests of {input_tokens} tokens in and {output_tokens} out have more than {most} together"
+                f"requests of {input_tokens:,} tokens in and {output_tokens:,} out have more together than the {most:,} that the "
+                "context takes; ask for shorter ones"
             )
         return fixed_length(requests, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens)
     if trace not in RECORDED:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..config.profile import rate_name
 from ..config.profile_file import read_profile
 from ..config.trace import Trace, arrival_times, begun_anew
 from ..errors import BadInput
@@ -36,23 +37,38 @@ _TOKEN = 7
 
 @dataclass(frozen=True)
 class Predicted:
-    """A variant under a load: `rate` in requests/s (inf: all at once), and what comes of it."""
+    """A variant under a load: the requests of `trace` at `rate` requests/s (inf: all at once, None: at the trace's own times), and
+    what comes of it."""
 
     variant: str
-    rate: float
+    rate: float | None
+    trace: Trace
     played: Played
+
+    @property
+    def offered(self) -> str:
+        return "replay" if self.rate is None else rate_name(self.rate)
+
+    @property
+    def kept_up(self) -> bool:
+        """Whether it was shown that the server keeps up, so that latencies are those of any longer level."""
+        return self.played.limit == "offered load"
 
 
 def predict(
-    variant: str, model: StepModel, trace: Trace, rate: float, *, seed: int = 0, scheduler: str = "virtual"
+    variant: str, model: StepModel, trace: Trace, rate: float | None, *, seed: int = 0, scheduler: str = "virtual"
 ) -> Predicted:
-    """What `variant` does when the requests of `trace` come at `rate`. Raises BadInput for a request that the KV cache cannot
-    hold, and for a rate beyond any."""
-    _check_rate(rate)
+    """What `variant` does when the requests of `trace` come at `rate`, or at their own times. Raises BadInput for a request that
+    the KV cache cannot hold, and for a rate beyond any."""
+    if rate is not None:
+        _check_rate(rate)
+    elif trace.arrival_s is None:
+        raise BadInput(f"the trace {trace.name!r} holds no arrival times to be replayed: name a rate")
     if scheduler not in SCHEDULERS:
         raise BadInput(f"scheduler {scheduler!r} is none of {', '.join(SCHEDULERS)}")
-    due, by = arrival_times(len(trace), rate, seed=seed), SCHEDULERS[scheduler]
-    return Predicted(variant, rate, play_level(model, trace.prompt_tokens, trace.output_tokens, due, by=by))
+    due = trace.arrival_s if rate is None else arrival_times(len(trace), rate, seed=seed)
+    played = play_level(model, trace.prompt_tokens, trace.output_tokens, due, by=SCHEDULERS[scheduler])
+    return Predicted(variant, rate, trace, played)
 
 
 def _check_rate(rate: float) -> None:
@@ -114,13 +130,20 @@ def step_models(fit: str, variants: Sequence[str] | None = None, *, card: str = 
     return {variant: model.on(other, card) for variant, model in models.items()}
 
 
+def most_taken(models: Mapping[str, StepModel], most: int | None = None) -> int | None:
+    """The most tokens of a request, in and out together, that all of the models take, or `most` where that is fewer."""
+    # As in a profile's levels: a tokenizer may begin every prompt with a token of its own.
+    known = [model.context - 1 for model in models.values() if model.context]
+    return min(known if most is None else (most, *known), default=None)
+
+
 def drawing(
     trace: str = "sharegpt-like", *, input_tokens: int = 1024, output_tokens: int = 128, seed: int = 0,
-    tokenizer: str | None = None, max_context: int | None = None,
+    tokenizer: str | None = None, max_context: int | None = None, models: Mapping[str, StepModel] | None = None,
 ) -> Callable[[int], Trace]:  # fmt: skip
-    """What draws so many requests of a trace, a file that holds fewer begun anew, without its arrival times. Raises BadInput,
-    when it draws, for one that cannot be read."""
-    held = []
+    """What draws so many requests of a trace that all `models` take, a file that holds fewer begun anew, without its arrival
+    times. Raises BadInput, when it draws, for one that cannot be read."""
+    held, max_context = [], most_taken(models or {}, max_context)
 
     def first(requests: int) -> Trace:
         # A trace is the beginning of any longer one: a search asks for many, and the words of prompts take longer than playing.

@@ -13,6 +13,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -162,11 +163,12 @@ def fit(run: Run, variant: str) -> StepModel:
             "needed, one of them with the card full"
         )
     rows, server = np.vstack(rows), next(iter(levels.values())).summary
-    requests = most_running(server.command) or 1024
+    requests, work = most_running(server.command) or 1024, run.profile.workload
+    lengths = f"random {work.input_tokens}/{work.output_tokens}" if work.trace == "random" else Path(work.trace).name
     taken = {
         "requests": requests, "step_tokens": _most_tokens(server.command),
         "kv_tokens": server.kv_cache_tokens, "card": run.profile.name, "run": run.path.name, "levels": tuple(levels),
-        "cards": server.cards, "graphs": _graphs(server.command, requests), **_measured(run, list(summaries.values())),
+        "trace": lengths, "context": run.profile.context() or 0, "cards": server.cards, "graphs": _graphs(server.command, requests), **_measured(run, list(summaries.values())),
     }  # fmt: skip
     if limit := [s.gpu_power_limit_w for s in summaries.values() if s.gpu_power_limit_w]:
         taken["limit_w"] = float(max(limit))

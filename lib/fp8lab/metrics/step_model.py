@@ -62,6 +62,8 @@ class StepModel:
     run: str  # recorded, to whose `levels` it was fitted
     levels: tuple[str, ...]
     host: str = ""  # the CPU that EngineCore and API server ran on, in the levels fitted
+    trace: str = ""  # whose lengths their requests had, as `Trace.lengths`
+    context: int = 0  # most tokens of a request, in and out together; 0: not known
     pair_ns: Annotated[float, "ns, a prompt's token and one that it attends to, at the BF16 peak"] = 0.0
     eager_ms: Annotated[float, "ms, a step that decodes more requests than CUDA graphs hold"] = 0.0
     graphs: int = 0  # requests of the largest CUDA graph; 0: as many as run
@@ -196,13 +198,13 @@ def _check(variant: str, model: StepModel) -> None:
     bounds = dict.fromkeys((*FITTED, *MEASURED, *ENERGY, "queue_us"), (int | float, 0, MOST))
     bounds |= dict.fromkeys(("hbm_bytes_per_s", "bf16_flops"), (int | float, 0, 1e20))
     bounds |= dict.fromkeys(("requests", "step_tokens", "kv_tokens", "cards"), (int, 1, 10**9))
-    bounds |= {"graphs": (int, 0, 10**9), "base_ms": (int | float, 1 / MOST, MOST)}
+    bounds |= dict.fromkeys(("graphs", "context"), (int, 0, 10**9)) | {"base_ms": (int | float, 1 / MOST, MOST)}
     bounds |= {"limit_w": (int | float, 1, math.inf)}
     for name, (kind, least, most) in bounds.items():
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
             raise ValueError(f"{variant}: {name} is {value!r}, expected a number from {least:g} to {most:g}")
-    for name in ("card", "run", "host", "card_name"):
+    for name in ("card", "run", "host", "trace", "card_name"):
         if not isinstance(getattr(model, name), str):
             raise ValueError(f"{variant}: {name} is {getattr(model, name)!r}, expected a name")
     for each, known in ((model.low, FITTED), (model.high, FITTED), (model.median, JUDGED), (model.worst, JUDGED)):

@@ -12,7 +12,7 @@ from ..metrics.slo import SLO
 from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEANS, MEASURED, UNTOLD, StepModel
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
-from ..ui.text import Table, shown
+from ..ui.text import Table, four_digits, shown
 from .drawing import INK, PLAINLY, figure
 from .verdict import card_note
 
@@ -33,29 +33,38 @@ def _styles(models: Mapping[str, StepModel]) -> dict[str, tuple[str, str]]:
 
 def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]) -> Table:
     """PREDICTED levels: what they deliver, how long tokens take, how full seats and KV cache get; ± how far off the fit is known to be."""
-    rows = []
+    rows, told = [], [f"{variant}: {errors_of(model)}" for variant, model in models.items() if not model.worst]
     for level in levels:
-        model, course = models[level.variant], level.played.course
+        model, course, limit = models[level.variant], level.played.course, level.played.limit
+        # What grows with a level's length turns on the last per cent of what is delivered.
+        grows = not level.kept_up and level.rate != math.inf
 
-        def within(name: str, level=level, worst=model.worst) -> str:
-            value = level.played.found.get(name, math.nan)
-            if not math.isfinite(value) or (name.endswith("_ms") and level.played.limit == "API server"):
+        def within(name: str, level=level, model=model, grows=grows) -> str:
+            value, late = level.played.found.get(name, math.nan), name.endswith("_ms")
+            if not math.isfinite(value) or (late and level.played.limit == "API server"):
                 return "–"
-            off = f" ± {math.ceil(100 * worst[name])}%" if name in worst else ""
+            known = name in model.worst and level.trace.lengths == model.trace and not (late and grows)
+            off = f" ± {math.ceil(100 * model.worst[name])}%" if known else ""
             return f"{value:{_DIGITS.get(name, ',.0f')}}{off}"
 
+        tokens = level.played.records["output_tokens"].mean()
         rows.append((
-            level.variant, rate_name(level.rate), f"{len(level.played.records):,}", *map(within, JUDGED),
+            level.variant, level.offered, f"{len(level.trace):,}",
+            four_digits(level.played.found["output_token_throughput"] / tokens), *map(within, JUDGED),
             f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}", f"{course.preemptions:,}",
-            level.played.limit,
+            f"{limit}: does not keep up" if grows and not limit.startswith("not known") else limit,
         ))  # fmt: skip
-    columns = ("variant", "offered", "requests", *(_UNITS.get(name, word) for name, word in _WORDS.items()), "running at most",
-               "KV cache at most", "preempted", "limited by")  # fmt: skip
-    told = [f"{variant}: {errors_of(model)}" for variant, model in models.items() if not model.worst]
-    known = list(dict.fromkeys(model.run for model in models.values() if model.worst))
-    if known:
-        told.insert(0, f"± is the greatest error of such predictions, of levels of run {', '.join(known)} that the fit never saw; on other "
-                    "lengths and hosts it may be greater (`--against`)")  # fmt: skip
+    columns = ("variant", "offered", "requests", "completed, req/s", *(_UNITS.get(name, word) for name, word in _WORDS.items()),
+               "running at most", "KV cache at most", "preempted", "limited by")  # fmt: skip
+    if known := [model for model in models.values() if model.worst]:
+        runs, lengths = (
+            ", ".join(dict.fromkeys(names)) for names in zip(*((m.run, m.trace) for m in known), strict=True)
+        )
+        told.append(f"± is the greatest error on levels of run {runs} that the fit never saw: same host, same lengths ({lengths}); where none "
+                    "stands it is not known, and `--against` a run there tells it")  # fmt: skip
+    if any(row[-1].endswith("does not keep up") for row in rows):
+        told.append("where a level does not keep up, latencies grow with its length")
+    told += dict.fromkeys(f"{level.trace.name}: {note}" for level in levels for note in level.trace.notes)
     return Table(f"PREDICTED, nothing was measured. {'; '.join(told)}", columns, rows)
 
 
