@@ -10,6 +10,7 @@ from fp8lab import cli
 from fp8lab.errors import BadInput
 from fp8lab.experiment.predict import play_with_vllm
 from fp8lab.metrics.virtual import Course, Limits, play
+from warm_cli import fp8lab
 
 BLOCK, SEATS, TOKENS = 4, 12, 48
 
@@ -61,6 +62,8 @@ def test_a_prediction_by_vllms_scheduler_is_the_same(capsys):
         assert cli.main([*few, scheduler]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "fp8-unsealed" in said[0]
+    # Of a server vLLM has nothing to tell.
+    assert fp8lab(*few, "vllm").stderr.splitlines() == ["fp8-unsealed: level 1", "levels played: 1"]
 
 
 def test_an_api_server_that_is_full_is_the_limit():

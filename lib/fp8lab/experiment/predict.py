@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,18 @@ def play_with_vllm(
     return _Course(scheduler, prompts, answers, [float(at) for at in due_s], limits, seconds, watch).run()
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Nothing of what vLLM tells of a server: there is none."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@_quiet()
 def _scheduler(limits: Limits, longest: int):
     try:
         import torch
@@ -227,12 +240,11 @@ def _scheduler(limits: Limits, longest: int):
 def _config(block: int, requests: int, step_tokens: int, length: int):
     from vllm.engine.arg_utils import EngineArgs
 
-    with contextlib.redirect_stdout(None):
-        return EngineArgs(
-            model=str(model_folder("tiny-llama")), load_format="dummy", enable_prefix_caching=False, block_size=block,
-            max_num_seqs=requests, max_num_batched_tokens=step_tokens, max_model_len=length,
-            hf_overrides={"max_position_embeddings": length},
-        ).create_engine_config()  # fmt: skip
+    return EngineArgs(
+        model=str(model_folder("tiny-llama")), load_format="dummy", enable_prefix_caching=False, block_size=block,
+        max_num_seqs=requests, max_num_batched_tokens=step_tokens, max_model_len=length,
+        hf_overrides={"max_position_embeddings": length},
+    ).create_engine_config()  # fmt: skip
 
 
 class _InHand(NamedTuple):

@@ -109,7 +109,7 @@ def cards_plan_table(
         each = load / servers if servers else None
         joules = predict_rates({variant: model}, draw, [each])[0].played.found.get(JOULES) if each else None
         rows.append((variant, f"{limit}", shown(cards), shown(each, ",.1f"), shown(joules, ".4f"), *cost))
-    status.done(f"{len(models)} variants searched")
+    status.done(f"variants searched: {len(models)}")
     columns = ("variant", "a server meets it up to, req/s", "cards", "req/s a server", "J/token then")
     columns += ("an hour costs",) if price else ()
     return Table(f"PREDICTED: cards for {load:g} requests/s with {slo}", columns, rows)
