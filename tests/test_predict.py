@@ -288,6 +288,7 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
     ("arguments", "said"),
     [
         (["nowhere"], "no fit 'nowhere' (there are: h100-80gb-recipes"),
+        (["held_out"], "no fit 'held_out' (there are: h100-80gb-recipes"),
         ([FIT, "--variant", "fp4"], "the fit holds no variant fp4 (it holds: bf16-unsealed, fp8-unsealed)"),
         ([FIT, "--rate", "0"], "rate 0: expected 0.001 to 1e+06 requests/s, or inf"),
         ([FIT, "--rate", "1e300"], "rate 1e+300: expected 0.001 to 1e+06 requests/s"),
@@ -358,7 +359,8 @@ def test_a_file_is_played_as_load_test_sends_it(tmp_path, capsys):
 def test_a_file_that_is_no_fit_is_one_clear_error(tmp_path):
     broken, whole = tmp_path / "broken.toml", read_fits(FIT)["fp8-unsealed"].as_toml("a.b")
     for text, said in (
-        ("[fp8]\nbase_ms = 1\n", "is no fit of step models"), ("", "it holds no variant"),
+        ("[fp8]\nbase_ms = 1\n", "is no fit of step models: expected a table for each variant, with base_ms"),
+        ("every = [1]\n", "expected a table for each variant"), ("", "it holds no variant"),
         (whole.replace("base_ms = ", 'base_ms = "x" #', 1), "base_ms is 'x', expected a number"),
         (whole.replace("base_ms = ", "base_ms = 0.0 #", 1), "base_ms is 0.0, expected a number from 0.0001"),
         (whole.replace("weights_ms = ", "weights_ms = 1e100 #", 1), "weights_ms is 1e+100, expected a number from 0 to 10000"),
@@ -396,6 +398,19 @@ def test_a_fit_of_one_variant_leaves_the_others_in_the_file(tmp_path):
     path.write_text(read_fits(FIT)["bf16-unsealed"].as_toml("mine"))
     done = fp8lab("fit-model", "h200-80gb-x4-70b", "--variant", "fp8-tp2", "--out", str(tmp_path / "mine"))
     assert done.returncode == 0 and set(read_fits(str(path))) == {"mine", "fp8-tp2"}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["smollm2-h200"], "run smollm2-h200 holds no level to fit; name a run of"),
+        ([FIT, "--out", "."], "--out . is a folder; name a file in it, such as mine.toml"),
+        ([FIT, "--out", "/proc/nodir/f.toml"], "/proc/nodir cannot be written to (No such file or directory); choose another --out"),
+    ],
+)  # fmt: skip
+def test_a_fit_that_cannot_be_is_refused_before_it_is_made(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(experiment.step_fit, "fit", lambda *_: pytest.fail("it was made"))
+    assert cli.main(["fit-model", *arguments]) == 2 and said in capsys.readouterr().err
 
 
 def test_a_fit_is_written_and_read_back(tmp_path):

@@ -20,7 +20,7 @@ from .config.profile_file import profile_names, read_profile
 from .config.this_machine import load_profile, profile_name
 from .config.trace import is_file, named_trace
 from .errors import INVALID, BadInput, Fp8labError
-from .paths import RUNS, cache_dir, repository_relative, write_text
+from .paths import RUNS, cache_dir, made, repository_relative, write_text
 from .system import gpu
 from .ui.status import StatusLine
 
@@ -156,8 +156,13 @@ def fit_model(args) -> int:
     path = Path(args.run).resolve()
     run = lab.open_run(source=path if path.is_dir() else args.run)
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
-    target = Path(args.out) if args.out else FITS / f"{run.path.name}.toml"
+    if not measured:
+        raise BadInput(f"run {run.path.name} holds no level to fit; name a run of `fp8lab measure` or `reproduce`")
+    target = Path(args.out or FITS / f"{run.path.name}.toml")
+    if args.out.endswith("/") or target.is_dir():
+        raise BadInput(f"--out {args.out} is a folder; name a file in it, such as {target / 'mine.toml'}")
     target = target if target.suffix == ".toml" else target.with_name(f"{target.name}.toml")
+    made(target.parent, "choose another --out file")
     # What other variants it holds is kept.
     try:
         earlier = read_fits(str(target)) if target.exists() else {}

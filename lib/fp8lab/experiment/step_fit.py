@@ -159,7 +159,7 @@ def fit(run: Run, variant: str) -> StepModel:
     spans = [_spans(level) for level in levels.values() if level.telemetry is not None]
     if len(levels) < 2 or not (rows := [span for span in spans if len(span)]):
         raise BadInput(
-            f"run {run.path.name} holds {len(levels)} levels of {variant!r} with telemetry that a fit may see; two at least are "
+            f"levels of {variant!r} with telemetry in run {run.path.name} that a fit may see: {len(levels)}; two at least are "
             "needed, one of them with the card full"
         )
     rows, server = np.vstack(rows), next(iter(levels.values())).summary

@@ -178,7 +178,7 @@ ENERGY = ("idle_w", "step_j", "token_mj", "context_uj")
 def read_fits(name: str) -> dict[str, StepModel]:
     """The models of a fit in `data/fits/` (or of a .toml file), by variant. Raises BadInput where there is none."""
     path = Path(name) if name.endswith(".toml") else FITS / f"{name}.toml"
-    if not path.is_file():
+    if not path.is_file() or path == FITS / "held_out.toml":
         known = ", ".join(sorted(one.stem for one in FITS.glob("*.toml") if one.stem != "held_out")) or "none"
         raise BadInput(f"no fit {name!r} (there are: {known}); `fp8lab fit-model RUN` makes one of a run")
     try:
@@ -190,7 +190,12 @@ def read_fits(name: str) -> dict[str, StepModel]:
             raise ValueError("it holds no variant")
         return models
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} is no fit of step models: {error}; make it again with `fp8lab fit-model`") from None
+        # What Python says of other kinds of values than a fit's is no help.
+        own = isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError)
+        said = error if own else "expected a table for each variant, with base_ms, weights_ms and the other numbers"
+        raise BadInput(
+            f"{path} is no fit of step models: {said}; `fp8lab fit-model RUN --out FILE` makes one"
+        ) from None
 
 
 def _check(variant: str, model: StepModel) -> None:
