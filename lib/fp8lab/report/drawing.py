@@ -200,6 +200,19 @@ def note(axes, text: str, at: Sequence[float], offset: tuple[float, float] = (4,
     axes.annotate(text, tuple(at), offset, textcoords="offset points", **{"fontsize": 8, "color": INK} | style)
 
 
+def log_numbers(axes) -> None:
+    """Makes the y axis, of what is drawn already, logarithmic, with the numbers that have room: decades, twice and five times them;
+    in a narrow range all."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PLAINLY)
+    low, high = axes.get_ylim()
+    if wide := high > 4 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter("" if wide else PLAINLY)
+
+
 def legend(axes, where: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc=where, fontsize=8)

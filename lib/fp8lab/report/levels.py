@@ -13,7 +13,7 @@ from ..paths import repository_relative
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui.text import COUNTS, LEVEL, Column, Table, shown, view
-from .drawing import GREY, INK, PLAINLY, STYLE, figure, fillings, label_ends, legend, note, style_of
+from .drawing import GREY, INK, PLAINLY, STYLE, figure, fillings, label_ends, legend, log_numbers, note, style_of
 from .verdict import card_note, claim_of
 
 
@@ -229,10 +229,9 @@ def objective_figure(axes, run: Run, slo: SLO) -> str:
         axes.axhline(limit, color=INK, lw=1.2, ls=":")
         beside = {"xycoords": ("axes fraction", "data"), "ha": "right"}
         note(axes, f"objective {limit:g} ms", (1, limit), (-4, 3), **beside)
-    axes.set(yscale="log", xlabel="offered rate, requests/s", ylabel="TTFT p99, ms")
+    axes.set(xlabel="offered rate, requests/s", ylabel="TTFT p99, ms")
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(PLAINLY)
-    axes.yaxis.set_minor_formatter(PLAINLY)
+    log_numbers(axes)
     legend(axes, "upper left")
     return f"{slo}. {_SEEDS}"
 

@@ -13,7 +13,7 @@ from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEANS, MEASURED
 from ..results.run_folder import Run
 from ..ui.status import StatusLine
 from ..ui.text import Table, four_digits, shown
-from .drawing import INK, PLAINLY, figure
+from .drawing import INK, PLAINLY, figure, log_numbers
 from .verdict import card_note
 
 _WORDS = {"output_token_throughput": "tok/s", "mean_tpot_ms": "TPOT", "p99_tpot_ms": "TPOT p99", "mean_ttft_ms": "TTFT",
@@ -160,7 +160,8 @@ def what_if_figure(axes, models: Mapping[str, StepModel], trace: Trace, rate: fl
     axes.set_yticks(list(places.values()), list(places))
     axes.set(xlabel="output tokens/s over now")
     axes.text(0.98, 0.34, "PREDICTED", transform=axes.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    # Any row may reach as far as another: beside them there is no place that stays free.
+    axes.figure.legend(frameon=False, fontsize=9, loc="outside lower right", ncols=4)
     return f"{len(trace):,} requests of {trace.name}, {rate_name(rate)}."
 
 
@@ -221,12 +222,13 @@ def predicted_figure(
             style = {"color": colour, "marker": marker, "ls": (0, (6, 2, 1, 2)), "lw": 1.4, "ms": 7}
             one.plot(sorted(rates), values, label=variant, **style)
     axes[0].set(xlabel="offered, requests/s", ylabel="output tokens/s", ylim=(0, None))
-    axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms", yscale="log")
+    axes[0].yaxis.set_major_formatter(PLAINLY)
+    axes[1].set(xlabel="offered, requests/s", ylabel="TTFT p99, ms")
+    log_numbers(axes[1])
     for one in axes:
         one.xaxis.set_major_formatter(PLAINLY)
-        one.yaxis.set_major_formatter(PLAINLY)
         one.text(0.98, 0.04, "PREDICTED", transform=one.transAxes, ha="right", color=INK, alpha=0.35, fontsize=14)
-    axes[1].yaxis.set_minor_formatter(PLAINLY)
     axes[0].legend(frameon=False, fontsize=9)
     scaled = "; ".join(dict.fromkeys(model.note for model in models.values() if model.note))
-    return f"{requests:,} requests of {trace.name} at each rate. " + (f"{scaled}. " if scaled else "")
+    told = f"{requests:,} requests of {trace.name} at each rate; of more than a variant keeps up with TTFT grows with their number. "
+    return told + (f"{scaled}. " if scaled else "")
