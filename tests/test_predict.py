@@ -460,6 +460,12 @@ def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
         with pytest.raises(BadInput, match="9 variants are more than 8 lines; draw without v8"):
             draws()
     figure = lab.predicted_figure(models, draw, [5, 10], requests=100)
+    # Numbers of a logarithmic axis keep apart: 1, 2 and 5 of each decade.
+    latencies = lab.predicted_figure(models, draw, [1, 40], requests=300).canvas.axes[1].yaxis
+    told = {
+        tick.label1.get_text().lstrip("1250,") for tick in [*latencies.get_major_ticks(), *latencies.get_minor_ticks()]
+    }
+    assert told == {""}
     assert figure.svg.count("PREDICTED") or "PREDICTED" in figure.alt
     assert not {"#0072B2", "#D55E00"} & set(re.findall(r"#[0-9A-Fa-f]{6}", figure.svg.upper()))
     with pytest.raises(BadInput, match="load 0 is no number of requests/s above 0"):
@@ -477,7 +483,10 @@ def test_the_planners_page(tmp_path, monkeypatch):
         "-p", "card", "h200-80gb",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "pages" / "11_planner.html").read_text()
+    # Named by its parameters: the page of another load stays.
+    (made,) = (tmp_path / "pages").glob("*.html")
+    assert made.name == "11_planner,trace=random,requests=200,objective=ttft=500,p90,card=h200-80gb.html"
+    page = made.read_text()
     assert "PREDICTED" in page and "by the datasheets, not fitted there" in page and "Traceback" not in page
 
 

@@ -7,6 +7,7 @@ What a command needs beyond profiles and paths is imported when it is used; the 
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 import time
 import tomllib
@@ -42,7 +43,10 @@ def reproduce(args) -> int:
             raise BadInput(
                 f"{notebook.name} is of no run, server or model: leave --run, --source, --model and --weights out"
             )
-        print(repository_relative(execute(notebook, RUNS / "pages" / notebook.name, chosen)))
+        # Pages of other parameters stay.
+        told = re.sub(r"[^\w.,=-]+", "_", "".join(f",{name}={value}" for name, value in chosen.items()))
+        page = RUNS / "pages" / f"{notebook.stem}{told[:200]}.ipynb"
+        print(repository_relative(execute(notebook, page, chosen)))
     if not (notebooks := [one for one in notebooks if one not in alone]):
         return 0
     profile = args.profile
