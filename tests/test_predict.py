@@ -77,6 +77,7 @@ def test_what_is_fitted_is_what_made_the_levels(tmp_path, monkeypatch, eager_ms)
     assert found.worst["output_token_throughput"] < 0.02 and found.worst["mean_tpot_ms"] < 0.05
     assert found.worst["joules_per_output_token"] < 0.05 and found.idle_w == pytest.approx(truth.idle_w, rel=0.3)
     assert set(found.levels) == {"fp8-unsealed-50rps-r1", "fp8-unsealed-infrps-r1"}
+    assert (found.trace, found.context) == ("sharegpt-like", 8192)
     assert all(low <= getattr(found, name) <= found.high[name] for name, low in found.low.items())
     assert set(FITTED) - set(found.low) <= {"eager_ms"} and found.host and found.mhz_low <= found.mhz_high
 
@@ -304,12 +305,12 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
         ),
         (
             [FIT, "--input-tokens", "4096"],
-            "--input-tokens 4096 says nothing of --trace sharegpt-like, only of --trace random: name that",
+            "--input-tokens 4096 says nothing of --trace 'sharegpt-like', only of --trace random: name that",
         ),
-        ([FIT, "--trace", "azure-conv", "--tokenizer", "x"], "--tokenizer x says nothing of --trace azure-conv"),
+        ([FIT, "--trace", "azure-conv", "--tokenizer", "x"], "--tokenizer 'x' says nothing of --trace 'azure-conv'"),
         (
             [FIT, "--max-context", "1000"],
-            "--max-context 1000 says nothing of --trace sharegpt-like, only of a recorded trace or a file",
+            "--max-context 1000 says nothing of --trace 'sharegpt-like', only of a recorded trace or a file",
         ),
         ([FIT, "--against", "h100-80gb", "--requests", "5", "--trace", "random"], "leave out --requests, --trace"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),

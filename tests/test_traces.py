@@ -312,7 +312,7 @@ def test_a_trace_is_replayed_rescaled_or_sent_at_once_from_the_command_line(tmp_
             due[name] = pd.read_parquet(out / "records.parquet")["scheduled_s"].to_numpy()
         none = fp8lab(*common, "--arrivals", "trace", "--out", str(tmp_path / "none"))
         deaf = fp8lab(*common, "--input-tokens", "4096", "--out", str(tmp_path / "none"))
-    assert deaf.returncode == 2 and "--input-tokens 4096 says nothing of --trace sharegpt-like" in deaf.stderr
+    assert deaf.returncode == 2 and "--input-tokens 4096 says nothing of --trace 'sharegpt-like'" in deaf.stderr
     assert none.returncode == 2 and "the trace 'sharegpt-like' holds no arrival times" in none.stderr
     replay, scaled, drawn, burst = due.values()
     assert replay == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1.0]) and scaled == pytest.approx(replay * 0.7)

@@ -200,7 +200,7 @@ def lengths(args: argparse.Namespace) -> dict:
     if deaf := next((name for name in given if not heard[name]), None):
         option = f"--{deaf.replace('_', '-')}"
         raise BadInput(
-            f"{option} {given[deaf]} says nothing of --trace {args.trace}, only of {_SPEAKS_OF[deaf]}: name that, or leave {option} out"
+            f"{option} {given[deaf]!r} says nothing of --trace {args.trace!r}, only of {_SPEAKS_OF[deaf]}: name that, or leave {option} out"
         )
     return {"tokenizer": None, "max_context": None, "input_tokens": 1024, "output_tokens": 128} | given
 

@@ -50,11 +50,6 @@ class Predicted:
     def offered(self) -> str:
         return "replay" if self.rate is None else rate_name(self.rate)
 
-    @property
-    def kept_up(self) -> bool:
-        """Whether it was shown that the server keeps up, so that latencies are those of any longer level."""
-        return self.played.limit == "offered load"
-
 
 def predict(
     variant: str, model: StepModel, trace: Trace, rate: float | None, *, seed: int = 0, scheduler: str = "virtual"

@@ -36,8 +36,8 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
     rows, told = [], [f"{variant}: {errors_of(model)}" for variant, model in models.items() if not model.worst]
     for level in levels:
         model, course, limit = models[level.variant], level.played.course, level.played.limit
-        # What grows with a level's length turns on the last per cent of what is delivered.
-        grows = not level.kept_up and level.rate != math.inf
+        # Where a server keeps up, latencies are those of any longer level.
+        grows = limit != "offered load" and level.rate != math.inf
 
         def within(name: str, level=level, model=model, grows=grows) -> str:
             value, late = level.played.found.get(name, math.nan), name.endswith("_ms")
