@@ -30,7 +30,7 @@ def test_claims_stand_run_by_run_and_a_run_named_twice_once():
     alone = {v.id: v for v in lab.judge(recorded(H100))}
     for row in table.rows:
         assert alone[row[0]].verdict in row[4]
-    assert table.rows[0][4] == "1.28× (1.17× to 1.39×): not reproduced; stated cause: undecided"
+    assert table.rows[0][4] == "1.28× (1.17× to 1.39×): not reproduced (worse than published); stated cause: undecided"
     emulated = lab.claims_across(*several(EMULATED, H100))
     assert emulated.columns[3] == "emulated-h100 (EMULATED)"
     assert {row[3] for row in emulated.rows} == {"not run"}

@@ -31,7 +31,7 @@ def test_a_conclusion_says_what_the_verdict_says():
     verdicts = {one.id: one for one in lab.judge(run)}
     for claim in ("C1", "C3", "M1", "R2"):
         said = lab.conclusion(run, claim)
-        assert said.so == f"{claim}, {verdicts[claim].title}: {verdicts[claim].verdict}."
+        assert said.so == f"{claim}, {verdicts[claim].title}: {verdicts[claim].said}."
         assert verdicts[claim].reason in said.because
     assert "measured 1.65× (95 % interval 1.15× to 2.38×); stated cause: no (the offered load)" in repr(
         lab.conclusion(run, "C1")

@@ -41,11 +41,11 @@ def write_claims(run: Run) -> None:
 def claims_table(run: Run, *, brief: bool = False, instead: Mapping[str, str] | None = None) -> Table:
     """The verdicts as a table, in words. Behind each level that a verdict rests on stands what limited it. `brief`
     leaves out the reasons and the levels; `instead`: see `judge`."""
-    verdicts, seen = judge(run, instead), evidence(run, instead)
+    verdicts, seen = judge(run, instead), evidence(run)
     rows = [
         (
             v.id, v.title, _with_parts(v.published, v.published_parts, v), _with_parts(v.measured, v.measured_parts, v),
-            show_interval(v), v.verdict, v.cause or "–", v.reason, _rests_on(v),
+            show_interval(v), v.said, v.cause or "–", v.reason, _rests_on(v),
         )
         for v in verdicts
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def _said(one: Verdict) -> str:
         return one.verdict
     between = f" ({show_interval(one)})" if one.interval else ""
     cause = f"; stated cause: {one.cause}" if one.cause else ""
-    return f"{show_value(one.measured, one.unit)}{between}: {one.verdict}{cause}"
+    return f"{show_value(one.measured, one.unit)}{between}: {one.said}{cause}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def conclusion(run: Run, about: str) -> Conclusion:
         said = "" if one.published is None else f"published {show_value(one.published, one.unit)}"
         values = "; ".join(filter(None, (said, measured + between)))
         told = "; ".join(filter(None, (values, f"stated cause: {one.cause}" if one.cause else "", one.reason)))
-        found = f"{one.id}, {one.title}: {one.verdict}.", f"{told[:1].upper()}{told[1:]}."
+        found = f"{one.id}, {one.title}: {one.said}.", f"{told[:1].upper()}{told[1:]}."
     else:
         raise BadInput(f"nothing is concluded about {about!r} (there are: {', '.join([*claims, *_FIGURES])})")
     so, because = found

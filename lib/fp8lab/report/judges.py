@@ -25,7 +25,7 @@ _ALTERNATIVES = ("bf16", "fp8-weights", "fp8-kv")
 
 def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
     """A claim on a metric of levels (C1 to C4): FP8's mean over its seeds, or its ratio to BF16's, against the published
-    value; one seed is judged without an interval."""
+    value; one seed, without an interval, decides nothing."""
     sides = [side for side in ("fp8", "bf16") if side in claim]
     is_ratio, metric = claim["quantity"] == "ratio", claim["metric"]
     said = {side: claim[side]["value"] for side in sides}
@@ -64,8 +64,8 @@ def _cause(claim: dict, ids: list[str], mean: Ratio, seen: Evidence) -> str:
     """Whether the stated cause holds: "no (the other one)", "undecided", or "" where nothing speaks against it."""
     if claim["quantity"] == "ratio" and mean.value > 1 and (load := _load_alone(claim, seen)):
         needed = _MOST * (mean.value - 1)
-        low, high = (load.value, load.value) if math.isnan(load.low) else (load.low, load.high)
-        return "no (the offered load)" if low - 1 >= needed else "undecided" if high - 1 >= needed else ""
+        # Without an interval (nan) it is neither.
+        return "no (the offered load)" if load.low - 1 >= needed else "" if load.high - 1 < needed else "undecided"
     if claim["cause"] == "the card":
         others = {seen.limit(level).cause for level in ids if level in seen.summaries}
         if not any(cause.startswith(("GPU", "KV", "unknown")) for cause in others):
@@ -122,7 +122,7 @@ def _service_line(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     reason += f"; of {len(ids)} seeds that is the slowest" if len(ids) > 1 else ""
     words = {"met": "reproduced", "missed": "not reproduced", "undecided": "undecided"}
     word = weakest([words[one.state] for one in shown])
-    others = {v: seen.seeds(v, rate, "p99_ttft_ms") for v in seen.variants() if v != "fp8"}
+    others = {seen.instead.get(v, v): seen.seeds(v, rate, "p99_ttft_ms") for v in seen.variants() if v != "fp8"}
     if told := [f"{variant} {four_digits(max(seeds.values()))} ms" for variant, seeds in others.items() if seeds]:
         reason += f"; p99 of the slowest seed at the same rate: {', '.join(told)}"
     return found(seen, word, reason, protocol=f"FP8 at {rate} req/s", measured=p99, measured_parts={"fp8": p99})
@@ -160,11 +160,7 @@ def _default_flags(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     if "," in (parts := seen.parts(variants.values(), rate)):
         reason += f"; measured in parts {parts} of the run (other machines or commits, run.json)"
     reason += "; whether a pre-quantised checkpoint is better is not tested here"
-    # A single pair shows no difference.
-    paired = [one for one in against.values() if not math.isnan(one.low)]
-    words = {by_interval(claim, said, one.value, one.low, one.high)[0] for one in paired}
-    words |= {"undecided"} if len(paired) < len(against) else set()
-    word = weakest(words)
+    word = weakest({by_interval(claim, said, one.value, one.low, one.high)[0] for one in against.values()})
     if word == "undecided":
         reason = f"no difference to each of the others is shown: {reason}"
     return found(
@@ -181,7 +177,7 @@ def _paging_waste(claim: dict, seen: Evidence, ids: list[str]) -> dict:
     beside = "be too little for some" if reserved is None else f"leave {reserved:.0%}"
     reason = f"blocks of 16 tokens leave {measured:.1f} % of their slots empty, over all decoding steps of this trace; "
     reason += f"reserving 2,048 tokens a request would {beside}"
-    word, _ = by_interval(claim, claim["fp8"]["value"], measured, math.nan, math.nan)
+    word, _ = by_interval(claim, claim["fp8"]["value"], *(measured,) * 3)
     return found(seen, word, reason, measured=measured, measured_parts={"fp8": measured})
 
 
@@ -232,16 +228,17 @@ def _memory_risk(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         memory = {variant: _memory(levels, claim["full"]) for variant, levels in both.items()}
         ran_out = {variant: one for variant, (one, _, _) in memory.items()}
         if ran_out["bf16"] is False:
-            word, so = "not reproduced", "BF16 did not run out of memory: there was no risk to remove"
+            word, way = "not reproduced", "no risk to remove"
+            so = f"BF16 did not run out of memory: there was {way}"
         elif ran_out["fp8"]:
-            word, so = "not reproduced", "FP8 ran out of memory"
+            word, way, so = "not reproduced", "FP8 ran out", "FP8 ran out of memory"
         elif ran_out["bf16"] and ran_out["fp8"] is False:
-            word, so = "reproduced", "BF16 ran out of memory, FP8 did not"
+            word, way, so = "reproduced", "", "BF16 ran out of memory, FP8 did not"
         else:
-            word, so = "undecided", "vLLM's counters were not sampled at every level"
+            word, way, so = "undecided", "", "vLLM's counters were not sampled at every level"
         reason = "; ".join([so, *(f"{variant}: {how_near}" for variant, (_, how_near, _) in memory.items())])
         parts = {variant: fullest for variant, (_, _, fullest) in memory.items() if fullest is not None}
-        judged |= found(seen, word, reason, measured=parts.get("bf16"), measured_parts=parts)
+        judged |= found(seen, word, reason, way=way, measured=parts.get("bf16"), measured_parts=parts)
     told = filter(None, (judged["reason"], left_out(seen, cells), _out_elsewhere(claim, seen)))
     return verdict(claim, seen, ids, **judged | {"reason": "; ".join(told)})
 
@@ -283,7 +280,7 @@ def _compute_use(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
     work = dataclasses.replace(work, decode_context=one.context * work.running) if one.context else work
     at_peak = sum(floors_of(seen.run, variant, work, moved=False).values())
     value = 100 * at_peak / one.wall_ms
-    word, how_near = by_interval(claim, claim["fp8"]["value"], value, math.nan, math.nan)
+    word, how_near = by_interval(claim, claim["fp8"]["value"], *(value,) * 3)
     reason = f"{how_near}; at the matrix peak its tokens would take {at_peak:.2f} ms of the {one.wall_ms:.2f} ms"
     if (busy := one.gpu.get("gpu_util")) is not None:
         reason += f"; NVML saw a kernel in {busy:.0%} of the time, which is no measure of the compute units"
@@ -337,11 +334,8 @@ def _at_once(
         names = variants(claim, seen)
         held = {name: list(seen.levels((name,), _BURST, valid=False)) or [level_id(name, _BURST)] for name in names}
         ids = [level for levels in held.values() for level in levels]
-        if unjudged := not_judged(seen, ids):
-            word, reason = unjudged
-            answer = found(seen, word, f"{reason}; profile {needs} has them" if word == "not run" else reason)
-        else:
-            answer = judge(claim, seen, *names)
+        unjudged = not_judged(seen, ids, needs=needs)
+        answer = found(seen, *unjudged) if unjudged else judge(claim, seen, *names)
         return verdict(claim, seen, ids, protocol=how, **answer)
 
     return judged

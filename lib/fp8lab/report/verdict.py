@@ -3,7 +3,7 @@
 `reproduced`                the measured value is what was claimed, with its whole interval within the tolerance
 `reproduced, other cause`   it is, but the stated cause does not hold
 `not reproduced`            it is not: its interval lies outside the tolerance
-`undecided`                 measured, and its interval or its length allows both answers
+`undecided`                 measured, and its interval or its length allows both answers, or a single seed gives no interval
 `invalid run`               a level that the claim rests on was not measured properly
 `not run`                   nothing was measured: a level is missing, the GPU was emulated or not the card that the profile
                             names, or this kit has no measurement of it; the reason says what it needs
@@ -14,15 +14,16 @@ limit, "undecided" when the interval allows both; empty where a test of it found
 none.
 
 Judged is the (geometric) mean of all valid seeds that were measured as published: a single seed can be an odd one, and
-which one comes first is chance. Each seed's value is told beside it. With a single one the value alone is judged.
+which one comes first is chance. Each seed's value is told beside it. A single one gives no interval, and decides nothing.
 """
 
+import dataclasses
 import math
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ..paths import DATA
+from ..paths import DATA, repository_relative
 from ..results.evidence import Evidence, other_card, unmeasured
 from ..results.run_folder import Run
 from ..ui.text import four_digits
@@ -31,8 +32,9 @@ from ..ui.text import four_digits
 @dataclass(frozen=True)
 class Verdict:
     """One claim, judged. `published` (None: the claim has no number), `measured` and `interval` (95 %, over the seeds) are
-    in `unit`; `cause` says whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are
-    the level ids it rests on, `limits` what limited each."""
+    in `unit`; `way` is what `not reproduced` alone does not tell ("better than published", "no risk to remove"); `cause` says
+    whether the stated cause holds ("" where nothing speaks against it, tested or not); `levels` are the level ids it rests on,
+    `limits` what limited each."""
 
     id: str
     title: str
@@ -44,11 +46,17 @@ class Verdict:
     published_parts: dict[str, float]
     measured_parts: dict[str, float | None]
     verdict: str
+    way: str
     cause: str
     reason: str
     levels: list[str]
     limits: dict[str, str]
     emulated: bool
+
+    @property
+    def said(self) -> str:
+        """The verdict as a table and a sentence show it."""
+        return f"{self.verdict} ({self.way})" if self.way else self.verdict
 
 
 def published() -> dict:
@@ -61,16 +69,30 @@ def claim_of(id: str) -> dict:
     return next(claim for claim in published()["claims"] if claim["id"] == id)
 
 
-def not_judged(seen: Evidence, levels: list[str], *, records: bool = False) -> tuple[str, str] | None:
-    """(verdict, reason) when `levels` cannot carry a verdict: one is missing, was not measured properly, or (with
-    `records`) lacks its records."""
+def not_judged(seen: Evidence, levels: list[str], *, records: bool = False, needs: str = "") -> tuple[str, str] | None:
+    """(verdict, reason) when `levels` cannot carry a verdict: one is missing (the profile `needs` has it), was not measured
+    properly, or (with `records`) lacks its records."""
     missing = [level for level in levels if level not in seen.summaries]
     if missing:
-        return "not run", f"the run holds no level {', '.join(missing)}"
-    invalid = [f"{level}: {s.invalid_reason}" for level in levels if not (s := seen.summaries[level]).valid]
+        return "not run", f"the run holds no level {', '.join(map(seen.own, missing))}{_remedy(seen, missing, needs)}"
+    invalid = [f"{seen.own(level)}: {s.invalid_reason}" for level in levels if not (s := seen.summaries[level]).valid]
     if not invalid and records:
-        invalid = [f"{level}: its records are missing" for level in levels if seen.level(level) is None]
+        invalid = [f"{seen.own(level)}: its records are missing" for level in levels if seen.level(level) is None]
     return ("invalid run", "; ".join(invalid)) if invalid else None
+
+
+def _remedy(seen: Evidence, missing: list[str], needs: str) -> str:
+    """What measures these levels: protocols of the run's own profile, where they hold all of them, else the profile `needs`."""
+    run, named = seen.run, {}
+    for protocol, levels in run.profile.protocols.items():
+        for level in levels:
+            named.setdefault(level.id, protocol)
+    if not named.keys() >= (own := {seen.own(level) for level in missing}):
+        return f"; profile {needs} has them" if needs else ""
+    recorded = run.path.resolve().is_relative_to(DATA / "recorded")
+    where = f"--profile {run.profile.name}" if recorded else f"--run {repository_relative(run.path)}"
+    options = "".join(f' --protocol "{protocol}"' for protocol in sorted({named[level] for level in own}))
+    return f"; to measure it: fp8lab measure {where}{options}"
 
 
 def found(seen: Evidence, word: str, reason: str, **more) -> dict:
@@ -90,27 +112,33 @@ def verdict(claim: dict, seen: Evidence, ids: list[str], **judged) -> Verdict:
     value = claim.get("fp8", {}).get("value")
     common = {
         "id": claim["id"], "title": claim["title"], "unit": claim.get("unit", ""), "published": value, "measured": None,
-        "interval": None, "cause": "", "published_parts": {} if value is None else {"fp8": value}, "measured_parts": {},
+        "interval": None, "way": "", "cause": "", "published_parts": {} if value is None else {"fp8": value}, "measured_parts": {},
         "emulated": seen.run.emulated,
-        "levels": ids, "limits": {level: seen.limit(level).cause for level in ids if level in seen.summaries},
+        "levels": [seen.own(level) for level in ids],
+        "limits": {seen.own(level): seen.limit(level).cause for level in ids if level in seen.summaries},
     }  # fmt: skip
-    return Verdict(**common | judged)
+    one = Verdict(**common | judged)
+    if one.verdict == "not reproduced" and "better" in claim:
+        better = (one.measured > one.published) == (claim["better"] == "higher")
+        return dataclasses.replace(one, way=f"{'better' if better else 'worse'} than published")
+    return one
 
 
 def left_out(seen: Evidence, levels: Iterable[tuple[str, float]]) -> str:
     """The invalid seeds at these (variant, rate), as text: nothing rests on them."""
     held = [seen.levels((variant,), rate, valid=False) for variant, rate in levels]
-    invalid = [level_id for levels in held for level_id, s in levels.items() if not s.valid]
+    invalid = [seen.own(level_id) for levels in held for level_id, s in levels.items() if not s.valid]
     return f"left out as INVALID: {', '.join(invalid)}" if invalid else ""
 
 
 def by_interval(claim: dict, published: float, value: float, low: float, high: float) -> tuple[str, str]:
-    """(verdict, the same in words) of a value with its interval from `low` to `high` (nan: none, the value alone is judged):
-    the one rule for every claim that has an interval. Outside what the claim's direction and tolerance allow it is `not
-    reproduced`, within `reproduced`, across an edge `undecided`."""
+    """(verdict, the same in words) of a value with its interval from `low` to `high` (the value itself where it is exact, nan
+    where a single seed gives none): the one rule for every claim that has an interval. Outside what the claim's direction and
+    tolerance allow it is `not reproduced`, within `reproduced`, across an edge or without an interval `undecided`."""
     how_near, tolerance = near(value, published), f"the tolerance of {claim['tolerance']:.0%}"
-    below, above = (value / published - 1,) * 2 if math.isnan(low) else (low / published - 1, high / published - 1)
-    lowest, highest = allowed(claim)
+    if math.isnan(low):
+        return "undecided", f"{how_near}; one seed gives no interval: more seeds (repeats) are missing"
+    below, above, (lowest, highest) = low / published - 1, high / published - 1, allowed(claim)
     if above < lowest or below > highest:
         return "not reproduced", f"{how_near}, outside {tolerance}"
     if below < lowest or above > highest:

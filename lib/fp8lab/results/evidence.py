@@ -31,6 +31,7 @@ class Evidence:
         self.run = run
         self.summaries: Mapping[str, Summary] = run.summaries()
         self._asked = {level_id: s.level.asked for level_id, s in self.summaries.items()}
+        self.instead = instead or {}
         if instead:
             names, held = {stored: name for name, stored in instead.items()}, self.summaries.values()
             named = [
@@ -38,6 +39,11 @@ class Evidence:
             ]
             self._asked = {level.id: s.level.asked for s, level in named}
             self.summaries = {level.id: dataclasses.replace(s, level=level) for s, level in named}
+
+    def own(self, level_id: str) -> str:
+        """The id that the run itself has for a level, held or not."""
+        variant, rate, repeat = level_id.rsplit("-", 2)
+        return f"{self.instead.get(variant, variant)}-{rate}-{repeat}"
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - an Evidence lives as long as its run is shown
     def level(self, level_id: str) -> LevelResult | None:
