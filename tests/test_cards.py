@@ -168,9 +168,9 @@ def test_another_load_a_card_says_nothing_of_scaling(run):
     assert fill(open_run(run.path), {}).verdict == "undecided"
 
 
-def test_without_a_level_for_two_it_says_which_profile_has_one(run):
+def test_without_a_level_for_two_it_says_what_measures_one(run):
     found = fill(run, {"fp8-unsealed": 17_800})
-    assert found.verdict == "not run" and found.reason.endswith("fp8-dp2-infrps-r1; profile h100-x2-8b has them")
+    assert found.verdict == "not run" and found.reason.endswith('--protocol "the same load a card"')
 
 
 def test_the_table_shows_what_each_card_brings_and_costs(run):

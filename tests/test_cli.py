@@ -68,6 +68,11 @@ LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
             "holds no level x to measure again (it holds: none)",
         ),
         (["profiles", "h101"], "no profile 'h101'"),
+        (["reproduce", "--source", "h200-80gb", "--profile", "h100-80gb"], "leave out --profile"),
+        (["quality", "--source", "smollm2-h200", "--variant", "nope"], "leave out --variant"),
+        (["quality", "--source", "h200-80gb"], "holds no quality measurement"),
+        (["anatomy", "--source", "h100-80gb", "--variant", "nope"], "no variant 'nope'"),
+        (["quantize", "llama-3-8b", "--recipe", "int8", "--text", "mine.txt"], "is not calibrated and reads no text"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path):

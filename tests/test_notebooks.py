@@ -11,6 +11,8 @@ import nbformat
 import pytest
 
 from conftest import SHORT
+from fp8lab.commands import _default_notebook
+from fp8lab.errors import BadInput
 from fp8lab.report import notebooks
 from fp8lab.results.run_folder import open_run
 
@@ -118,12 +120,30 @@ def test_a_recorded_run_is_redrawn_and_left_alone(measured, tmp_path):
 @pytest.mark.servers
 @pytest.mark.parametrize(
     ("step", "source"),
-    [("08", "h100-80gb-unseal"), ("09", "h200-80gb-recipes"), ("10", "h200-80gb-x2-8b")],
+    [("08", "h100-80gb-unseal"), ("09", "h200-80gb-recipes"), ("10", "h200-80gb-x2-8b"), ("10", "h200-80gb-x4-70b")],
 )
 def test_what_was_recorded_on_cards_is_drawn_without_one(step, source, tmp_path):
     (notebook,) = notebooks.find(step)
     page = notebooks.execute(notebook, tmp_path / notebook.name, {"source": source}).read_text()
     assert "Traceback" not in page and page.count("<table") > 5
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("h200-80gb", "front"), ("h100-80gb-long-prompts", "front"), ("h100-80gb-unsealed", "08_unseal"),
+     ("h100-80gb-azure-conv", "08_unseal"), ("h100-80gb-recipes", "09_recipes"), ("h200-80gb-x2-32b", "10_more_cards"),
+     ("smollm2-h200", "07_quality")],
+)  # fmt: skip
+def test_a_run_is_drawn_by_the_notebook_that_has_something_to_show(source, name):
+    assert _default_notebook(open_run(source=source)) == name
+
+
+@pytest.mark.servers
+def test_what_a_cell_refuses_leaves_no_page(tmp_path):
+    (step,) = notebooks.find("02")
+    with pytest.raises(BadInput, match="holds no level of variant 'bf16'"):
+        notebooks.execute(step, tmp_path / step.name, {"source": "h200-80gb-x4-70b"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def short_load(step) -> dict:
@@ -156,7 +176,7 @@ def test_the_front_notebook_shows_the_recorded_run(tmp_path):
     output, run = tmp_path / "front.ipynb", open_run(source="h200-80gb")
     before = {path: path.read_bytes() for path in [*run.path.rglob("*"), *ALL] if path.is_file()}
     page = notebooks.execute(notebooks.FRONT, output, {"source": "h200-80gb"}).read_text()
-    assert page.count("<figure>") == FRONT_FIGURES
+    assert page.count("<figure>") == FRONT_FIGURES and "outputs kept in this file" not in page
     assert before == {path: path.read_bytes() for path in [*run.path.rglob("*"), *ALL] if path.is_file()}
     fresh = {cell.id: cell for cell in nbformat.read(output, as_version=4).cells}
 
@@ -199,7 +219,7 @@ def test_the_committed_front_notebook_reads_without_styles_and_scripts():
 @pytest.mark.servers
 def test_a_cell_that_fails_is_named_and_the_rest_is_kept(tmp_path):
     broken = nbformat.read(notebooks.FRONT, as_version=4)
-    broken.cells[3].source = "raise RuntimeError('out of <luck>')"
+    broken.cells[4].source = "raise RuntimeError('out of <luck>')"
     nbformat.write(broken, tmp_path / "broken.ipynb")
     with pytest.raises(notebooks.NotebookFailed, match="RuntimeError: out of <luck>"):
         notebooks.execute(tmp_path / "broken.ipynb", tmp_path / "out" / "broken.ipynb", {})

@@ -192,7 +192,11 @@ def test_the_shipped_text_is_long_prose():
             ["--profile", "tiny-cpu", "--weights", "packaged"],
             "no package ships weights of 'tiny-llama'",
         ),
-        (b"word " * 5000, ["--source", "h200-80gb"], "holds no quality measurement"),
+        (
+            b"word " * 5000,
+            ["--source", "h200-80gb"],
+            "only shows what that run holds: leave out --profile, --run, --text",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, capsys, content, arguments, said):

@@ -167,10 +167,12 @@ EngineCore does. One server a variant; without a GPU the host's half alone.""", 
         _PROFILE, _RUN, _SOURCE,
         ("--variant", "V", "default: bf16 and fp8; repeatable", _LIST),
         ("--batch", "N", "requests decoding at once (64, 128, 256, 1024); repeatable", _LIST | _WHOLE),
+        ("--brief", "", "the steps alone, without their kernels and what the EngineCore did", {}),
     ), """
         fp8lab anatomy                                    bf16 and fp8, 64 to 1,024 decoding at once, on this GPU
         fp8lab anatomy --variant fp8 --batch 256          one step
         fp8lab anatomy --profile tiny-cpu --batch 16      no GPU: what the EngineCore does
+        fp8lab anatomy --source h100-80gb --brief         a recorded run's steps in one table
     """),
     ("quantize", """\
 Write a checkpoint in another number format, each weight rounded to the nearest value that it has or, by a recipe …-by-gptq or \
@@ -330,6 +332,8 @@ valid, or the search came to an end; 3: it is INVALID; 1: the warm-up failed, or
     """),
 )  # fmt: skip
 NAMES = tuple(name for name, *_ in _COMMANDS)
+# What a command still heeds beside --source, which measures nothing.
+_BESIDE_SOURCE = {"reproduce": ("notebook", "parameter"), "quality": (), "anatomy": ("variant", "brief")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -356,6 +360,8 @@ def _run(arguments: list[str] | None) -> int:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
             signal.signal(signum, signal.default_int_handler)
     try:
+        if getattr(args, "source", ""):
+            _check_beside_source(args)
         os.environ |= with_library(with_home(os.environ))
         # Only now: help and arguments that cannot be read are answered at once.
         if args.command == "load_test":
@@ -374,6 +380,15 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("\nfp8lab: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_beside_source(args: argparse.Namespace) -> None:
+    """Raises BadInput for options that --source would leave without effect."""
+    alone = vars(_parser().parse_args([args.command, "--source", args.source]))
+    heeded = _BESIDE_SOURCE[args.command]
+    if idle := [name for name, value in vars(args).items() if value != alone[name] and name not in heeded]:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise BadInput(f"--source {args.source} only shows what that run holds: leave out {named}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -112,10 +112,15 @@ def anatomy(args) -> None:
         for variant in variants:
             profile.variant(variant)
     run = lab.open_run(args.run, profile, source=args.source)
+    for variant in args.variant or ():
+        run.profile.variant(variant)
     with _resumable(run):
         held = lab.measure_anatomy(run, run.profile, variants, batches=batches)
-    profiled = [variant for variant in held if any(one.steps for one in held[variant])]
-    for table in (lab.steps_table(run), *(lab.kernels_table(run, one) for one in profiled), lab.host_table(run)):
+    profiled = [v for v in held if v in (args.variant or held) and any(one.steps for one in held[v])]
+    tables = [lab.steps_table(run)]
+    if not args.brief:
+        tables += [*(lab.kernels_table(run, one) for one in profiled), lab.host_table(run)]
+    for table in tables:
         print(f"{table}\n")
     print(repository_relative(run.path))
 
@@ -123,6 +128,8 @@ def anatomy(args) -> None:
 def quantize(args) -> None:
     from .models import quantize as making
 
+    if args.text and "-by-" not in args.recipe:
+        raise BadInput(f"--text {args.text}: recipe {args.recipe} is not calibrated and reads no text; leave it out")
     source, drawn = making.source_of(args.model)
     beside = source.resolve() if Path(args.model) == source else cache_dir() / "models" / args.model
     target = Path(args.out or beside.with_name(f"{beside.name}-{args.recipe}"))
@@ -241,8 +248,19 @@ def plan(args) -> None:
 
 
 def _default_notebook(run: "lab.Run") -> str:
-    """What shows a run: of one with answers alone the front notebook would have nothing to show."""
-    return "07_quality" if run.read_parts("quality") and not run.summaries() else "front"
+    """What shows a run: the notebook of whose protocols it holds a level. Of answers alone, or of other variants than the
+    published ones, the front notebook would have nothing to show."""
+    from .report.notebooks import declared, find
+
+    held = run.summaries()
+    if not held:
+        return "07_quality" if run.read_parts("quality") else "front"
+    for name in ("front", "08_unseal", "09_recipes", "10_more_cards"):
+        asked = declared(*find(name))
+        protocols = [*asked["protocols"], *asked.get("half_protocols", ())]
+        if any(level.id in held for one in protocols for level in run.profile.protocols.get(one, ())):
+            return name
+    return "front" if {"bf16", "fp8"} & {s.level.variant for s in held.values()} else "08_unseal"
 
 
 def share(args) -> None:

@@ -43,9 +43,9 @@ def environment_table(run: Run) -> Table:
 
 
 def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
-    """The variants, or those that `protocols` measure: what each derives from, its API server, its recipe, and the variables
-    and vLLM flags that make it."""
-    measured = {level.variant for name in protocols for level in profile.levels(name)}
+    """The variants, or those that `protocols` measure, as far as the profile has these: what each derives from, its API server,
+    its recipe, and the variables and vLLM flags that make it."""
+    measured = {level.variant for name in protocols for level in profile.protocols.get(name, ())}
     variants = {k: one for k, one in profile.variants.items() if k in measured or not measured}
 
     def written(one: Variant) -> str:

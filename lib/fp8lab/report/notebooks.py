@@ -124,8 +124,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
     The source is never written to; what cells and libraries write to standard error goes to this process's own. Raises
-    BadInput for undeclared or impossible parameters and NotebookFailed, with the cell's error, when a cell raises; the
-    executed part is then in `output`, and its page is made all the same.
+    BadInput, without leaving anything, for parameters that are undeclared or impossible or that a cell refuses; NotebookFailed,
+    with the cell's error, when a cell fails: the executed part is then in `output`, and its page is made all the same.
     """
     import papermill
 
@@ -142,11 +142,12 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             failure = error
+    if failure and failure.ename in ("BadInput", "RunMismatch", "InUse"):
+        output.unlink()
+        raise BadInput(f"{notebook.name}: {failure.evalue}") from failure
     _forget_the_machine(output)
     page = to_html(output)
     if failure:
-        if failure.ename in ("BadInput", "RunMismatch", "InUse"):
-            raise BadInput(f"{notebook.name}: {failure.evalue}") from failure
         message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
     return page
@@ -174,10 +175,12 @@ def _own_kernel(folder: Path) -> type:
 
 
 def _forget_the_machine(executed: Path) -> None:
-    """Takes out of an executed notebook what is of this machine alone: standard error, which the terminal got, and paths."""
+    """Takes out of an executed notebook what is of this machine alone: standard error, which the terminal got, and paths; and
+    what is said of the outputs that the committed file has (cells with the tag "as committed")."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "as committed" not in cell.metadata.get("tags", ())]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
