@@ -121,6 +121,38 @@ def test_load_test_ends_with_one_json_line_and_says_when_it_is_invalid(tmp_path)
     assert broken.returncode == 3 and "no request completed" in json.loads(broken.stdout)["invalid_reason"]
 
 
+def test_a_result_without_a_completed_request_may_be_replaced(tmp_path):
+    test = [
+        "load-test",
+        "--base-url",
+        "http://127.0.0.1:9",
+        "--model",
+        "m",
+        "--trace",
+        "random",
+        "--requests",
+        "3",
+        "--out",
+    ]
+    for _ in range(2):
+        done = fp8lab(*test, str(tmp_path / "out"))
+        assert done.returncode == 3 and done.stderr.count("no request completed") == 1, done.stderr
+    (tmp_path / "out" / "summary.json").write_text("{")
+    assert fp8lab(*test, str(tmp_path / "out")).returncode == 1
+
+
+def test_what_an_emulated_gpu_serves_is_told_by_its_name(tmp_path):
+    from conftest import streaming_server
+
+    name = f"ok{read_profile('emulated-h100').emulated_mark}-1"
+    with streaming_server("--ttft-ms", "350") as url:
+        common = ["--trace", "random", "--input-tokens", "5", "--output-tokens", "4", "--requests", "9", "--rate", "50"]
+        done = fp8lab("load-test", "--base-url", url, "--model", name, *common, "--out", str(tmp_path / "out"))
+    said = json.loads(done.stdout)
+    assert said["emulated"] and said["time_dilation"] == 3.5 and "50 req/s (EMULATED GPU): " in done.stderr
+    assert 100 <= said["mean_ttft_ms"] < 150  # in model time
+
+
 def test_a_closed_loop_from_the_command_line(tmp_path):
     from conftest import streaming_server
 
@@ -148,7 +180,9 @@ def test_print_command_is_the_published_one():
     assert done.returncode == 0
     assert "--quantization fp8 --kv-cache-dtype fp8" in done.stdout and "--host 127.0.0.1" in done.stdout
     assert "distributed-executor-backend" not in done.stdout
-    assert " vllm serve --model " in done.stdout and sys.executable not in done.stdout  # for any host, not for this one
+    assert (
+        " vllm serve /" in done.stdout and "--model" not in done.stdout and sys.executable not in done.stdout
+    )  # for any host, not for this one
 
 
 @pytest.mark.timing

@@ -137,6 +137,9 @@ def test_a_tokenizer_is_asked_for(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([sharegpt(ASKED, ANSWER)]))
     with pytest.raises(BadInput, match=r"a.json: conversations need a tokenizer .a model's folder or hub name."):
         lab.from_file(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('{"a": 1}')  # which holds none to count the tokens of
+    with pytest.raises(BadInput, match=r"b.json: no entry in it has a question .*keys found: 'a'"):
+        lab.from_file(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(

@@ -423,6 +423,8 @@ def test_a_warm_up_is_sent_before_and_not_counted(tmp_path):
     assert said["request_goodput"] == said["request_throughput"] and said["slo_share"] == 1
     assert said["slo"] == "TTFT ≤ 5,000 ms and E2EL ≤ 9,000 ms for 99% of requests (ttft=5000,e2el=9000)"
     assert "warm-up: 5 requests, not counted" in done.stderr and "(100.0% met the objective)" in done.stderr
+    assert said["objective"] == "undecided" and said["reason"] in done.stderr
+    assert said["reason"] == "0 of 3 requests were outside its limits: too few to tell, it takes 459 requests"
 
 
 def test_a_warm_up_that_fails_is_one_error_before_anything_is_measured(tmp_path):

@@ -141,7 +141,7 @@ def test_a_run_is_drawn_by_the_notebook_that_has_something_to_show(source, name)
 @pytest.mark.servers
 def test_what_a_cell_refuses_leaves_no_page(tmp_path):
     (step,) = notebooks.find("02")
-    with pytest.raises(BadInput, match="holds no level of variant 'bf16'"):
+    with pytest.raises(BadInput, match="no variant 'bf16' in profile h200-80gb-x4-70b"):
         notebooks.execute(step, tmp_path / step.name, {"source": "h200-80gb-x4-70b"})
     assert list(tmp_path.iterdir()) == []
 

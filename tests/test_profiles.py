@@ -155,7 +155,10 @@ def test_checkpoints_by_variant():
         ("title = ", "not valid TOML"),
         ('[gpu]\nbf16_flops = "989e12"', r"mine.toml: gpu.bf16_flops: expected a number, not '989e12'"),
         ("[gpu]\nbf16_flops = nan", "mine.toml: gpu.bf16_flops: expected a finite number"),
-        ('[gpu]\nname = "H20"', "mine.toml: gpu.memory_gib: is missing"),
+        (
+            '[gpu]\nname = "H20"',
+            "mine.toml: gpu.memory_gib: is missing: a new name is another card, and replaces the whole",
+        ),
         ('[workload]\ntrace = "sharegpt"', "no trace 'sharegpt'.*sharegpt-like"),
         ('[variants]\nbf16 = ["--api-k", "x"]', "--api-key holds a secret"),
         ("[gpu]\nmemory_gib = -1", "mine.toml: gpu.memory_gib: expected a number above 0"),

@@ -219,6 +219,7 @@ def test_schemes_are_those_whose_kernels_vllm_names(run):
     assert (
         found.verdict == "not reproduced" and "fp8-block (FP8 weights with a scale for each 128 x 128" in found.reason
     )
+    assert "fp8-static" not in found.reason  # others are named
 
 
 def test_a_start_counts_once_however_many_levels_it_served():

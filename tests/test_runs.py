@@ -18,6 +18,8 @@ from fp8lab.experiment.speed import load_test, measure, missing_work, plan_table
 from fp8lab.metrics.performance import summarize
 from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.paths import DATA
+from fp8lab.report import notebooks
+from fp8lab.report.levels import flags_table
 from fp8lab.results import provenance, run_folder
 from fp8lab.results.run_folder import LevelResult, open_run
 from fp8lab.share import record
@@ -114,7 +116,7 @@ def test_part_of_a_run_is_read_as_far_as_it_goes(run, profile, capsys):
     for protocol in ("as published", "one that this profile does not have"):
         (held,) = measure(open_run(source=run.path), profile, protocol)
         assert held.level.id == other.id
-        assert f"holds nothing of {protocol}: drawn is all that it holds" in capsys.readouterr().err
+        assert f"holds nothing of {protocol!r}: drawn is all that it holds" in capsys.readouterr().err
     level = profile.levels("as published")[0]
     run.write(make_result(level, 1000))
     (held,) = measure(open_run(source=run.path), profile, "as published")
@@ -393,10 +395,11 @@ def test_a_recorded_run_is_not_opened_to_be_measured_into():
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (DATA / "recorded").iterdir()))
 def test_every_recorded_run_has_something_to_show(name):
-    """Whatever its protocols are called: the front notebook draws its levels, of one without levels step 7 the answers."""
+    """Whatever its protocols are called: a notebook draws its levels, of one without levels step 7 the answers."""
     run = open_run(source=name)
-    if commands._default_notebook(run) == "front":
-        assert measure(run, run.profile, ["as published", "equal load"])
-        assert plan_table(run.profile, ["as published", "equal load"], run).rows
-    else:
+    if (notebook := commands._default_notebook(run)) == "07_quality":
         assert run.read_parts("quality") and not run.summaries()
+    else:
+        protocols = notebooks.declared(*notebooks.find(notebook))["protocols"]
+        assert measure(run, run.profile, protocols)
+        assert plan_table(run.profile, protocols, run).rows and flags_table(run.profile, protocols).rows

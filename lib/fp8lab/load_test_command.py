@@ -1,6 +1,7 @@
 """What `fp8lab load-test` does: one level, or the search for the highest rate, at any endpoint."""
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import orjson
 
-from .config.profile import rate_name
+from .config.profile import dilation_of, rate_name
 from .config.trace import NAMES, Trace, arrival_times, begun_anew, is_file, named_trace, rescaled
 from .errors import INVALID, BadInput, LevelFailed
 from .load.endpoint import Endpoint, check_fleet
 from .load.level import Measured, measure_level, warm_up
-from .metrics.slo import SLO
+from .metrics.slo import SLO, attains
 from .paths import made
 from .results.files import plain, read_json, write_json, write_tables
 from .system.locks import Lock
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--warmup {args.warmup} is below 0")
     if args.find_max_rate:
         return _search(args, endpoint, slo, out)
-    if (out / "summary.json").exists() or (out / "search.json").exists():  # what is written last
+    if _holds_a_result(out):
         raise BadInput(f"{out} already holds a result; choose another --out folder")
     return _level(args, endpoint, slo, out)
 
@@ -60,11 +61,34 @@ def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: P
         name = f"{name}, closed loop at {args.max_concurrency}"
     made(out, "choose another --out folder")
     _warm_up(args, endpoint)
-    summary, records, tokens, _ = measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
+    summary, records, tokens, _ = _measured(args, endpoint, trace, due, name=name, slo=slo)
     write_tables(out, records=records, tokens=tokens)
     write_json(out / "summary.json", summary)
-    print(json.dumps(plain(summary)))
+    told = {}
+    if slo and summary.completed:
+        found = attains(records, slo)
+        told = {"objective": found.state, "reason": found.reason}
+        StatusLine().done(f"{slo}: {found.state}, {found.reason}")
+    print(json.dumps(plain(summary) | told))
     return 0 if summary.valid else INVALID
+
+
+def _holds_a_result(out: Path) -> bool:
+    """Whether something was measured there: a level of which no request completed, for want of a server, may be replaced."""
+    kept = out / "summary.json"  # what is written last
+    return (out / "search.json").exists() or (
+        kept.exists() and read_json(kept, "choose another --out folder").get("completed") != 0
+    )
+
+
+def _measured(
+    args: argparse.Namespace, endpoint: Endpoint, trace: Trace, due, *, name: str, slo: SLO | None
+) -> Measured:
+    """One level; at a server of this kit whose GPU is emulated in model time, and marked so."""
+    emulated = dilation_of(args.model) is not None
+    name = f"{name} (EMULATED GPU)" if emulated else name
+    measured = measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
+    return measured._replace(summary=dataclasses.replace(measured.summary, emulated=emulated))
 
 
 def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
@@ -93,7 +117,7 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         warm_up_once()
         trace = _drawn(args, requests, args.seed + _PROBE_SEEDS * (number + 1))
         due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
-        return measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
+        return _measured(args, endpoint, trace, due, name=name, slo=slo)
 
     made(out, "choose another --out folder")
     lock = Lock(out / "search.lock", f"the search in {out}")
@@ -215,6 +239,7 @@ def _options(args: argparse.Namespace) -> dict:
         "others": args.others,
         "balance": args.balance,
         "workers": args.workers,
+        "time_dilation": dilation_of(args.model) or 1.0,
         "max_concurrency": args.max_concurrency,
         "connections_ahead": args.connections_ahead,
         "exact_tokens": not args.natural_stop,

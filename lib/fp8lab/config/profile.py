@@ -73,6 +73,12 @@ def level_id(variant: str, rate: float, repeat: int = 1) -> str:
     return f"{variant}-{rate:g}rps-r{repeat}"
 
 
+def dilation_of(served_name: str) -> float | None:
+    """The time dilation of the emulated GPU that serves a model of this name; None for any other server."""
+    found = re.search(r"-EMULATED-x([\d.]+)-", served_name)
+    return float(found[1]) if found else None
+
+
 def rate_name(rate: float) -> str:
     """An offered rate as text: "50 req/s", "all at once"."""
     return "all at once" if math.isinf(rate) else f"{rate:g} req/s"
@@ -242,6 +248,11 @@ class Profile(ProfileTable):
     def emulated(self) -> bool:
         return self.device == "emulated"
 
+    @property
+    def emulated_mark(self) -> str:
+        """What a served model's name says of an emulated GPU, for clients that know no profile (`dilation_of`)."""
+        return f"-EMULATED-x{self.time_dilation:g}" if self.emulated else ""
+
     def variant(self, name: str) -> Variant:
         """Raises BadInput for a name that no variant has."""
         if name not in self.variants:
@@ -333,7 +344,7 @@ class Profile(ProfileTable):
 
     def levels(self, protocol: str) -> tuple[Level, ...]:
         if protocol not in self.protocols:
-            known = ", ".join(self.protocols)
+            known = ", ".join(map(repr, self.protocols))
             raise BadInput(f"no protocol {protocol!r} in profile {self.name} (there are: {known})")
         return self.protocols[protocol]
 

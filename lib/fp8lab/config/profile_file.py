@@ -361,7 +361,10 @@ def _refuse_first(error: ValidationError, source: _Source) -> NoReturn:
         known = sorted(known if table else known - {"name"} | {"extends", "replaces"})
         source.refuse(table, f"unknown keys {unknown}; known: {known}", seen_at=at)
     if kind == "missing":
-        source.refuse(at, "is missing; give it, or extend a profile that does", seen_at=at[:-1])
+        said = "is missing; give it, or extend a profile that does"
+        if at[0] == "gpu" and any(_holds(table, at) for _, table in source.tables):
+            said = "is missing: a new name is another card, and replaces the whole table [gpu] of the extended profile; give it"
+        source.refuse(at, said, seen_at=at[:-1])
     if kind == "value_error":
         source.refuse(at, str(context["error"]))
     expected = _EXPECTED.get(kind, first["msg"]).format(**context)

@@ -146,6 +146,7 @@ def from_file(
             _refuse_times(name)
         return _of_lengths(lengths, name, requests, least, seed, max_context)
     if tokenizer is None:
+        check_conversations(path)
         raise BadInput(
             f"{name}: conversations need a tokenizer (a model's folder or hub name) that counts their tokens"
         )

@@ -234,7 +234,7 @@ def _recorded(run: Run, profile: Profile, protocols: Sequence[str], variants: Se
         if not held:
             raise BadInput(f"recorded run {run.path.name} holds no complete level: there is nothing to show")
         StatusLine().done(
-            f"recorded run {run.path.name} holds nothing of {', '.join(protocols)}: drawn is all that it holds"
+            f"recorded run {run.path.name} holds nothing of {', '.join(map(repr, protocols))}: drawn is all that it holds"
         )
     elif lacking := [level.id for level in asked if level not in held]:
         StatusLine().done(f"recorded run {run.path.name} lacks {', '.join(lacking)}: drawn without")
@@ -382,7 +382,7 @@ def plan_table(
     if run and run.read_only:
         protocols = [name for name in protocols if name in profile.protocols]
     work = missing_work(run, profile, protocols, variants=variants)
-    caption = f"Plan of profile {profile.name}: {', '.join(protocols)}"
+    caption = f"Plan of profile {profile.name}: {', '.join(map(repr, protocols))}"
     if not work:
         return Table(caption, ("plan",), [("nothing is left to measure",)])
     longest = max((level for _, levels in work for level in levels), key=lambda level: level.requests)

@@ -146,7 +146,7 @@ def one_line(name: str, summary: "Summary") -> str:
     verdict = " - VALID" if summary.valid else f" - INVALID: {summary.invalid_reason}"
     verdict += "".join(f"; {note}" for note in summary.notes)
     if not summary.completed:
-        return f"{name}: no request completed{verdict}"
+        return f"{name}{'' if 'no request completed' in verdict else ': no request completed'}{verdict}"
     failed = f", {summary.failed} FAILED" if summary.failed else ""
     answer = f", first answer token {summary.mean_ttfo_ms:.0f} ms" if summary.mean_ttfo_ms is not None else ""
     address = f", all to {summary.address}" if summary.address else ""

@@ -377,7 +377,7 @@ def _schemes(claim: dict, _protocol: str, seen: Evidence) -> Verdict:
         reason = f"not measured here: it needs {claim['needs']}"
         return verdict(claim, seen, [], protocol="none", verdict="not run", reason=reason)
     others = [variant for variant in named if held[variant] != claim["per_tensor"]]
-    reason = "; ".join(f"{variant} ({recipe(held[variant]).says}): {kernel}" for variant, kernel in named.items())
+    reason = "; ".join(f"{v} ({recipe(held[v]).says}): {named[v]}" for v in others or named)
     word = "not reproduced" if others else "undecided"
     own = {kernel for v in named if v not in others for kernel in served[v]}
     apart = [v for v in others if set(served[v]) - own]

@@ -99,8 +99,10 @@ def build_command(profile: Profile, variant: str, *, port: int = 8000, served_na
     own = ["--served-model-name", served_name, *_guard(profile, variant)] if served_name else []
     address = ["--host", HOST, "--port", str(port)]
     python = profile.variant(variant).python
-    start = [python or sys.executable, "-m", *_entry_point(python)]
-    return [*start, "--model", model, *flags, *load, *address, *own, *executor]
+    entry = _entry_point(python)
+    # vLLM's own CLI takes the model by its place.
+    start = [python or sys.executable, "-m", *entry, *([] if entry[-1] == "serve" else ["--model"])]
+    return [*start, model, *flags, *load, *address, *own, *executor]
 
 
 def build_environment(profile: Profile, variant: str) -> dict[str, str]:
@@ -153,7 +155,7 @@ def printable_command(profile: Profile, variant: str, port: int = 8000, *, weigh
     environment = [f"{key}={shlex.quote(value)}" for key, value in build_environment(profile, variant).items()]
     command = build_command(profile, variant, port=port)
     if profile.device == "cuda" and not profile.variant(variant).python:
-        command = ["vllm", "serve", *command[command.index("--model") :]]
+        command = ["vllm", "serve", *command[command.index(served_model(profile, variant)) :]]
     return " ".join([*environment, shlex.join(command)])
 
 

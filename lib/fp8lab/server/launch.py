@@ -58,7 +58,7 @@ class Server(Served):
     def __init__(self, profile: Profile, variant: str, port: int, log_path: Path):
         self.profile, self.variant, self.port, self.log_path = profile, variant, port, log_path
         self.base_url = f"http://{HOST}:{port}"
-        self.model = f"{variant}-{secrets.token_hex(4)}"
+        self.model = f"{variant}{profile.emulated_mark}-{secrets.token_hex(4)}"
         self.api_key = secrets.token_urlsafe(32)
         self.info: ServerInfo | None = None
         self._watchdog: subprocess.Popen | None = None
