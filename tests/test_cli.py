@@ -20,6 +20,11 @@ def test_help_teaches_by_example(command):
     assert done.returncode == 0 and "examples:" in done.stdout and f"fp8lab {' '.join(command)}".strip() in done.stdout
 
 
+def test_it_says_which_version_it_is():
+    done = fp8lab("--version")
+    assert done.returncode == 0 and done.stdout.startswith("fp8lab ")
+
+
 def test_importing_is_quick():
     """And what reads no run does not wait for what does."""
     for imported, heavy in (

@@ -2,6 +2,7 @@
 
 import re
 
+from fp8lab.ui import text
 from fp8lab.ui.text import Table
 
 TABLE = Table('Levels of "a" & <b>', ("", "req/s", "why"), [("bf16-50rps-r1", "39.5", "s" * 61), ("fp8", "–", "")])
@@ -35,3 +36,15 @@ def test_a_number_and_its_unit_stay_on_one_line_in_a_page():
 def test_a_table_without_rows_says_so():
     assert Table("What", ("one", "two"), []).caption == "What: nothing to show"
     assert Table("What", ("one",), [("1",)]).caption == "What"
+
+
+def test_a_table_is_as_wide_as_its_terminal(monkeypatch):
+    """A row a line elsewhere; where wrapping leaves texts too little, a cell a line."""
+    cells = ("C1", "FP8 raises output throughput by 60 %", "1.28×", "one reason after the other " * 9)
+    table = Table("The published claims", ("", "claim", "this run", "reason"), [cells, cells])
+    assert len(repr(table).splitlines()) == 5
+    for columns in (200, 100, 40):
+        monkeypatch.setattr(text, "_room", lambda room=columns: room)
+        told = repr(table).splitlines()
+        assert max(map(len, told)) <= columns and set(" ".join(cells).split()) <= set(" ".join(told).split())
+    assert told[1:4] == ["", "C1", "claim: FP8 raises output throughput by"]

@@ -5,6 +5,9 @@ import itertools
 import json
 import math
 import re
+import shutil
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +71,8 @@ _NAME, _NAME_LENGTH = "text-align:left;white-space:nowrap", 32
 # A column of sentences stays readable where the page is narrow: the table then scrolls in its own box.
 _SENTENCE, _SENTENCE_WIDTH = 60, ";min-width:12em"
 _CAPTION = "text-align:left;min-width:20em"
+# What a column of text, and one of sentences, keeps in a narrow terminal.
+_LEAST = 12, 40
 
 
 @dataclass(frozen=True)
@@ -115,15 +120,40 @@ class Table:
         return "\n".join([line(self.columns), rule, *(line(row) for row in self.rows)])
 
     def __repr__(self) -> str:
-        grid = [self.columns, *self.rows]
+        """A row a line; in a terminal that is narrower texts are wrapped, or, where that leaves too little, a cell a line."""
+        grid, room = [self.columns, *self.rows], _room()
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         right = [self._numeric(i) for i in range(len(self.columns))]
+        least = [w if r else min(w, _LEAST[w > _SENTENCE]) for w, r in zip(widths, right, strict=True)]
+        fits = sum(least) + 2 * len(least) - 2 <= room
+        while fits and sum(widths) + 2 * len(widths) - 2 > room:
+            widest = max(range(len(widths)), key=lambda i: widths[i] - least[i])
+            widths[widest] -= 1
+        caption = _wrapped(self.caption, room)
+        if not fits:
+            cells = (
+                [f"{name}: {cell}" if name else cell for name, cell in zip(self.columns, row, strict=True)]
+                for row in self.rows
+            )
+            blocks = ([line for cell in row for line in _wrapped(cell, room, "  ")] for row in cells)
+            return "\n\n".join("\n".join(block) for block in (caption, *blocks))
 
-        def line(cells):
-            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
-            return "  ".join(padded).rstrip()
+        def lines(cells):
+            for parts in itertools.zip_longest(*map(_wrapped, cells, widths), fillvalue=""):
+                padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(parts, widths, right, strict=True))
+                yield "  ".join(padded).rstrip()
 
-        return "\n".join([self.caption, line(self.columns), line(["-" * w for w in widths]), *map(line, self.rows)])
+        rule = ["-" * w for w in widths]
+        return "\n".join([*caption, *(line for cells in (self.columns, rule, *self.rows) for line in lines(cells))])
+
+
+def _room() -> float:
+    """How many characters a line may have: in a terminal as many as it has columns."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+
+
+def _wrapped(text: str, room: float, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, int(room), subsequent_indent=indent) if len(text) > room else [text]
 
 
 class Shown:
