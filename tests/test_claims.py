@@ -211,6 +211,8 @@ def test_the_memory_figure_shows_what_vllm_may_take_and_where_the_card_ends():
     drawn = {name: lab.memory_figure(recorded(name)) for name in ("h100-80gb", "h200-80gb")}
     said = {name: [text.get_text() for text in one.canvas.axes[0].texts] for name, one in drawn.items()}
     assert {"vLLM's share 71.6", "the card 79.6"} <= set(said["h100-80gb"])
+    beyond = [text.xy[0] for text in drawn["h100-80gb"].canvas.axes[0].texts if text.get_text() in ("4.8", "4.3")]
+    assert len(beyond) == 2 and min(beyond) > 72  # no line goes through a number
     assert "vLLM's share 71.3" in said["h200-80gb"]  # held to the memory of a smaller card
     assert not any(text.startswith("the card") for text in said["h200-80gb"])
 

@@ -70,6 +70,7 @@ def test_an_interval_beyond_the_axis_ends_in_an_arrow():
     )
     arrows = [[line.get_marker() for line in figure.canvas.axes[0].lines] for figure in (within, beyond)]
     assert not {"<", ">"} & set(arrows[0]) and {"<", ">"} <= set(arrows[1])
+    assert [text.get_text() for text in within.canvas.axes[0].texts] == ["1.20"]
     assert "arrow" in beyond.canvas.axes[0].get_xlabel() and "arrow" not in within.canvas.axes[0].get_xlabel()
 
 

@@ -267,6 +267,14 @@ def test_formats_are_drawn_at_the_rates_that_all_have(name, low):
         assert sorted(text.get_text() for text in axes.texts) == sorted(formats)
 
 
+def test_the_formats_beside_the_answers_are_a_figure_of_their_own():
+    run = open_run(source="h200-80gb-recipes")
+    speed, answers = lab.recipes_figure(run), lab.recipes_figure(run, open_run(source="smollm2-h200-recipes"))
+    titles = [one.canvas.axes[0].get_title(loc="left") for one in (speed, answers)]
+    assert titles[0] != titles[1] and answers.alt.startswith(titles[1])
+    assert max(answers.canvas.axes[0].get_yticks()) == 100
+
+
 @pytest.mark.nightly  # two starts that compile
 @pytest.mark.servers
 def test_int8_is_made_and_served_on_a_cpu(tmp_path):

@@ -10,6 +10,7 @@ from .errors import BadInput
 from .paths import DATA, PLAIN_NAME, made, repository_relative, writing
 from .results.files import put_in_place, read_parquet, to_the_microsecond, write_tables
 from .results.run_folder import Run
+from .ui.status import StatusLine
 
 
 def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False) -> tuple[list[Path], Path]:
@@ -24,18 +25,21 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
     if not run.summaries() and not run.read_parts("quality"):
         raise BadInput(f"{run.path.name} holds no complete level and no answers yet: there is nothing to share")
     made(target, "choose another --out folder")
-    pages, name = [], run.path.resolve().name
+    pages, name, status = [], run.path.resolve().name, StatusLine()
     # Written beside and renamed: what was shared before stays until this is whole.
     with writing(target), tempfile.TemporaryDirectory(prefix=".sharing-", dir=target) as scratch:
         for notebook in notebooks:
+            status.update(f"{name}: drawing {notebook.stem}")
             page = execute(notebook, Path(scratch) / notebook.name, {"source": repository_relative(run.path)})
             pages.append(target / f"{name if len(notebooks) == 1 else f'{name}-{notebook.stem}'}.html")
             page.rename(pages[-1])
+        status.update(f"{name}: packing the archive")
         whole, archive = Path(scratch) / "whole.zip", target / f"{name}.zip"
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
             for path in files(run, list(run.summaries()) if tokens else ()):
                 file.write(path, Path(name) / path.relative_to(run.path))
         whole.rename(archive)
+    status.done(f"{name}: {len(pages)} page{'s' * (len(pages) > 1)} and an archive")
     return pages, archive
 
 

@@ -409,11 +409,16 @@ def recipes_figure(axes, run: Run, answers: Run | None = None) -> str:
         one.set(xlabel=f"{what}, {rate_name(rate)}")
         one.set_ylabel("same likeliest token, % of positions" if answers else "output tokens a joule")
         one.margins(0.25, 0.2)
+        if answers:  # a share ends at 100, though a mark needs room above
+            one.set_yticks([tick for tick in one.get_yticks() if one.get_ylim()[0] < tick <= 100])
         one.locator_params(axis="x", nbins=5)
         one.xaxis.set_major_formatter(PLAINLY)
         # An area is given in points squared, as the square of the diameter.
         widest = math.sqrt(max((area for _, _, area in here.values()), default=0))
         label_where_free(one, [(variant, x, y) for variant, (x, y, _) in here.items()], widest / 2, around=True)
+    if answers:
+        question = "Which number format is fast, and what does it do to the answers?"
+        axes[0].set_title(question, loc="left", fontsize=11, color=INK)
     model = f"Answers: run {answers.path.name}, {answers.profile.title}; {card_note(answers)}" if answers else ""
     least = "" if answers else f"Tokens a joule: {rate_name(full)}. "
     return f"Right and up is better; a mark's area is the memory of its weights. {least}{said}{model}".strip()

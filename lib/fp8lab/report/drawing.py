@@ -81,7 +81,13 @@ def figure(name: str, title: str, *, height: float = 3.8, rows: int = 1, columns
                     note(one, "nothing to draw in this run", (0.02, 0.5), (0, 0), xycoords="axes fraction", color=GREY)
                 canvas.savefig(vector, format="svg", metadata={"Date": None})
             source = f" Run{'s' * (len(runs) > 1)} {', '.join(run.path.name for run in runs)}." if runs else ""
-            return Figure(name, vector.getvalue(), _alt(canvas, title), f"{card_note(*runs)}{caption}{source}", canvas)
+            return Figure(
+                name,
+                vector.getvalue(),
+                _alt(canvas, canvas.axes[0].get_title(loc="left") or title),
+                f"{card_note(*runs)}{caption}{source}",
+                canvas,
+            )
 
         # What a caller gives and gets.
         given = list(inspect.signature(draw).parameters.values())[1:]
@@ -244,9 +250,10 @@ def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | No
     axes.grid(axis="y", visible=False)
     if texts := [text for text, _ in ([said] if said else []) + list(rows)]:
         axes.axvline(1, color=INK, lw=1)
-    beyond = False
+    beyond, beside = False, {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7.5}
     if said:
         axes.plot(said[1], 0, "*", color=INK, mfc="white", ms=12)
+        note(axes, f"{said[1]:.2f}", (1, 0), (7, 0), **beside)
     for y, (_, one) in enumerate(rows, start=bool(said)):
         low, high = (one.value, one.value) if math.isnan(one.low) else (one.low, one.high)
         color = INK if one.shown else GREY
@@ -256,6 +263,7 @@ def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | No
             axes.plot(end, y, arrow, color=color, ms=6, clip_on=False)
         beyond = beyond or bool(ends)
         axes.plot(one.value, y, "o", color=INK, mfc=INK if one.shown else "white", ms=5)
+        note(axes, f"{one.value:.2f}", (1, y), (7, 0), **beside)
     axes.set_yticks(range(len(texts)), texts, fontsize=7.5)
     axes.set_ylim(max(1, len(texts)) - 0.5, -0.5)
     axes.set_xscale("log")
@@ -264,4 +272,4 @@ def forest(axes, rows: Sequence[tuple[str, Ratio]], label: str, said: tuple | No
     axes.minorticks_off()
     axes.set_xlim(_LEFT, _RIGHT)
     arrows = ";\narrow: it goes on" if beyond else ""
-    axes.set_xlabel(f"{label}\n(filled: the interval leaves out 1{arrows})")
+    axes.set_xlabel(f"{label}\n(logarithmic; filled:\nthe interval leaves out 1{arrows})")

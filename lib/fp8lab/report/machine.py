@@ -230,10 +230,12 @@ def memory_figure(axes, run: Run) -> str:
         for (part, color, hatch), size in zip(_PARTS, sizes, strict=True):
             label = part if y == 0 else None
             axes.barh(y, size, 0.6, left=left, color=color, hatch=hatch, edgecolor="white", label=label)
-            if size > 3:
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-                note(axes, f"{size:.1f}", (left + size / 2, y), (0, 0), ha="center", va="center", bbox=box)
             left += size
+            if size > 3 and part != "the rest":
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                note(axes, f"{size:.1f}", (left - size / 2, y), (0, 0), ha="center", va="center", bbox=box)
+            elif size > 0:  # behind its bar: what vLLM may take ends within it
+                note(axes, f"{size:.1f}", (left, y), (4, 0), va="center")
     name_rows(axes, names, 1.6, 0.45)
     axes.set_xlabel("GiB")
     _limits(axes, run, {memory_share(held[variant].command) for variant in names})

@@ -25,16 +25,16 @@ _PAGE = """{%- extends "index.html.j2" -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_css -%}<style>STYLE</style>{%- endblock -%}
 """
-# A figure scrolls within its width rather than become too small to read; what scrolls must be within a keyboard's reach.
-_SCROLLING = r'<figure><div class="figure-box" role="group" aria-label="figure" tabindex="0">\1</div>'
+# A table's caption stands before the box in which a wide one scrolls, and may be wider than a narrow one. The box has its name.
+_CAPTION = re.compile(r'(<div [^>]*role="group"[^>]*><table>)<caption[^>]*>(.*?)</caption>', re.DOTALL)
 # Read on a phone, printed, and by people who tell colours badly apart.
 _STYLE = """
 :root { --jp-mirror-editor-comment-color: #2f6060; --jp-mirror-editor-number-color: #060; --jp-mirror-editor-operator-color: #8000d0; }
 main { max-width: 75rem; margin: 0 auto; }
 main a { text-decoration: underline; }
-.figure-box { overflow-x: auto; }
+figure img { max-width: 100%; height: auto; }
+.caption { margin: 0.5em 0; font-size: var(--jp-ui-font-size1); }
 .highlight pre, .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media screen { .figure-box img { min-width: 520px; object-fit: contain; } }
 @media (max-width: 40rem) {
   body.jp-Notebook { padding: 0.5rem; }
   figure { margin: 1em 0; }
@@ -49,8 +49,8 @@ main a { text-decoration: underline; }
   }
   :root { --jp-content-font-size1: 10.5pt; --jp-code-font-size: 8.5pt; }
   figure img { max-height: 75mm; }
-  figure, img, tr, pre, caption { break-inside: avoid; }
-  h1, h2, h3, caption, .jp-MarkdownCell, .jp-CodeCell .jp-Cell-inputWrapper { break-after: avoid; }
+  figure, img, tr, pre, .caption { break-inside: avoid; }
+  h1, h2, h3, .caption, .jp-MarkdownCell, .jp-CodeCell .jp-Cell-inputWrapper { break-after: avoid; }
   .jp-OutputArea-output table { font-size: 6.5pt; }
   .jp-OutputArea-output :is(td, th) { padding: 0.3em; min-width: 0 !important; }
 }
@@ -206,7 +206,7 @@ def to_html(executed: Path) -> Path:
     page = executed.with_suffix(".html")
     # The page travels alone: other notebooks are not where its links would look for them.
     body = re.sub(r'<a href="[^":]+\.ipynb">(.*?)</a>', r"\1", body)
-    page.write_text(nameless(re.sub(r"<figure>(<img [^>]*>)", _SCROLLING, body)))
+    page.write_text(nameless(_CAPTION.sub(r'<p class="caption">\2</p>\1', body)))
     return page
 
 
