@@ -621,10 +621,11 @@ def test_what_one_python_api_server_hands_out_is_as_far_off_as_is_said():
     each = [s.frontend_us_per_token for s in full]
     apart = {name: (100 * median(map(abs, values)), 100 * max(map(abs, values))) for name, values in off.items()}
     assert (
-        f"{PYTHON_US:g} µs of CPU a token for all, about their median, the tokens/s of the published command's {len(full)} full levels on another host "
+        f"{PYTHON_US:g} µs of CPU a token for all, the tokens/s of the published command's {len(full)} full levels on another host "
         f"(`h100-80gb`) are foretold within {apart['all'][0]:.1f} % in the median, {apart['all'][1]:.0f} % at worst; with what each "
         f"level's own API server took, {min(each):.0f} to {max(each):.0f} µs, which is known only afterwards, within "
-        f"{apart['own'][0]:.1f} %, {apart['own'][1]:.0f} % at worst. With an API server that is never full they would be "
+        f"{apart['own'][0]:.1f} %, {apart['own'][1]:.0f} % at worst: those are of the steady state, and a server that falls behind merges "
+        f"more tokens into a chunk towards the end. With an API server that is never full they would be "
         f"{100 * min(off['free']):.0f} to {100 * max(off['free']):.0f} % too many."
     ) in " ".join(DATA_README.split())
 
