@@ -11,6 +11,8 @@ Names are imported when they are first used, so that `import fp8lab` takes no ti
 
 import importlib
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "config.profile": ("Level", "Profile", "Variant"),
     "config.profile_file": ("profile_names",),

@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 import textwrap
-import tomllib
 
+from . import __version__
 from .config.dimensions import RECIPES
 from .errors import BadInput, Fp8labError
-from .paths import PROJECT, with_home, with_library
+from .paths import with_home, with_library
 from .ui import status
 
 _ADVICE = "put that right (room on the disk, permissions) and run the same command again"
@@ -399,8 +399,7 @@ def _parser() -> argparse.ArgumentParser:
         "Runs the published comparison, and the fair one, and judges the claims.",
         **_with_examples(_EXAMPLES),
     )
-    version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
-    parser.add_argument("--version", action="version", version=f"fp8lab {version}")
+    parser.add_argument("--version", action="version", version=f"fp8lab {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, text, options, examples in _COMMANDS:
         command = subparsers.add_parser(name, help=text, description=text, **_with_examples(examples))
