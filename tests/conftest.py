@@ -114,6 +114,13 @@ def recorded(name: str):
     return open_run(source=name)
 
 
+def whole_run_mhz(seen, level_id: str) -> float:
+    """The mean SM clock from the first request to the last token."""
+    level = seen.level(level_id)
+    span = level.records["sent_s"].min(), level.records["last_token_s"].max()
+    return level.telemetry.loc[level.telemetry["at_s"].between(*span), "gpu_sm_mhz"].mean()
+
+
 @pytest.fixture(autouse=True)
 def own_environment():
     """What the command line settles for its process (PYTHONPATH, HOME) does not outlive the test that calls it in this one."""
