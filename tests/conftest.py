@@ -305,8 +305,9 @@ def running(pid: int) -> bool:
 def nothing_left(profile: str | Path, pids, within: float = 20.0) -> None:
     """Fails unless, in time, no process of the profile's servers is left, neither by pid nor by mark."""
     assert pids
-    wait_for(lambda: not any(map(running, pids)), within, f"the end of {pids}")
-    assert marked(profile) == []
+    wait_for(
+        lambda: not any(map(running, pids)) and not marked(profile), within, f"the end of {pids}, and of their servers"
+    )
 
 
 def make_records(sent, first, last, tokens, *, scheduled=None, errors=None) -> pd.DataFrame:

@@ -397,6 +397,8 @@ def card_numbers() -> list[str]:
     told.append("it is {} for {} times the tokens/s of the whole run in FP8, {} for {} in BF16.".format(*each))
     worth, cost = (drawn.compare("fp8-online", "bf16", math.inf, m) for m in (tokens, joules))
     told.append(f"it is {worth} for {cost} the joules. At 100 req/s")
+    read = {v: read_in_steady_state(seen, f"{v}-infrps-r1") for v in ("fp8-unsealed", "fp8-dp2", "fp8-tp2")}
+    assert max(read["fp8-unsealed"], read["fp8-dp2"]) < 0.02 and 0.3 < read["fp8-tp2"] < 0.36  # "a third", "none"
     for variant in ("fp8-dp2", "fp8-tp2"):
         worth, cost, then = (seen.compare(variant, "fp8-unsealed", math.inf, m) for m in (tokens, joules, steady))
         told += [f"{worth}", f"{then} in the steady state"]

@@ -214,7 +214,8 @@ class ModelShape:
 
     def flops(self, tokens: float, emitted: float) -> tuple[float, float]:
         """(the layers', the output head's) matrix products of steps that compute `tokens` and emit `emitted` of them: the
-        head runs for those alone. Attention's own products are left out (about 1 % here)."""
+        head runs for those alone. Attention's own products are left out: of Llama-3-8B's 1 % at a context of 300 tokens,
+        9 % at 2,300."""
         return 2.0 * tokens * self.layer_parameters, 2.0 * emitted * self.vocabulary_parameters
 
 

@@ -167,8 +167,9 @@ def roofline(
 
     A running request gets one token a step, so between two samples there are as many steps as tokens for each of them, and
     each reads the KV blocks in use and each replica's weights. So counted they are those of vLLM's own counter of steps, where
-    that was sampled, within 1 % in bursts and 13 % at lower rates. Left out: what cards tell each other, activations, writing the KV
-    cache, the products inside attention (about 1 % of a token's), and whatever the kernels read twice.
+    that was sampled, within 1 % in bursts and 13 % at lower rates. Left out: what cards tell each other, activations,
+    writing the KV cache, the products inside attention (of Llama-3-8B's 1 % at a context of 300 tokens, 9 % at 2,300), and
+    whatever the kernels read twice.
     """
     names = ["running", "kv_cache_usage", "prompt_tokens", "generation_tokens"]
     known = telemetry[["at_s", *names]].dropna()
