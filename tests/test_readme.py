@@ -683,7 +683,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
     shown = {id: "，".join(VERDICTS[word] for word in words) for id, words in answer["verdicts"].items()}
     for row in (
         f"| C1: 60 % more tokens/s | {said['C1']} | the load rose with it: BF16 alone, from 50 to 100 req/s, gives "
-        f"{a['load'][0]} and {a['load'][1]} | at the same 50 req/s FP8 gives {a['equal'][0]}× and {a['equal'][1]}×, in the steady state no difference |",
+        f"{a['load'][0]} and {a['load'][1]} | at the same 50 req/s FP8 gives {a['equal'][0]}× and {a['equal'][1]}×, with no difference shown in the steady state |",
         f"| C2: 5 times more in flight (170 to 1,033) | {said['C2']} | who is offered more holds more in flight; the KV cache was at most "
         f"{a['full']} full | at the same 100 req/s {a['peak'][0]}× and {a['peak'][1]}×: "
         "no difference shown |",

@@ -61,7 +61,7 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
             ", ".join(dict.fromkeys(names)) for names in zip(*((m.run, m.trace) for m in known), strict=True)
         )
         told.append(f"± is the greatest error on levels of run {runs} that the fit never saw: same host, same lengths ({lengths}); where none "
-                    "stands it is not known, and `--against` a run there tells it")  # fmt: skip
+                    "stands it is not known, and `fp8lab predict --against` a run there tells it")  # fmt: skip
     if any(row[-1].endswith("does not keep up") for row in rows):
         told.append("where a level does not keep up, latencies grow with its length")
     told += dict.fromkeys(f"{level.trace.name}: {note}" for level in levels for note in level.trace.notes)
