@@ -2,12 +2,13 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from conftest import make_records
+from conftest import make_records, recorded
 from fp8lab import commands, share
 from fp8lab.config.profile import Level, Variant
 from fp8lab.config.profile_file import read_profile
@@ -403,3 +404,15 @@ def test_every_recorded_run_has_something_to_show(name):
         protocols = notebooks.declared(*notebooks.find(notebook))["protocols"]
         assert measure(run, run.profile, protocols)
         assert plan_table(run.profile, protocols, run).rows and flags_table(run.profile, protocols).rows
+
+
+def test_an_older_run_of_an_fp8_checkpoint_stays_one(tmp_path):
+    """Its dimensions say `fp8_weights`, where newer ones name the format."""
+    shutil.copytree(recorded("h100-80gb-starts").path, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+    kept["profile"]["model"]["dimensions"] = {"default": sizes, "fp8": sizes | {"fp8_weights": True}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(kept))
+    read = open_run(source=tmp_path / "run").profile.model.dimensions
+    assert [read[name].weights for name in ("default", "fp8")] == ["bf16", "fp8"]

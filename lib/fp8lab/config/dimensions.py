@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from types import SimpleNamespace
 
 from ..errors import BadInput
@@ -122,6 +122,11 @@ class Dimensions:
     max_position_embeddings: int | None = None
     weights: str = "bf16"
     fp8_kv: bool = False
+    fp8_weights: InitVar[bool] = False  # what older runs say instead of `weights`
+
+    def __post_init__(self, fp8_weights: bool) -> None:
+        if fp8_weights:
+            object.__setattr__(self, "weights", "fp8")
 
 
 def dimensions(config: Mapping) -> Dimensions | None:

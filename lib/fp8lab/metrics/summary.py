@@ -1,8 +1,9 @@
 """What a level came to, as it is stored (summary.json) and read by everything that judges, tabulates or draws.
 
 Each field: unit; definition; when it is None. `steady` is the window from 20 to 80 % of the output tokens (see
-`performance.steady_window` and `counted_window`), `whole run` is first arrival to last token, as `vllm bench serve` counts it; of requests only
-completed ones count. Sampled values come from telemetry (`load.telemetry`) and are None where it had no such source.
+`performance.steady_window` and `counted_window`), `whole run` is first arrival to last token, as `vllm bench serve` counts
+it; of requests only completed ones count. Sampled values come from telemetry (`load.telemetry`) and are None where it had no
+such source.
 """
 
 import dataclasses
@@ -111,7 +112,8 @@ class Summary:
     # Latency in ms over completed requests, as `vllm bench serve` defines it. TTFT: first token of
     # any kind - sent. TTFO: first answer token - sent (time to first output token, as AIPerf has it), over the requests that
     # came to one; None where no output was reasoning: it is the TTFT. TPOT: (E2EL - TTFT) / (output tokens
-    # - 1); None where each answer was one chunk. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule: from the instant when the request was due.
+    # - 1); None where each answer was one chunk. ITL: gaps between chunks, pooled. E2EL: last token - sent. From schedule:
+    # from the instant when the request was due.
     mean_ttft_ms: float | None = None
     p50_ttft_ms: float | None = None
     p90_ttft_ms: float | None = None
