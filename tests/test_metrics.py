@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,3 +132,20 @@ def test_latencies_agree_with_the_obvious_way(records):
         if r.output_tokens > 1:
             expected = (r.last_token_s - r.first_token_s) / (r.output_tokens - 1) * 1e3
             assert row.tpot_ms == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_chunks_are_merged_the_servers_own_count_says_when_tokens_were_made():
+    """100 tokens in 50 chunks: ten a second for five seconds, then all others at once."""
+    records = make_records([0.0], [0.1], [5.5], [100]).assign(chunks=50)
+    counter = pd.DataFrame(
+        {"at_s": [1.0, 2.0, 3.0, 4.0, 5.0, 5.5], "generation_tokens": [1010.0, 1020, 1030, 1040, 1050, 1100]}
+    )
+    assert performance.counted_window(records, counter) == pytest.approx((2.0, 5.3))
+    tokens = pd.DataFrame({"request": 0, "at_s": np.linspace(0.1, 5.5, 50)})
+    found = performance.summarize(records, tokens, counter)
+    assert found["steady_output_token_throughput"] == pytest.approx(60 / 3.3)
+    others = counter.assign(generation_tokens=counter["generation_tokens"] * [1, 1, 1, 1, 1, 1.2])
+    single = records.assign(chunks=100)
+    for one, seen in ((records, others), (single, counter), (records, counter[3:]), (records, counter[:0])):
+        assert np.isnan(performance.counted_window(one, seen)).all()
+        assert performance.summarize(one, tokens, seen)["steady_begin_s"] == performance.steady_window(one, tokens)[0]
