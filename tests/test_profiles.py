@@ -314,7 +314,10 @@ def quantised(weights: dict, inputs: dict | None = None, targets=("Linear",), **
     (quantised(INT8, INT8), "int8", False),
     (quantised(INT4), "int4", False),
     (quantised(INT4, FLOAT8), "w4a8", False),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "int4", False),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "int4-asymmetric", False),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4, "zero_point": False}}, "int4", False),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4, "sym": False}}, "int4-asymmetric", False),
+    (quantised(INT4 | {"symmetric": False}), "int4-asymmetric", False),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "int4", False),
 ])  # fmt: skip
 def test_a_checkpoint_says_in_which_format_it_is(changed, weights, kv):

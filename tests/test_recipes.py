@@ -84,11 +84,20 @@ def test_the_weights_take_what_their_format_says(variant):
     one, shape = profile.variant(variant), profile.shape(variant)
     asked = weight_format(joined(profile.server.flags, one.flags), shape)
     made = one.recipe if one.recipe != "bf16" or asked is FORMATS["bf16"] else "fp8-static"  # quantised at the start
-    # On the card the scales of W4A8 take eight times what they take in the file.
-    scales = 7 / 128 * shape.layer_parameters if made == "w4a8" else 0
+    # On the card the scales of W4A8 take eight times what they take in the file, AWQ's zero points four times.
+    more = {"w4a8": 7 / 128, "int4-awq": 1.5 / 128}.get(made, 0) * shape.layer_parameters
     assert shape.weight_bytes(asked) == pytest.approx(
-        checkpoint_bytes(model_folder("llama-3-8b"), made, drawn=True) + scales, rel=0.02
+        checkpoint_bytes(model_folder("llama-3-8b"), made, drawn=True) + more, rel=0.02
     )
+
+
+@pytest.mark.parametrize("name", ["h100-80gb-recipes", "h200-80gb-recipes"])
+def test_recorded_weights_took_on_the_card_what_their_format_says(name):
+    run = open_run(source=name)
+    for one in run.summaries().values():
+        shape = run.profile.shape(one.level.variant)
+        said = shape.weight_bytes(weight_format(run.profile.flags(one.level.variant), shape)) / 2**30
+        assert said <= one.server.model_memory_gib <= said * 1.014, one.level.id
 
 
 def test_weights_that_are_served_in_bf16_all_the_same_are_doubted():

@@ -36,7 +36,7 @@ class WeightFormat:
         return self.weight_bytes if self.head else 2.0
 
 
-# A group of 128 has a scale of 16 bits; GPTQ and AWQ have a zero point of 4 bits beside it.
+# A group of 128 has a scale of 16 bits.
 _GROUPS = 0.5 + 2 / 128
 _ALL = [
     WeightFormat("bf16"),
@@ -45,6 +45,8 @@ _ALL = [
     WeightFormat("int8", 1.0, eight_bit=True),
     WeightFormat("int4", _GROUPS),
     WeightFormat("int4-64", 0.5 + 2 / 64),
+    # As AWQ has it, groups have a zero point too: 4 bits in the file, and as wide as the scale for the kernel (vLLM's Machete).
+    WeightFormat("int4-asymmetric", 0.5 + 4 / 128),
     # Its kernel wants each group's FP8 scale eight times over (vLLM's cutlass_pack_scale_fp8): on the card, not in the file.
     WeightFormat("w4a8", 0.5 + 8 / 128, eight_bit=True),
 ]
@@ -89,7 +91,7 @@ _NEAREST = {
     ),
     "w4a8": Recipe("INT4 weights in groups of 128, FP8 activations", "w4a8", "W4AFP8", format="pack-quantized", divisor=128),
     "int4-gptq": Recipe("INT4 weights in groups of 128, in GPTQ's format", "int4", method="gptq", divisor=128),
-    "int4-awq": Recipe("INT4 weights in groups of 128, in AWQ's format", "int4", method="awq", divisor=128),
+    "int4-awq": Recipe("INT4 weights in groups of 128, in AWQ's format", "int4-asymmetric", method="awq", divisor=128),
 }  # fmt: skip
 _METHODS = {"int8": ("gptq",), "int4": ("gptq", "awq"), "int4-64": ("gptq", "awq"), "w4a8": ("gptq",)}
 RECIPES: Mapping[str, Recipe] = _NEAREST | {
@@ -158,8 +160,9 @@ def _weights_of(quantised: Mapping) -> str | None:
         return "bf16"
     if quantised.get("quant_method") == "fp8" or quantised.get("quant_algo") == "FP8":
         return "fp8"
-    if quantised.get("quant_method") in ("gptq", "awq") and quantised.get("bits") == 4:
-        return "int4"
+    if (method := quantised.get("quant_method")) in ("gptq", "awq") and quantised.get("bits") == 4:
+        symmetric = quantised.get("sym", True) if method == "gptq" else not quantised.get("zero_point", True)
+        return "int4" if symmetric else "int4-asymmetric"
     found = {_of_group(group) for group in (quantised.get("config_groups") or {}).values()}
     return found.pop() if len(found) == 1 else None
 
@@ -172,7 +175,9 @@ def _of_group(group: Mapping) -> str | None:
     if held == (8, "int") and (inputs.get("num_bits"), inputs.get("type")) == (8, "int"):
         return "int8"
     if held == (4, "int"):
-        return "int4" if not inputs else "w4a8" if _is_float8(inputs) else None
+        if inputs:
+            return "w4a8" if _is_float8(inputs) else None
+        return "int4" if weights.get("symmetric", True) else "int4-asymmetric"
     return None
 
 
