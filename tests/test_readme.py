@@ -690,16 +690,16 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C3: 63 req/s is the card's limit | {said['C3']} | one Python API server was full, not the card | {a['C3'][0]} and "
         f"{a['C3'][1]} req/s: two hosts |",
         f"| C4: 39 ms a token stays usable | {said['C4']} | it waits for the same API server | {a['C4'][0]} and {a['C4'][1]} ms |",
-        f"{a['long']}× the tokens/s on long prompts, where BF16's KV cache was full; {a['burst']}× on the published requests all "
-        f"at once, behind vLLM's Rust API server with larger CUDA graphs, where BF16 stands at the card's power limit; {a['joules']}× the joules a token at 50 req/s.",
-        f"run at {a['unsealed'][0]} tokens/s where the published command gives {a['unsealed'][1]} on the same machine. FP8 is then worth {each[0]}× ({a['drawn']}× with "
-        "drawn weights, on another), on the lengths of two real "
-        f"services {each[1]}× (conversation) and {each[2]}× (coding;",
-        "A 32 B model in FP8 on one card serves {}× the tokens/s a card of BF16 on two ({}× in the steady state), a 70 B one on two "
-        "cards {}× those of BF16 on four ({}×; two hosts)".format(*a["half"]),
-        "at 60 req/s, vLLM's EngineCore process is full first, and a token takes {:.1f} ms where BF16's takes {:.1f}.".format(
-            *a["cost"]
+        f"| the published command at 50 req/s | {a['equal'][0]}× | for {a['joules']}× the joules a token |",
+        f"larger CUDA graphs | {a['burst']}× | BF16 stands at the card's power limit |",
+        f"| the same with nothing in the card's way | {each[0]}× ({a['drawn']}× with drawn weights, on another) | five changes to how vLLM "
+        f"is started: {a['unsealed'][0]} tokens/s where the published command gives {a['unsealed'][1]} on the same machine (",
+        f"| so too, on the lengths of two real services | {each[1]}× and {each[2]}× | conversation and coding |",
+        f"| long prompts | {a['long']}× | BF16's KV cache was full |",
+        "{0}× and {2}× a card ({1}× and {3}× in the steady state) | H200s held to 80 GB; 70 B on two hosts |".format(
+            *a["half"]
         ),
+        "| {:.1f} ms a token, BF16's {:.1f} | vLLM's EngineCore process is full first |".format(*a["cost"]),
     ):
         assert row in english
     load = [f"{one.value:.2f} 倍（{one.low:.2f} 到 {one.high:.2f}）" for one in a["load"]]
@@ -709,14 +709,16 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C2：并发多出 5 倍（170 到 1,033） | {shown['C2']} | 来的请求多，在途的自然多；KV 缓存最多只用到 {a['full']} | 同为 100 req/s 时，是 {a['peak'][0]} 倍和 {a['peak'][1]} 倍，看不出差别 |",
         f"| C3：63 req/s 是这张卡的极限 | {shown['C3']} | 占满的是一个 Python API server 进程，不是显卡 | 两台主机上各为 {a['C3'][0]} 和 {a['C3'][1]} req/s |",
         f"| C4：每个 token 39 ms，仍可用 | {shown['C4']} | 卡在同一个 API server 上 | {a['C4'][0]} 和 {a['C4'][1]} ms |",
-        f"吞吐是 {a['long']} 倍；公开实验的请求全部同时到达，换用 Rust API server 和更大的 CUDA graph，BF16 顶着显卡功耗上限时，是 {a['burst']} 倍；50 req/s 下， "
-        f"每个 token 的能耗只有 {a['joules']} 倍。",
-        f"公开实验的请求从 {a['unsealed'][1]} tokens/s 升到 {a['unsealed'][0]}。 此时 FP8 是 BF16 的 {each[0]} 倍（权重改为按正态分布抽取，在另一台机器上是 {a['drawn']} 倍）；"
-        f"换成真实对话服务的长度是 {each[1]} 倍，真实编程服务的长度是 {each[2]} 倍",
-        "平均每张卡的吞吐是 BF16 用两张卡时的 {} 倍（稳态 {} 倍）；70 B 的模型用 FP8 放在两张卡上，是 BF16 用四张卡时的 {} 倍（稳态 {} 倍，两台主机）".format(
+        f"| 公开实验的命令，50 req/s | {a['equal'][0]} 倍 | 每个 token 的能耗只有 {a['joules']} 倍 |",
+        f"更大的 CUDA graph | {a['burst']} 倍 | BF16 顶着显卡功耗上限 |",
+        f"| {each[0]} 倍（权重改为按正态分布抽取，在另一台机器上是 {a['drawn']} 倍） | vLLM 的启动方式改五处：同一台机器上从 {a['unsealed'][1]} tokens/s 升到 "
+        f"{a['unsealed'][0]}（",
+        f"| 同上，换成两种真实服务的长度 | {each[1]} 倍和 {each[2]} 倍 | 对话服务和编程服务 |",
+        f"| 长提示 | {a['long']} 倍 | BF16 的 KV 缓存已满 |",
+        "| 平均每张卡 {0} 倍和 {2} 倍（稳态 {1} 倍和 {3} 倍） | H200，限制为 80 GB；70 B 用了两台主机 |".format(
             *a["half"]
         ),
-        "每个 token 要 {:.1f} ms，BF16 只要 {:.1f} ms".format(*a["cost"]),
+        "| 每个 token 要 {:.1f} ms，BF16 只要 {:.1f} ms | 先满的是 vLLM 的 EngineCore 进程 |".format(*a["cost"]),
     ):
         assert row in chinese
 
