@@ -18,6 +18,8 @@ from fp8lab.report.anatomy import host_adds
 NAMES = {
     "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::CollectiveMainloop": anatomy.ATTENTION,
     "flash_fwd_splitkv_combine_kernel": anatomy.ATTENTION,
+    "kernel_mha(unsigned int, float, float const*, Vec<__nv_bfloat16, 128u>*": anatomy.ATTENTION,
+    "void flashinfer::PrefillWithKVCacheKernel<flashinfer::CollectiveMainloop": anatomy.ATTENTION,
     "cutlass_3x_gemm_sm90_fp8<cutlass::float_e4m3_t>": anatomy.LAYERS,
     "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT": anatomy.LAYERS,
     "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>": anatomy.LAYERS,

@@ -25,7 +25,7 @@ KINDS = (ATTENTION, LAYERS, HEAD, QUANTISATION, KV_WRITE, SAMPLING, NORMS, COPIE
 _KINDS = (
     (QUANTISATION, r"^triton_\w*fused\w*(clamp|quant|float8|scaled_mm)"),
     (KV_WRITE, r"reshape_and_cache|concat_and_cache"),
-    (ATTENTION, r"flash|fmha|attn|attention|varlen"),
+    (ATTENTION, r"flash|mha|attn|attention|varlen"),  # kernel_mha is XQA
     (SAMPLING, r"gumbel|sampl|argmax|top_?[kp]\b|top_?[kp]_|min_p|penalt|logprob|bincount"),
     (NORMS, r"^triton_(red|poi|per)_fused"),  # what is done before or after a product bears its name too
     (LAYERS, r"gemm|gemv|nvjet|cutlass|cublas|split_?k|matmul|machete|marlin"),
