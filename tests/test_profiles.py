@@ -197,6 +197,14 @@ def test_checkpoints_by_variant():
             r"protocols.x.levels.0.: repeat stands beside starts",
         ),
         (
+            '[protocols.x]\nlevels = [{variant = "bf16", rate = 5, requests = 1, repeat = 2, repeats = 3}]',
+            r"protocols.x.levels.0.: repeat stands beside repeats, which numbers them from 1",
+        ),
+        (
+            '[protocols.x]\nlevels = [{variant = "bf16", rate = 5, requests = 1, repeats = 0}]',
+            r"protocols.x.levels.0..repeats: expected 1 or more, not 0",
+        ),
+        (
             '[protocols.x]\nlevels = [{variant = "bf16", rate = 50, requests = 3}]',
             "mine.toml: protocols.x: level bf16-50rps-r1 has 3 requests, in protocol 'as published' 1000.*replaces",
         ),
@@ -241,6 +249,15 @@ def test_an_error_names_the_file_that_it_is_in(tmp_path):
     (tmp_path / "two.toml").write_text('extends = "one.toml"\n[workload]\nwarmup_requests = 1')
     with pytest.raises(BadInput, match=f"^{tmp_path}/one.toml: workload.seed"):
         read_profile(str(tmp_path / "two.toml"))
+
+
+def test_repeats_number_their_levels_and_cross_check_the_first(tmp_path):
+    line = 'levels = [{variant = "bf16", rate = 5, requests = 3, cross_check = true, repeats = 2}, {variant = "fp8", rate = 5, requests = 3}]'
+    (tmp_path / "mine.toml").write_text(f'extends = "emulated-h100"\nreplaces = ["protocols"]\n[protocols.x]\n{line}\n')
+    levels = read_profile(str(tmp_path / "mine.toml")).protocols["x"]
+    assert [(level.id, level.cross_check) for level in levels] == [
+        ("bf16-5rps-r1", True), ("bf16-5rps-r2", False), ("fp8-5rps-r1", False)
+    ]  # fmt: skip
 
 
 def test_a_protocol_that_is_named_drops_no_other(tmp_path):

@@ -24,18 +24,32 @@ from .trace import is_file
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Levels(Level):
+    """Levels as a file gives them: with `repeats = N` it is N, repeats 1 to N, the first alone with a cross-check."""
+
+    repeats: Count = 1
+
+    def resolved(self) -> tuple[Level, ...]:
+        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(Level)}
+        first = Level(**same)
+        more = range(2, self.repeats + 1)
+        return (first, *(Level(**same | {"repeat": n, "cross_check": False}) for n in more))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Protocol(ProfileTable):
     """A protocol as a file gives it. With `starts = N` each level is measured N times, as repeats 1 to N, each on a server
     of its own: what differs from start to start is then in the interval."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[_Levels, ...]
     starts: Count | None = None
 
     def resolved(self) -> tuple[Level, ...]:
+        levels = [one for level in self.levels for one in level.resolved()]
         if self.starts is None:
-            return self.levels
+            return tuple(levels)
         again = range(1, self.starts + 1)
-        return tuple(dataclasses.replace(level, repeat=n, start=n) for n in again for level in self.levels)
+        return tuple(dataclasses.replace(level, repeat=n, start=n) for n in again for level in levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,10 +296,14 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
     except ValidationError as error:
         _refuse_first(error, source)
     for protocol, body in table.get("protocols", {}).items():
-        beside = [n for n, level in enumerate(body["levels"]) if {"repeat", "start"} & level.keys()]
-        if "starts" in body and beside:
-            at = ["protocols", protocol, "levels", beside[0]]
-            source.refuse(at, "repeat stands beside starts, which numbers the repeats itself; leave one of them out")
+        for n, level in enumerate(body["levels"]):
+            beside = {"repeat", "start", "repeats"} & level.keys()
+            if beside and "starts" in body:
+                said = f"{min(beside)} stands beside starts, which numbers the repeats itself; leave one of them out"
+                source.refuse(["protocols", protocol, "levels", n], said)
+            if {"repeat", "repeats"} <= level.keys():
+                said = "repeat stands beside repeats, which numbers them from 1; leave one of them out"
+                source.refuse(["protocols", protocol, "levels", n], said)
     built = {f.name: getattr(file, f.name) for f in dataclasses.fields(Profile)}
     built["protocols"] = {protocol: body.resolved() for protocol, body in file.protocols.items()}
     profile = Profile(**built)
@@ -386,7 +404,7 @@ def _table_at(at: Sequence) -> type:
     if not at:
         return Profile
     if at[0] == "protocols":
-        return Level if len(at) > 2 else _Protocol
+        return _Levels if len(at) > 2 else _Protocol
     return Dimensions if at[0] == "model" and len(at) > 1 else TABLES[at[0]]
 
 
