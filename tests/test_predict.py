@@ -131,7 +131,7 @@ def _sampled(truth, prompts, answers, due):
     step = np.minimum(np.searchsorted(ends, at), len(ends) - 1)
     read, came = (np.cumsum([getattr(one, name) for _, one in steps]) for name in ("prompt", "emitted"))
     joules = np.cumsum([
-        truth.idle_w * took + truth.step_j + 1e-3 * truth.token_mj * (one.decoding + one.prompt) + 1e-6 * truth.context_uj * one.context
+        (truth.idle_w + truth.busy_w) * took + 1e-3 * truth.token_mj * (one.decoding + one.prompt) + 1e-6 * truth.context_uj * one.context
         for took, one in steps
     ])  # fmt: skip
     before = np.maximum(at - 1.0, 0.0)  # NVML's mean over a second
@@ -187,12 +187,12 @@ def test_a_load_in_virtual_time_costs_what_its_steps_do():
 
 
 def test_energy_is_what_steps_tokens_and_contexts_take():
-    model = dataclasses.replace(MODEL, idle_w=100.0, step_j=1.0, token_mj=2.0, context_uj=3.0)
+    model = dataclasses.replace(MODEL, idle_w=100.0, busy_w=50.0, token_mj=2.0, context_uj=3.0)
     played = predict("x", model, fixed_length(10, input_tokens=100, output_tokens=20), math.inf).played
     # 1,000 tokens of prompts and 190 of answers are computed; contexts: 1,112 on average in the 19 steps that only decode.
     course, span = played.course, played.records["last_token_s"].max()
     assert course.tokens == 1190 and course.context == pytest.approx(19 * 10 * 110.5 + 1000, rel=0.02)
-    joules = 100 * span + course.steps + 2e-3 * 1190 + 3e-6 * course.context
+    joules = 100 * span + 50 * course.busy_s + 2e-3 * 1190 + 3e-6 * course.context
     assert played.found["joules_per_output_token"] == pytest.approx(joules / 200)
     limited = predict(
         "x", dataclasses.replace(model, limit_w=150.0), fixed_length(10, input_tokens=100, output_tokens=20), math.inf
@@ -381,9 +381,9 @@ def test_a_file_that_is_no_fit_is_one_clear_error(tmp_path):
 def test_a_models_numbers_are_told_with_how_well_they_are_known():
     rows = {row[0]: row[2:] for row in lab.models_table(lab.step_models(FIT)).rows}
     assert all(re.fullmatch(r"[\d.]+ \((at its bound|[\d.]+ to [\d.]+)\)", cell) for cell in rows["weights_ms"])
-    assert all(float(cell) > 0 for cell in rows["step_j"])
+    assert all(float(cell) > 0 for cell in rows["busy_w"])
     there = {row[0]: row[2:] for row in lab.models_table(lab.step_models(FIT, card="h200-80gb")).rows}
-    assert "step_j" not in there  # energy is on no datasheet
+    assert "busy_w" not in there  # energy is on no datasheet
 
 
 def test_a_minute_at_each_rate():

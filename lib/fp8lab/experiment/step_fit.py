@@ -224,9 +224,9 @@ def fit(run: Run, variant: str) -> StepModel:
 
 
 def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -> dict[str, float]:
-    """What energy is made of: least squares over the spans with their power and, counting as much, over the levels as they are
-    played; nothing where power was not sampled. None is below nothing, and idle the card draws no more than the least that was
-    sampled."""
+    """What energy is made of: least squares over the levels as they are played, by the card's own meter, and, with a tenth of
+    their say, over the spans with their power, a sensor's mean over a second; nothing where power was not sampled. None is below
+    nothing, and idle the card draws no more than the least that was sampled."""
     from scipy.optimize import lsq_linear
 
     rows = rows[np.isfinite(rows[:, 6])]
@@ -234,13 +234,14 @@ def _energy(model: StepModel, levels: Sequence[LevelResult], rows: np.ndarray) -
     if not len(rows) or not measured:
         return {}
     seconds, steps, running, read, held, _, watts = rows.T
-    parts = [np.stack([seconds, steps, steps * running + read, steps * held], axis=1)]
-    joules, weights = [watts * seconds], [1 / (watts * seconds)]
+    busy = np.minimum(_foretold({name: getattr(model, name) for name in STEPS}, model.graphs, rows), seconds)
+    parts = [np.stack([seconds, busy, steps * running + read, steps * held], axis=1)]
+    joules, weights = [watts * seconds], [math.sqrt(0.1) / (watts * seconds)]
     for level in measured:
         played = replay(model, level)
         course, tokens = played.course, float(level.records["output_tokens"].sum())
         span = tokens / played.found["output_token_throughput"]
-        parts.append(np.array([[span, course.steps, course.tokens, course.context]], float))
+        parts.append(np.array([[span, course.busy_s, course.tokens, course.context]], float))
         joules.append(np.array([tokens * getattr(level.summary, JOULES)]))
         weights.append(math.sqrt(len(rows) / len(measured)) / joules[-1])
     weighted = np.concatenate(parts) * np.concatenate(weights)[:, None]

@@ -19,8 +19,8 @@ out in the order in which they come, each after so many µs of CPU. Latencies of
 model is fitted to it. vLLM's EngineCore looks for work all the time, so that its CPU says nothing; what it adds to a step is
 in `base` and `request`, and told by itself where steps were taken apart.
 
-What a level takes of energy is idle x seconds + step x steps + token x tokens computed + context x tokens of context read,
-and never more than the card's power limit allows.
+What a level takes of energy is idle x seconds + busy x seconds in which a step ran + token x tokens computed + context x tokens of
+context read, and never more than the card's power limit allows.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class StepModel:
     mhz_low: Annotated[float, "MHz, the mean SM clock of a level's steady state, in the lowest"] = 0.0
     mhz_high: Annotated[float, "MHz, in the highest"] = 0.0
     idle_w: Annotated[float, "W, whatever it computes"] = 0.0
-    step_j: Annotated[float, "J, each step"] = 0.0
+    busy_w: Annotated[float, "W more while a step runs"] = 0.0
     token_mj: Annotated[float, "mJ, a token's matrix products"] = 0.0
     context_uj: Annotated[float, "µJ, a token of context, read"] = 0.0
     limit_w: float = math.inf  # the power limit of the cards
@@ -106,7 +106,7 @@ class StepModel:
     def joules(self, course: Course, span_s: float) -> float | None:
         """What the card takes for a load that was played, in so many seconds from its first request to its last token; None
         where the levels that were fitted had no power."""
-        found = self.idle_w * span_s + self.step_j * course.steps
+        found = self.idle_w * span_s + self.busy_w * course.busy_s
         found += 1e-3 * self.token_mj * course.tokens + 1e-6 * self.context_uj * course.context
         return min(found, self.limit_w * span_s) or None
 
@@ -172,7 +172,7 @@ JUDGED = (*TIMES, JOULES)
 UNTOLD = 100.0
 # Beyond this (ms, µs, ns, W, ...) no fitted number lies.
 MOST = 1e4
-ENERGY = ("idle_w", "step_j", "token_mj", "context_uj")
+ENERGY = ("idle_w", "busy_w", "token_mj", "context_uj")
 
 
 def read_fits(name: str) -> dict[str, StepModel]:
