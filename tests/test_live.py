@@ -4,7 +4,8 @@ import base64
 import re
 from dataclasses import replace
 
-from fp8lab.load.live import LiveChart, Progress
+from fp8lab.load.generator import Progress
+from fp8lab.load.level import LiveChart
 
 
 def progress(at: float) -> Progress:

@@ -22,10 +22,10 @@ import numpy as np
 from ..config.trace import Trace
 from ..errors import BadInput, LevelFailed
 from ..system.locks import Scratch
+from ..ui.text import shown
 from .connection import find_address, opened_ahead
 from .endpoint import BALANCES, Endpoint, check_fleet
 from .events import Outcome
-from .live import Progress
 from .worker import Job, read_spool
 
 # A worker parses about 40,000 chunks/s on a server core; a quarter of that leaves its timestamps undisturbed.
@@ -65,6 +65,33 @@ class Sent:
     outcomes: list[Outcome]
     client: ClientReport
     endpoints: int = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A level while it runs; times in model seconds. `ttft_ms` is the mean so far, nan before the first token; `waiting`
+    are the requests of a closed loop that are due and wait for a slot."""
+
+    elapsed_s: float
+    planned_s: float
+    requests: int
+    sent: int
+    in_flight: int
+    done: int
+    failed: int
+    tokens_per_s: float
+    ttft_ms: float
+    waiting: int = 0
+
+    def __str__(self) -> str:
+        left = f", {self.waiting:,} wait for a slot" if self.waiting else ""
+        if self.sent < self.requests and (seconds := self.planned_s - self.elapsed_s) > 0:
+            left += f", {seconds:.0f} s of arrivals left"
+        failed = f", {self.failed} FAILED" if self.failed else ""
+        return (
+            f"{self.sent}/{self.requests} sent, {self.in_flight} in flight, {self.done} done{failed}, "
+            f"{self.tokens_per_s:,.0f} tok/s, TTFT {shown(self.ttft_ms)} ms{left}"
+        )
 
 
 def default_workers(expected_chunks_per_s: float) -> int:

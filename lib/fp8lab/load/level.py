@@ -1,6 +1,8 @@
-"""One level against any endpoint: send the load, make the tables, sum up, judge the client."""
+"""One level against any endpoint: send the load, make the tables, sum up, judge the client; and its picture while it runs."""
 
+import base64
 import contextlib
+import html
 import itertools
 import math
 import threading
@@ -8,25 +10,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ..config.trace import Trace
 from ..errors import LevelFailed, Stopped
+from ..metrics.performance import completed, latencies, send_lag_ms, summarize
+from ..metrics.resources import summarize_usage
+from ..metrics.slo import SLO, goodput
+from ..metrics.summary import Summary
 from ..ui.status import StatusLine
+from ..ui.text import shown
 from .endpoint import Endpoint, remedy
 from .events import Outcome
-from .generator import Sent, self_check, send_load
-from .live import LiveChart
+from .generator import Progress, Sent, self_check, send_load
 from .telemetry import Telemetry
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from ..metrics.slo import SLO
-    from ..metrics.summary import Summary
-
 
 # A level of which more than this share failed did not carry the load that it stands for.
 _FAILED_SHARE = 0.01
@@ -42,15 +42,20 @@ PERIOD_S = 1.0  # between two looks at a server
 _SLEW = 1e-3
 _STEP_S = 0.5
 _SUSPENDED_S = 0.1
+# A panel of the picture of a running level, in pixels, and the points of its line.
+_WIDTH, _HEIGHT, _GAP = 190, 64, 12
+_POINTS = 240
+# Four ticks of every worker: a shorter stretch counts what some of them sent and not the others.
+_SAMPLE_S = 1.0
 
 
 class Measured(NamedTuple):
     """A level's summary and tables; see `to_tables` and `Telemetry.table` for the columns."""
 
-    summary: "Summary"
-    records: "pd.DataFrame"
-    tokens: "pd.DataFrame"
-    telemetry: "pd.DataFrame | None"
+    summary: Summary
+    records: pd.DataFrame
+    tokens: pd.DataFrame
+    telemetry: pd.DataFrame | None
 
 
 def measure_level(
@@ -62,7 +67,7 @@ def measure_level(
     time_dilation: float = 1.0,
     telemetry: Telemetry | None = None,
     server_problem: Callable[[], str | None] = lambda: None,
-    slo: "SLO | None" = None,
+    slo: SLO | None = None,
     **options,
 ) -> Measured:
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
@@ -86,12 +91,6 @@ def measure_level(
         except KeyboardInterrupt:
             status.done(f"{name}: stopped", chart.picture())
             raise Stopped(f"{name} ended early and is not kept; run the same again to go on") from None
-    # Imported here: the first request must not wait for pandas.
-    from ..metrics.performance import completed, latencies, send_lag_ms, summarize
-    from ..metrics.resources import summarize_usage
-    from ..metrics.slo import goodput
-    from ..metrics.summary import Summary
-
     records, tokens = to_tables(sent, trace, time_dilation)
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
     fleet = [endpoint, *options.get("others", ())]
@@ -141,7 +140,7 @@ def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = N
     status.done(f"warm-up: {len(trace)} requests, not counted")
 
 
-def one_line(name: str, summary: "Summary") -> str:
+def one_line(name: str, summary: Summary) -> str:
     """A level in one line."""
     verdict = " - VALID" if summary.valid else f" - INVALID: {summary.invalid_reason}"
     verdict += "".join(f"; {note}" for note in summary.notes)
@@ -151,17 +150,17 @@ def one_line(name: str, summary: "Summary") -> str:
     answer = f", first answer token {summary.mean_ttfo_ms:.0f} ms" if summary.mean_ttfo_ms is not None else ""
     address = f", all to {summary.address}" if summary.address else ""
     tpot = f", TPOT {summary.mean_tpot_ms:.1f} ms" if summary.mean_tpot_ms is not None else ""
-    goodput = ""
+    met = ""
     if summary.slo:
-        goodput = f", goodput {summary.request_goodput:.1f} req/s ({summary.slo_share:.1%} met the objective)"
+        met = f", goodput {summary.request_goodput:.1f} req/s ({summary.slo_share:.1%} met the objective)"
     return (
         f"{name}: {summary.request_throughput:.1f} req/s completed{failed}, "
         f"{summary.output_token_throughput:,.0f} tok/s, peak {_peak(summary)} in flight, "
-        f"TTFT {summary.mean_ttft_ms:.0f} ms{answer}{tpot}{goodput}{address}{verdict}"
+        f"TTFT {summary.mean_ttft_ms:.0f} ms{answer}{tpot}{met}{address}{verdict}"
     )
 
 
-def _peak(summary: "Summary") -> str:
+def _peak(summary: Summary) -> str:
     """The exact peak, with vLLM's count by whole seconds where that is another; a cap is on the exact one alone."""
     exact, by_second = summary.peak_concurrent_requests, summary.peak_concurrent_requests_vllm
     return str(exact) if summary.closed_loop or exact == by_second else f"{exact} ({by_second} as vLLM counts)"
@@ -191,11 +190,9 @@ _OF_AN_ENDPOINT = ("requests", "completed", "failed", "output_tokens", "mean_ttf
 
 
 def _by_endpoint(
-    fleet: Sequence[Endpoint], records: "pd.DataFrame", tokens: "pd.DataFrame", duration_s: float | None
+    fleet: Sequence[Endpoint], records: pd.DataFrame, tokens: pd.DataFrame, duration_s: float | None
 ) -> list[dict]:
     """What each endpoint of a fleet did of a level."""
-    from ..metrics.performance import summarize
-
     found = []
     for number, one in enumerate(fleet):
         mine = records[records["endpoint"] == number]
@@ -275,7 +272,7 @@ def _client(sent: Sent, chunks: int) -> dict:
     }
 
 
-def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd.DataFrame, pd.DataFrame]":
+def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(records, tokens) of a level, in model seconds from its start.
 
     records: request, prompt_tokens (the server's count, else as asked), output_tokens_asked, output_tokens (the
@@ -284,7 +281,6 @@ def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> "tuple[pd
     was); where some output was reasoning also first_answer_s, when the first came that was not (nan: never); of a fleet
     also endpoint, the number of the one that was asked (-1: none was). tokens: request, at_s.
     """
-    import pandas as pd
 
     def model_time(moment: float) -> float:
         return (moment - sent.start) / time_dilation if moment else np.nan
@@ -373,3 +369,64 @@ class Watch:
             return self._ask()
         except Exception as error:
             return f"the server could not be watched any more: {error!r}"
+
+
+class LiveChart:
+    """Collects a level's progress; `add` and `picture` return HTML with four traces so far, which end as a static figure.
+    Plain SVG text: a plotting library would take the client's time from the requests."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._at: list[float] = []
+        self._series: dict[str, list[float]] = {"sent, requests/s": [], "in flight": [], "tokens/s": [], "TTFT, ms": []}
+        self._last: Progress | None = None
+        self._drawn = ""
+
+    def add(self, progress: Progress) -> str:
+        """Takes one more sample, if the last one is a second old; the picture with it."""
+        if self._last and progress.elapsed_s - self._last.elapsed_s < _SAMPLE_S:
+            return self._drawn
+        last, self._last = self._last, progress
+        if last:
+            sent = (progress.sent - last.sent) / (progress.elapsed_s - last.elapsed_s)
+            values = (sent, progress.in_flight, progress.tokens_per_s, progress.ttft_ms)
+            self._at.append(progress.elapsed_s)
+            for series, value in zip(self._series.values(), values, strict=True):
+                series.append(float(value))
+            if len(self._at) > _POINTS:  # every second sample says as much; the newest stays
+                for series in (self._at, *self._series.values()):
+                    del series[-2::-2]
+        self._drawn = self.picture()
+        return self._drawn
+
+    def picture(self) -> str:
+        """An `<img>` with its alternative text; empty before the second sample."""
+        if not self._at:
+            return ""
+        panels = [self._panel(i * (_WIDTH + _GAP), *series) for i, series in enumerate(self._series.items())]
+        width = 4 * _WIDTH + 3 * _GAP
+        if "EMULATED" in self._name:
+            mark = f'<text x="{width / 2}" y="{_HEIGHT * 0.8}" fill="#ccc" font-size="34" text-anchor="middle">EMULATED</text>'
+            panels.insert(0, mark)
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + 18}" width="{width}" '
+            f'font-family="sans-serif" font-size="11">{"".join(panels)}</svg>'
+        )
+        told = ", ".join(f"{name} {shown(values[-1])}" for name, values in self._series.items())
+        alt = html.escape(f"{self._name} after {self._at[-1]:.0f} s: {told}", quote=True)
+        data = base64.b64encode(svg.encode()).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}" style="max-width:100%">'
+
+    def _panel(self, left: float, name: str, values: list[float]) -> str:
+        # What is not known yet (TTFT before a first token) is no point of the line.
+        known = [(at, value) for at, value in zip(self._at, values, strict=True) if not math.isnan(value)]
+        most, end = max((value for _, value in known), default=math.nan), max(self._at[-1], 1e-9)
+        top = (most or 1.0) * 1.1
+        points = " ".join(
+            f"{left + _WIDTH * at / end:.1f},{18 + _HEIGHT * (1 - value / top):.1f}" for at, value in known
+        )
+        return (
+            f'<text x="{left}" y="11" fill="#222">{html.escape(name)}: {shown(values[-1])} (most {shown(most)})</text>'
+            f'<line x1="{left}" y1="{18 + _HEIGHT}" x2="{left + _WIDTH}" y2="{18 + _HEIGHT}" stroke="#999"/>'
+            f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/>'
+        )

@@ -10,15 +10,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import psutil
 
 from ..system.gpu import GpuReader
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PERIOD_S = 0.2
 CPU_PERIOD_S = 0.5
@@ -96,21 +93,19 @@ class Telemetry:
                 self._ended.append(f"{thread.name} hung")
         self.cpu_share = sum(self._cpu_s) / (time.monotonic() - self._began)
 
-    def table(self, start: float) -> "pd.DataFrame":
+    def table(self, start: float) -> pd.DataFrame:
         """One row a sample, in model time. Columns: at_s; gpu_util and gpu_memory_util (0 to 1), gpu_power_w,
         gpu_sm_mhz, gpu_clock_reasons (NVML's bits), gpu_energy_j (a counter), gpu_memory_gib, gpu_power_limit_w, of
         several cards together and of each ("gpu_util 0", …); running, waiting, kv_cache_usage (0 to 1), preemptions,
         prompt_tokens, generation_tokens, iterations (counters; one is a step of the EngineCore); for frontend, engine
         and client <role>_cpu (cores) and <role>_cpu_max (cores of the busiest process). nan: not sampled then."""
-        import pandas as pd
-
         columns = ["at_s", *self._gpu.columns, *SERVER_COLUMNS.values()]
         columns += [f"{role}_{what}" for role in ROLES for what in ("cpu", "cpu_max")]
         table = pd.DataFrame(list(self._rows), columns=columns).astype("float64")
         table["at_s"] = (table["at_s"] - start) / self._dilation
         return table.sort_values("at_s", ignore_index=True)
 
-    def problems(self, table: "pd.DataFrame", windows: Sequence[tuple[float, float]]) -> list[str]:
+    def problems(self, table: pd.DataFrame, windows: Sequence[tuple[float, float]]) -> list[str]:
         """Why this telemetry cannot say what limited the level, in words; empty when it can.
 
         `table` is that of `table()`; each of `windows` is a (begin, end) in its time of which means are taken. A thread

@@ -5,7 +5,9 @@ import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from ..config.dimensions import fp8_kv, weight_format
 from ..metrics.bottleneck import Limit, keeps_up, what_limited
@@ -14,9 +16,6 @@ from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
 from ..metrics.statistics import ABLATION, Cells, Noise, Ratio, Seeds, contrast, pooled_noise
 from ..metrics.summary import MeasuredLevel, Summary
 from .run_folder import LevelResult, Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 JOULES = ("joules_per_output_token", "joules_per_request")
 # The longest setup that is told in a cell of a table.
@@ -282,10 +281,8 @@ class Evidence:
         return rows
 
     @functools.cached_property
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> pd.DataFrame:
         """One row a level, by level id: the fields of `Summary`, its level and its server, the variant's base and setup."""
-        import pandas as pd
-
         profile, rows = self.run.profile, {}
         for level_id, s in self.summaries.items():
             server = dataclasses.asdict(s.server) if s.server else {}
@@ -313,7 +310,7 @@ class Compared(NamedTuple):
         return self.setup if len(self.setup) <= _BRIEF else " / ".join(self.variants[v] for v in ("fp8", "bf16"))
 
 
-def levels(run: Run) -> "pd.DataFrame":
+def levels(run: Run) -> pd.DataFrame:
     """The run's levels as a DataFrame, one row a level, by level id. Columns: the fields of `metrics.summary.Summary` (which
     gives units and definitions), of its level and of its server; the variant's `base` and `setup`; `limited_by`, what limited
     the level; `roofline_memory` and `roofline_compute`, the share of the card's bandwidth and matrix peak that it needed."""
