@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
-from ..metrics import number_formats
+from ..metrics import quality
 from ..metrics.quality import Estimate, distinguishable, identical_prefix
 from ..results.run_folder import Run
 from ..ui.text import Table
@@ -96,8 +96,8 @@ def published_table(run: Run) -> Table:
 def formats_table() -> Table:
     """The values that each format has."""
     rows = []
-    for name in number_formats.FORMATS:
-        every = number_formats.values(name)
+    for name in quality.FORMATS:
+        every = quality.values_of(name)
         positive = every[every > 0]
         between = int(((positive >= 1) & (positive < 2)).sum())
         rows.append((name, f"{len(every)}", f"{positive[-1]:,.0f}", f"{positive[0]:.2g}", f"{between}",
@@ -114,7 +114,7 @@ def weights_table(folder: Path) -> Table:
     for kind, _, stored in matrices(folder):
         tensor = stored.float()
         peak = float(tensor.abs().max() / tensor.square().mean().sqrt())
-        errors = (number_formats.rounding_error(tensor, name).relative for name in (*number_formats.FORMATS, "INT8"))
+        errors = (quality.rounding_error(tensor, name).relative for name in (*quality.FORMATS, "INT8"))
         found.setdefault(kind, []).append((peak, *errors))
     rows = []
     for kind, each in found.items():
@@ -131,8 +131,8 @@ def kv_rounding_table(folder: Path, text: str, tokens: int = 512) -> Table:
 
     rows = []
     for what, side in zip(("keys", "values"), zip(*kv_cache(folder, text, tokens), strict=True), strict=True):
-        uncalibrated = [number_formats.rounding_error(layer, "E4M3", 1.0) for layer in side]
-        others = [[number_formats.rounding_error(layer, name, scale).relative for layer in side]
+        uncalibrated = [quality.rounding_error(layer, "E4M3", 1.0) for layer in side]
+        others = [[quality.rounding_error(layer, name, scale).relative for layer in side]
                   for name, scale in (("E4M3", None), ("E5M2", 1.0))]  # fmt: skip
         peaks = [float(layer.abs().max()) for layer in side]
         rows.append((what, f"{min(peaks):.2g} to {max(peaks):.2g}", f"{max(e.clipped for e in uncalibrated):.2%}",
@@ -194,15 +194,15 @@ def formats_figure(axes, folder: Path) -> str:
     low, high = np.quantile(scaled, [0.01, 0.99])
     left.axvspan(low, high, color="#dddddd", label="98 % of the weights, scaled")
     colors = {"E4M3": STYLE["fp8"], "E5M2": STYLE["bf16"], "INT8": (GREY, "x")}
-    for name in number_formats.FORMATS:
-        left.plot(magnitudes, number_formats.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
+    for name in quality.FORMATS:
+        left.plot(magnitudes, quality.relative_step(name, magnitudes), color=colors[name][0], lw=1.2, label=name)
     left.set(xlabel="magnitude after scaling", ylabel="worst relative rounding error")
     left.set(xscale="log", yscale="log", ylim=(5e-3, 2))
     left.legend(frameon=False, loc="lower left")
     weight = next(tensor for kind, _, tensor in matrices(folder) if kind == "q_proj")
     sizes = np.geomspace(10, 1e6, 11)
     for name, (color, marker) in colors.items():
-        errors = [number_formats.outlier_error(weight, name, size) for size in sizes]
+        errors = [quality.outlier_error(weight, name, size) for size in sizes]
         right.plot(sizes, errors, color=color, marker=marker, ms=5, lw=1.6, label=name)
     right.set(xlabel="one outlier, times the matrix's RMS", ylabel="relative error of all others")
     right.set(xscale="log", yscale="log")
@@ -227,7 +227,7 @@ def _scaled_weights(folder: Path) -> np.ndarray:
     samples = []
     for _, _, tensor in matrices(folder):
         flat = tensor.float().flatten().abs()
-        samples.append((flat[:: max(1, len(flat) // 2000)] / number_formats.per_tensor_scale(flat, "E4M3")).numpy())
+        samples.append((flat[:: max(1, len(flat) // 2000)] / quality.per_tensor_scale(flat, "E4M3")).numpy())
     return np.concatenate(samples)
 
 
@@ -249,14 +249,14 @@ def number_line_figure(axes) -> str:
     """The positive values of the two FP8 formats up to 16, and how far each goes."""
     axes.grid(axis="y", visible=False)
     told, top = [], 16
-    for y, name in enumerate(number_formats.FORMATS):
-        shown = [value for value in number_formats.values(name) if 0 <= value <= top]
+    for y, name in enumerate(quality.FORMATS):
+        shown = [value for value in quality.values_of(name) if 0 <= value <= top]
         axes.vlines(shown, y - 0.3, y + 0.3, color=INK, lw=1)
-        note(axes, f"… to {number_formats.largest(name):,.0f}", (top, y), (8, 0), va="center", fontsize=9)
+        note(axes, f"… to {quality.largest_of(name):,.0f}", (top, y), (8, 0), va="center", fontsize=9)
         between = sum(1 <= value < 2 for value in shown)
-        told.append(f"{name} has {between} values from 1 to below 2 and goes to {number_formats.largest(name):,.0f}")
-    axes.set_yticks(range(len(number_formats.FORMATS)), list(number_formats.FORMATS))
-    axes.set_ylim(len(number_formats.FORMATS) - 0.5, -0.5)
+        told.append(f"{name} has {between} values from 1 to below 2 and goes to {quality.largest_of(name):,.0f}")
+    axes.set_yticks(range(len(quality.FORMATS)), list(quality.FORMATS))
+    axes.set_ylim(len(quality.FORMATS) - 0.5, -0.5)
     powers = (0, 1, 2, 4, 8, top)
     axes.set_xticks(powers, [f"{power}" for power in powers])
     axes.set(xlabel="value (negative ones mirror these)", xlim=(-0.3, top + 3))
