@@ -20,10 +20,10 @@ from conftest import SHORT, fake_path, marked, wait_for
 from fp8lab import batch
 from fp8lab.paths import DATA, PROJECT, RUNS
 from fp8lab.report import notebooks
+from fp8lab.report.notebooks import share
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
 from fp8lab.server import preflight
-from fp8lab.share import share
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the cpu environment only")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fp8lab as lab
-from fp8lab import cli, share
+from fp8lab import cli
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, LevelFailed, RunMismatch
 from fp8lab.experiment.quality import comparisons, default_variants, split, summaries, tables
@@ -26,8 +26,7 @@ from fp8lab.metrics.quality import Comparison, Estimate, Reading
 from fp8lab.models.checkpoints import packaged_model
 from fp8lab.report import notebooks
 from fp8lab.results import run_folder
-from fp8lab.results.run_folder import open_run
-from fp8lab.share import record
+from fp8lab.results.run_folder import open_run, record
 
 TASK = lab.QualityTask(document_tokens=64, documents=6, prompts=3, answer_tokens=12)
 
@@ -365,7 +364,7 @@ def test_the_kl_bound_holds_most_of_the_divergence_of_a_real_model(measured):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fp8lab.metrics.number_formats import per_tensor_scale, round_to
+    from fp8lab.metrics.quality import per_tensor_scale, round_to
 
     tokens = measured.read_table("quality", "fp32-top")["token"].to_numpy()[:129].astype(np.int64)
     model = AutoModelForCausalLM.from_pretrained(packaged_model("smollm2-135m-instruct"), dtype=torch.float32)
@@ -393,8 +392,7 @@ def test_another_question_is_not_mixed_in(measured):
 
 
 def test_a_recorded_run_shows_the_same(measured, tmp_path, monkeypatch):
-    for room in (share, run_folder):
-        monkeypatch.setattr(room, "DATA", tmp_path)
+    monkeypatch.setattr(run_folder, "DATA", tmp_path)
     target = record(measured, "smollm2")
     kept = {path.name for path in (target / "quality").iterdir()}
     names = ("bf16", "fp32", "fp32-again")

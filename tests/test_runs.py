@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from conftest import make_records, recorded
-from fp8lab import commands, share
+from fp8lab import commands
 from fp8lab.config.profile import Level, Variant
 from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length, sharegpt_like
@@ -22,8 +22,7 @@ from fp8lab.paths import DATA
 from fp8lab.report import notebooks
 from fp8lab.report.levels import flags_table
 from fp8lab.results import provenance, run_folder
-from fp8lab.results.run_folder import LevelResult, open_run
-from fp8lab.share import record
+from fp8lab.results.run_folder import LevelResult, open_run, record
 
 LEVEL = Level(variant="bf16", rate=50, requests=3)
 
@@ -278,8 +277,7 @@ def test_a_run_takes_in_more_protocols_but_no_other_levels(run, profile):
 
 
 def record_below(monkeypatch, folder):
-    for room in (share, run_folder):
-        monkeypatch.setattr(room, "DATA", folder)
+    monkeypatch.setattr(run_folder, "DATA", folder)
 
 
 def test_recording_keeps_what_figures_need(run, monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput
 from fp8lab.report import notebooks
+from fp8lab.report.notebooks import share
 from fp8lab.results.run_folder import open_run
-from fp8lab.share import share
 
 
 @pytest.fixture

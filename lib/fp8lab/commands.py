@@ -265,7 +265,7 @@ def _default_notebook(run: "lab.Run") -> str:
 
 def share(args) -> None:
     from .report.notebooks import find
-    from .share import share as shared
+    from .report.notebooks import share as shared
 
     run = lab.open_run(source=args.run)
     notebooks = [path for name in args.notebook or [_default_notebook(run)] for path in find(name)]
@@ -281,7 +281,7 @@ def batch(args) -> int:
 
 
 def record(args) -> None:
-    from .share import record as recorded
+    from .results.run_folder import record as recorded
 
     print(repository_relative(recorded(lab.open_run(source=args.run), args.name, args.tokens or ())))
 

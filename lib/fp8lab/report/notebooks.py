@@ -1,16 +1,20 @@
-"""Runs notebooks headless through papermill, strictly, and turns them into single-file pages."""
+"""Runs notebooks headless through papermill, strictly, and turns them into single-file pages; a run for others: its pages and
+one archive that `--source` opens again."""
 
 import ast
 import contextlib
 import os
 import re
 import sys
+import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import BadInput, Fp8labError
-from ..paths import PROJECT, RUNS_VARIABLE, made, nameless, with_home, with_library
+from ..paths import PROJECT, RUNS_VARIABLE, made, nameless, repository_relative, with_home, with_library, writing
+from ..results.run_folder import Run
 from ..system.locks import Scratch
 from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
 
@@ -208,6 +212,34 @@ def to_html(executed: Path) -> Path:
     body = re.sub(r'<a href="[^":]+\.ipynb">(.*?)</a>', r"\1", body)
     page.write_text(nameless(_CAPTION.sub(r'<p class="caption">\2</p>\1', body)))
     return page
+
+
+def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False) -> tuple[list[Path], Path]:
+    """Writes the pages and the archive of `run` into the folder `target`; (pages, archive).
+
+    The notebooks are executed on the run as it is: nothing is measured. The archive holds provenance, records
+    and telemetry of every complete level, what was measured of quality, no logs, and token timestamps only with
+    `tokens` (they are large). Raises BadInput for a run that holds neither levels nor answers.
+    """
+    if not run.summaries() and not run.read_parts("quality"):
+        raise BadInput(f"{run.path.name} holds no complete level and no answers yet: there is nothing to share")
+    made(target, "choose another --out folder")
+    pages, name, status = [], run.path.resolve().name, StatusLine()
+    # Written beside and renamed: what was shared before stays until this is whole.
+    with writing(target), tempfile.TemporaryDirectory(prefix=".sharing-", dir=target) as scratch:
+        for notebook in notebooks:
+            status.update(f"{name}: drawing {notebook.stem}")
+            page = execute(notebook, Path(scratch) / notebook.name, {"source": repository_relative(run.path)})
+            pages.append(target / f"{name if len(notebooks) == 1 else f'{name}-{notebook.stem}'}.html")
+            page.rename(pages[-1])
+        status.update(f"{name}: packing the archive")
+        whole, archive = Path(scratch) / "whole.zip", target / f"{name}.zip"
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in run.files(list(run.summaries()) if tokens else ()):
+                file.write(path, Path(name) / path.relative_to(run.path))
+        whole.rename(archive)
+    status.done(f"{name}: {len(pages)} page{'s' * (len(pages) > 1)} and an archive")
+    return pages, archive
 
 
 @contextlib.contextmanager

@@ -51,6 +51,15 @@ def to_the_microsecond(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**whole).rename(columns=times)
 
 
+def copy_file(file: Path, copy: Path) -> None:
+    """A run's file as a recorded run keeps it: a table with its times to the microsecond."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        write_tables(copy.parent, **{file.stem: to_the_microsecond(read_parquet(file, "record another run"))})
+    else:
+        shutil.copyfile(file, copy)
+
+
 def write_json(path: Path, value) -> None:
     """`value` as JSON; see `write_text`."""
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
@@ -132,7 +141,7 @@ _LARGEST_BYTES = 2 * 2**30
 
 
 def unpacked(archive: Path) -> Path:
-    """The run folder inside an archive that `share.share` wrote, unpacked once into the cache folder. Raises BadInput for
+    """The run folder inside an archive that `fp8lab share` wrote, unpacked once into the cache folder. Raises BadInput for
     anything else: it may come from a stranger."""
     with open(archive, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -20,7 +20,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,10 @@ from ..config.this_machine import load_profile
 from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.summary import Summary
-from ..paths import DATA, RUNS, RUNS_VARIABLE, made, repository_relative, writing
+from ..paths import DATA, PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
 from ..ui.text import Shown, Table, shown
-from .files import plain, read_json, read_parquet, sync, unpacked, write_json, write_tables
+from .files import copy_file, plain, put_in_place, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .provenance import collect, digest
 
 SCHEMA = 1
@@ -284,6 +285,18 @@ class Run:
         """A table that `write_part` stored. Raises RunDamaged when it is missing or cannot be read."""
         return read_parquet(self.path / folder / f"{name}.parquet", "delete the .json beside it to measure it again")
 
+    def files(self, tokens: Sequence[str] = ()) -> list[Path]:
+        """What another reader of the run needs: provenance, every complete level, what was measured of quality (less
+        the likeliest tokens of every position) and of steps, figures as SVG. No logs, and token timestamps of the levels `tokens`
+        only."""
+        found = [self.path / "run.json", *sorted(self.path.glob("figures/*.svg"))]
+        for level_id in self.summaries():
+            held = sorted((self.path / "levels" / level_id).iterdir())
+            found += [file for file in held if file.stem != "tokens" or level_id in tokens]
+        found += [file for file in sorted(self.path.glob("quality/[!.]*")) if not file.stem.endswith("-top")]
+        found += sorted(self.path.glob("anatomy/[!.]*.json"))
+        return found
+
     def check_profile(self, profile: Profile) -> None:
         """Raises RunMismatch unless this run was made with `profile`."""
         if self.read_only:
@@ -406,6 +419,27 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         scratch.symlink_to(path.name, target_is_directory=True)
         scratch.replace(RUNS / "latest")
     return Run(path, manifest, read_only=False)
+
+
+def record(run: Run, name: str, tokens: Sequence[str] = ()) -> Path:
+    """Copies a run's files, with the token timestamps of the levels `tokens`, to `data/recorded/<name>`, times to the
+    microsecond; an earlier one is replaced once the copy is whole. Raises BadInput for a name that is no plain one or is this run's own, NotWritten,
+    with the earlier one as it was, when the disk is full."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise BadInput(f"name {name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
+    target = DATA / "recorded" / name
+    if target.resolve() == run.path.resolve():
+        raise BadInput(f"{name!r} is this recorded run itself; choose another name")
+    if unknown := sorted(set(tokens) - set(run.summaries())):
+        raise BadInput(f"run {run.path.name} holds no complete level {', '.join(unknown)}")
+    copied = run.files(tokens)
+    made(target.parent, "a run is recorded into the checkout itself; `fp8lab share` writes to any folder (--out)")
+    with writing(target), tempfile.TemporaryDirectory(prefix=".recording-", dir=DATA) as scratch:
+        whole = Path(scratch, "whole")
+        for file in copied:
+            copy_file(file, whole / file.relative_to(run.path))
+        put_in_place(whole, target)
+    return target
 
 
 def _unused(folder: Path, name: str, suffix: str = "") -> Path:
