@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 
 import fp8lab as lab
-from fp8lab import share as sharing
 from fp8lab.config.dimensions import BF16, FP8, model_shape
 from fp8lab.config.profile_file import read_profile
 from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
 from fp8lab.report import claims, notebooks
-from fp8lab.report.anatomy import host_adds
+from fp8lab.report.machine import host_adds
 
 # Names as profilers on a Hopper card show them.
 NAMES = {
@@ -319,7 +318,7 @@ def test_the_unsealing_on_real_vllm(tmp_path):
     # Its thread's whole time, that in which it waits for the emulated GPU too.
     shares = {stage: sum(each.values()) for stage, each in found.host.items()}
     assert 0 < shares["schedule"] < 1 and sum(shares.values()) - shares.get(anatomy.BESIDE, 0.0) == pytest.approx(1)
-    assert run.path / "anatomy" / "fp8-unsealed.json" in sharing.files(run)
+    assert run.path / "anatomy" / "fp8-unsealed.json" in run.files()
 
 
 def test_a_batch_that_the_server_refuses_is_told_at_once_in_its_words(fake_vllm, tmp_path):
