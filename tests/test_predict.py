@@ -101,7 +101,7 @@ def _as_if_measured(monkeypatch, truth):
         played = play_level(truth, prompts, answers, due)
         telemetry = _sampled(truth, prompts, answers, due)
         summary = dataclasses.replace(level.summary, **played.found)
-        made[name] = LevelResult(level.level, summary, records, None, telemetry)
+        made[name] = LevelResult(summary, records, None, telemetry)
     monkeypatch.setattr(Run, "summaries", lambda _run: {name: one.summary for name, one in made.items()})
     monkeypatch.setattr(Run, "read", lambda _run, level: made[level.id])
     steps = [Step(n, 0, n, 300 * n) for n in (64, 1024)]

@@ -34,7 +34,7 @@ def make_result(level=LEVEL, requests=3) -> LevelResult:
     tokens = records[["request"]].assign(at_s=records["first_token_s"])
     measured = MeasuredLevel(**dataclasses.asdict(level))
     summary = Summary(**summarize(records, tokens), valid=True, emulated=True, level=measured)
-    return LevelResult(level, summary, records, tokens)
+    return LevelResult(summary, records, tokens)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ send, through a local one and the whole load path."""
 
 import json
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,14 +12,13 @@ from hypothesis import strategies as st
 
 import slow_stream
 from conftest import NIGHTLY, streaming_server
-from fp8lab.config.profile import Level
 from fp8lab.config.trace import fixed_length
 from fp8lab.load import events
 from fp8lab.load.connection import Connection
 from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.events import Outcome
-from fp8lab.load.level import Measured, measure_level
-from fp8lab.metrics.summary import Summary
+from fp8lab.load.level import measure_level
+from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import LevelResult
 
@@ -425,7 +425,7 @@ def streams_url():
         yield url
 
 
-def measured(url: str, shape: str, *, chat=False, requests=6, **options) -> Measured:
+def measured(url: str, shape: str, *, chat=False, requests=6, **options) -> LevelResult:
     """`requests` of 16 tokens, 10 ms apart: the first token is there after 30 ms, then one every 10 ms. Once more where this
     machine was too busy to send them in time."""
     trace, due = fixed_length(requests, input_tokens=5, output_tokens=16), [n / 100 for n in range(requests)]
@@ -545,8 +545,8 @@ def test_a_stream_that_has_ended_is_complete_though_its_body_goes_on(streams_url
 def test_a_level_shows_what_is_to_be_known_of_its_streams_and_is_read_back(streams_url, tmp_path):
     reasoned = measured(streams_url, "reasoning", chat=True)
     uncounted = measured(streams_url, "four-a-chunk-no-usage")
-    level = Level(variant="bf16", rate=20.0, requests=6)
-    shown = [repr(LevelResult(level, *result)) for result in (reasoned, uncounted)]
+    level = MeasuredLevel(variant="bf16", rate=20.0, requests=6)
+    shown = [repr(replace(one, summary=replace(one.summary, level=level))) for one in (reasoned, uncounted)]
     assert "first answer token mean / p99" in shown[0] and "first answer" not in shown[1]
     assert "chunks were counted as tokens" in shown[1] and "note" not in shown[0]
     write_json(tmp_path / "s.json", uncounted.summary)

@@ -15,10 +15,11 @@ from .config.profile import dilation_of, rate_name
 from .config.trace import NAMES, Trace, arrival_times, begun_anew, is_file, named_trace, rescaled
 from .errors import INVALID, BadInput, LevelFailed
 from .load.endpoint import Endpoint, check_fleet
-from .load.level import Measured, measure_level, warm_up
+from .load.level import measure_level, warm_up
 from .metrics.slo import SLO, attains
 from .paths import made
 from .results.files import plain, read_json, write_json, write_tables
+from .results.run_folder import LevelResult
 from .system.locks import Lock
 from .ui.status import StatusLine
 
@@ -61,12 +62,13 @@ def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: P
         name = f"{name}, closed loop at {args.max_concurrency}"
     made(out, "choose another --out folder")
     _warm_up(args, endpoint)
-    summary, records, tokens, _ = _measured(args, endpoint, trace, due, name=name, slo=slo)
-    write_tables(out, records=records, tokens=tokens)
+    measured = _measured(args, endpoint, trace, due, name=name, slo=slo)
+    summary = measured.summary
+    write_tables(out, records=measured.records, tokens=measured.tokens)
     write_json(out / "summary.json", summary)
     told = {}
     if slo and summary.completed:
-        found = attains(records, slo)
+        found = attains(measured.records, slo)
         told = {"objective": found.state, "reason": found.reason}
         StatusLine().done(f"{slo}: {found.state}, {found.reason}")
     print(json.dumps(plain(summary) | told))
@@ -83,12 +85,12 @@ def _holds_a_result(out: Path) -> bool:
 
 def _measured(
     args: argparse.Namespace, endpoint: Endpoint, trace: Trace, due, *, name: str, slo: SLO | None
-) -> Measured:
+) -> LevelResult:
     """One level; at a server of this kit whose GPU is emulated in model time, and marked so."""
     emulated = dilation_of(args.model) is not None
     name = f"{name} (EMULATED GPU)" if emulated else name
     measured = measure_level(endpoint, trace, due, name=name, slo=slo, **_options(args))
-    return measured._replace(summary=dataclasses.replace(measured.summary, emulated=emulated))
+    return dataclasses.replace(measured, summary=dataclasses.replace(measured.summary, emulated=emulated))
 
 
 def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
@@ -113,7 +115,7 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
     args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
     warm_up_once = functools.cache(lambda: _warm_up(args, endpoint))
 
-    def measure(name: str, rate: float, requests: int, number: int) -> Measured:
+    def measure(name: str, rate: float, requests: int, number: int) -> LevelResult:
         warm_up_once()
         trace = _drawn(args, requests, args.seed + _PROBE_SEEDS * (number + 1))
         due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)

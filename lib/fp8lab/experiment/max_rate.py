@@ -10,13 +10,12 @@ import pandas as pd
 
 from ..config.profile import Level, rate_name
 from ..errors import BadInput
-from ..load.level import Measured
 from ..metrics.slo import DEFAULT, SLO, Attainment, Bracket, attains, bracket, probe_requests, required_requests, search
 from ..metrics.summary import Summary
 from ..paths import writing
 from ..results.evidence import evidence
 from ..results.files import read_json, read_parquet, write_json, write_tables
-from ..results.run_folder import Run
+from ..results.run_folder import LevelResult, Run
 from ..server.launch import Server
 from ..ui.status import StatusLine
 from .speed import RecordedServer, load_test
@@ -112,7 +111,7 @@ def check_requests(requests: int, slo: SLO) -> None:
 
 
 def find_endpoint_max_rate(
-    measure: Callable[[str, float, int, int], Measured],
+    measure: Callable[[str, float, int, int], LevelResult],
     slo: SLO,
     folder: Path,
     *,

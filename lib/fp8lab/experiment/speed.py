@@ -340,12 +340,11 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
         _endpoint(server), trace, due, name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
         time_dilation=profile.time_dilation, telemetry=telemetry, server_problem=server.problem, workers=workers,
     )  # fmt: skip
-    asked = MeasuredLevel(
-        **dataclasses.asdict(level), trace=trace.name, trace_digest=trace.digest, trace_notes="; ".join(trace.notes)
-    )
+    sent = {"trace": trace.name, "trace_digest": trace.digest, "trace_notes": "; ".join(trace.notes)}
     summary = dataclasses.replace(
-        measured.summary, level=asked, server=server.info, started=started, emulated=profile.emulated
-    )
+        measured.summary, level=MeasuredLevel(**dataclasses.asdict(level), **sent), server=server.info, started=started,
+        emulated=profile.emulated,
+    )  # fmt: skip
     if summary.valid and server.info.weights_doubt:
         summary = dataclasses.replace(summary, valid=False, invalid_reason=server.info.weights_doubt)
     if not summary.valid:
@@ -354,7 +353,7 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
             f"(to measure it again: `fp8lab measure --run DIR --again {level.id}`)",
             stacklevel=3,
         )
-    return LevelResult(level, summary, *measured[1:])
+    return dataclasses.replace(measured, summary=summary)
 
 
 def _endpoint(server: Server) -> Endpoint:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from ..metrics.performance import completed, latencies, send_lag_ms, summarize
 from ..metrics.resources import summarize_usage
 from ..metrics.slo import SLO, goodput
 from ..metrics.summary import Summary
+from ..results.run_folder import LevelResult
 from ..ui.status import StatusLine
 from ..ui.text import shown
 from .endpoint import Endpoint, remedy
@@ -49,15 +49,6 @@ _POINTS = 240
 _SAMPLE_S = 1.0
 
 
-class Measured(NamedTuple):
-    """A level's summary and tables; see `to_tables` and `Telemetry.table` for the columns."""
-
-    summary: Summary
-    records: pd.DataFrame
-    tokens: pd.DataFrame
-    telemetry: pd.DataFrame | None
-
-
 def measure_level(
     endpoint: Endpoint,
     trace: Trace,
@@ -69,7 +60,7 @@ def measure_level(
     server_problem: Callable[[], str | None] = lambda: None,
     slo: SLO | None = None,
     **options,
-) -> Measured:
+) -> LevelResult:
     """Sends `trace` at `due_s` under a live status line called `name`, with `telemetry` running beside it.
 
     `server_problem` is asked every second why the server cannot be measured any more: what it says ends the level.
@@ -117,7 +108,7 @@ def measure_level(
     status.done(one_line(name, summary), chart.picture())
     for one in summary.endpoints:
         status.done(endpoint_line(one))
-    return Measured(summary, records, tokens, sampled)
+    return LevelResult(summary, records, tokens, sampled)
 
 
 def warm_up(endpoint: Endpoint, trace: Trace, *, max_concurrency: int | None = None, **options) -> None:

@@ -54,13 +54,18 @@ _MOST_SAMPLES = 24 * 3600 * 5
 
 @dataclass(frozen=True, repr=False)
 class LevelResult(Shown):
-    """A measured level: its summary and records. Shown as a table in a notebook."""
+    """A measured level: its summary and tables (see `load.level.to_tables` and `Telemetry.table` for their columns). Shown as a
+    table in a notebook."""
 
-    level: Level
     summary: Summary
     records: pd.DataFrame
     tokens: pd.DataFrame | None
     telemetry: pd.DataFrame | None = None
+
+    @property
+    def level(self) -> Level | None:
+        """What was measured, as a profile plans it; None for a load test of a foreign endpoint."""
+        return self.summary.level and self.summary.level.asked
 
     @property
     def valid(self) -> bool:
@@ -86,7 +91,8 @@ class LevelResult(Shown):
             *(("note", note) for note in s.notes),
         ]
         emulated = " (EMULATED GPU)" if s.emulated else ""
-        return Table(f"{self.level.variant} at {rate_name(self.level.rate)}{emulated}", ("", "value"), rows)
+        name = f"{self.level.variant} at {rate_name(self.level.rate)}" if self.level else "a level"
+        return Table(f"{name}{emulated}", ("", "value"), rows)
 
 
 class Run:
@@ -218,7 +224,7 @@ class Run:
         chunks = int(records["chunks"].sum())
         tokens = read_parquet(token, remedy, _TOKENS, chunks) if token.exists() else None
         telemetry = read_parquet(sample, remedy, _TELEMETRY, _MOST_SAMPLES) if sample.exists() else None
-        return LevelResult(level, summary, records, tokens, telemetry)
+        return LevelResult(summary, records, tokens, telemetry)
 
     def write(self, result: LevelResult) -> None:
         """Stores a level. It is written beside and renamed: at every instant it is complete or not there, and what
