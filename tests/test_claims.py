@@ -249,7 +249,7 @@ def test_emulated_figures_say_so(tmp_path):
 
 
 def test_tables_escape_what_they_show():
-    from fp8lab.ui.text import Table
+    from fp8lab.ui import Table
 
     table = Table("<b>", ("a|b",), [("<script>",)])
     assert "<script>" not in table._repr_html_() and "a\\|b" in table.to_markdown()

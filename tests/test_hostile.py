@@ -22,7 +22,7 @@ from fp8lab.models.checkpoints import model_folder
 from fp8lab.report import notebooks
 from fp8lab.results.files import write_json, write_tables
 from fp8lab.results.run_folder import open_run
-from fp8lab.ui.text import Table, visible
+from fp8lab.ui import Table, visible
 
 NASTY = "<script>alert(1)</script>\x1b]0;owned\x07\x1b[31m\u202egnp.exe\x00$\\frac{"
 

@@ -27,7 +27,7 @@ from fp8lab.report.comparison import causes, mean_of
 from fp8lab.report.machine import host_adds
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
-from fp8lab.ui.text import four_digits
+from fp8lab.ui import four_digits
 
 NAMES = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "data/README.md", "lib/README.md", "notebooks/README.md")
 TEXTS = {name: (PROJECT / name).read_text() for name in NAMES}

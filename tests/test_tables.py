@@ -2,8 +2,8 @@
 
 import re
 
-from fp8lab.ui import text
-from fp8lab.ui.text import Table
+from fp8lab import ui
+from fp8lab.ui import Table
 
 TABLE = Table('Levels of "a" & <b>', ("", "req/s", "why"), [("bf16-50rps-r1", "39.5", "s" * 61), ("fp8", "–", "")])
 
@@ -44,7 +44,7 @@ def test_a_table_is_as_wide_as_its_terminal(monkeypatch):
     table = Table("The published claims", ("", "claim", "this run", "reason"), [cells, cells])
     assert len(repr(table).splitlines()) == 5
     for columns in (200, 100, 40):
-        monkeypatch.setattr(text, "_room", lambda room=columns: room)
+        monkeypatch.setattr(ui, "_room", lambda room=columns: room)
         told = repr(table).splitlines()
         assert max(map(len, told)) <= columns and set(" ".join(cells).split()) <= set(" ".join(told).split())
     assert told[1:4] == ["", "C1", "claim: FP8 raises output throughput by"]

@@ -34,7 +34,7 @@ from .results.evidence import evidence
 from .results.files import write_json
 from .results.run_folder import Run, open_run
 from .system.locks import Lock
-from .ui.text import COUNTS, LEVEL, Column, Table, toml, view
+from .ui import COUNTS, LEVEL, Column, Table, toml, view
 
 _LOOK_S = 0.5
 # How often a job's host may be lost before the job is what ends them.

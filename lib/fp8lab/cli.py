@@ -15,7 +15,7 @@ from . import __version__
 from .config.dimensions import RECIPES
 from .errors import BadInput, Fp8labError
 from .paths import with_home, with_library
-from .ui import status
+from .ui import reader_gone, settle
 
 _ADVICE = "put that right (room on the disk, permissions) and run the same command again"
 _EXAMPLES = """
@@ -340,14 +340,14 @@ _BESIDE_SOURCE = {"reproduce": ("notebook", "parameter"), "quality": (), "anatom
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     if arguments is None:
-        status.settle()
+        settle()
     try:
         try:
             return _run(arguments)
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and status.reader_gone():
+        if isinstance(error, BrokenPipeError) and reader_gone():
             return 128 + signal.SIGPIPE
         what = f"{error.filename}: " if error.filename else ""
         print(f"fp8lab: {what}{error.strerror or error}; nothing that was complete is lost: {_ADVICE}", file=sys.stderr)

@@ -23,7 +23,7 @@ from .config.trace import is_file, named_trace
 from .errors import INVALID, BadInput, Fp8labError
 from .paths import RUNS, cache_dir, made, repository_relative, write_text
 from .system import gpu
-from .ui.status import StatusLine
+from .ui import StatusLine
 
 
 def reproduce(args) -> int:

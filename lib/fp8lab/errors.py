@@ -1,7 +1,7 @@
 """Everything fp8lab raises on purpose, in one shallow tree. Every message names the offending value, what was expected, and
 what to do."""
 
-from .ui.text import visible
+from .ui import visible
 
 # The exit code where a level is INVALID: all else was measured and printed.
 INVALID = 3

@@ -21,7 +21,7 @@ from .paths import made
 from .results.files import plain, read_json, write_json, write_tables
 from .results.run_folder import LevelResult
 from .system.locks import Lock
-from .ui.status import StatusLine
+from .ui import StatusLine
 
 # Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput
-from ..ui.text import storable
+from ..ui import storable
 from .trace_file import KNOWN, json_entries
 
 _LISTS = ("conversations", "conversation", "messages")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..paths import DATA
-from ..ui.text import visible
+from ..ui import visible
 from .conversations import check_conversations, read_conversations
 from .trace_file import Lengths, read_lengths
 

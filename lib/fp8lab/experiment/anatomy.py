@@ -35,7 +35,7 @@ from ..server.command import HOST
 from ..server.launch import Server
 from ..system.gpu import GpuReader
 from ..system.locks import Scratch
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .speed import trace_for
 
 BATCHES = (64, 128, 256, 1024)

@@ -17,7 +17,7 @@ from ..results.evidence import evidence
 from ..results.files import read_json, read_parquet, write_json, write_tables
 from ..results.run_folder import LevelResult, Run
 from ..server.launch import Server
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .speed import RecordedServer, load_test
 
 # A probe goes on for at least so long.

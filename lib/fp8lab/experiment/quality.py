@@ -30,7 +30,7 @@ from ..results.run_folder import Run
 from ..server.command import source_model
 from ..server.launch import Server
 from ..system import gpu
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .speed import serve
 
 SHIPPED = DATA / "texts" / "opticks-book-1.txt"

@@ -23,8 +23,7 @@ from ..results.run_folder import LevelResult, Run
 from ..server import launch
 from ..server.command import source_model
 from ..server.launch import Served, Server
-from ..ui.status import StatusLine
-from ..ui.text import Table, visible
+from ..ui import StatusLine, Table, visible
 
 # Rough and on the long side: starts as seen on two cores and on an H100's host (compiling included), the rates at which
 # prompts are read and one API server drains what has piled up, and vLLM's client, which imports for long.

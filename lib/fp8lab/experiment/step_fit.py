@@ -30,7 +30,7 @@ from ..metrics.step_model import ENERGY, FITS, FITTED, JOULES, JUDGED, MOST, STE
 from ..metrics.summary import Summary
 from ..metrics.virtual import Course, Limits, Step, play
 from ..results.run_folder import LevelResult, Run
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .anatomy import anatomies
 
 # Power is NVML's mean over the second before.

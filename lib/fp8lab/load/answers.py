@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..errors import BadInput, LevelFailed
 from ..metrics.quality import Reading
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .endpoint import Endpoint
 
 _TIMEOUT_S = 600

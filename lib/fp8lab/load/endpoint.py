@@ -11,7 +11,7 @@ import orjson
 
 from ..config.flags import is_secret
 from ..errors import BadInput
-from ..ui.text import storable
+from ..ui import storable
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _SECRET_HEADER = re.compile(r"auth|cookie|session|signature|credential", re.IGNORECASE)

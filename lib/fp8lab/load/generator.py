@@ -22,7 +22,7 @@ import numpy as np
 from ..config.trace import Trace
 from ..errors import BadInput, LevelFailed
 from ..system.locks import Scratch
-from ..ui.text import shown
+from ..ui import shown
 from .connection import find_address, opened_ahead
 from .endpoint import BALANCES, Endpoint, check_fleet
 from .events import Outcome

@@ -21,8 +21,7 @@ from ..metrics.resources import summarize_usage
 from ..metrics.slo import SLO, goodput
 from ..metrics.summary import Summary
 from ..results.run_folder import LevelResult
-from ..ui.status import StatusLine
-from ..ui.text import shown
+from ..ui import StatusLine, shown
 from .endpoint import Endpoint, remedy
 from .events import Outcome
 from .generator import Progress, Sent, self_check, send_load

@@ -20,7 +20,7 @@ from time import monotonic
 
 import uvloop
 
-from ..ui.text import storable
+from ..ui import storable
 from .connection import Address, Connection, Connector, raise_open_files, said
 from .endpoint import Endpoint
 from .events import Outcome

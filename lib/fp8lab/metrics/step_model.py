@@ -35,7 +35,7 @@ from typing import Annotated, get_type_hints
 from ..config.profile import Card
 from ..errors import BadInput
 from ..paths import DATA
-from ..ui.text import toml
+from ..ui import toml
 from .virtual import Course, Limits, Step
 
 FITS = DATA / "fits"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ..config.dimensions import model_names
 from ..errors import BadInput
 from ..paths import DATA, cache_dir, write_text
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 
 if TYPE_CHECKING:
     import torch

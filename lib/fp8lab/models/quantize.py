@@ -30,7 +30,7 @@ from ..config.dimensions import RECIPES, Recipe, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, PROJECT, cache_dir, with_library
 from ..system.locks import Lock
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 from .checkpoints import PACKAGED, model_folder, packaged_model, weight_files
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ..metrics.slo import DEFAULT
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
-from ..ui.text import Table, four_digits, shown
+from ..ui import Table, four_digits, shown
 from .comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .judges import JUDGES
 from .machine import host_adds

@@ -12,7 +12,7 @@ from ..experiment.quality import comparisons
 from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.run_folder import Run
-from ..ui.text import Table, shown
+from ..ui import Table, shown
 from .drawing import INK, PLAINLY, Figure, figure, forest, label_where_free, name_rows, note, style_of
 from .verdict import card_note, claim_of
 

@@ -15,7 +15,7 @@ from ..metrics.slo import SLO, attains
 from ..metrics.statistics import Ratio, contrast, ratio
 from ..metrics.summary import Summary
 from ..results.evidence import Evidence, other_card, unmeasured
-from ..ui.text import four_digits
+from ..ui import four_digits
 from .verdict import Verdict, allowed, by_interval, found, left_out, near, not_judged, verdict, weakest
 
 # The load alone is the cause of an effect when it brings, at the lower end of its interval, this share of it.

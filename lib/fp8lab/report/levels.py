@@ -12,7 +12,7 @@ from ..metrics.slo import OBJECTIVES, SLO, attains
 from ..paths import repository_relative
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
-from ..ui.text import COUNTS, LEVEL, Column, Table, shown, view
+from ..ui import COUNTS, LEVEL, Column, Table, shown, view
 from .drawing import GREY, INK, PLAINLY, STYLE, figure, fillings, label_ends, legend, log_numbers, note, style_of
 from .verdict import card_note, claim_of
 

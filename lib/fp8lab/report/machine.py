@@ -15,7 +15,7 @@ from ..metrics.performance import concurrency_over_time, paging_waste, reserving
 from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
 from ..results.run_folder import Run
-from ..ui.text import LEVEL, Column, Table, shown, view
+from ..ui import LEVEL, Column, Table, shown, view
 from .drawing import GREY, INK, PLAINLY, figure, label_where_free, legend, mark, name_rows, note, style_of
 from .verdict import card_note, claim_of
 

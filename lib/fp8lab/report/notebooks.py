@@ -16,7 +16,7 @@ from ..errors import BadInput, Fp8labError
 from ..paths import PROJECT, RUNS_VARIABLE, made, nameless, repository_relative, with_home, with_library, writing
 from ..results.run_folder import Run
 from ..system.locks import Scratch
-from ..ui.status import PROGRESS_FILE_VARIABLE, StatusLine
+from ..ui import PROGRESS_FILE_VARIABLE, StatusLine
 
 FRONT = PROJECT / "project_reproduce.ipynb"
 STEPS = PROJECT / "notebooks"

@@ -11,8 +11,7 @@ from ..experiment.step_fit import apart, held_out, judgeable, off_by, replay
 from ..metrics.slo import SLO
 from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEANS, MEASURED, UNTOLD, StepModel
 from ..results.run_folder import Run
-from ..ui.status import StatusLine
-from ..ui.text import Table, four_digits, shown
+from ..ui import StatusLine, Table, four_digits, shown
 from .drawing import INK, PLAINLY, figure, log_numbers
 from .verdict import card_note
 

@@ -10,7 +10,7 @@ from ..experiment.quality import AGAIN, comparisons, reference_variant, summarie
 from ..metrics import quality
 from ..metrics.quality import Estimate, distinguishable, identical_prefix
 from ..results.run_folder import Run
-from ..ui.text import Table
+from ..ui import Table
 from .drawing import GREY, INK, STYLE, figure, note, style_of
 from .verdict import card_note, claim_of
 

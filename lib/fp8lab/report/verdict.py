@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from ..paths import DATA, repository_relative
 from ..results.evidence import Evidence, other_card, unmeasured
 from ..results.run_folder import Run
-from ..ui.text import four_digits
+from ..ui import four_digits
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.summary import Summary
 from ..paths import DATA, PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative, writing
 from ..system.locks import Lock
-from ..ui.text import Shown, Table, shown
+from ..ui import Shown, Table, shown
 from .files import copy_file, plain, put_in_place, read_json, read_parquet, sync, unpacked, write_json, write_tables
 from .provenance import collect, digest
 

@@ -21,7 +21,7 @@ from ..models.checkpoints import model_folder, packaged_model
 from ..paths import cache_dir, with_home, with_library
 from ..results.provenance import software_of
 from ..system import gpu
-from ..ui.status import StatusLine
+from ..ui import StatusLine
 
 HOST = "127.0.0.1"
 EXECUTOR = "fp8lab.server.emulated_gpu.EmulatedGpuExecutor"

@@ -27,8 +27,7 @@ from ..paths import cache_dir, nameless, portable, writing
 from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
-from ..ui.status import StatusLine
-from ..ui.text import Shown, Table
+from ..ui import Shown, StatusLine, Table
 from . import log, orphans, preflight, watchdog
 from .command import HOST, build_command, build_environment, make_checkpoint, surroundings
 
