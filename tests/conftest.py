@@ -22,7 +22,7 @@ import pytest
 from fp8lab.models.checkpoints import model_folder
 from fp8lab.paths import PROJECT
 from fp8lab.results.run_folder import open_run
-from fp8lab.server import orphans
+from fp8lab.server import processes
 from fp8lab.system import gpu
 
 HERE = Path(__file__).parent
@@ -282,7 +282,7 @@ def card(fake_vllm, tmp_path, monkeypatch):
 
 def marked(profile: str | Path) -> list[int]:
     """Pids of all servers of the profile, grandchildren and watchdogs included."""
-    return [pid for server in orphans.servers() if server.profile == Path(profile).stem for pid in server.pids]
+    return [pid for server in processes.servers() if server.profile == Path(profile).stem for pid in server.pids]
 
 
 def wait_for(condition, within: float = 30.0, what: str = "it"):

@@ -23,7 +23,7 @@ from fp8lab.report import notebooks
 from fp8lab.report.notebooks import share
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
-from fp8lab.server import preflight
+from fp8lab.server import processes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the cpu environment only")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -128,7 +128,7 @@ def lab(browser, tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".spaces"),
     }
-    command = [sys.executable, "-m", "jupyter", *recipe()[1:], "--ip=127.0.0.1", f"--port={preflight.free_port()}"]
+    command = [sys.executable, "-m", "jupyter", *recipe()[1:], "--ip=127.0.0.1", f"--port={processes.free_port()}"]
     command += ["--ServerApp.browser=echo opens %s"]
     log = folder / "lab.log"
     with log.open("w") as output:

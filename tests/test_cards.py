@@ -19,7 +19,7 @@ from fp8lab.report import claims
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import open_run
-from fp8lab.server import preflight
+from fp8lab.server import processes
 from fp8lab.server.command import build_environment
 from fp8lab.system import gpu
 
@@ -57,10 +57,10 @@ def test_a_server_takes_locks_and_releases_its_cards(card, tmp_path):
         os.environ["CUDA_VISIBLE_DEVICES"] = "1"
         try:
             with pytest.raises(InUse, match="the GPU .* is in use by pid"):
-                preflight.take_gpus("another")
+                processes.take_gpus("another")
         finally:
             del os.environ["CUDA_VISIBLE_DEVICES"]
-    for lock in preflight.take_gpus("afterwards", 2):
+    for lock in processes.take_gpus("afterwards", 2):
         lock.release()
 
 

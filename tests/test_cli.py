@@ -216,10 +216,10 @@ def test_stop_ends_what_nobody_owns():
     """A stand-in server that carries the mark of an owner that is gone."""
     import os
 
-    from fp8lab.server import orphans
+    from fp8lab.server import processes
 
-    mark = json.loads(orphans.mark(id="lost-1", variant="fp8", profile="lost", port=1)) | {"owner_pid": 2**22 + 1}
-    environment = os.environ | {orphans.MARK: json.dumps(mark)}
+    mark = json.loads(processes.mark(id="lost-1", variant="fp8", profile="lost", port=1)) | {"owner_pid": 2**22 + 1}
+    environment = os.environ | {processes.MARK: json.dumps(mark)}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment) as lost:
         time.sleep(0.3)
         assert "LEFT OVER" in fp8lab("status").stdout

@@ -17,7 +17,7 @@ from jupyter_client import BlockingKernelClient, KernelManager
 
 import fp8lab as lab
 from conftest import AS_ROOT, marked, nothing_left, wait_for
-from fp8lab.server import orphans, preflight
+from fp8lab.server import processes
 
 START = "import fp8lab as lab; server = lab.start_server(lab.load_profile({profile!r}), 'bf16', log_path={log!r})"
 FAMILY = 5  # watchdog, API server, EngineCore, child, grandchild
@@ -225,7 +225,7 @@ def test_a_clock_that_is_set_makes_no_server_look_left_over(fake_vllm, tmp_path,
     with lab.serve(profile, "bf16", log_path=tmp_path / "server.log"):
         create_time = psutil.Process.create_time
         monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
-        (mine,) = [server for server in orphans.servers() if server.profile == profile.name]
+        (mine,) = [server for server in processes.servers() if server.profile == profile.name]
         assert mine.owned and mine.watched
 
 
@@ -233,21 +233,21 @@ def test_a_server_that_runs_as_it_should_is_no_leftover(fake_vllm, tmp_path):
     profile = lab.load_profile(str(fake_vllm()))
     with lab.serve(profile, "bf16", log_path=tmp_path / "server.log"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        preflight.warn_of_leftovers()
+        processes.warn_of_leftovers()
         assert not [one for one in said if f"({profile.name}" in str(one.message) or "bf16, pids" in str(one.message)]
 
 
 @AS_ROOT
 def test_another_users_server_is_none_of_roots():
-    mark = orphans.mark(id="other-1", variant="other", profile="other-users", port=1)
+    mark = processes.mark(id="other-1", variant="other", profile="other-users", port=1)
     command = ["/bin/sleep", "60"]
-    with subprocess.Popen(command, env={orphans.MARK: mark}, user=65534) as theirs:
+    with subprocess.Popen(command, env={processes.MARK: mark}, user=65534) as theirs:
         try:
-            assert psutil.Process(theirs.pid).environ()[orphans.MARK] == mark
+            assert psutil.Process(theirs.pid).environ()[processes.MARK] == mark
             assert marked("other-users") == []
         finally:
             theirs.kill()
-    with subprocess.Popen(command, env={orphans.MARK: mark}) as ours:
+    with subprocess.Popen(command, env={processes.MARK: mark}) as ours:
         try:
             assert marked("other-users") == [ours.pid]
         finally:

@@ -19,7 +19,7 @@ from fp8lab.config.profile_file import read_profile
 from fp8lab.config.trace import fixed_length
 from fp8lab.errors import BadInput
 from fp8lab.load.telemetry import _by_role
-from fp8lab.server import auth, command, log, orphans
+from fp8lab.server import auth, command, log, processes
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_key_is_nowhere_to_be_read(tiny):
 
 
 def test_status_sees_it_and_a_taken_port_is_refused(tiny):
-    (mine,) = [server for server in orphans.servers() if server.id == tiny.model]
+    (mine,) = [server for server in processes.servers() if server.id == tiny.model]
     assert mine.owned and mine.owner_pid == os.getpid() and len(mine.pids) >= 3
     with pytest.raises(BadInput, match=f"port {mine.port} is taken"):
         lab.start_server(tiny.profile, "bf16", port=mine.port)

@@ -31,7 +31,7 @@ from fp8lab.errors import BadInput, InUse, NotWritten, ServerFailed, Stopped
 from fp8lab.load.level import Watch
 from fp8lab.metrics.performance import completed
 from fp8lab.results.run_folder import open_run
-from fp8lab.server import command, launch, preflight
+from fp8lab.server import command, launch, processes
 from fp8lab.server.launch import Server, ask
 from fp8lab.system import gpu
 from fp8lab.system.locks import Lock, Scratch, machine_lock, sweep
@@ -614,9 +614,9 @@ def test_a_profile_for_another_card_warns_when_it_is_loaded(card):
 
 
 def test_a_listener_is_told_where_there_is_no_ipv6(monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "net_connections", lambda _kind: [])
-    monkeypatch.setattr(preflight, "Path", lambda *_parts: Path("/nowhere"))
-    assert preflight.listener(1) == "another process"
+    monkeypatch.setattr(processes.psutil, "net_connections", lambda _kind: [])
+    monkeypatch.setattr(processes, "Path", lambda *_parts: Path("/nowhere"))
+    assert processes.listener(1) == "another process"
 
 
 def test_another_cache_folder_is_no_way_around_the_lock(card, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import running
 from fp8lab.config import flags
-from fp8lab.server import orphans, preflight, watchdog
+from fp8lab.server import processes, watchdog
 
 SCRIPT = Path(watchdog.__file__)
 # A server that forks a grandchild in a session of its own, and says both pids.
@@ -118,14 +118,14 @@ def test_descendants_survive_odd_process_names(tmp_path):
 @pytest.mark.parametrize(("seconds", "warned"), [(0.3, False), (60, True)])
 def test_a_server_without_a_watchdog_is_told_of_once_it_stays(seconds, warned):
     """One that another process is just starting has none yet for an instant."""
-    value = orphans.mark(id=f"settles-{seconds}", variant="bf16", profile="none", port=1)
-    process = subprocess.Popen(["sleep", str(seconds)], env=os.environ | {orphans.MARK: value})
+    value = processes.mark(id=f"settles-{seconds}", variant="bf16", profile="none", port=1)
+    process = subprocess.Popen(["sleep", str(seconds)], env=os.environ | {processes.MARK: value})
     try:
-        while orphans.find(f"settles-{seconds}") is None:
+        while processes.find(f"settles-{seconds}") is None:
             time.sleep(0.01)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            preflight.warn_of_leftovers()
+            processes.warn_of_leftovers()
         assert any(f"pids {process.pid}," in str(one.message) for one in said) == warned
     finally:
         process.kill()

@@ -335,9 +335,9 @@ def profiles(args) -> None:
 
 
 def status(_args) -> None:
-    from .server import orphans
+    from .server import processes
 
-    found = orphans.servers()
+    found = processes.servers()
     if not found:
         print("no server of fp8lab is running")
     for server in found:
@@ -353,11 +353,11 @@ def status(_args) -> None:
 
 
 def stop(args) -> None:
-    from .server import orphans
+    from .server import processes
 
-    found = [server for server in orphans.servers() if args.all or not server.owned]
+    found = [server for server in processes.servers() if args.all or not server.owned]
     for server in found:
-        orphans.stop(server)
+        processes.stop(server)
         print(f"ended {server.variant} ({server.profile}), {len(server.pids)} processes")
     if not found:
         print("nothing to end" if args.all else "nothing is left over (servers in use are kept; --all ends them too)")

@@ -22,7 +22,7 @@ from statistics import median
 import psutil
 
 import fp8lab as lab
-from fp8lab.server import orphans
+from fp8lab.server import processes
 
 SETTLED = 3
 COMPARED = 3
@@ -35,7 +35,7 @@ MEMORY_MIB = 8.0
 def counts(temporary: Path) -> dict:
     """What this process and its servers hold now; they have the folder `temporary` to themselves."""
     me = psutil.Process()
-    mine = [server for server in orphans.servers() if server.owner_pid == os.getpid()]
+    mine = [server for server in processes.servers() if server.owner_pid == os.getpid()]
     return {
         "memory_mib": me.memory_info().rss / 2**20,
         "descriptors": me.num_fds(),

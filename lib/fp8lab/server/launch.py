@@ -28,7 +28,7 @@ from ..results.provenance import software_of
 from ..system import gpu
 from ..system.locks import Lock, Scratch
 from ..ui import Shown, StatusLine, Table
-from . import log, orphans, preflight, watchdog
+from . import log, processes, watchdog
 from .command import HOST, build_command, build_environment, make_checkpoint, surroundings
 
 _STOP_GRACE_S = 10.0
@@ -133,13 +133,13 @@ class Server(Served):
             return None
         if self._memory_before is not None and gpu.memory_used_gib(self.cards) is None:
             return "the GPU cannot be read any more: the card or its driver is lost; see `nvidia-smi` and `dmesg`"
-        others, _, _ = preflight.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before, cards=self.cards)
+        others, _, _ = processes.others_on_gpu(self._gpu_pids, self._idle_pids, self._memory_before, cards=self.cards)
         return f"another job came onto the GPU: {'; '.join(others)}" if others else None
 
     def pids(self) -> tuple[int, ...]:
         """Every process of this server, the watchdog excluded."""
         watchdog = self._watchdog.pid if self._watchdog else None
-        found = orphans.find(self.model)
+        found = processes.find(self.model)
         return tuple(pid for pid in found.pids if pid != watchdog) if found else ()
 
     def stop(self) -> None:
@@ -164,8 +164,8 @@ class Server(Served):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(_STOP_GRACE_S + 5)
         # Nothing is left unless the watchdog was killed, or interrupted while it was started; then this finds it.
-        if left := orphans.find(self.model):
-            orphans.stop(left)
+        if left := processes.find(self.model):
+            processes.stop(left)
         if guard:
             guard.kill()
             guard.wait()
@@ -188,8 +188,8 @@ class Server(Served):
         try:
             if self.profile.device == "cuda":
                 what = f"{self.variant} of profile {self.profile.name}"
-                preflight.check_cards(what, self.cards)
-                self._gpu_locks = preflight.take_gpus(what, self.cards)
+                processes.check_cards(what, self.cards)
+                self._gpu_locks = processes.take_gpus(what, self.cards)
             make_checkpoint(self.profile, self.variant)
             command = build_command(self.profile, self.variant, port=self.port, served_name=self.model)
             extra = build_environment(self.profile, self.variant)
@@ -204,14 +204,14 @@ class Server(Served):
             raise
 
     def _launch(self, command: list[str], extra: Mapping[str, str]) -> None:
-        mark = orphans.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
+        mark = processes.mark(id=self.model, variant=self.variant, profile=self.profile.name, port=self.port)
         # The key travels in the environment: vLLM prints its arguments into the log.
         # setproctitle, which vLLM uses, would otherwise overwrite the environment that carries the mark.
         environment = {
             **surroundings(extra, self.profile.variant(self.variant).python),
             **extra,
             "VLLM_API_KEY": self.api_key,
-            orphans.MARK: mark,
+            processes.MARK: mark,
             "SPT_NOENV": "1",
         }
         self._secrets = secret_texts(environment)
@@ -269,9 +269,9 @@ class Server(Served):
 
     def _take_stock_of_gpu(self) -> str:
         """Notes which of the GPU's processes are this server's; returns why that is not certain, or ""."""
-        mine = {process.pid for process in orphans.with_descendants(self.pids())}
-        before, opened = (self._idle_pids, self._memory_before), preflight.cuda_processes(mine)
-        others, self._gpu_pids, doubt = preflight.others_on_gpu(mine, *before, opened, self.cards)
+        mine = {process.pid for process in processes.with_descendants(self.pids())}
+        before, opened = (self._idle_pids, self._memory_before), processes.cuda_processes(mine)
+        others, self._gpu_pids, doubt = processes.others_on_gpu(mine, *before, opened, self.cards)
         if others:
             self._memory_before = None  # what stays in use is theirs
             raise InUse(
@@ -309,9 +309,9 @@ def start_server(
     check_device(profile)
     check_environment(profile)
     if port is not None:
-        preflight.check_port(port)
-    preflight.warn_of_leftovers()
-    port = port or preflight.free_port()
+        processes.check_port(port)
+    processes.warn_of_leftovers()
+    port = port or processes.free_port()
     log_path = Path(log_path or cache_dir() / "logs" / f"{profile.name}-{variant}-{port}.log")
     server = Server(profile, variant, port, log_path)
     status = StatusLine()
@@ -353,7 +353,7 @@ def _answers(server: "Server", deadline: float) -> bool:
         served = _served_names(text) if status == 200 else None
         if served != [server.model]:
             said = f"models {served}" if served is not None else f"HTTP {status}: {text[:300]}"
-            who = preflight.listener(server.port)
+            who = processes.listener(server.port)
             raise ServerFailed(
                 f"port {server.port} is held by {who} and answers {said}, not this start's {server.model!r}; "
                 f"end that process, or choose another port (log: {server.log_path})"
