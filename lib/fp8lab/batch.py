@@ -295,11 +295,8 @@ def _profile(matrix: Matrix, profile: str, workload: Mapping, name: str) -> Prof
 
 def _text(profile: Profile) -> str:
     """A profile as TOML that needs no other profile; the files that it names (traces, models) have to be where it is read."""
-    values = profile.as_dict()
-    levels = {name: {"levels": body["levels"]} for name, body in values.pop("protocols").items()}
-    values.pop("name")
-    kept = {key: value for key, value in values.items() if value is not None}
-    return "".join(f"{key} = {toml(value)}\n" for key, value in (kept | {"protocols": levels}).items())
+    held = {key: value for key, value in profile.as_dict().items() if value is not None and key != "name"}
+    return "".join(f"{key} = {toml(value)}\n" for key, value in held.items())
 
 
 def has_invalid(run_dir: Path) -> bool:
