@@ -377,9 +377,9 @@ def report(**changes) -> ClientReport:
         "workers": 1,
         "closed_loop": False,
         "cpu_s": 1,
-        "busiest_core": 0.2,
-        "stall_max_ms": 0,
-        "start_delay_s": 0.3,
+        "client_busiest_core": 0.2,
+        "client_stall_max_ms": 0,
+        "seconds_to_first_request": 0.3,
     }
     return ClientReport(**healthy | changes)
 
@@ -390,7 +390,7 @@ def test_self_check_limits():
     assert self_check(np.full(100, 4.9), slow, report()) == []
     assert "5.1 ms late" in self_check(np.full(100, 5.1), slow, report())[0]
     assert self_check(np.full(100, 5.1), np.full(100, 1000.0), report()) == []
-    assert "91% of its core" in self_check(on_time, slow, report(busiest_core=0.91))[0]
+    assert "91% of its core" in self_check(on_time, slow, report(client_busiest_core=0.91))[0]
 
 
 def test_busiest_second_finds_a_burst():

@@ -43,17 +43,21 @@ _END_S = 30.0
 
 @dataclass(frozen=True)
 class ClientReport:
-    """How the client itself fared: `cpu_s` of all workers, `busiest_core` the share of a core in the busiest second of the
-    busiest one (None when the load took less than a second). `address` is where the load went, of a host with several."""
+    """How the client itself fared: `cpu_s` of all workers, why some were lost, and fields of `metrics.summary.Summary`."""
 
+    cpu_s: float
     workers: int
     closed_loop: bool
-    cpu_s: float
-    busiest_core: float | None
-    stall_max_ms: float
-    start_delay_s: float
-    lost_workers: tuple[str, ...] = ()
+    client_busiest_core: float | None
+    client_stall_max_ms: float
+    seconds_to_first_request: float
     address: str | None = None
+    lost_workers: tuple[str, ...] = ()
+
+    def fields(self, chunks: int) -> dict:
+        """Those of the summary of a level of so many chunks."""
+        fields = {name: held for name, held in vars(self).items() if name not in ("cpu_s", "lost_workers")}
+        return fields | {"client_cpu_us_per_chunk": 1e6 * self.cpu_s / chunks if chunks else None}
 
 
 @dataclass(frozen=True)
@@ -173,11 +177,13 @@ def self_check(lag_ms: np.ndarray, ttft_ms: np.ndarray, client: ClientReport) ->
     """Why a level's client cannot be trusted, each with a remedy; empty when it can."""
     problems = list(client.lost_workers)
     more = f"add --workers {client.workers * 2}"
-    if (client.busiest_core or 0) > _BUSY_CORE:
-        problems.append(f"a load worker used {client.busiest_core:.0%} of its core, above {_BUSY_CORE:.0%}; {more}")
-    if client.stall_max_ms > _STALL_MS:
+    if (client.client_busiest_core or 0) > _BUSY_CORE:
         problems.append(
-            f"a load worker stood still for {client.stall_max_ms / 1e3:.1f} s: was this machine suspended or overloaded?"
+            f"a load worker used {client.client_busiest_core:.0%} of its core, above {_BUSY_CORE:.0%}; {more}"
+        )
+    if client.client_stall_max_ms > _STALL_MS:
+        problems.append(
+            f"a load worker stood still for {client.client_stall_max_ms / 1e3:.1f} s: was this machine suspended or overloaded?"
         )
     if lag_ms.size:
         lag = float(np.percentile(lag_ms, 99))
@@ -335,9 +341,9 @@ class Team:
             workers=len(self.processes),
             closed_loop=self.max_concurrency is not None,
             cpu_s=sum(end["cpu_s"] for end in ends),
-            busiest_core=max(busiest, default=None),
-            stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
-            start_delay_s=start_delay_s,
+            client_busiest_core=max(busiest, default=None),
+            client_stall_max_ms=1e3 * max((end["stall_s"] for end in ends), default=0.0),
+            seconds_to_first_request=start_delay_s,
             lost_workers=tuple(f"load worker {number} {trouble}" for number, trouble in self.troubles.items()),
             address=", ".join(one.host for one in self.addresses if one.of > 1) or None,
         )

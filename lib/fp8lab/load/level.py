@@ -89,7 +89,7 @@ def measure_level(
     problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
     sampled = telemetry.table(sent.start) if telemetry else None
     counter = sampled[["at_s", "generation_tokens"]] if telemetry else None
-    fields = summarize(records, tokens, counter) | _client(sent, len(tokens))
+    fields = summarize(records, tokens, counter) | sent.client.fields(len(tokens))
     if len(fleet) > 1:
         fields["endpoints"] = _by_endpoint(fleet, records, tokens, fields["duration_s"])
     if slo:
@@ -247,19 +247,6 @@ def _notes(sent: Sent) -> list[str]:
         *told(lambda o: o.finish_reason == "content_filter", "were cut by a content filter"),
         *told(lambda o: o.choices > 1, "held several choices: TPOT and ITL are those of all together"),
     ]
-
-
-def _client(sent: Sent, chunks: int) -> dict:
-    client = sent.client
-    return {
-        "workers": client.workers,
-        "address": client.address,
-        "closed_loop": client.closed_loop,
-        "client_busiest_core": client.busiest_core,
-        "client_cpu_us_per_chunk": 1e6 * client.cpu_s / chunks if chunks else None,
-        "client_stall_max_ms": client.stall_max_ms,
-        "seconds_to_first_request": client.start_delay_s,
-    }
 
 
 def to_tables(sent: Sent, trace: Trace, time_dilation: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
