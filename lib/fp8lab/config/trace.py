@@ -143,7 +143,7 @@ def from_file(
     lengths, least = read_lengths(path, times=times == "kept"), None if fewer else requests
     if lengths is not None:
         if times == "refused" and lengths.to_be_replayed:
-            _refuse_times(name)
+            refuse_times(name)
         return _of_lengths(lengths, name, requests, least, seed, max_context)
     if tokenizer is None:
         check_conversations(path)
@@ -211,16 +211,11 @@ def check_file(path: str | Path) -> None:
     if lengths is None:
         check_conversations(path)
     elif lengths.to_be_replayed:
-        _refuse_times(path.name)
+        refuse_times(path.name)
 
 
-def refuse_times(trace: Trace) -> None:
+def refuse_times(name: str) -> NoReturn:
     """Raises BadInput for a trace with arrival times of its own, which a level cannot keep."""
-    if trace.arrival_s is not None:
-        _refuse_times(trace.name)
-
-
-def _refuse_times(name: str) -> NoReturn:
     raise BadInput(
         f"the trace {name!r} holds arrival times (arrival_s), and a level draws its own at its rate; leave that "
         "column out to use its lengths alone, or replay it with `fp8lab load-test --trace FILE`"

@@ -122,7 +122,8 @@ def load_test(
     if run is not None:
         run.check_profile(server.profile)
     trace = trace or trace_for(server.profile, level)
-    refuse_times(trace)
+    if trace.arrival_s is not None:
+        refuse_times(trace.name)
     if run is None:
         return _measure_level(server, level, trace, workers)
     with run.locked():
