@@ -188,12 +188,12 @@ def test_what_fits_is_what_vllm_made_of_the_card(name):
         seen.setdefault(s.level.variant, s)
     for variant, s in seen.items():
         shape = run.profile.shape(variant)
-        found = fit(
+        gib, tokens = fit(
             shape, weight_format(s.command, shape), 1 if fp8_kv(s.command, shape) else 2, run.profile.gpu,
             share=memory_share(s.command) or 0.9,
         )  # fmt: skip
-        assert found.kv_tokens == pytest.approx(s.kv_cache_tokens, rel=0.01), variant
-        assert found.weights_gib == pytest.approx(s.server.model_memory_gib, rel=0.01), variant
+        assert tokens == pytest.approx(s.kv_cache_tokens, rel=0.01), variant
+        assert gib == pytest.approx(s.server.model_memory_gib, rel=0.01), variant
 
 
 def test_cards_that_cannot_share_the_heads_out_are_left_out():

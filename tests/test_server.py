@@ -192,7 +192,7 @@ def test_the_log_says_how_far_a_start_is_and_why_it_failed():
         assert log.phase(f"(APIServer pid=1) INFO 11-23 22:52:39 [x.py:1] {told}") == phase
     text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] GPU KV cache size: 431,568 tokens, Maximum\n"
     text += "(EngineCore pid=1) INFO 11-23 22:52:39 [x.py:1] Model loading took 14.96 GiB memory\n"
-    assert log.reported(text) == log.Reported(431568, 14.96, None, ())
+    assert log.reported(text) == {"kv_cache_tokens": 431568, "model_memory_gib": 14.96, "load_s": None, "kernels": ()}
     text += (
         "(EngineCore pid=1) ERROR 11-23 22:52:40 [core.py:900] EngineCore failed to start.\n"
         "(EngineCore pid=1) ERROR 11-23 22:52:40 [core.py:900] torch.OutOfMemoryError: CUDA out of memory.\n"

@@ -209,23 +209,15 @@ _FIXED_GIB = 0.7
 _ACTIVATIONS = 3 * 2 * 8192
 
 
-@dataclass(frozen=True)
-class Fit:
-    """GiB of weights a card, and the KV cache's tokens on all cards together; 0 tokens: the model does not fit."""
-
-    weights_gib: float
-    kv_tokens: int
-
-
 def fit(
     shape: ModelShape, weights: WeightFormat, kv_itemsize: int, card: Card, shared_by: int = 1, *,
     share: float = 0.9,
-) -> Fit:  # fmt: skip
-    """How a model fits that is served in a format, with a KV cache of `kv_itemsize` bytes an element, when vLLM may take
-    `share` (0 to 1) of each card."""
+) -> tuple[float, int]:  # fmt: skip
+    """(GiB of weights a card, the KV cache's tokens on all cards together; 0 tokens: it does not fit) of a model that is served in
+    a format, with a KV cache of `kv_itemsize` bytes an element, when vLLM may take `share` (0 to 1) of each card."""
     held = shape.weight_bytes(weights) / shared_by
     activations = _ACTIVATIONS * shape.intermediate / shared_by
     left = card.memory_gib * share * GIB - held - activations - _FIXED_GIB * GIB
     # Each card holds the KV heads that it computes; with more cards than heads they are held more than once.
     token = shape.kv_bytes_per_token(kv_itemsize) / min(shared_by, shape.kv_heads)
-    return Fit(held / GIB, max(0, int(left / token)))
+    return held / GIB, max(0, int(left / token))

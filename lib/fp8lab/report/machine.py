@@ -143,11 +143,9 @@ def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, fl
     for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
         # vLLM shares the heads out evenly.
         for count in (n for n in (1, 2, 4, 8) if not shape.heads % n):
-            found = fit(shape, weights, kv, card, count, share=share)
-            room = ("does not fit", "–")
-            if found.kv_tokens:
-                room = (f"{found.kv_tokens:,}", f"{found.kv_tokens // tokens:,}")
-            rows.append((name_of, "FP8" if kv == 1 else "BF16", f"{count}", f"{found.weights_gib:.1f}", *room))
+            gib, held = fit(shape, weights, kv, card, count, share=share)
+            room = (f"{held:,}", f"{held // tokens:,}") if held else ("does not fit", "–")
+            rows.append((name_of, "FP8" if kv == 1 else "BF16", f"{count}", f"{gib:.1f}", *room))
     columns = ("weights", "KV cache", "cards", "weights a card, GiB", "KV cache, tokens")
     caption = f"PREDICTED by arithmetic: {name} on {card.name}, {card.memory_gib:g} GiB a card, of which vLLM takes {share:.0%}"
     return Table(caption, (*columns, f"requests of {tokens:,} tokens"), rows)

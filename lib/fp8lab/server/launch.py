@@ -245,7 +245,7 @@ class Server(Served):
             variant=self.variant, command=(interpreter(python), *map(portable, command[1:])),
             environment={name: nameless(value) for name, value in extra.items()},
             software=software_of(python) if python else {}, startup_s=seconds,
-            **said._asdict(), weights_doubt=self._weights_doubt(said.model_memory_gib),
+            **said, weights_doubt=self._weights_doubt(said["model_memory_gib"]),
             emulated=self.profile.emulated, gpu_doubt=doubt, cards=self.cards, replicas=replicas(command),
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 _MAX_BYTES = 1 << 20
 _MAX_LINE = 500
@@ -50,17 +49,6 @@ _ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|^.*\berror: .*
 _SYMPTOM = re.compile(r"Engine core initialization failed|Engine core proc .* died|See root cause")
 
 
-class Reported(NamedTuple):
-    """What vLLM reports of a start: KV-cache tokens of all replicas, model memory of a card in GiB, seconds to load it; None
-    where it said nothing. And
-    its kernels for quantised matrix products ("MacheteLinearKernel for CompressedTensorsWNA16")."""
-
-    kv_cache_tokens: int | None
-    model_memory_gib: float | None
-    load_s: float | None
-    kernels: tuple[str, ...]
-
-
 def read(path: Path, secrets: Iterable[str] = ()) -> str:
     """The log's text, undecodable bytes and `secrets` replaced; of a long one 1 MiB from either end."""
     try:
@@ -84,13 +72,17 @@ def phase(text: str) -> str:
     return reached[-1] if reached else "importing vLLM"
 
 
-def reported(text: str) -> Reported:
+def reported(text: str) -> dict:
+    """The fields of `metrics.summary.ServerInfo` that vLLM reports of a start; None where it said nothing."""
     # Each EngineCore tells of its own.
     tokens = [int(one.replace(",", "")) for one in re.findall(r"KV cache size: ([\d,]+) tokens", text)]
     memory = re.search(r"Model loading took ([\d.]+) GiB(?:(?: memory)? and ([\d.]+) seconds)?", text)
     gib, seconds = (float(one) if one else None for one in memory.groups()) if memory else (None, None)
     kernels = [f"{kernel} for {layer}" for kernel, layer in _KERNEL.findall(text)]
-    return Reported(sum(tokens) or None, gib, seconds, tuple(dict.fromkeys(kernels)))
+    return {
+        "kv_cache_tokens": sum(tokens) or None, "model_memory_gib": gib, "load_s": seconds,
+        "kernels": tuple(dict.fromkeys(kernels)),
+    }  # fmt: skip
 
 
 def root_cause(text: str) -> tuple[list[str], str | None]:
