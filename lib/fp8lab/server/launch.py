@@ -220,7 +220,7 @@ class Server(Served):
             self.log_path.write_bytes(b"")
         if self._gpu_locks:
             self._memory_before = gpu.memory_used_gib(self.cards)
-            self._idle_pids = {o.pid for o in gpu.occupants(self.cards)}
+            self._idle_pids = set(gpu.occupants(self.cards))
         # vLLM leaves its sockets behind, three at each start; here they go with their folder.
         self._scratch = Scratch(for_sockets=True)
         environment["VLLM_RPC_BASE_PATH"] = self._scratch.path

@@ -138,11 +138,10 @@ def take_gpus(what: str, cards: int = 1) -> list[Lock]:
 
 def check_gpus(cards: int = 1) -> None:
     """Raises InUse, with pid, owner and memory, when a GPU that a server would take is not idle."""
-    mine = {pid: server for server in servers() for pid in server.pids}
-    busy = [o for o in gpu.occupants(cards) if o.memory_gib is None or o.memory_gib > _IDLE_GIB]
+    busy = {pid: gib for pid, gib in gpu.occupants(cards).items() if gib is None or gib > _IDLE_GIB}
     if busy:
-        holders = "; ".join(describe(o.pid, o.memory_gib) for o in busy)
-        ours = any(o.pid in mine for o in busy)
+        holders = "; ".join(describe(pid, gib) for pid, gib in busy.items())
+        ours = any(pid in busy for server in servers() for pid in server.pids)
         remedy = "end it with `fp8lab stop --all`" if ours else "wait, or choose another card (CUDA_VISIBLE_DEVICES)"
         raise InUse(f"the GPU is in use by {holders}; {remedy}")
     if (used := max(gpu.memory_used_each_gib(cards), default=0.0)) > _IDLE_GIB:
@@ -162,24 +161,24 @@ def others_on_gpu(
     `before_gib` of memory in use. NVML names a process by its pid here, or, in a container under an older driver, by
     the host's: of those, up to `nameless` may be the server's. Or it names none.
     """
-    there = [o for o in gpu.occupants(cards) if o.pid not in idle or (o.memory_gib or 0.0) > _IDLE_GIB]
-    ours = [o for o in there if o.pid in mine]
+    there = {pid: gib for pid, gib in gpu.occupants(cards).items() if pid not in idle or (gib or 0.0) > _IDLE_GIB}
+    ours = [pid for pid in there if pid in mine]
     # Pids of the host are large numbers: that one of them is by chance another process's here is next to impossible.
-    others = [o for o in there if o.pid not in mine and psutil.pid_exists(o.pid)]
-    unknown = [o for o in there if o.pid not in mine and not psutil.pid_exists(o.pid)]
+    others = [pid for pid in there if pid not in mine and psutil.pid_exists(pid)]
+    unknown = [pid for pid in there if pid not in mine and not psutil.pid_exists(pid)]
     doubt = ""
     if ours or len(unknown) > nameless:
         others += unknown
     else:
         ours = unknown
         doubt = "NVML names processes by pids of the host" if unknown else "NVML names no process of this server"
-    said = [describe(o.pid, o.memory_gib) for o in others]
-    used, held = gpu.memory_used_gib(cards), [o.memory_gib for o in (*ours, *others)]
+    said = [describe(pid, there[pid]) for pid in others]
+    used, held = gpu.memory_used_gib(cards), [there[pid] for pid in (*ours, *others)]
     if ours and None not in (used, before_gib, *held):
         hidden = used - before_gib - sum(held)
         if hidden > _IDLE_GIB + 0.5 * (cards - 1):
             said.append(f"processes that cannot be seen from here ({hidden:.1f} GiB of GPU memory)")
-    return said, {o.pid for o in ours}, doubt
+    return said, set(ours), doubt
 
 
 def cuda_processes(pids: Collection[int]) -> int:

@@ -6,15 +6,6 @@ import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Occupant:
-    """A process that computes on the GPU; `memory_gib` is None where NVML does not tell."""
-
-    pid: int
-    memory_gib: float | None
 
 
 @contextlib.contextmanager
@@ -114,8 +105,9 @@ def gpu_uuids(cards: int = 1) -> list[str | None]:
     return _each("nvmlDeviceGetUUID", cards)
 
 
-def occupants(cards: int = 1) -> list[Occupant]:
-    """Who computes on the first `cards` GPUs. In a container NVML may show none, or pids of the host."""
+def occupants(cards: int = 1) -> dict[int, float | None]:
+    """Who computes on the first `cards` GPUs: by pid the GPU memory in GiB, None where NVML does not tell. In a container it may
+    show none, or pids of the host."""
     # Some drivers do not tell (None); the memory in use still does.
     listed = _each("nvmlDeviceGetComputeRunningProcesses", cards)
     found: dict[int, float | None] = {}
@@ -125,7 +117,7 @@ def occupants(cards: int = 1) -> list[Occupant]:
         used = used if used is not None and used < 2**60 else None
         held = found.get(process.pid, 0.0)
         found[process.pid] = None if None in (used, held) else held + used / 2**30
-    return [Occupant(pid, found[pid]) for pid in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 class GpuReader:
