@@ -566,6 +566,7 @@ def test_an_endpoint_that_fails_from_the_first_probe_on_is_told_in_its_words(tmp
     ("more", "said"),
     [
         (["--find-max-rate"], "name the objective with --slo"),
+        (["--max-probes", "4"], "--max-probes counts the levels of a search"),
         ([*SEARCH, "--max-concurrency", "4"], "a closed loop"),
         ([*SEARCH, "--rate", "inf"], "above 0, and finite"),
         ([*SEARCH, "--rate", "0"], "above 0, and finite"),

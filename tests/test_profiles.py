@@ -182,6 +182,10 @@ def test_checkpoints_by_variant():
         ("[workload]\nspeed = 3", r"mine.toml: workload: unknown keys .'speed'.; known: .*'trace'"),
         ("variants = 3", "mine.toml: variants: expected a table, not 3"),
         ("[protocols]\nx = []", "mine.toml: protocols.x: expected a table, not a list"),
+        (
+            '[server.env]\nVLLM_USE_RUST_FRONTEND = "1"',
+            "mine.toml: server.env.VLLM_USE_RUST_FRONTEND: each variant says which API server it has",
+        ),
         ("[protocols.x]", "mine.toml: protocols.x.levels: is missing"),
         ("[model]\ncheckpoints = 3", "mine.toml: model.checkpoints: expected a table, not 3"),
         ('[model.checkpoints]\nfp9 = "a/b"', "mine.toml: model.checkpoints.fp9: no variant 'fp9'"),

@@ -95,7 +95,7 @@ its /v1; a path of its own is kept (https://HOST/api/v3), and its query (?api-ve
          "second); 0 for a server that allows few: each is then opened when it is needed, and TTFT counts that", _WHOLE),
         ("--find-max-rate", "", "search the highest rate that meets --slo, in at most --max-probes levels of 20 s or more; "
          "each is kept in --out, and the same command goes on where it stopped", {}),
-        ("--max-probes", "N", "levels of a search (default 8)", _WHOLE | {"default": 8}),
+        ("--max-probes", "N", "levels of a search (default 8)", _WHOLE),
     )),
     ("what counts", "", (
         ("--out", "DIR", "takes records.parquet, tokens.parquet, summary.json", {"required": True}),

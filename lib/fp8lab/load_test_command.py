@@ -25,6 +25,7 @@ from .ui import StatusLine
 
 # Warm-up requests, and each probe's, are others than the level's: a prefix cache must not know them.
 _WARM_UP_SEED, _PROBE_SEEDS = 10_000, 100_000
+_PROBES = 8
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--warmup {args.warmup} is below 0")
     if args.find_max_rate:
         return _search(args, endpoint, slo, out)
+    if args.max_probes is not None:
+        raise BadInput("--max-probes counts the levels of a search; leave it out, or add --find-max-rate")
     if _holds_a_result(out):
         raise BadInput(f"{out} already holds a result; choose another --out folder")
     return _level(args, endpoint, slo, out)
@@ -102,6 +105,7 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         raise BadInput("--find-max-rate: a closed loop (--max-concurrency) has no highest rate; leave one of them out")
     if args.arrivals == "trace":
         raise BadInput("--find-max-rate: its levels draw their arrivals; leave --arrivals trace out")
+    args.max_probes = _PROBES if args.max_probes is None else args.max_probes
     if args.max_probes < 1 or not (args.rate is None or 0 < args.rate < math.inf):
         raise BadInput(
             f"--find-max-rate: --max-probes {args.max_probes} and --rate {args.rate} must be above 0, and finite"

@@ -354,6 +354,9 @@ def _check_written(profile: Profile, source: _Source) -> None:
         for name in one.env.keys() & {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"}:
             said = "the server would take another GPU than is watched; set it in the environment of fp8lab itself"
             source.refuse([*at, "env", name], said)
+    if RUST in profile.server.env:
+        said = 'each variant says which API server it has; leave this out and give those api_server = "rust"'
+        source.refuse(["server", "env", RUST], said)
     for key in profile.model.checkpoints.keys() - profile.variants.keys() - {"default"}:
         known = ", ".join(["default", *profile.variants])
         said = f"no variant {key!r} in profile {profile.name} (there are: {known})"

@@ -95,7 +95,7 @@ def measure_level(
     if slo:
         fields |= goodput(records, slo, fields["duration_s"])
     if telemetry:
-        steady = fields["steady_begin_s"] or math.nan, fields["steady_end_s"] or math.nan
+        steady = (fields["steady_begin_s"], fields["steady_end_s"]) if fields["steady_end_s"] else (math.nan, math.nan)
         fields |= summarize_usage(sampled, records, steady) | {"telemetry_cpu_share": telemetry.cpu_share}
         whole = (records["sent_s"].min(), completed(records)["last_token_s"].max())
         # A server that failed or a client that stood still explains a silence: told already.
