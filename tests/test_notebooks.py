@@ -130,7 +130,7 @@ def test_what_was_recorded_on_cards_is_drawn_without_one(step, source, tmp_path)
     ("source", "name"),
     [("h200-80gb", "front"), ("h100-80gb-long-prompts", "front"), ("h100-80gb-unsealed", "08_unseal"),
      ("h100-80gb-azure-conv", "08_unseal"), ("h100-80gb-recipes", "09_recipes"), ("h200-80gb-x2-32b", "10_more_cards"),
-     ("smollm2-h200", "07_quality")],
+     ("h100-80gb-rust", "05_fair_comparison"), ("smollm2-h200", "07_quality")],
 )  # fmt: skip
 def test_a_run_is_drawn_by_the_notebook_that_has_something_to_show(source, name):
     assert _default_notebook(open_run(source=source)) == name

@@ -248,8 +248,8 @@ def plan(args) -> None:
 
 
 def _default_notebook(run: "lab.Run") -> str:
-    """What shows a run: the notebook of whose protocols it holds a level. Of answers alone, or of other variants than the
-    published ones, the front notebook would have nothing to show."""
+    """What shows a run: the notebook of whose protocols it holds a level. Of other loads of the published variants that is the
+    fair comparison, of other variants what unseals a card."""
     from .report.notebooks import declared, find
 
     held = run.summaries()
@@ -260,7 +260,7 @@ def _default_notebook(run: "lab.Run") -> str:
         protocols = [*asked["protocols"], *asked.get("half_protocols", ())]
         if any(level.id in held for one in protocols for level in run.profile.protocols.get(one, ())):
             return name
-    return "front" if {"bf16", "fp8"} & {s.level.variant for s in held.values()} else "08_unseal"
+    return "05_fair_comparison" if {"bf16", "fp8"} & {s.level.variant for s in held.values()} else "08_unseal"
 
 
 def share(args) -> None:
