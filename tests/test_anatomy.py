@@ -11,7 +11,7 @@ from fp8lab.experiment import anatomy as experiment
 from fp8lab.metrics import anatomy
 from fp8lab.metrics.anatomy import Work
 from fp8lab.report import claims, notebooks
-from fp8lab.report.machine import host_adds
+from fp8lab.report.anatomy import host_adds
 
 # Names as profilers on a Hopper card show them.
 NAMES = {

@@ -22,9 +22,9 @@ from fp8lab.metrics.quality import distinguishable
 from fp8lab.metrics.slo import SLO, attains
 from fp8lab.metrics.statistics import ratio
 from fp8lab.paths import PROJECT
+from fp8lab.report.anatomy import host_adds
 from fp8lab.report.claims import claims_across, judge
 from fp8lab.report.comparison import causes, mean_of
-from fp8lab.report.machine import host_adds
 from fp8lab.results.evidence import evidence
 from fp8lab.results.run_folder import open_run
 from fp8lab.ui import four_digits

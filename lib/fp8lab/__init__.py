@@ -31,6 +31,7 @@ _HOMES = {
     "metrics.slo": ("MLPERF_INTERACTIVE", "MLPERF_SERVER", "SLO", "required_requests"),
     "metrics.summary": ("Summary",),
     "report.claims": ("claims_across", "claims_table", "conclusion", "judge", "write_claims"),
+    "report.anatomy": ("host_table", "kernels_table", "step_figure", "steps_table"),
     "report.comparison": (
         "ablation_figure", "ablation_table", "cards_table", "checkpoints_table", "equal_load_figure", "equal_load_table",
         "recipes_figure", "recipes_table", "unsealing_figure", "unsealing_table", "worth_figure", "worth_table",
@@ -41,9 +42,9 @@ _HOMES = {
         "saturation_figure", "slo_table", "throughput_figure", "throughputs_table", "tpot_figure", "validity_table",
     ),
     "report.machine": (
-        "batching_figure", "bottlenecks_table", "clock_figure", "fit_table", "host_table", "kernels_table", "kv_table",
+        "batching_figure", "bottlenecks_table", "clock_figure", "fit_table", "kv_table",
         "littles_law_figure", "memory_figure", "memory_table", "paging_table", "resources_table", "roofline_figure",
-        "roofline_table", "step_figure", "steps_table",
+        "roofline_table",
     ),
     "report.notebooks": ("check_injected",),
     "report.predicted": (

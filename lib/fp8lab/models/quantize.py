@@ -2,7 +2,7 @@
 
 Each weight of the layers' matrices is rounded to the nearest value that its format has, and packed as vLLM reads it: all that
 speed needs. For better answers a recipe `...-by-gptq` or `...-by-awq` has llmcompressor calibrate the rounding on a text
-(`calibrate`), in the same format.
+(`calibrate.py`), in the same format.
 
 torch, transformers and compressed-tensors are imported where they are used: they take seconds, and what cannot be quantised is
 said at once.
@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -45,8 +44,6 @@ _TO_SPARE = 64 << 20
 CALIBRATOR = PROJECT / ".venv" / "calibrator" / "bin" / "python"
 # What calibrates where no other text is named: not the one that answers are judged on, though of the same author.
 TEXT = DATA / "texts" / "opticks-book-2.txt"
-# What llmcompressor's own examples take is 512 documents of 2,048 tokens, of a large model's; GPTQ's authors took 128.
-DOCUMENTS, DOCUMENT_TOKENS = 128, 512
 # Beside the weights, what they were made of: a source that was changed since gives another checkpoint.
 _MADE_OF = ".fp8lab-made-of"
 # What stands beside a checkpoint's weights: tokenizer, configurations, templates.
@@ -182,11 +179,11 @@ def _calibrate(source: Path, target: Path, how: Recipe, made: dict, shards: list
 
 
 def _run_calibrator(arguments: list[str], scratch: str, name: str) -> None:
-    """Calls `calibrate` in its own environment, in the folder `scratch`. Raises BadInput with its last line when it fails."""
+    """Runs `calibrate.py` in its own environment, in the folder `scratch`. Raises BadInput with its last line when it fails."""
     status, said = StatusLine(), b""
     environment = with_library({key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     environment["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"
-    command = [CALIBRATOR, "-c", f"from {__name__} import calibrate; calibrate()", *arguments]
+    command = [CALIBRATOR, "-m", f"{__package__}.calibrate", *arguments]
     with subprocess.Popen(command, env=environment, cwd=scratch, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as process:  # fmt: skip
         try:
@@ -200,41 +197,6 @@ def _run_calibrator(arguments: list[str], scratch: str, name: str) -> None:
     if process.returncode:
         last = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
         raise BadInput(f"{name} cannot be calibrated: {last[-1].strip()[:300]}")
-
-
-def calibrate() -> None:
-    """Rounds the weights of a model with llmcompressor, calibrated on a text: a program's work, in the environment that
-    `make calibrator` builds, which holds another transformers than vLLM's. Its arguments are the folders of source and
-    target, the text's file, compressed-tensors' name of the format, for how many weights of a row there is one scale (where
-    the format has groups), and the method, gptq or awq."""
-    import torch
-    from compressed_tensors.quantization import preset_name_to_scheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source, target, text, name, group, method = sys.argv[1:]
-    scheme = preset_name_to_scheme(name, ["Linear"])
-    if scheme.weights.group_size:
-        scheme.weights.group_size = int(group)
-    how = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
-    steps = [GPTQModifier(**how)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**how)]
-    if not torch.cuda.is_available():
-        # llmcompressor 0.14 pins memory for copies to a GPU, also where there is none.
-        IntermediatesCache.pin_memory = lambda *_arguments: None
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    tokens = AutoTokenizer.from_pretrained(source)(Path(text).read_text()).input_ids
-    begins = range(0, len(tokens) - DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS)[:DOCUMENTS]
-    if not begins:
-        sys.exit(f"its text has {len(tokens)} tokens; at least {DOCUMENT_TOKENS} are needed")
-    documents = [tokens[at : at + DOCUMENT_TOKENS] for at in begins]
-    held = Dataset.from_dict({"input_ids": documents, "attention_mask": [[1] * DOCUMENT_TOKENS for _ in documents]})
-    options = {"max_seq_length": DOCUMENT_TOKENS, "num_calibration_samples": len(documents), "batch_size": 8}
-    oneshot(model=model, dataset=held, recipe=steps, **options)
-    model.save_pretrained(target, save_compressed=True)
 
 
 def checkpoint_bytes(source: Path, recipe_name: str, *, drawn: bool = False) -> int:

@@ -16,9 +16,9 @@ from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run
 from ..ui import Table, four_digits, shown
+from .anatomy import host_adds
 from .comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
 from .judges import JUDGES
-from .machine import host_adds
 from .verdict import Verdict, card_mark, card_note, published, show_interval, show_value
 
 
