@@ -200,6 +200,12 @@ def test_the_log_says_how_far_a_start_is_and_why_it_failed():
     )
     telling, remedy = log.root_cause(text)
     assert telling == ["torch.OutOfMemoryError: CUDA out of memory."] and "fp8lab status" in remedy
+    for said, word in (
+        ("RuntimeError: Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist", "nvcc"),
+        ("ModuleNotFoundError: No module named 'flashinfer'", "nvcc"),
+        ("ModuleNotFoundError: No module named 'zmq'", "make env"),
+    ):
+        assert word in log.root_cause(f"(Worker pid=3) ERROR 11-27 22:52:40 [core.py:900] {said}\n")[1]
 
 
 CROWDED = """

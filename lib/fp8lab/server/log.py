@@ -40,6 +40,11 @@ _REMEDIES = (
     ),
     (r"requires x86 with AVX-512", "this CPU cannot hold an FP8 KV cache; use the emulated profile"),
     (r"Illegal instruction|SIGILL", "this CPU lacks the instructions that vLLM's build needs"),
+    (
+        r"No module named 'flashinfer|Could not find nvcc|FLASHINFER is not valid",
+        "FlashInfer compiles its kernels with CUDA's nvcc: install flashinfer-python and the CUDA toolkit, or take a variant "
+        "without it",
+    ),
     (r"No module named", "the environment is incomplete; prepare it with `make env`"),
 )
 # "Using … for …" is said of other things too: a kernel's or a linear layer's class is in the names.
