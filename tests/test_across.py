@@ -7,6 +7,7 @@ from statistics import fmean
 
 import nbformat
 import pytest
+from PIL import Image
 
 import fp8lab as lab
 from conftest import recorded, whole_run_mhz
@@ -71,6 +72,13 @@ def test_the_readmes_figure_is_that_of_the_recorded_runs():
     """`make front` brings it up to date."""
     front = runpy.run_path(str(DATA / "front.py"))
     assert front["FIGURE"].read_text() == front["readme_figure"]().svg
+
+
+def test_the_readmes_picture_of_the_page_shows_the_verdicts_of_today():
+    """`make front` brings it up to date."""
+    front = runpy.run_path(str(DATA / "front.py"))
+    with Image.open(front["PAGE"]) as picture:
+        assert picture.text["Description"] == front["verdicts"]()
 
 
 def test_the_front_notebooks_prose_says_what_the_recorded_runs_say():
