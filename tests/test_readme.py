@@ -848,6 +848,22 @@ def test_commands_are_as_the_command_line_takes_them(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_what_of_the_recorded_runs_was_computed_again_is_said():
+    window, tpot = set(), set()
+    for folder in (PROJECT / "data" / "recorded").iterdir():
+        manifest = recorded(folder.name).manifest
+        edited = manifest.get("edited", {})
+        if "steady" in edited or "The steady window" in manifest.get("corrected", ""):
+            window.add(f"`{folder.name}`")
+        tpot |= {folder.name} if "tpot" in edited else set()
+        assert set(edited) <= {"steady", "tpot", "load_s", "valid"}
+    told = " ".join(DATA_README.split())
+    assert len({name.strip("`") for name in window} | tpot) == 11 and "Of eleven runs some summaries were" in told
+    named = re.search(r"In four \((.*?)\) it was the steady window", told)[1]
+    assert set(named.split(", ")) == window and len(window) == 4
+    assert len(tpot) == 9 and "In nine it was TPOT" in told
+
+
 def test_recorded_runs_are_whole_and_small():
     folders = list((PROJECT / "data" / "recorded").iterdir())
     assert all(f"`{folder.name}`" in DATA_README for folder in folders)
