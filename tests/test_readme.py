@@ -704,6 +704,14 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
     each = answer["both unsealed"]
     a, said = answer, {id: ", ".join(words) for id, words in answer["verdicts"].items()}
     shown = {id: "，".join(VERDICTS[word] for word in words) for id, words in answer["verdicts"].items()}
+    bars = a["equal"][0], a["burst"], a["long"]
+    assert (
+        "{} at the published 50 req/s, {} all at once, {} on long prompts; the published 1.60 as".format(*bars)
+        in english
+    )
+    assert "公开实验的 50 req/s 下 {}，请求全部同时到达 {}，长提示 {}；公开的 1.60 以".format(*bars) in chinese
+    assert f"(at {bars[0]} FP8 keeps up and BF16 barely, and FP8's last answers end sooner)" in english
+    assert f"{bars[0]} 倍那条，FP8 跟得上，BF16 只是勉强跟上，FP8 的最后一批回答也结束得更早" in chinese
     for row in (
         f"| C1: 60 % more tokens/s | {said['C1']} | the load rose with it: BF16 alone, from 50 to 100 req/s, gives "
         f"{a['load'][0]} and {a['load'][1]} | at the same 50 req/s FP8 gives {a['equal'][0]}× and {a['equal'][1]}×, with no difference shown in the steady state |",
@@ -744,6 +752,27 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         "| 每个 token 要 {:.1f} ms，BF16 只要 {:.1f} ms | 先满的是 vLLM 的 EngineCore 进程 |".format(*a["cost"]),
     ):
         assert row in chinese
+
+
+def test_who_keeps_up_at_the_published_50_requests_a_second():
+    h100, h200 = (evidence(recorded(name)) for name in RECORDED)
+    limits = {
+        (seen, variant): [seen.limit(level_id) for level_id in seen.levels((variant,), 50)]
+        for seen in (h100, h200)
+        for variant in ("fp8", "bf16")
+    }
+    barely = limits.pop((h100, "bf16"))
+    assert {one.cause for each in limits.values() for one in each} == {"offered load"}
+    assert [one.cause for one in barely] == ["API server", "GPU and EngineCore", "offered load"]
+    assert "it just kept up" in barely[0].evidence
+    grew = 100 * backlog_growth(h100.level("bf16-50rps-r2").records)
+    assert (
+        "On the H200 both keep up; on the H100 FP8 does and BF16 barely, limited seed by seed by the API server, by the GPU and the "
+        f"EngineCore (in flight grew by {grew:.0f} % of the rate), and by the offered load. FP8's last answers end sooner."
+    ) in " ".join(DATA_README.split())
+    for seen in (h100, h200):  # "sooner"
+        ends = [seen.seeds(variant, 50, "duration_s") for variant in ("fp8", "bf16")]
+        assert max(ends[0].values()) < min(ends[1].values())
 
 
 def test_what_limited_the_levels_behind_the_answer():
