@@ -731,7 +731,7 @@ def test_readmes_answer_is_that_of_the_recorded_runs(answer):
         f"| C4: 39 ms a token stays usable | {said['C4']} | it waits for the same API server | {a['C4'][0]} and {a['C4'][1]} ms |",
         f"| the published command at 50 req/s | {a['equal'][0]}× | for {a['joules']}× the joules a token |",
         f"larger CUDA graphs | {a['burst']}× | BF16 stands at the card's power limit |",
-        f"| the same with nothing in the card's way | {each[0]}× ({a['drawn']}× with drawn weights, on another) | five changes to how vLLM "
+        f"| the same with nothing in the card's way | {each[0]}× ({a['drawn']}× with normally distributed weights, on another machine) | five changes to how vLLM "
         f"is started: {a['unsealed'][0]} tokens/s where the published command gives {a['unsealed'][1]} on the same machine (",
         f"| so too, on the lengths of two real services | {each[1]}× and {each[2]}× | conversation and coding |",
         f"| long prompts | {a['long']}× | BF16's KV cache was full |",
