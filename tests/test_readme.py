@@ -782,6 +782,10 @@ def test_who_keeps_up_at_the_published_50_requests_a_second():
         "On the H200 both keep up; on the H100 FP8 does and BF16 barely, limited seed by seed by the API server, by the GPU and the "
         f"EngineCore (in flight grew by {grew:.0f} % of the rate), and by the offered load. FP8's last answers end sooner."
     ) in " ".join(DATA_README.split())
+    baseline = (PROJECT / "notebooks" / "02_bf16_baseline.ipynb").read_text()
+    assert f"recorded seeds by {grew:.0f} % of the rate)" in baseline
+    rates = [s.request_throughput for seen in (h100, h200) for s in seen.levels(("bf16",), 50).values()]
+    assert f"{min(rates):.0f} to {max(rates):.0f} in the recorded runs." in baseline
     for seen in (h100, h200):  # "sooner"
         ends = [seen.seeds(variant, 50, "duration_s") for variant in ("fp8", "bf16")]
         assert max(ends[0].values()) < min(ends[1].values())
