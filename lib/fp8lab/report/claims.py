@@ -176,10 +176,10 @@ def _unsealing(seen: Evidence) -> tuple[str, str]:
             )
     changed = all(last.get(base, base) != base for base in ("bf16", "fp8"))
     if changed and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
-        limits = [" or the ".join(causes(seen, last[base], math.inf)) for base in ("fp8", "bf16")]
-        told.append(
-            f"{last['fp8']} over {last['bf16']}: {worth} over the whole run; limited by the {' and the '.join(limits)}."
+        limits = " and by the ".join(
+            f"{' or the '.join(causes(seen, last[base], math.inf))} ({last[base]})" for base in ("fp8", "bf16")
         )
+        told.append(f"{last['fp8']} over {last['bf16']}: {worth} over the whole run; limited by the {limits}.")
     return (title, " ".join(told)) if told else ("No change to a server is measured in this run.", "")
 
 
