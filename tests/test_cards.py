@@ -1,6 +1,7 @@
 """Several cards in one server: which it takes, what is read of them, what the claims about them come to, and what fits."""
 
 import dataclasses
+import json
 import math
 import os
 
@@ -15,6 +16,8 @@ from fp8lab.errors import BadInput, InUse
 from fp8lab.load.telemetry import Telemetry, parse_metrics
 from fp8lab.metrics.bottleneck import Limit
 from fp8lab.metrics.resources import fit
+from fp8lab.models.checkpoints import model_folder
+from fp8lab.paths import DATA
 from fp8lab.report import claims
 from fp8lab.results.evidence import Evidence, evidence
 from fp8lab.results.files import write_json
@@ -211,6 +214,23 @@ def test_what_fits_is_told_before_anything_starts(capsys):
     assert cli.main(["fit", "no-model"]) == 2 and "no sizes are known of 'no-model'" in capsys.readouterr().err
     assert cli.main(["fit", "llama-3-8b", "--card", "tiny-cpu"]) == 2 and "has no [gpu]" in capsys.readouterr().err
     assert cli.main(["fit", "llama-3-8b", "--tokens", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changed", [{"model_type": "mixtral"}, {"quantization_config": {"quant_method": "mxfp4"}}, None]
+)
+def test_a_folder_that_cannot_be_sized_is_refused_wherever_it_lies(tmp_path, capsys, monkeypatch, changed):
+    """A model of `data/models` has a plain name: no path, however it is written, passes for one."""
+    llama = json.loads((DATA / "models" / "llama-3-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({} if changed is None else llama | changed))
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path), ".", f"{tmp_path}/"):
+        assert cli.main(["fit", folder]) == 2
+        assert f"no sizes are known of {folder!r}: expected the folder of a Llama-like" in capsys.readouterr().err
+        assert model_shape(folder) is None
+        with pytest.raises(BadInput, match="no model .* in data/models"):
+            model_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.nightly  # three starts, one of them with two EngineCores

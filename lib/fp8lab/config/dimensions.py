@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import BadInput
-from ..paths import DATA
+from ..paths import DATA, PLAIN_NAME
 from .flags import flag_of
 
 # Models whose layers are Llama's: grouped-query attention over the whole context and an MLP of three matrices. The
@@ -234,10 +235,16 @@ def model_names() -> str:
     return ", ".join(sorted(path.name for path in (DATA / "models").iterdir()))
 
 
+def model_config(name: str) -> Path | None:
+    """The configuration of a model in `data/models/`; None when there is no such model. A path is no name of one."""
+    path = DATA / "models" / name / "config.json"
+    return path if PLAIN_NAME.fullmatch(name) and path.is_file() else None
+
+
 def model_shape(name: str, weights: WeightFormat | None = None) -> ModelShape | None:
     """The shape of a model in `data/models/`, with its weights in this format; None when there is no such model."""
-    path = DATA / "models" / name / "config.json"
-    return ModelShape(SimpleNamespace(**json.loads(path.read_text())), weights) if name and path.is_file() else None
+    path = model_config(name)
+    return path and ModelShape(SimpleNamespace(**json.loads(path.read_text())), weights)
 
 
 def weight_format(command: Sequence[str], shape: ModelShape | None = None) -> WeightFormat:

