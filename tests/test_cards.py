@@ -213,7 +213,10 @@ def test_what_fits_is_told_before_anything_starts(capsys):
     )
     assert cli.main(["fit", "no-model"]) == 2 and "no sizes are known of 'no-model'" in capsys.readouterr().err
     assert cli.main(["fit", "llama-3-8b", "--card", "tiny-cpu"]) == 2 and "has no [gpu]" in capsys.readouterr().err
-    assert cli.main(["fit", "llama-3-8b", "--tokens", "0"]) == 2
+    for tokens in ("0", "8193"):
+        assert cli.main(["fit", "llama-3-8b", "--tokens", tokens]) == 2
+        assert "tokens, in and out: llama-3-8b takes 1 to 8,192 (--tokens)" in capsys.readouterr().err
+    assert cli.main(["fit", "llama-3-8b", "--tokens", "8192"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,6 @@ def quantize(args) -> None:
 def fit(args) -> None:
     from .report.machine import fit_table
 
-    if args.tokens < 1:
-        raise BadInput(f"--tokens {args.tokens} is below 1 (tokens of a request, in and out)")
     profile = read_profile(args.card)
     if (card := profile.gpu) is None:
         raise BadInput(f"profile {args.card} has no [gpu]: name one of a card, such as h100-80gb")

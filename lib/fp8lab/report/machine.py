@@ -7,6 +7,7 @@ import numpy as np
 
 from ..config.dimensions import BF16, FORMATS, FP8, ModelShape, fp8_kv, memory_share, most_running
 from ..config.profile import Card, level_id, rate_name
+from ..errors import BadInput
 from ..metrics.performance import concurrency_over_time, paging_waste, reserving_waste
 from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
@@ -133,7 +134,9 @@ def memory_table(run: Run) -> Table:
 def fit_table(name: str, shape: ModelShape, card: Card, *, tokens: int = 400, flags: Sequence[str] = ()) -> Table:
     """Which number formats of a model fit on how many of a card, before anything is started: weights a card, room for KV
     cache, and how many requests of so many `tokens` that holds. As many cards as share each layer: 1, 2, 4 or 8; of
-    each vLLM takes what its `flags` say."""
+    each vLLM takes what its `flags` say. Raises BadInput for requests that the model does not take."""
+    if not (most := shape.context or math.inf) >= tokens >= 1:
+        raise BadInput(f"requests of {tokens:,} tokens, in and out: {name} takes 1 to {most:,} (--tokens)")
     share = memory_share(flags) or 0.9
     rows = []
     for name_of, weights, kv in (("BF16", BF16, 2), ("FP8 or INT8", FP8, 1), ("INT4", FORMATS["int4"], 1)):
