@@ -179,7 +179,20 @@ def test_latest_points_at_the_newest_run(tmp_path, profile, monkeypatch):
     monkeypatch.setattr(run_folder, "RUNS", tmp_path)
     first, second = open_run(tmp_path / "a", profile), open_run(tmp_path / "b", profile)
     assert (tmp_path / "latest").resolve() == second.path
-    assert open_run("latest").path == second.path != first.path
+    for name in ("latest", tmp_path / "latest", f"{tmp_path}/a/../latest/"):
+        assert open_run(name).path == second.path != first.path
+
+
+def test_no_run_takes_the_place_of_the_link_to_the_last_one(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path)
+    first = open_run(tmp_path / "latest", profile)  # as the first command on a fresh clone may say
+    assert first.path.name.startswith(profile.name) and (tmp_path / "latest").resolve() == first.path
+    (tmp_path / "latest").unlink()
+    shutil.copytree(first.path, tmp_path / "latest")  # as an earlier version made it
+    for name in ("latest", tmp_path / "latest", tmp_path / "new", ""):
+        with pytest.raises(BadInput, match="latest stands where the link to the last run belongs: rename it"):
+            open_run(name, profile)
+    assert open_run(first.path).path == first.path and not (tmp_path / "new").exists()
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(run, monkeypatch):

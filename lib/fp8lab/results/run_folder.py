@@ -386,8 +386,8 @@ class Run:
 
 
 def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "") -> Run:
-    """Opens the run folder `run_dir`, which is made if it is new: empty makes `runs/<profile>-<date>-<time>`, "latest" goes on
-    with the last one. `profile` is one or its name; "auto" is the run's own, for a new run the machine's. `source` (a
+    """Opens the run folder `run_dir`, which is made if it is new: empty makes `runs/<profile>-<date>-<time>`, "latest" (or
+    `runs/latest`) goes on with the last one. `profile` is one or its name; "auto" is the run's own, for a new run the machine's. `source` (a
     folder, an archive, or a name in `data/recorded/`) is opened read-only instead. Raises RunMismatch for a folder of another
     profile, BadInput for one that is no run folder."""
     if source:
@@ -396,21 +396,22 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
             path = unpacked(path)
         path = path if path.is_dir() else DATA / "recorded" / str(source)
         return Run(path, _manifest(path), read_only=True)
-    if str(run_dir) == "latest":
-        run_dir = (RUNS / "latest").resolve() if (RUNS / "latest").exists() else ""
+    latest, path = RUNS / "latest", Path(run_dir) if str(run_dir) else None
+    if path and (str(path) == "latest" or path.parent.resolve() / path.name == latest):
+        path = latest.resolve() if latest.is_symlink() and latest.exists() else None
     remedy = f"choose another --run folder, or name one for all runs in the variable {RUNS_VARIABLE}"
-    if run_dir and (Path(run_dir) / "run.json").is_file():
-        if Path(run_dir).resolve().is_relative_to(DATA / "recorded"):
-            raise BadInput(
-                f"{run_dir} is a recorded run: read it with --source; to measure, choose another --run folder"
-            )
-        made(Path(run_dir), f"read this run with --source, or {remedy}")
-        run = Run(Path(run_dir), _manifest(Path(run_dir)), read_only=False)
+    if path and (path / "run.json").is_file():
+        if path.resolve().is_relative_to(DATA / "recorded"):
+            raise BadInput(f"{path} is a recorded run: read it with --source; to measure, choose another --run folder")
+        made(path, f"read this run with --source, or {remedy}")
+        run = Run(path, _manifest(path), read_only=False)
         if profile != "auto":
             run.adopt(load_profile(profile) if isinstance(profile, str) else profile)
         return run
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    path = Path(run_dir) if run_dir else _unused(RUNS, f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    path = path or _unused(RUNS, f"{profile.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    if (here := path.resolve().parent == RUNS) and latest.exists() and not latest.is_symlink():
+        raise BadInput(f"{repository_relative(latest)} stands where the link to the last run belongs: rename it")
     # What an `open_run` that was killed leaves is still new.
     if path.exists() and not (
         path.is_dir() and all(one.name == ".lock" or one.name.startswith(".run.json.") for one in path.iterdir())
@@ -419,11 +420,11 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
     made(path, remedy)
     manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
     write_json(path / "run.json", manifest)
-    if path.resolve().parent == RUNS:
+    if here:
         scratch = RUNS / f".latest-{os.getpid()}"
         scratch.unlink(missing_ok=True)
         scratch.symlink_to(path.name, target_is_directory=True)
-        scratch.replace(RUNS / "latest")
+        scratch.replace(latest)
     return Run(path, manifest, read_only=False)
 
 
