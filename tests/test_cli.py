@@ -67,10 +67,13 @@ LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
         ([*LOAD_TEST, "http://127.0.0.1:9", "--api-key-env", "NO_SUCH"], "NO_SUCH"),
         ([*LOAD_TEST, "http://127.0.0.1:9", "--workers", "0"], "workers 0"),
         (["record", "nowhere", "x"], "no run folder at"),
-        (["measure", "--profile", "emulated-h100", "--again", "bf16-50rps-r1"], "with --run DIR"),
+        (
+            ["measure", "--profile", "emulated-h100", "--again", "bf16-50rps-r1"],
+            "a new run holds no level; name one that does",
+        ),
         (
             ["measure", "--profile", "emulated-h100", "--run", "{tmp}/run", "--again", "x"],
-            "holds no level x to measure again (it holds: none)",
+            "--again x: {tmp}/run holds no level; name one that does (--run)",
         ),
         (["profiles", "h101"], "no profile 'h101'"),
         (["reproduce", "--source", "h200-80gb", "--profile", "h100-80gb"], "leave out --profile"),
@@ -83,7 +86,7 @@ LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
 def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path):
     done = fp8lab(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert said.format(tmp=tmp_path) in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_plan_with_nothing_left_says_so():
@@ -230,12 +233,14 @@ def test_stop_ends_what_nobody_owns():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["measure --protocol nope", "measure --workers 0", "anatomy --variant fp9", "anatomy --batch 0"],
-)
+    ["measure --protocol nope", "measure --workers 0", "measure --variant nope", "measure --again bf16-50rps-r1",
+     "anatomy --variant fp9", "anatomy --batch 0", "anatomy --batch 4096"],
+)  # fmt: skip
 def test_what_cannot_be_measured_makes_no_folder(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "RUNS", tmp_path)
-    assert cli.main([*arguments.split(), "--profile", "emulated-h100"]) == 2
-    assert list(tmp_path.iterdir()) == []
+    for where in ([], ["--run", f"{tmp_path}/mine"], ["--run", f"{tmp_path}/latest"], ["--run", "latest"]):
+        assert cli.main([*arguments.split(), "--profile", "emulated-h100", *where]) == 2
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_search_that_shows_nothing_leaves_no_result(tmp_path):

@@ -11,12 +11,13 @@ import re
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import fp8lab as lab
 
 from .config.dimensions import ModelShape, model_names, model_shape, recipe
-from .config.profile import dimensions_at, rate_name
+from .config.profile import Profile, dimensions_at, rate_name
 from .config.profile_file import profile_names, read_profile
 from .config.this_machine import load_profile, profile_name
 from .config.trace import is_file, named_trace
@@ -67,15 +68,18 @@ def reproduce(args) -> int:
 
 
 def measure(args) -> int:
-    if args.again and not args.run:
-        raise BadInput(f"--again {args.again[0]}: name the run that holds it with --run DIR (or --run latest)")
     if args.workers is not None and args.workers < 1:
         raise BadInput(f"--workers {args.workers} is below 1")
-    profile, variants = args.profile, args.variant or ()
-    if not args.run:  # what cannot be measured makes no folder
-        profile = load_profile(profile)
+    variants = args.variant or ()
+
+    def check(profile: Profile) -> None:
+        if args.again:
+            raise BadInput(
+                f"--again {args.again[0]}: {args.run or 'a new run'} holds no level; name one that does (--run)"
+            )
         lab.plan_table(profile, args.protocol or list(profile.protocols), variants=variants)
-    run = lab.open_run(args.run, profile)
+
+    run = lab.open_run(args.run, args.profile, check=check)
     # What is to be measured again is all that is, unless protocols are named beside it.
     protocols = args.protocol or ([] if args.again else list(run.profile.protocols))
     with _resumable(run):
@@ -103,15 +107,11 @@ def quality(args) -> None:
 
 
 def anatomy(args) -> None:
-    from .experiment.anatomy import BATCHES, check_batches
+    from .experiment.anatomy import BATCHES, check_asked
 
-    variants, batches, profile = args.variant or ("bf16", "fp8"), args.batch or BATCHES, args.profile
-    check_batches(batches)
-    if not (args.run or args.source):  # what cannot be taken apart makes no folder
-        profile = load_profile(profile)
-        for variant in variants:
-            profile.variant(variant)
-    run = lab.open_run(args.run, profile, source=args.source)
+    variants, batches = args.variant or ("bf16", "fp8"), args.batch or BATCHES
+    check = partial(check_asked, variants=variants, batches=batches)
+    run = lab.open_run(args.run, args.profile, source=args.source, check=check)
     for variant in args.variant or ():
         run.profile.variant(variant)
     with _resumable(run):

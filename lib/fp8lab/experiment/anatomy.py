@@ -110,7 +110,7 @@ def measure_anatomy(
     if run.read_only:
         return anatomies(run)
     run.check_profile(profile)
-    check_batches(batches)
+    check_asked(profile, variants, batches)
     held = anatomies(run)
     for variant in variants:
         known = {one.batch for one in held.get(variant, ())}
@@ -122,11 +122,19 @@ def measure_anatomy(
     return anatomies(run)
 
 
-def check_batches(batches: Sequence[int]) -> None:
-    """Raises BadInput for one that is no number of requests."""
-    for batch in batches:
-        if batch < 1:
-            raise BadInput(f"batch {batch} is below 1 (requests that decode together)")
+def check_asked(profile: Profile, variants: Sequence[str], batches: Sequence[int]) -> None:
+    """Raises BadInput for a variant that cannot be taken apart, and for a batch that is none or that it does not let run at
+    once."""
+    if (least := min(batches, default=1)) < 1:
+        raise BadInput(f"batch {least} is below 1 (requests that decode together)")
+    for variant in variants if batches else ():
+        flags = profile.flags(variant)
+        if (copies := replicas(flags)) > 1:
+            raise BadInput(
+                f"{variant} serves {copies} copies, each with steps of its own: take apart one that serves one"
+            )
+        if (most := most_running(flags)) is not None and max(batches) > most:
+            raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
 
 
 def anatomies(run: Run) -> dict[str, list[BatchAnatomy]]:
@@ -152,14 +160,6 @@ def floors_of(run: Run, variant: str, work: Work, *, moved: bool = True) -> dict
 
 
 def _measure(run: Run, profile: Profile, variant: str, batches: Sequence[int], found: list[BatchAnatomy]) -> None:
-    flags = profile.flags(variant)
-    if (copies := replicas(flags)) > 1:
-        raise BadInput(
-            f"{variant} serves {copies} copies, each with steps of its own: take apart a variant that serves one"
-        )
-    most = most_running(flags)
-    if most is not None and max(batches) > most:
-        raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with Scratch() as traces:
         watched = _behind_python(profile, variant)

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -385,11 +385,14 @@ class Run:
         return f"{kind} {self.path.name}: {len(self.summaries())} complete levels, profile {self.profile.name}"
 
 
-def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "") -> Run:
+def open_run(
+    run_dir: str | Path = "", profile: Profile | str = "auto", *, source: str | Path = "", check: Callable | None = None
+) -> Run:
     """Opens the run folder `run_dir`, which is made if it is new: empty makes `runs/<profile>-<date>-<time>`, "latest" (or
-    `runs/latest`) goes on with the last one. `profile` is one or its name; "auto" is the run's own, for a new run the machine's. `source` (a
-    folder, an archive, or a name in `data/recorded/`) is opened read-only instead. Raises RunMismatch for a folder of another
-    profile, BadInput for one that is no run folder."""
+    `runs/latest`) goes on with the last one. `profile` is one or its name; "auto" is the run's own, for a new run the machine's.
+    `check` is shown the profile of a new run before its folder is made. `source` (a folder, an archive, or a name in
+    `data/recorded/`) is opened read-only instead. Raises RunMismatch for a folder of another profile, BadInput for one that is
+    no run folder, and what `check` raises."""
     if source:
         path = Path(source)
         if path.suffix == ".zip" and path.is_file():
@@ -417,6 +420,8 @@ def open_run(run_dir: str | Path = "", profile: Profile | str = "auto", *, sourc
         path.is_dir() and all(one.name == ".lock" or one.name.startswith(".run.json.") for one in path.iterdir())
     ):
         raise BadInput(f"{path} exists and is no run folder (it has no run.json); choose another --run folder")
+    if check:
+        check(profile)
     made(path, remedy)
     manifest = plain({"schema": SCHEMA, "profile": profile.as_dict()} | _place(profile))
     write_json(path / "run.json", manifest)
