@@ -137,6 +137,13 @@ def test_what_is_left_of_a_run_is_planned_by_its_variants(run, profile):
     assert {one.level.variant for one in held} == {"fp8"}
     with pytest.raises(BadInput, match="no variant 'none' in profile"):
         missing_work(None, profile, ["as published"], variants=["none"])
+    # Where no level was asked for, nothing is done yet.
+    with pytest.raises(
+        BadInput, match="protocols 'as published' of profile .* name no level of fp8-kv .these do: none"
+    ):
+        measure(run, profile, ["as published"], variants=["fp8-kv"])
+    with pytest.raises(BadInput, match="name no level of fp8-api4 .these do: 'four API servers'."):
+        plan_table(read_profile("h100-80gb"), ["as published"], variants=["fp8-api4"])
 
 
 def test_damage_names_the_file_and_the_remedy(run):

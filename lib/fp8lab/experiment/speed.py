@@ -157,8 +157,13 @@ def missing_work(
 ) -> list[tuple[str, list[Level]]]:
     """What is still to be done of the protocols (of these `variants`, or of all) and of `others`: (variant, its levels), one
     entry a server. Variants come in the order of the profile, levels that ask for a start of their own after the others and
-    start by start: variants then alternate. Without a run that is everything."""
+    start by start: variants then alternate. Without a run that is everything. Raises BadInput where the protocols name no level
+    of the variants."""
     todo = list(dict.fromkeys([*_levels(profile, protocols, variants), *others]))
+    if protocols and variants and not todo:
+        having = ", ".join(repr(name) for name in profile.protocols if _levels(profile, [name], variants))
+        said = f"{', '.join(map(repr, protocols))} of profile {profile.name} name no level of {', '.join(variants)}"
+        raise BadInput(f"the protocols {said} (these do: {having or 'none'})")
     if run:
         checked = run.cross_checks()
         todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
