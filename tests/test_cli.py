@@ -79,7 +79,12 @@ LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
         (["reproduce", "--source", "h200-80gb", "--profile", "h100-80gb"], "leave out --profile"),
         (["quality", "--source", "smollm2-h200", "--variant", "nope"], "leave out --variant"),
         (["quality", "--source", "h200-80gb"], "holds no quality measurement"),
-        (["anatomy", "--source", "h100-80gb", "--variant", "nope"], "no variant 'nope'"),
+        (["anatomy", "--source", "h100-80gb", "--variant", "nope"], "run h100-80gb holds no steps of nope; `fp8lab"),
+        (
+            ["anatomy", "--source", "h100-80gb", "--variant", "fp8-api4"],
+            "holds no steps of fp8-api4; `fp8lab anatomy` takes",
+        ),
+        (["anatomy", "--source", "h200-80gb"], "holds no steps of any variant; `fp8lab anatomy` takes"),
         (["quantize", "llama-3-8b", "--recipe", "int8", "--text", "mine.txt"], "is not calibrated and reads no text"),
     ],
 )

@@ -112,11 +112,12 @@ def anatomy(args) -> None:
     variants, batches = args.variant or ("bf16", "fp8"), args.batch or BATCHES
     check = partial(check_asked, variants=variants, batches=batches)
     run = lab.open_run(args.run, args.profile, source=args.source, check=check)
-    for variant in args.variant or ():
-        run.profile.variant(variant)
     with _resumable(run):
         held = lab.measure_anatomy(run, run.profile, variants, batches=batches)
-    profiled = [v for v in held if v in (args.variant or held) and any(one.steps for one in held[v])]
+    shown = args.variant or held or ("any variant",)
+    if lacking := [v for v in shown if v not in held]:
+        raise BadInput(f"run {run.path.name} holds no steps of {', '.join(lacking)}; `fp8lab anatomy` takes some apart")
+    profiled = [v for v in held if v in shown and any(one.steps for one in held[v])]
     tables = [lab.steps_table(run)]
     if not args.brief:
         tables += [*(lab.kernels_table(run, one) for one in profiled), lab.host_table(run)]
