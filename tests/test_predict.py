@@ -314,6 +314,10 @@ def test_behind_a_full_api_server_a_card_delivers_what_that_hands_out():
         ),
         ([FIT, "--against", "h100-80gb", "--requests", "5", "--trace", "random"], "leave out --requests, --trace"),
         ([FIT, "--against", "h100-80gb", "--rate", "5"], "leave out --rate"),
+        (
+            [FIT, "--against", "h100-80gb"],
+            "fp8-rust-graphs); where it calls them otherwise, say which is which: --variant FITTED=MEASURED",
+        ),
         ([FIT, "--slo", "tpot=50", "--scheduler", "vllm"], "too many for vLLM's own scheduler"),
         ([FIT, "--trace", "no.csv"], "no.csv"),
     ],
@@ -339,7 +343,7 @@ def test_from_the_command_line(monkeypatch, capsys):
     renamed = ("--variant", "bf16-unsealed=bf16", "--card", "h200-80gb", "--against", "h200-80gb-recipes")
     assert "bf16-50rps-r1" in said(*renamed)
     assert cli.main(["predict", FIT, "--against", "h200-80gb-recipes"]) == 2
-    assert "holds no level of bf16-unsealed, fp8-unsealed (it measured: bf16," in capsys.readouterr().err
+    assert "holds no valid level of bf16-unsealed, fp8-unsealed (it measured: bf16," in capsys.readouterr().err
 
 
 def test_a_file_is_played_as_load_test_sends_it(tmp_path, capsys):
@@ -405,6 +409,7 @@ def test_a_fit_of_one_variant_leaves_the_others_in_the_file(tmp_path):
     ("arguments", "said"),
     [
         (["smollm2-h200"], "run smollm2-h200 holds no level to fit; name a run of"),
+        ([FIT, "--variant", "fp8-unsealed", "--variant", "zz"], "holds no variant zz (it holds: bf16-unsealed, fp8-unsealed)"),
         ([FIT, "--out", "."], "--out . is a folder; name a file in it, such as mine.toml"),
         ([FIT, "--out", "/proc/nodir/f.toml"], "/proc/nodir cannot be written to (No such file or directory); choose another --out"),
     ],

@@ -168,6 +168,8 @@ def fit_model(args) -> int:
     measured = list(dict.fromkeys(s.level.variant for s in run.summaries().values()))
     if not measured:
         raise BadInput(f"run {run.path.name} holds no level to fit; name a run of `fp8lab measure` or `reproduce`")
+    if unknown := [one for one in args.variant or () if one not in measured]:
+        raise BadInput(f"run {run.path.name} holds no variant {', '.join(unknown)} (it holds: {', '.join(measured)})")
     target = Path(args.out or FITS / f"{run.path.name}.toml")
     if args.out.endswith("/") or target.is_dir():
         raise BadInput(f"--out {args.out} is a folder; name a file in it, such as {target / 'mine.toml'}")

@@ -201,7 +201,8 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
     columns += ("KV cache at most, PREDICTED", "preempted, PREDICTED")
     if not rows:
         measured = ", ".join(dict.fromkeys(s.level.variant for s in run.summaries().values())) or "none"
-        raise BadInput(f"run {run.path.name} holds no level of {', '.join(models)} (it measured: {measured})")
+        said = f"run {run.path.name} holds no valid level of {', '.join(models)} (it measured: {measured})"
+        raise BadInput(f"{said}; where it calls them otherwise, say which is which: --variant FITTED=MEASURED")
     judged = f"; levels that the fit never saw, in the median (at worst): {_told(**off_by(off))}" if off else ""
     caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
     return Table(f"{card_note(run)}{caption}", columns, rows)
