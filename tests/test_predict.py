@@ -56,7 +56,20 @@ def test_another_card_reads_and_multiplies_as_its_datasheet_says():
     assert there.idle_w == 0.0 and there.joules(play([10], [2], [0.0], there.limits, there.seconds), 1.0) is None
     with pytest.raises(BadInput, match="the fit of run made-up has no datasheet of its card"):
         MODEL.on(h200, "h200-80gb")
-    assert there.worst == {} and "not fitted there" in there.note
+    assert (
+        there.worst == {}
+        and "not fitted there" in there.note
+        and there.on(h100, "h100-80gb").context_ns == pytest.approx(40.0)
+    )
+
+
+def test_a_fit_beside_a_run_of_another_card_says_so():
+    run = open_run(source="h200-80gb-x2-8b")
+    here, there = (lab.foretold_table(run, step_models(FIT, card=card)).caption for card in ("", "h200-80gb"))
+    assert here.startswith(
+        "ANOTHER CARD: a fit of H100 SXM 80 GB, a run of H200 SXM 141 GB (--card P scales the fit). "
+    )
+    assert there.startswith("Measured in run h200-80gb-x2-8b, ")
 
 
 @pytest.mark.parametrize("eager_ms", [0.0, 9.0])

@@ -138,13 +138,13 @@ class StepModel:
             )
         read, products = self.hbm_bytes_per_s / other.hbm_bytes_per_s, self.bf16_flops / other.bf16_flops
         scaled = {one: getattr(self, one) * read for one in ("weights_ms", "context_ns", "mixed_context_ns")}
-        scaled |= {one: getattr(self, one) * products for one in ("token_us", "pair_ns")} | dict.fromkeys(
-            (*ENERGY, "mhz_low", "mhz_high"), 0.0
-        )
+        scaled |= {one: getattr(self, one) * products for one in ("token_us", "pair_ns")}
+        scaled |= dict.fromkeys((*ENERGY, "mhz_low", "mhz_high"), 0.0)
         unknown = {key: {} for key in ("low", "high", "median", "worst")}
         note = f"scaled from {self.card_name} to {other.name} by the datasheets, not fitted there, with room for as many tokens as here"
         note = f"{self.note}; {note}" if self.note else note
-        return dataclasses.replace(self, **scaled, **unknown, card=name, note=note, limit_w=math.inf)
+        sheet = {"card_name": other.name, "hbm_bytes_per_s": other.hbm_bytes_per_s, "bf16_flops": other.bf16_flops}
+        return dataclasses.replace(self, **scaled, **unknown, **sheet, card=name, note=note, limit_w=math.inf)
 
     def as_toml(self, variant: str) -> str:
         """Its table of a fit's file, six digits a number."""

@@ -205,6 +205,9 @@ def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
         raise BadInput(f"{said}; where it calls them otherwise, say which is which: --variant FITTED=MEASURED")
     judged = f"; levels that the fit never saw, in the median (at worst): {_told(**off_by(off))}" if off else ""
     caption = f"Measured in run {run.path.name}, and how far off what is PREDICTED is{judged}"
+    card = run.profile.gpu.name if run.profile.gpu else ""
+    if card and (others := sorted({model.card_name for model in models.values()} - {card, ""})):
+        caption = f"ANOTHER CARD: a fit of {', '.join(others)}, a run of {card} (--card P scales the fit). {caption}"
     return Table(f"{card_note(run)}{caption}", columns, rows)
 
 
