@@ -469,6 +469,11 @@ def test_the_planner_says_predicted_and_what_a_load_takes(monkeypatch):
         and float(grows[3]) < 120
         and "same host, same lengths (sharegpt-like)" in over.caption
     )
+    # One that is too short to tell whether it keeps up is like no level of the fit.
+    short = lab.predicted_table(
+        [predict("fp8-unsealed", models["fp8-unsealed"], alike(3), rate) for rate in (50, math.inf)], models
+    )
+    assert all(row[-1].startswith("not known") and not any("±" in cell for cell in row) for row in short.rows)
     what = {row[1]: row for row in lab.what_if_table(models, draw(200)).rows}
     assert float(what["matrix products: half the time"][3].strip("×")) > 1.05
     assert float(what["prompts twice as long"][3].strip("×")) < 0.95

@@ -35,15 +35,16 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
     rows, told = [], [f"{variant}: {errors_of(model)}" for variant, model in models.items() if not model.worst]
     for level in levels:
         model, course, limit = models[level.variant], level.played.course, level.played.limit
-        # Where a server keeps up, latencies are those of any longer level.
-        grows = limit != "offered load" and level.rate != math.inf
+        # Where a server keeps up, latencies are those of any longer level. What is too short to tell is like no level of the fit.
+        open_ = limit.startswith("not known")
+        grows = limit != "offered load" and level.rate != math.inf and not open_
+        worst = model.worst if level.trace.lengths == model.trace and not open_ else {}
 
-        def within(name: str, level=level, model=model, grows=grows) -> str:
+        def within(name: str, level=level, worst=worst, grows=grows) -> str:
             value, late = level.played.found.get(name, math.nan), name.endswith("_ms")
             if not math.isfinite(value) or (late and level.played.limit == "API server"):
                 return "–"
-            known = name in model.worst and level.trace.lengths == model.trace and not (late and grows)
-            off = f" ± {math.ceil(100 * model.worst[name])}%" if known else ""
+            off = f" ± {math.ceil(100 * worst[name])}%" if name in worst and not (late and grows) else ""
             return f"{value:{_DIGITS.get(name, ',.0f')}}{off}"
 
         tokens = level.played.records["output_tokens"].mean()
@@ -51,14 +52,12 @@ def predicted_table(levels: Sequence[Predicted], models: Mapping[str, StepModel]
             level.variant, level.offered, f"{len(level.trace):,}",
             four_digits(level.played.found["output_token_throughput"] / tokens), *map(within, JUDGED),
             f"{course.running_max:,} of {model.requests:,}", f"{course.blocks_max / model.limits.blocks:.0%}", f"{course.preemptions:,}",
-            f"{limit}: does not keep up" if grows and not limit.startswith("not known") else limit,
+            f"{limit}: does not keep up" if grows else limit,
         ))  # fmt: skip
     columns = ("variant", "offered", "requests", "completed, req/s", *(_UNITS.get(name, word) for name, word in _WORDS.items()),
                "running at most", "KV cache at most", "preempted", "limited by")  # fmt: skip
     if known := [model for model in models.values() if model.worst]:
-        runs, lengths = (
-            ", ".join(dict.fromkeys(names)) for names in zip(*((m.run, m.trace) for m in known), strict=True)
-        )
+        runs, lengths = (", ".join(dict.fromkeys(getattr(one, key) for one in known)) for key in ("run", "trace"))
         told.append(f"± is the greatest error on levels of run {runs} that the fit never saw: same host, same lengths ({lengths}); where none "
                     "stands it is not known, and `fp8lab predict --against` a run there tells it")  # fmt: skip
     if any(row[-1].endswith("does not keep up") for row in rows):
