@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,12 +12,13 @@ from fp8lab.config.profile import Card, Level, Model
 from fp8lab.config.profile_file import from_dict, profile_names, read_profile
 from fp8lab.config.this_machine import load_profile
 from fp8lab.errors import BadInput
+from fp8lab.experiment.anatomy import check_asked
 from fp8lab.experiment.quality import default_variants
-from fp8lab.experiment.speed import measure
+from fp8lab.experiment.speed import measure, plan_table
 from fp8lab.paths import DATA, PROJECT, portable
 from fp8lab.results.files import plain
 from fp8lab.results.run_folder import open_run
-from fp8lab.server.command import build_command
+from fp8lab.server.command import build_command, make_checkpoint
 from fp8lab.system import gpu
 
 
@@ -516,3 +518,47 @@ def test_a_checkpoints_folder_beside_the_profile_is_no_hub_name(tmp_path):
     profile = load_profile(path)
     assert profile.checkpoint("bf16") == str(tmp_path / "models" / "mine") and profile.shape("bf16").layers == 32
     assert profile.checkpoint("fp8") == "some/where" and profile.shape("fp8") is None
+
+
+@pytest.mark.parametrize("method, asked, taken", [
+    ("compressed-tensors", "fp8", False), ("compressed-tensors", "compressed-tensors", True), ("fp8", "FP8", True),
+    ("compressed_tensors", "humming", True), ("gptq", "fp8", False), ("gptq", "gptq_marlin", True), ("awq", "gptq", False),
+    ("awq", "moe_wna16", True), ("quark", "fp8", False), ("modelopt", "fp8", True), ("auto-round", "gptq", True), (None, "fp8", True),
+])  # fmt: skip
+def test_a_quantization_that_vllm_would_refuse_beside_a_checkpoint_is_refused_before(tmp_path, method, asked, taken):
+    """Which pairs those are is what the installed vLLM's ModelConfig says of them."""
+    (tmp_path / "model").mkdir()
+    said = {"quantization_config": {"quant_method": method}} if method else {}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA | said))
+    (tmp_path / "mine.toml").write_text(
+        'extends = "h100-80gb"\n[model]\nweights = "checkpoint"\ncheckpoints = { default = "a/b", fp8 = "model" }\n'
+        f'[variants]\nfp8 = ["--dtype", "bfloat16", "-q", "{asked}"]\n'
+    )
+    profile = read_profile(tmp_path / "mine.toml")
+    build_command(profile, "fp8-weights")  # of a hub's, nothing is known here
+    with contextlib.nullcontext() if taken else pytest.raises(BadInput) as refused:
+        build_command(profile, "fp8")
+    if not taken:
+        told = (
+            f"--quantization {asked.lower()} beside {tmp_path}/model, which says that it is quantised by {method}: vLLM"
+        )
+        assert told in str(refused.value) and "leave --quantization out" in str(refused.value)
+        # Whoever would start it refuses it before it starts anything, and whatever derives from it.
+        for asks in (
+            lambda: plan_table(profile, ["as published"]), lambda: check_asked(profile, ["fp8-rust"], [64]),
+        ):  # fmt: skip
+            with pytest.raises(BadInput, match="which says that it is quantised by"):
+                asks()
+
+
+def test_a_recipe_beside_another_quantization_is_refused_before_it_is_made(tmp_path):
+    flags = 'flags = ["--quantization", "fp8"]'
+    (tmp_path / "mine.toml").write_text(
+        f'extends = "h100-80gb-recipes"\n[variants]\na = {{ recipe = "int8", {flags} }}\nb = {{ recipe = "bf16", {flags} }}\n'
+    )
+    profile = read_profile(tmp_path / "mine.toml")
+    build_command(profile, "b")
+    with pytest.raises(
+        BadInput, match="--quantization fp8 beside recipe int8, which says that it is quantised by compress"
+    ):
+        make_checkpoint(profile, "a")

@@ -97,8 +97,8 @@ def quality(args) -> None:
     profile = load_profile(lab.quality_profile(args.profile), weights=args.weights, model=args.model)
     lab.check_weights(profile)
     task.read()
-    for variant in args.variant or ():
-        profile.variant(variant)
+    for variant in args.variant or profile.variants:
+        profile.check_quantization(variant)
     run = lab.open_run(args.run, profile)
     with _resumable(run):
         lab.measure_quality(run, profile, args.variant or (), task=task)

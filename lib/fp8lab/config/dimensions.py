@@ -135,7 +135,7 @@ class Dimensions:
 def dimensions(config: Mapping) -> Dimensions | None:
     """The dimensions in a checkpoint's configuration; None for a model that is not Llama's kin, or whose weights are in a
     format that is not known here: this arithmetic is not theirs. Raises ValueError for one that is no count."""
-    quantised = config.get("quantization_config") or config.get("compression_config") or {}
+    quantised = quantisation(config)
     weights = _weights_of(quantised)
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
     if config.get("model_type") not in _LLAMAS_KIN or windowed or weights is None:
@@ -152,6 +152,11 @@ def dimensions(config: Mapping) -> Dimensions | None:
     kv = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
     fp8_kv, tied = _is_float8(kv) or str(kv).upper() == "FP8", bool(config.get("tie_word_embeddings"))
     return Dimensions(**counts, tie_word_embeddings=tied, weights=weights, fp8_kv=fp8_kv)
+
+
+def quantisation(config: Mapping) -> Mapping:
+    """What a checkpoint's configuration says of how it is quantised; empty where it says nothing."""
+    return config.get("quantization_config") or config.get("compression_config") or {}
 
 
 def _weights_of(quantised: Mapping) -> str | None:

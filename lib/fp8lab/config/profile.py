@@ -6,6 +6,7 @@ flags, a protocol, [model.checkpoints], and the tables that `replaces` names: `r
 protocols and no others. A [gpu] with another name is another card and takes over nothing of the one before.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
 from ..paths import without_home
-from .dimensions import FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, recipe
+from .dimensions import FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, quantisation, recipe
 from .flags import flag_of, joined, parse
 
 FORMAT_FLAGS = ("--dtype", "--quantization", "--kv-cache-dtype")
@@ -326,6 +327,24 @@ class Profile(ProfileTable):
         """What tells the model that `variant` serves from that of another: its checkpoint, or the shapes' name."""
         model = self.model
         return model.checkpoints.get(self._key(variant), "") if model.weights == "checkpoint" else model.shapes
+
+    def check_quantization(self, variant: str) -> None:
+        """Raises BadInput for a --quantization that vLLM refuses beside what the checkpoint of `variant` says of itself
+        (`_verify_quantization` in vllm/config/model.py). Of one that a hub holds nothing is known here."""
+        asked, name, held = flag_of(self.flags(variant), "--quantization").lower(), self.served(variant), ""
+        if (made := self.variant(variant).recipe) and not self.emulated:
+            name, held = f"recipe {made}", recipe(made).method.replace("none", "")
+        elif self.model.weights == "checkpoint" and name and not is_hub_name(name):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # what cannot be read is refused elsewhere
+                config = json.loads((Path(name).expanduser() / "config.json").read_text())
+                held = str(quantisation(config).get("quant_method") or "").lower().replace("compressed_", "compressed-")
+        also = (f"{held}_marlin", f"auto_{held}", "marlin", "moe_wna16") if held in ("gptq", "awq") else ()
+        settled = ("modelopt", "auto-round", "mxfp4", "gpt_oss")  # by vLLM, whatever the flag says
+        if held and not held.startswith(settled) and asked not in ("auto", "humming", "deepseek_v4_fp8", held, *also):
+            raise BadInput(
+                f"variant {variant}: --quantization {asked} beside {name}, which says that it is quantised by {held}: "
+                "vLLM refuses that; leave --quantization out, the checkpoint says enough"
+            )
 
     def shape(self, variant: str) -> ModelShape | None:
         """The sizes of the model that `variant` serves; None where they are not known: a checkpoint of a hub, a folder that

@@ -128,6 +128,7 @@ def check_asked(profile: Profile, variants: Sequence[str], batches: Sequence[int
     if (least := min(batches, default=1)) < 1:
         raise BadInput(f"batch {least} is below 1 (requests that decode together)")
     for variant in variants if batches else ():
+        profile.check_quantization(variant)
         flags = profile.flags(variant)
         if (copies := replicas(flags)) > 1:
             raise BadInput(

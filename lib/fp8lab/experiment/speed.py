@@ -158,7 +158,7 @@ def missing_work(
     """What is still to be done of the protocols (of these `variants`, or of all) and of `others`: (variant, its levels), one
     entry a server. Variants come in the order of the profile, levels that ask for a start of their own after the others and
     start by start: variants then alternate. Without a run that is everything. Raises BadInput where the protocols name no level
-    of the variants."""
+    of the variants, and for a variant that vLLM would refuse."""
     todo = list(dict.fromkeys([*_levels(profile, protocols, variants), *others]))
     if protocols and variants and not todo:
         having = ", ".join(repr(name) for name in profile.protocols if _levels(profile, [name], variants))
@@ -169,6 +169,8 @@ def missing_work(
         todo = [level for level in todo if not run.has(level) or (level.cross_check and level.id not in checked)]
     order = list(profile.variants)
     todo.sort(key=lambda level: (level.start, order.index(level.variant)))
+    for variant in dict.fromkeys(level.variant for level in todo):
+        profile.check_quantization(variant)
     by_server = itertools.groupby(todo, key=lambda level: (level.start, level.variant))
     return [(variant, list(group)) for (_, variant), group in by_server]
 

@@ -46,7 +46,8 @@ def source_model(profile: Profile, variant: str) -> str:
 
 def served_model(profile: Profile, variant: str) -> str:
     """What vLLM loads: the variant's model or, where it has a recipe, the checkpoint that is made of it (`make_checkpoint`).
-    An emulated card reads no weights."""
+    An emulated card reads no weights. Raises BadInput for one that vLLM would refuse."""
+    profile.check_quantization(variant)
     recipe = profile.variant(variant).recipe
     if not recipe or profile.emulated:
         return source_model(profile, variant)
