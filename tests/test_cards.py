@@ -204,7 +204,7 @@ def test_cards_that_cannot_share_the_heads_out_are_left_out():
     assert {row[2] for row in table.rows} == {"1"}  # 9 heads
 
 
-def test_what_fits_is_told_before_anything_starts(capsys):
+def test_what_fits_is_told_before_anything_starts(capsys, monkeypatch):
     assert cli.main(["fit", "llama-3-70b"]) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.startswith("BF16")]
@@ -217,6 +217,8 @@ def test_what_fits_is_told_before_anything_starts(capsys):
         assert cli.main(["fit", "llama-3-8b", "--tokens", tokens]) == 2
         assert "tokens, in and out: llama-3-8b takes 1 to 8,192 (--tokens)" in capsys.readouterr().err
     assert cli.main(["fit", "llama-3-8b", "--tokens", "8192"]) == 0
+    monkeypatch.chdir(DATA / "models" / "llama-3-8b")
+    assert cli.main(["fit", "."]) == 0 and capsys.readouterr().out.count("arithmetic: llama-3-8b on") == 2
 
 
 @pytest.mark.parametrize(

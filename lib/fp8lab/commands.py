@@ -154,8 +154,7 @@ def fit(args) -> None:
         raise BadInput(
             f"no sizes are known of {args.model!r}: expected the folder of a Llama-like checkpoint, or one of {model_names()}"
         )
-    name = folder.name if known else args.model
-    print(fit_table(name, shape, card, tokens=args.tokens, flags=profile.server.flags))
+    print(fit_table(folder.resolve().name, shape, card, tokens=args.tokens, flags=profile.server.flags))
 
 
 def fit_model(args) -> int:
@@ -208,9 +207,7 @@ def predict(args) -> None:
     loads = {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
     loads |= {"--trace": args.trace != "sharegpt-like", "--scheduler vllm": args.scheduler == "vllm"}
     if args.slo and args.api_us is not None:
-        raise BadInput(
-            "--slo asks for latencies, of which a full API server's queue (--api-us) says little: leave out one"
-        )
+        raise BadInput("--slo asks for latencies, of which a full API server (--api-us) says little: leave out one")
     if args.against and (idle := [name for name, given in loads.items() if given]):
         raise BadInput(f"--against RUN takes the load of each level of the run: leave out {', '.join(idle)}")
     if args.slo and args.scheduler == "vllm":

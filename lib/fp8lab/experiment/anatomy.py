@@ -131,9 +131,7 @@ def check_asked(profile: Profile, variants: Sequence[str], batches: Sequence[int
         profile.check_quantization(variant)
         flags = profile.flags(variant)
         if (copies := replicas(flags)) > 1:
-            raise BadInput(
-                f"{variant} serves {copies} copies, each with steps of its own: take apart one that serves one"
-            )
+            raise BadInput(f"{variant} serves {copies} copies, each with steps of its own: take apart a variant of one")
         if (most := most_running(flags)) is not None and max(batches) > most:
             raise BadInput(f"batch {max(batches)}: {variant} lets at most {most} requests run (--max-num-seqs)")
 
