@@ -1,13 +1,17 @@
 # make reproduce   the published comparison, and the fair one, on this machine
-# make quick       formatting, linting, and the tests that need no server (2 to 3 min on two cores)
+# make steps       the same, step by step, six notebooks
+# make lint        formatting, imports, stripped notebooks
+# make quick       that, and the tests that need no server (2 to 3 min on two cores)
 # make test        the same with servers, notebooks and a browser (10 to 12 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
 # make bench       the load generator beside other clients
 # make bench-servers   it and another client at servers that others wrote (the first time builds llama.cpp)
 # make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
+# make front       the front notebook's outputs and README's figure anew, from recorded runs
 # make bundle      the gpu environment for a host without network, in parts (env/bundle/README.md)
 # make env         only prepare the environment
+# make clean       remove the environments
 # make calibrator  llmcompressor beside it, for recipes that a text calibrates (`fp8lab quantize --recipe int4-by-gptq`)
 #
 # ENV=cpu|gpu overrides the choice of environment (default: gpu where an NVIDIA GPU is visible).
@@ -23,7 +27,7 @@ ARGS ?=
 .PHONY: help env calibrator reproduce steps quick test nightly lab lint bench bench-servers soak bundle front clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 env: $(STAMP)
 

@@ -959,6 +959,12 @@ def test_what_of_the_recorded_runs_was_computed_again_is_said():
     assert len(tpot) == 9 and "In nine it was TPOT" in told
 
 
+def test_make_help_names_every_target():
+    makefile = (PROJECT / "Makefile").read_text()
+    told = re.findall(r"^# make ([a-z-]+)", makefile.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(["help", *told]) == sorted(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[1].split())
+
+
 def test_recorded_runs_are_whole_and_small():
     folders = list((PROJECT / "data" / "recorded").iterdir())
     table = re.search(r"^\| run \| what \|\n\|---\|---\|\n((?:\|.*\n)+)", DATA_README, re.MULTILINE)[1]
