@@ -5,7 +5,7 @@
 # make test        the same with servers, notebooks and a browser (10 to 12 min on two cores)
 # make nightly     the same with long repetitions, more real servers, and the soak
 # make lab         JupyterLab at the front notebook
-# make bench       the load generator beside other clients
+# make bench       the load generator beside other clients, the fast scheduler beside vLLM's
 # make bench-servers   it and another client at servers that others wrote (the first time builds llama.cpp)
 # make soak        20 starts, loads and stops in a row: does anything grow? (at most 30 min)
 # make front       the front notebook's outputs and README's figure anew, from recorded runs
@@ -83,6 +83,7 @@ nightly: test
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench_client.py $(ARGS)
+	$(BIN)/python tests/bench/bench_scheduler.py
 
 bench-servers: $(STAMP)
 	$(BIN)/python tests/bench/bench_servers.py $(ARGS)
@@ -94,7 +95,7 @@ soak: $(STAMP)
 bundle:
 	PYTHON="$(PYTHON)" bash env/bundle/build.sh bundle $(COMPILE_CACHE)
 
-# The front notebook is committed with the outputs of a recorded run, README with a figure of three: made anew.
+# The front notebook is committed with the outputs of a recorded run, README with a figure of three and a picture of the page.
 front: $(STAMP)
 	$(BIN)/python data/front.py
 
