@@ -279,6 +279,15 @@ def test_a_way_of_changes_ends_where_several_were_tried_beside_each_other(monkey
     assert all(pair in told for pair in pairs) and told.count(" over fp8") == 4
 
 
+def test_fp8s_worth_is_that_of_the_fastest_of_each_whatever_was_added_last():
+    run = lab.open_run(source="h100-80gb-unsealed")
+    assert "fp8-unsealed over bf16-unsealed: 1.39×" in str(lab.conclusion(run, "unsealing"))
+    slower = lab.open_run(
+        source="h200-80gb"
+    )  # one API server in Rust serves BF16 better than four in Python, FP8 worse
+    assert "fp8-api4 over bf16-rust:" in str(lab.conclusion(slower, "unsealing"))
+
+
 def test_another_version_of_vllm_is_a_change_like_any_other():
     run = lab.open_run(source="h200-80gb-versions")
     table = lab.unsealing_table(run)

@@ -159,7 +159,6 @@ def _unsealing(seen: Evidence) -> tuple[str, str]:
         way = [first]
         while on := [v for v in adding[way[-1]] if adding[v]] or (adding[way[-1]] if len(adding[way[-1]]) == 1 else []):
             way.append(on[0])
-        last.setdefault(profile.base(first), way[-1])
         pairs += [(way[-1], first)] if len(way) > 1 else []
         pairs += [(v, before[v]) for v in before if before[v] in way and v not in way]
     if pairs and all(before[variant] == beside for variant, beside in pairs):
@@ -174,6 +173,10 @@ def _unsealing(seen: Evidence) -> tuple[str, str]:
             told.append(
                 f"{variant} over {beside}: {whole} over the whole run ({now[0]} tokens/s), {steady} in steady state ({now[1]})."
             )
+    # The worth is that of the fastest of each: what helps FP8 may cost BF16.
+    for variant in before:
+        base = profile.base(variant)
+        last[base] = max(last.get(base, variant), variant, key=lambda v: mean_of(seen, v, UNSEALED[0]) or 0)
     changed = all(last.get(base, base) != base for base in ("bf16", "fp8"))
     if changed and (worth := seen.compare(last["fp8"], last["bf16"], math.inf, UNSEALED[0])):
         limits = " and by the ".join(
