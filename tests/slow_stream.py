@@ -122,7 +122,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
         pieces += [event._replace(data=(line.strip(),)) for line in lines]
     done = [number for number, piece in enumerate(pieces) if piece.data == (b"[DONE]",)]
     pieces = pieces[: done[0]] if done else pieces
-    full, blank, errors, reasons, answers, thoughts = [], [], [], [], [], False
+    full, blank, unclosed, errors, reasons, answers, thoughts = [], [], [], [], [], [], False
     prompt, output, indices = -1, -1, set()
     for piece in pieces:
         said = document(piece.data[0])
@@ -152,6 +152,7 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
                 full.append(piece.at)
             elif reason or (empty and not output_in.get("role")):
                 blank.append(piece.at)
+                unclosed += [] if reason else [piece.at]
             answers += [piece.at] if answer else []
             thoughts |= thought
             reasons += [str(reason)[:80]] if reason else []
@@ -169,6 +170,8 @@ def read(body: bytes, arrived: Sequence[float], asked_tokens: int, exact_tokens:
         chunks = blank[:output]
     elif output == len(full) + len(blank):
         chunks = sorted(full + blank)
+    elif output > len(full) + len(blank):
+        chunks = sorted(full + unclosed)
     if chunks and not thoughts:
         answers = chunks[:1]
     if (output == 0 and chunks) or (not exact_tokens and output < len(chunks)):

@@ -122,6 +122,10 @@ def test_floors_are_the_datasheets_arithmetic():
         for on in (False, True)
     )
     assert slow == pytest.approx(2e3 * 8192 * shape.layer_parameters / 989e12)
+    # Each token of a prompt looks at itself and those before it: half of all pairs.
+    whole = Work(prompts=1, prompt_tokens=8192, prompt_context=8192, prompt_pairs=8192**2)
+    floor = anatomy.floors_ms(whole, shape, card, weights=BF16, fp8_kv=False)[anatomy.ATTENTION]
+    assert floor == pytest.approx(1e3 * shape.pair_flops * 8192 * 8193 / 2 / 989e12)
     assert slow / fast == pytest.approx(1979 / 989)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from fp8lab import cli
 from fp8lab.config.dimensions import cards, fp8_kv, memory_share, model_shape, replicas, weight_format
 from fp8lab.config.profile_file import read_profile
 from fp8lab.errors import BadInput, InUse
+from fp8lab.experiment import speed
 from fp8lab.load.telemetry import Telemetry, parse_metrics
 from fp8lab.metrics.bottleneck import Limit
 from fp8lab.metrics.resources import fit
@@ -123,6 +125,23 @@ def test_telemetry_holds_the_cards_together_and_each(card, tmp_path):
     assert (row["gpu_power_limit_w"], row["gpu_memory_gib"]) == (1400, 1.0)
     assert (row["gpu_power_w 0"], row["gpu_power_w 1"], row["gpu_sm_mhz 1"]) == (300, 500, 1500)
     assert gpu.memory_used_gib(2) == 1.0 and gpu.memory_used_gib(3) is None
+
+
+def test_no_card_is_read_for_a_level_that_ran_on_none(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def telemetry(pids, metrics, dilation, cards):
+        raise Asked(cards)
+
+    monkeypatch.setattr(speed, "Telemetry", telemetry)
+    profile, asked = lab.load_profile("emulated-h100"), []
+    for device in ("cuda", "emulated", "cpu"):
+        server = SimpleNamespace(profile=dataclasses.replace(profile, device=device), pids=list, metrics=None, cards=2)
+        with pytest.raises(Asked) as found:
+            speed._measure_level(server, lab.Level("bf16", 5.0, 3), lab.fixed_length(3), None)
+        asked += found.value.args
+    assert asked == [2, 0, 0]
 
 
 def test_engines_are_summed_and_their_caches_averaged():

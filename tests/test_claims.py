@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -55,6 +56,30 @@ def fill(run, levels, repeats=(1, 2, 3), **common):
 
 def test_an_empty_run_judges_nothing(run):
     assert {v.verdict for v in claims.judge(run)} == {"not run"}
+
+
+def test_the_two_values_of_a_claim_are_of_the_seeds_that_its_ratio_is_of(run):
+    low = {
+        key: PUBLISHED[key] | {"output_token_throughput": tokens}
+        for key, tokens in ((("bf16", 50), 8000), (("fp8", 100), 12000))
+    }
+    fill(run, low, repeats=(1, 2))
+    found = fill(run, {("fp8", 100): low["fp8", 100] | {"output_token_throughput": 15000}}, repeats=(3,))["C1"]
+    assert found.measured == pytest.approx(1.5) and found.measured_parts == pytest.approx({"bf16": 8000, "fp8": 12000})
+
+
+def test_levels_of_other_loads_are_not_compared(run):
+    fill(run, {("bf16", 50): PUBLISHED["bf16", 50]})
+    fill(run, {("fp8", 50): PUBLISHED["bf16", 50]}, repeats=(1,))
+    seen = evidence(open_run(run.path))
+    assert seen.compare("fp8", "bf16", 50, "output_token_throughput").pairs == 1
+    path = run.path / "levels/fp8-50rps-r1/summary.json"
+    said = json.loads(path.read_text())
+    write_json(path, said | {"level": said["level"] | {"requests": 500}})
+    assert evidence(open_run(run.path)).compare("fp8", "bf16", 50, "output_token_throughput") is None
+    # Sent twice as much on two cards it is compared by card.
+    cards = evidence(open_run(source="h200-80gb-x2-8b"))
+    assert cards.compare("fp8-dp2", "fp8-unsealed", math.inf, "output_token_throughput").value > 1.8
 
 
 def test_the_published_numbers_alone_are_reproduced(run):

@@ -141,6 +141,10 @@ def test_where_chunks_are_merged_the_servers_own_count_says_when_tokens_were_mad
         {"at_s": [1.0, 2.0, 3.0, 4.0, 5.0, 5.5], "generation_tokens": [1010.0, 1020, 1030, 1040, 1050, 1100]}
     )
     assert performance.counted_window(records, counter) == pytest.approx((2.0, 5.3))
+    # Read before the first request, and for the last time half a second before the last token.
+    early = pd.DataFrame({"at_s": [-0.3, 1, 2, 3, 4, 5], "generation_tokens": [1000.0, 1020, 1040, 1060, 1080, 1090]})
+    assert performance.counted_window(records, early) == pytest.approx((1.0, 4.0))
+    assert np.isnan(performance.counted_window(records, early[:4])).all()  # it ends before four fifths
     tokens = pd.DataFrame({"request": 0, "at_s": np.linspace(0.1, 5.5, 50)})
     found = performance.summarize(records, tokens, counter)
     assert found["steady_output_token_throughput"] == pytest.approx(60 / 3.3)

@@ -273,6 +273,8 @@ DONE = b"[DONE]"
         # A server that counts more than it writes: the text of a token may be half a character.
         ([delta(content="a"), delta(content=""), delta(content="a"), delta("stop"), counts(completion=4), DONE], 4),
         ([*[said("")] * 4, said("", "length"), counts(completion=4), DONE], 4),
+        # Where chunks hold several tokens one without text is still a token, and a closing one without is none.
+        ([said(""), *[said("a b")] * 3, said("", "length"), counts(completion=8), DONE], 4),
         ([said("a\nb"), said('"'), said("\\"), said("\ud83d", "length"), DONE], 4),
         ([{"choices": [], "prompt_filter_results": []}, *FOUR, DONE], 4),
         ([*FOUR, DONE, DONE], 4),

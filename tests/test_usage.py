@@ -45,6 +45,12 @@ def test_both_meters_cover_the_level_to_its_ends(until):
     assert apart(used) == pytest.approx(0, abs=2e-3)
 
 
+def test_preemptions_are_counted_from_before_the_first_request():
+    at = sampled(500.0)["at_s"]
+    preempted = np.select([at < 0, at < 0.8], [3.0, np.nan], 15.0)  # read once a second
+    assert summarize_usage(sampled(500.0, preemptions=preempted), RECORDS, WINDOW)["preemptions"] == 12
+
+
 def test_the_counter_is_the_meter_and_the_integral_its_check():
     used = summarize_usage(sampled(lambda at: 400 + 10 * at, counter_factor=0.95), RECORDS, WINDOW)
     assert used["joules_per_request"] == pytest.approx(used["energy_j"] / 2)

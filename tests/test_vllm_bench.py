@@ -30,7 +30,7 @@ ENDPOINT = Endpoint("http://127.0.0.1:9", "m", "sk-very-secret-value")
 
 
 def run_client(**options) -> dict:
-    return vllm_bench.run(ENDPOINT, lab.fixed_length(20), 10.0, tokenizer="none", **options)
+    return vllm_bench.run(ENDPOINT, lab.fixed_length(20, input_tokens=64), 10.0, tokenizer="none", **options)
 
 
 def test_the_result_is_read(monkeypatch):
@@ -43,6 +43,16 @@ def test_a_client_that_fails_is_one_clear_error(monkeypatch, client, said):
     monkeypatch.setattr(vllm_bench, "_RUN", client)
     with pytest.raises(LevelFailed, match=f"^vllm bench serve failed: {said}"):
         run_client()
+
+
+def test_requests_that_the_client_would_leave_out_are_no_cross_check():
+    for lengths in (
+        {"input_tokens": 1024},
+        {"input_tokens": 64, "output_tokens": 3},
+        {"input_tokens": 1000, "output_tokens": 1048},
+    ):
+        with pytest.raises(lab.LevelFailed, match="20 of 20 requests are none"):
+            vllm_bench.run(ENDPOINT, lab.fixed_length(20, **lengths), 10.0, tokenizer="none")
 
 
 def test_a_client_that_hangs_is_ended_at_its_deadline(monkeypatch):
@@ -65,7 +75,7 @@ def test_the_client_of_a_killed_owner_ends():
     owner = (
         "import fp8lab as lab; from fp8lab.load import vllm_bench as bench; from fp8lab.load.endpoint import Endpoint; "
         f"bench._RUN = {HANGS!r}; "
-        "bench.run(Endpoint('http://127.0.0.1:9', 'm'), lab.fixed_length(20), 10.0, tokenizer='none')"
+        "bench.run(Endpoint('http://127.0.0.1:9', 'm'), lab.fixed_length(20, input_tokens=64), 10.0, tokenizer='none')"
     )
     with subprocess.Popen([sys.executable, "-c", owner]) as process:
         family = wait_for(

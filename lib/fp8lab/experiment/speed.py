@@ -342,7 +342,9 @@ def _measure_level(server: Server, level: Level, trace: Trace, workers: int | No
     profile = server.profile
     due = arrival_times(level.requests, level.rate, seed=_seed(profile, level))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation, server.cards)
+    # A card of this host is not what an emulated level, or one on a CPU, ran on.
+    cards = server.cards if profile.device == "cuda" else 0
+    telemetry = Telemetry(server.pids(), server.metrics, profile.time_dilation, cards)
     measured = measure_level(
         _endpoint(server), trace, due, name=f"{level.id} (EMULATED GPU)" if profile.emulated else level.id,
         time_dilation=profile.time_dilation, telemetry=telemetry, server_problem=server.problem, workers=workers,

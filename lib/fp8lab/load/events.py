@@ -6,7 +6,8 @@ comments and other fields are skipped. `tests/slow_stream.py` reads it once more
 | a choice with a non-empty text, content, refusal, tool call, function call or audio | output, and an answer |
 | a choice with non-empty reasoning (`reasoning_content`, `reasoning`, `reasoning_details`, `thinking`) | output |
 | a choice whose text or content is "", without a role; a closing one without output | a token without text where the \
-server's count says that each chunk was one token, or where no chunk had text; else nothing |
+server's count says that each chunk was one token, or where no chunk had text; where it says that chunks held more, one without \
+text is a token and a closing one none; else nothing |
 | a choice with a role alone, or with a `delta` that is null or empty; no `choices`, or none in them | no output |
 | `usage` | the server's count, each number by itself, the last one given; what is no number ≥ 0 counts as not given; \
 a missing `completion_tokens`, or one that leaves out the reasoning which `completion_tokens_details` counts and the total holds, \
@@ -123,8 +124,8 @@ class Reader:
     """Reads the body of one stream into `outcome`."""
 
     # One block of memory without a dictionary: a chunk that wakes an idle worker finds nothing of it in the caches.
-    __slots__ = ("_after", "_after_cr", "_append", "_before", "_blanks", "_clean", "_data", "_first_line", "_held", "_index",
-                 "_indices", "_kind", "_no_event", "_now", "_outcome", "_pattern_at", "_patterns", "_reasoned", "_stray",
+    __slots__ = ("_after", "_after_cr", "_append", "_before", "_blanks", "_clean", "_closings", "_data", "_first_line",
+                 "_held", "_index", "_indices", "_kind", "_no_event", "_now", "_outcome", "_pattern_at", "_patterns", "_reasoned", "_stray",
                  "_tail")  # fmt: skip
 
     # The last pattern that was proved; what it proves holds for every stream.
@@ -142,6 +143,7 @@ class Reader:
         self._first_line, self._after_cr, self._clean, self._no_event = True, False, True, True
         self._reasoned = False
         self._blanks: list[float] = []  # times of chunks that may be a token without text
+        self._closings: list[float] = []  # of those that end a choice
         self._indices: set[int] = set()  # of choices
         self._index = -1  # the last one
         self._stray: list[bytes] = []  # lines where events should stand
@@ -165,7 +167,7 @@ class Reader:
             self._event(b"\n".join(self._data), "the stream ended inside an event")
         if self._stray and (stray := b"\n".join(self._stray).strip()):
             return outcome.error or _no_stream(stray)
-        if self._blanks:
+        if self._blanks or self._closings:
             self._settle_blanks()
         if outcome.chunks and not self._reasoned:
             outcome.first_answer = outcome.chunks[0]
@@ -174,10 +176,13 @@ class Reader:
         return outcome.error
 
     def _settle_blanks(self) -> None:
-        """Chunks without text are tokens where the server's count says so: that each chunk was one, or that all were such."""
-        outcome, blanks = self._outcome, self._blanks
+        """Chunks without text are tokens where the server's count says so: that each chunk was one, or that all were such, or
+        that chunks held several, which a closing one is no part of."""
+        outcome, blanks = self._outcome, sorted([*self._blanks, *self._closings])
         full, count = len(outcome.chunks), outcome.output_tokens
-        if count > 0 and (not full or count == full + len(blanks)):
+        if full and count > full + len(blanks):
+            blanks = self._blanks
+        if count > 0 and (not full or count >= full + len(blanks)):
             outcome.chunks = array("d", sorted([*outcome.chunks, *blanks[: count - full]]))
 
     def _decode(self, body: bytes, now: float) -> str | None:
@@ -305,7 +310,7 @@ class Reader:
         if answer or reasoning:
             self._append(self._now)
         elif reason or (not said.get("role") and "" in (said.get("text"), said.get("content"))):
-            self._blanks.append(self._now)
+            (self._closings if reason else self._blanks).append(self._now)
         if reasoning:
             self._reasoned = True
         if answer and not outcome.first_answer:

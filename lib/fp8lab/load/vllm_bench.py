@@ -50,8 +50,15 @@ def run(
     Keys: completed, failed, duration_s, request_throughput, output_token_throughput, output_tokens, mean/p99 of ttft,
     tpot and itl in ms, peak_concurrent_requests_vllm, and client_busiest_core (the largest share of a core over a
     second) with client_cpu_s. The client ends with this process, and goes to the endpoint directly, whatever proxy the
-    environment names. Raises LevelFailed when it fails, completes nothing or takes over `timeout_s` wall seconds.
+    environment names. Raises LevelFailed when it fails, completes nothing or takes over `timeout_s` wall seconds, and where
+    the trace holds requests that it would leave out, repeating others in their place.
     """
+    lengths = list(zip(trace.prompt_tokens, trace.output_tokens, strict=True))
+    if odd := sum(not (4 <= p + 1 <= 1024 and o >= 4 and p + 1 + o <= 2048) for p, o in lengths):  # a BOS token more
+        raise LevelFailed(
+            f"vllm bench serve takes prompts of 4 to 1,024 tokens and 2,048 with the answer: {odd:,} of {len(lengths):,} "
+            "requests are none, and it would repeat others for them"
+        )
     with Scratch() as folder:
         dataset, result, log = (Path(folder, name) for name in ("trace.json", "result.json", "log"))
         try:

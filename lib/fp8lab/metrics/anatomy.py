@@ -163,7 +163,9 @@ def floors_ms(
     emitted = work.running + work.prompts
     layers, head = shape.flops(tokens, emitted)
     kv_token = shape.kv_bytes_per_token(1 if fp8_kv else 2)
-    pairs = work.prompt_pairs + work.decode_context
+    # A prompt's token looks at itself and those before it: half of tokens x context, where a prompt is read in one piece
+    # (of one read in several it is more, so that this is no more than the least).
+    pairs = (work.prompt_pairs + work.prompt_tokens) / 2 + work.decode_context
     inputs = shape.product_inputs * tokens
 
     def least(moved: float, flops: float = 0.0, peak: float = card.bf16_flops) -> float:

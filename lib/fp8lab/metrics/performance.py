@@ -117,10 +117,13 @@ def counted_window(records: pd.DataFrame, counter: pd.DataFrame) -> tuple[float,
     where a chunk is a token, where nothing was counted, and where other clients' tokens were counted too."""
     done, counter = completed(records), counter.dropna()
     output, chunks = done["output_tokens"].sum(), done["chunks"].sum()
-    # By what was still to come: the first tokens may have been made before the counter was first read.
-    arrived = output - (counter["generation_tokens"].max() - counter["generation_tokens"])
+    made = counter["generation_tokens"]
+    before = made[counter["at_s"] <= records["sent_s"].min()]
+    # From what it read before the first request; else by what was still to come when it was last read.
+    arrived = made - before.iloc[-1] if len(before) else output - (made.max() - made)
     merged = chunks and output / chunks > _MERGED
-    if not merged or len(counter) < 2 or arrived.min() < -_OTHERS * output or arrived.min() > _STEADY[0] * output:
+    within = len(counter) > 1 and -_OTHERS * output <= arrived.min() and arrived.max() <= (1 + _OTHERS) * output
+    if not merged or not within or not (arrived.min() <= _STEADY[0] * output and arrived.max() >= _STEADY[1] * output):
         return np.nan, np.nan
     return tuple(float(np.interp(part * output, arrived, counter["at_s"])) for part in _STEADY)
 

@@ -30,7 +30,8 @@ def summarize_usage(telemetry: pd.DataFrame, records: pd.DataFrame, window: Wind
     means += [f"{role}_cpu_max" for role in ("frontend", "engine", "client")]
     usage = {f"{column}_steady": _known(steady[column].mean()) for column in means}
     usage |= {f"{column}_max": _known(run[column].max()) for column in ("running", "kv_cache_usage", "gpu_memory_gib")}
-    preempted, held = run["preemptions"].dropna(), clock(telemetry, window)
+    # Counted from the reading before the first request on: most of a burst's happen in its first second.
+    preempted, held = telemetry["preemptions"].dropna(), clock(telemetry, window)
     power, counter = (telemetry[["at_s", name]].dropna().to_numpy(float).T for name in ("gpu_power_w", "gpu_energy_j"))
     integral, counted = _integral(power, *span), _counted(counter, power, *span)
     energy = integral if counted is None else counted

@@ -43,7 +43,9 @@ def judge_values(claim: dict, protocol: str, seen: Evidence) -> Verdict:
         protocol=protocol, unit="x" if is_ratio else claim["unit"], published=value, measured=measured,
         interval=mean.interval if mean else None,
         published_parts=said, verdict=word, cause=cause, reason=reason,
-        measured_parts={side: geometric_mean(values.values()) for side, values in seeds.items() if values},
+        measured_parts={
+            side: geometric_mean(values[seed] for seed in shared or values) for side, values in seeds.items() if values
+        },
     )  # fmt: skip
 
 

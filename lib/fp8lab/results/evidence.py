@@ -132,8 +132,20 @@ class Evidence:
         return ", ".join(map(str, sorted(held)))
 
     def starts(self, variants: Collection[str], rate: float) -> int:
-        """The fewest server starts over which the valid repeats of one of `variants` at `rate` are spread."""
-        return min(len({s.start for s in self.levels((variant,), rate).values()}) for variant in variants)
+        """The fewest server starts over which one of `variants` spreads its repeats at `rate` that are `alike`."""
+        alike = self.alike(variants, rate)
+        held = [self.levels((variant,), rate).values() for variant in variants]
+        return min(len({s.start for s in each if s.level.repeat in alike}) for each in held)
+
+    def alike(self, variants: Collection[str], rate: float) -> set[int]:
+        """The valid repeats at `rate` in which all of `variants` were sent the same requests, or as many a card."""
+        held = [{s.level.repeat: s for s in self.levels((variant,), rate).values()} for variant in variants]
+
+        def one_load(each: list[Summary]) -> bool:
+            same = {(s.level.requests, s.level.trace_digest) for s in each}
+            return len(same) == 1 or len({s.level.requests / s.cards for s in each}) == 1
+
+        return {r for r in set.intersection(*map(set, held)) if one_load([each[r] for each in held])}
 
     def share_a_start(self, level_ids: Collection[str]) -> bool:
         """Whether some of these levels were measured on one server start."""
@@ -194,10 +206,14 @@ class Evidence:
         return self.contrast({over: 1.0, under: -1.0}, rate, metric)
 
     def contrast(self, weights: Mapping[str, float], rate: float, metric: str) -> Ratio | None:
-        """exp(sum of weight x log value) of variants at one rate, over the seeds that they share; None when they share none.
+        """exp(sum of weight x log value) of variants at one rate, over the seeds at which all were sent one load; None for none.
         Of joules, which two meters measure, the interval is no tighter than these are apart."""
         noise = self.noise(metric, saturated=self.saturated(*weights, rate=rate), burst=math.isinf(rate))
-        found = contrast({variant: self.seeds(variant, rate, metric) for variant in weights}, weights, noise)
+        alike = self.alike(weights, rate)
+        seeds = {variant: self.seeds(variant, rate, metric) for variant in weights}
+        found = contrast(
+            {v: {r: x for r, x in each.items() if r in alike} for v, each in seeds.items()}, weights, noise
+        )
         if found is None:
             return None
         found = found.over(self.starts(weights, rate))
