@@ -139,7 +139,7 @@ def test_no_card_is_read_for_a_level_that_ran_on_none(monkeypatch):
     for device in ("cuda", "emulated", "cpu"):
         server = SimpleNamespace(profile=dataclasses.replace(profile, device=device), pids=list, metrics=None, cards=2)
         with pytest.raises(Asked) as found:
-            speed._measure_level(server, lab.Level("bf16", 5.0, 3), lab.fixed_length(3), None)
+            speed._measure_level(server, lab.Level(variant="bf16", rate=5.0, requests=3), lab.fixed_length(3), None)
         asked += found.value.args
     assert asked == [2, 0, 0]
 

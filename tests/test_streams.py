@@ -274,7 +274,7 @@ DONE = b"[DONE]"
         ([delta(content="a"), delta(content=""), delta(content="a"), delta("stop"), counts(completion=4), DONE], 4),
         ([*[said("")] * 4, said("", "length"), counts(completion=4), DONE], 4),
         # Where chunks hold several tokens one without text is still a token, and a closing one without is none.
-        ([said(""), *[said("a b")] * 3, said("", "length"), counts(completion=8), DONE], 4),
+        ([said(""), said("a b"), said("", "length"), counts(completion=4), DONE], 2),
         ([said("a\nb"), said('"'), said("\\"), said("\ud83d", "length"), DONE], 4),
         ([{"choices": [], "prompt_filter_results": []}, *FOUR, DONE], 4),
         ([*FOUR, DONE, DONE], 4),
