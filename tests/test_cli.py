@@ -11,6 +11,7 @@ from fp8lab import cli
 from fp8lab.config.profile_file import read_profile
 from fp8lab.results import run_folder
 from fp8lab.results.run_folder import open_run
+from fp8lab.system.locks import Lock
 from warm_cli import fp8lab
 
 
@@ -126,11 +127,20 @@ def test_load_test_ends_with_one_json_line_and_says_when_it_is_invalid(tmp_path)
         done = fp8lab("load-test", "--base-url", url, *common, "--rate", "100", "--out", str(tmp_path / "good"))
         again = fp8lab("load-test", "--base-url", url, *common, "--out", str(tmp_path / "good"))
         broken = fp8lab("load-test", "--base-url", url, "--model", "cut", *common[2:], "--out", str(tmp_path / "bad"))
+        lock = Lock(tmp_path / "good" / ".lock", "another level")
+        (tmp_path / "good" / "summary.json").unlink()
+        beside = fp8lab("load-test", "--base-url", url, *common, "--out", str(tmp_path / "good"))
+        lock.release()
+        (tmp_path / "full" / "records.parquet").mkdir(parents=True)
+        full = fp8lab("load-test", "--base-url", url, *common, "--out", str(tmp_path / "full"))
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said.keys() >= SAID and said["completed"] == 50 and said["valid"] and said["invalid_reason"] is None
     assert {"records.parquet", "summary.json"} <= {path.name for path in (tmp_path / "good").iterdir()}
     assert again.returncode == 2 and "already holds a result" in again.stderr
+    assert beside.returncode == 2 and f"--out folder {tmp_path}/good is in use by pid" in beside.stderr
+    assert full.returncode == 1 and "records.parquet cannot be written" in full.stderr
+    assert json.loads(full.stdout)["completed"] == 50
     assert broken.returncode == 3 and "no request completed" in json.loads(broken.stdout)["invalid_reason"]
 
 

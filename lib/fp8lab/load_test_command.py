@@ -1,12 +1,14 @@
 """What `fp8lab load-test` does: one level, or the search for the highest rate, at any endpoint."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
@@ -41,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return _search(args, endpoint, slo, out)
     if args.max_probes is not None:
         raise BadInput("--max-probes counts the levels of a search; leave it out, or add --find-max-rate")
-    if _holds_a_result(out):
-        raise BadInput(f"{out} already holds a result; choose another --out folder")
+    _refuse_a_result(out)
     return _level(args, endpoint, slo, out)
 
 
@@ -63,27 +64,42 @@ def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: P
         name = rate_name(rate)
     if args.max_concurrency is not None:
         name = f"{name}, closed loop at {args.max_concurrency}"
-    made(out, "choose another --out folder")
-    _warm_up(args, endpoint)
-    measured = _measured(args, endpoint, trace, due, name=name, slo=slo)
-    summary = measured.summary
-    write_tables(out, records=measured.records, tokens=measured.tokens)
-    write_json(out / "summary.json", summary)
-    told = {}
-    if slo and summary.completed:
-        found = attains(measured.records, slo)
-        told = {"objective": found.state, "reason": found.reason}
-        StatusLine().done(f"{slo}: {found.state}, {found.reason}")
-    print(json.dumps(plain(summary) | told))
+    with _held(out):
+        _refuse_a_result(out)  # of a command that ended meanwhile
+        _warm_up(args, endpoint)
+        measured = _measured(args, endpoint, trace, due, name=name, slo=slo)
+        summary, told = measured.summary, {}
+        if slo and summary.completed:
+            found = attains(measured.records, slo)
+            told = {"objective": found.state, "reason": found.reason}
+            StatusLine().done(f"{slo}: {found.state}, {found.reason}")
+        try:
+            write_tables(out, records=measured.records, tokens=measured.tokens)
+            write_json(out / "summary.json", summary)
+        finally:  # also where the disk is full
+            print(json.dumps(plain(summary) | told))
     return 0 if summary.valid else INVALID
 
 
-def _holds_a_result(out: Path) -> bool:
-    """Whether something was measured there: a level of which no request completed, for want of a server, may be replaced."""
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The folder, made if need be, for this command alone. Raises BadInput, InUse, NotWritten."""
+    made(out, "choose another --out folder")
+    lock = Lock(out / ".lock", f"--out folder {out}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_a_result(out: Path) -> None:
+    """Raises BadInput where something was measured: a level of which no request completed, for want of a server, may be
+    replaced."""
     kept = out / "summary.json"  # what is written last
-    return (out / "search.json").exists() or (
+    if (out / "search.json").exists() or (
         kept.exists() and read_json(kept, "choose another --out folder").get("completed") != 0
-    )
+    ):
+        raise BadInput(f"{out} already holds a result; choose another --out folder")
 
 
 def _measured(
@@ -97,7 +113,7 @@ def _measured(
 
 
 def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: Path) -> int:
-    from .experiment.max_rate import check_requests, find_endpoint_max_rate
+    from .experiment.max_rate import check_requests
 
     if not slo:
         raise BadInput("--find-max-rate: name the objective with --slo (ttft=200,tpot=50)")
@@ -112,8 +128,6 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         )
     if args.requests is not None:
         check_requests(args.requests, slo)
-    if (out / "summary.json").exists():
-        raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
     _drawn(args, 1, args.seed)  # refused before anything is sent
 
     args.warmup = args.warmup or 1  # an endpoint that refuses all is told from one that refuses a load
@@ -125,8 +139,16 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         due = arrival_times(requests, rate, burstiness=args.burstiness, seed=args.seed, normalised=args.normalised)
         return _measured(args, endpoint, trace, due, name=name, slo=slo)
 
-    made(out, "choose another --out folder")
-    lock = Lock(out / "search.lock", f"the search in {out}")
+    with _held(out):
+        return _searched(args, endpoint, slo, out, measure)
+
+
+def _searched(args: argparse.Namespace, endpoint: Endpoint, slo: SLO, out: Path, measure: Callable) -> int:
+    """The search with `measure` in the folder `out`, which this command holds; the exit code."""
+    from .experiment.max_rate import find_endpoint_max_rate
+
+    if (out / "summary.json").exists():
+        raise BadInput(f"{out} already holds a level; choose another --out folder for the search")
     _check_same(out / "search.json", _asked(args, endpoint))
     limit, probes = find_endpoint_max_rate(
         measure, slo, out, start=args.rate or 10.0, requests=args.requests, max_probes=args.max_probes
@@ -150,10 +172,11 @@ def _search(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: 
         ],
         "asked": _asked(args, endpoint),
     }  # fmt: skip
-    write_json(out / "search.json", result)
-    lock.release()
     StatusLine().done(f"highest rate that meets {slo}: {limit}{' req/s' * (limit != (0, math.inf))}")
-    print(json.dumps(plain(result)))
+    try:
+        write_json(out / "search.json", result)
+    finally:
+        print(json.dumps(plain(result)))
     if wrong:
         if not wrong.summary.completed and not limit.low:
             raise LevelFailed(f"the search found no rate that {endpoint.url} serves: {wrong.summary.invalid_reason}")
