@@ -484,6 +484,22 @@ def test_a_stored_profile_names_no_home_folder(tmp_path, monkeypatch):
     assert again.as_dict() == stored and again.checkpoint("fp8") == str(tmp_path / "model")
 
 
+def test_a_stored_profile_names_no_home_folder_in_flags_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    env = {"HF_HOME": f"{tmp_path}", "PATHS": f"/opt/x:{tmp_path}/a:{tmp_path}/b", "OTHER": f"{tmp_path}-other/x"}
+    json_flag = f'{{"cache_dir": "{tmp_path}/c"}}'
+    flags = (f"--tokenizer={tmp_path}/t", "--download-dir", f"{tmp_path}/d", "-cc", json_flag)
+    profile = read_profile("tiny-cpu")
+    variants = profile.variants | {"bf16": dataclasses.replace(profile.variants["bf16"], flags=flags)}
+    server = dataclasses.replace(profile.server, env=env)
+    profile = dataclasses.replace(profile, server=server, variants=variants)
+    stored = plain(profile.as_dict())
+    assert stored["variants"]["bf16"]["flags"] == ["--tokenizer=~/t", *flags[1:2], "~/d", "-cc", '{"cache_dir": "~/c"}']
+    assert stored["server"]["env"] == {"HF_HOME": "~", "PATHS": "/opt/x:~/a:~/b", "OTHER": f"{tmp_path}-other/x"}
+    again = from_dict(stored)
+    assert again.server.env == env and again.variants["bf16"].flags == flags
+
+
 def test_a_stored_model_is_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     # Inside the project, and beside it and the home folder under a name that begins as theirs do.
@@ -501,6 +517,7 @@ def test_a_command_is_shown_without_this_machines_paths(tmp_path, monkeypatch):
         f"{tmp_path}/fast-disk/fp8lab/models/x": "~/.cache/fp8lab/models/x",
         f"{PROJECT}-models/x": f"{PROJECT}-models/x",
         f"{tmp_path}/x": "~/x",
+        f"--tokenizer={tmp_path}/x": "--tokenizer=~/x",
         f"{tmp_path}-other/x": f"{tmp_path}-other/x",
         "--port": "--port",
     }

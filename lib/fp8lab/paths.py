@@ -98,12 +98,30 @@ def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
     if argument.startswith("{"):  # JSON, with a path anywhere in it
         return nameless(argument)
-    return _below(argument, PROJECT, ".") or _below(argument, cache_dir(), _CACHE) or without_home(argument)
+    return _below(argument, PROJECT, ".") or _below(argument, cache_dir(), _CACHE) or without_homes(argument)
 
 
 def without_home(path: str) -> str:
     """`path` with ~ for the home folder it lies in, and still the same path wherever it is read: it may be shared."""
     return _below(path, Path(with_home(os.environ)["HOME"]), "~") or path
+
+
+def without_homes(value):
+    """Flags and variables (a text, or any nest of them) with ~ for the home folder wherever a path in it begins."""
+    return _swapped(value, str(Path(with_home(os.environ)["HOME"])), "~")
+
+
+def with_homes(value):
+    """What `without_homes` wrote down, with this user's home folder."""
+    return _swapped(value, "~", str(Path(with_home(os.environ)["HOME"])))
+
+
+def _swapped(value, folder: str, name: str):
+    if isinstance(value, str):  # a path may stand behind a flag's "=", among others, or in JSON
+        return re.sub(rf'(?<![^=:,"]){re.escape(folder)}(?=[/:,"]|\Z)', lambda _: name, value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_swapped(one, folder, name) for one in value)
+    return {key: _swapped(one, folder, name) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def nameless(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
-from ..paths import without_home
+from ..paths import without_home, without_homes
 from .dimensions import FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, quantisation, recipe
 from .flags import flag_of, joined, parse
 
@@ -374,8 +374,7 @@ class Profile(ProfileTable):
         checkpoints, workload = values["model"]["checkpoints"], values["workload"]
         values["model"]["checkpoints"] = {variant: without_home(name) for variant, name in checkpoints.items()}
         workload |= {key: without_home(workload[key]) for key in ("trace", "tokenizer")}
-        for variant in values["variants"].values():
-            variant["python"] = without_home(variant["python"])
+        values |= {key: without_homes(values[key]) for key in ("server", "variants")}
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 

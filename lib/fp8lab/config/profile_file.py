@@ -16,7 +16,7 @@ from typing import NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import BadInput
-from ..paths import DATA, PLAIN_NAME
+from ..paths import DATA, PLAIN_NAME, with_homes
 from . import flags as vllm_flags
 from .dimensions import Dimensions, recipe
 from .profile import RUST, TABLES, Count, Level, Profile, ProfileTable, Variant, is_hub_name
@@ -166,9 +166,9 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
 
 
 def with_paths(table: dict, folder: Path) -> dict:
-    """`table` with its paths absolute; they are relative to `folder`. What is no path stays as it is, but that a variant which
-    is a list of flags becomes a table."""
-    table = dict(table)
+    """`table` with its paths absolute; they are relative to `folder`, but for those of flags and variables, where ~ alone is
+    read. What is no path stays as it is, but that a variant which is a list of flags becomes a table."""
+    table = table | {key: with_homes(table[key]) for key in ("server", "variants", "variant_env") if key in table}
     if str(table.get("extends")).endswith(".toml"):
         table["extends"] = located(table["extends"], folder)
     if isinstance(workload := table.get("workload"), dict):
