@@ -354,6 +354,12 @@ def _check_written(profile: Profile, source: _Source) -> None:
         for name in one.env.keys() & {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"}:
             said = "the server would take another GPU than is watched; set it in the environment of fp8lab itself"
             source.refuse([*at, "env", name], said)
+        if odd := [name for name in one.env if not name or "=" in name or "\0" in name]:
+            said = f'{odd[0]!r} is no name of a variable; write NAME = "value", the name without "="'
+            source.refuse([*at, "env"], said, seen_at=[*at, "env", odd[0]])
+        for key, texts in {"flags": one.flags, "env": one.env.values(), "python": [getattr(one, "python", "")]}.items():
+            if any("\0" in text for text in texts):
+                source.refuse([*at, key], "a text holds the character \0, which no process can be given; leave it out")
     if RUST in profile.server.env:
         said = 'each variant says which API server it has; leave this out and give those api_server = "rust"'
         source.refuse(["server", "env", RUST], said)
