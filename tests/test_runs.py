@@ -20,7 +20,7 @@ from fp8lab.metrics.performance import summarize
 from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.paths import DATA
 from fp8lab.report import notebooks
-from fp8lab.report.levels import flags_table
+from fp8lab.report.levels import flags_table, validity_table
 from fp8lab.results import provenance, run_folder
 from fp8lab.results.run_folder import LevelResult, open_run, record
 
@@ -88,6 +88,18 @@ def test_a_variant_that_has_levels_does_not_change_in_two_steps(run, profile):
     with pytest.raises(RunMismatch, match="variants"):
         open_run(run.path, changed)
     assert open_run(run.path).profile.variants["bf16"] == profile.variants["bf16"]
+
+
+def test_a_command_to_paste_takes_a_path_with_spaces(tmp_path, profile):
+    run = open_run(tmp_path / "sp é" / "run 1", profile)
+    result = make_result()
+    run.write(dataclasses.replace(result, summary=dataclasses.replace(result.summary, valid=False)))
+    given = f"fp8lab measure --run '{tmp_path}/sp é/run 1' --again {LEVEL.id}"
+    assert given in str(validity_table(run)) and "what to do" in str(validity_table(run))
+    (run.path / "levels" / LEVEL.id / "summary.json").write_text("torn {")
+    with pytest.raises(RunDamaged) as told:
+        open_run(run.path).read(LEVEL)
+    assert f"`{given}`" in str(told.value)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, profile):

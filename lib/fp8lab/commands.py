@@ -22,7 +22,7 @@ from .config.profile_file import profile_names, read_profile
 from .config.this_machine import load_profile, profile_name
 from .config.trace import is_file, named_trace
 from .errors import INVALID, BadInput, Fp8labError
-from .paths import RUNS, cache_dir, made, repository_relative, write_text
+from .paths import RUNS, cache_dir, in_command, made, repository_relative, write_text
 from .system import gpu
 from .ui import StatusLine
 
@@ -63,7 +63,7 @@ def reproduce(args) -> int:
     print(lab.claims_table(run, brief=True))
     if not run.valid:
         print(f"\n{lab.validity_table(run)}\n")
-    print(f"reasons: fp8lab claims {repository_relative(run.path)}")
+    print(f"reasons: fp8lab claims {in_command(run.path)}")
     return 0 if run.valid or run.read_only else INVALID
 
 
@@ -368,7 +368,7 @@ def _resumable(run: "lab.Run"):
         yield
     except (KeyboardInterrupt, Fp8labError):
         if not run.read_only:
-            how = f"the same command with --run {repository_relative(run.path)}"
+            how = f"the same command with --run {in_command(run.path)}"
             print(f"\nnothing measured is lost; to go on where this stopped: {how}", file=sys.stderr)
         raise
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import re
+import shlex
 import stat
 import sys
 import tempfile
@@ -92,6 +93,11 @@ def repository_relative(path: Path) -> str:
     """`path` as it should be shown: relative to the project where it lies inside it."""
     path = Path(path).resolve()
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+
+
+def in_command(path: Path) -> str:
+    """`path`, as `repository_relative`, to be pasted into a shell."""
+    return shlex.quote(repository_relative(path))
 
 
 def portable(argument: str) -> str:

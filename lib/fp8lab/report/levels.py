@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from ..config.profile import Profile, Variant, interpreter
 from ..errors import BadInput
 from ..metrics.slo import OBJECTIVES, SLO, attains
-from ..paths import repository_relative
+from ..paths import in_command, repository_relative
 from ..results.evidence import Evidence, evidence
 from ..results.run_folder import Run
 from ..ui import COUNTS, LEVEL, Column, Table, shown, view
@@ -121,7 +121,7 @@ def validity_table(run: Run) -> Table:
             rows.append((level, f"{s.failed} failed requests{f': {most}' if most else ''}"))
     if invalid:
         again = " ".join(f"--again {level}" for level in invalid)
-        remedy = f"fp8lab measure --run {repository_relative(run.path)} {again}"
+        remedy = f"fp8lab measure --run {in_command(run.path)} {again}"
         rows.append(("what to do", f"mend the cause, then: {remedy}"))
     elif not any(s.level.repeat > 1 for s in summaries.values()):
         rows.append(("note", "no level was repeated with another seed: ratios have no interval"))

@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ..paths import DATA, repository_relative
+from ..paths import DATA, in_command
 from ..results.evidence import Evidence, other_card, unmeasured
 from ..results.run_folder import Run
 from ..ui import four_digits
@@ -90,7 +90,7 @@ def _remedy(seen: Evidence, missing: list[str], needs: str) -> str:
     if not named.keys() >= (own := {seen.own(level) for level in missing}):
         return f"; profile {needs} has them" if needs else ""
     recorded = run.path.resolve().is_relative_to(DATA / "recorded")
-    where = f"--profile {run.profile.name}" if recorded else f"--run {repository_relative(run.path)}"
+    where = f"--profile {run.profile.name}" if recorded else f"--run {in_command(run.path)}"
     options = "".join(f' --protocol "{protocol}"' for protocol in sorted({named[level] for level in own}))
     return f"; to measure it: fp8lab measure {where}{options}"
 

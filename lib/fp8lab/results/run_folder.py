@@ -34,7 +34,7 @@ from ..config.this_machine import load_profile
 from ..config.trace import Trace
 from ..errors import BadInput, RunDamaged, RunMismatch
 from ..metrics.summary import Summary
-from ..paths import DATA, PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative, writing
+from ..paths import DATA, PLAIN_NAME, RUNS, RUNS_VARIABLE, in_command, made, repository_relative, writing
 from ..system.locks import Lock
 from ..ui import Shown, Table, shown
 from .files import copy_file, plain, put_in_place, read_json, read_parquet, sync, unpacked, write_json, write_tables
@@ -378,7 +378,7 @@ class Run:
         """What to do about a level that cannot be used as it is."""
         if self.path.resolve().is_relative_to(DATA / "recorded"):
             return "it is a recorded run's: restore it from the repository"
-        return f"measure it again with `fp8lab measure --run {repository_relative(self.path)} --again {level_id}`"
+        return f"measure it again with `fp8lab measure --run {in_command(self.path)} --again {level_id}`"
 
     def __repr__(self) -> str:
         kind = "recorded run" if self.read_only else "run"
