@@ -144,6 +144,19 @@ def test_what_a_cell_refuses_leaves_no_page(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("text", [
+    "import fp8lab", '{"cells": [', '{"a": 1}', "[1]", "root:x:0:0::/root:/bin/sh",
+    '{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": [{"cell_type": "code"}]}',
+    '{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": [{"cell_type": "code", "source": "a = (", "outputs": [], '
+    '"execution_count": null, "metadata": {"tags": ["parameters"]}}]}',
+])  # fmt: skip
+def test_a_file_that_is_no_notebook_is_refused(tmp_path, text):
+    (tmp_path / "mine.ipynb").write_text(text)
+    (path,) = notebooks.find(str(tmp_path / "mine.ipynb"))
+    with pytest.raises(BadInput, match="mine.ipynb is no notebook .*expected a Jupyter notebook"):
+        notebooks.check_parameters(path, {})
+
+
 def short_load(step) -> dict:
     """Parameters with which a step takes seconds."""
     search = {"share": 0.9, "seconds": 0.5, "start": 60, "max_probes": 3, "variants": ["fp8"]}

@@ -80,11 +80,23 @@ def find(name: str) -> list[Path]:
 
 
 def declared(notebook: Path) -> dict:
-    """The parameters that a notebook declares, with their defaults."""
+    """The parameters that a notebook declares, with their defaults. Raises BadInput for a file that is no notebook."""
     import nbformat
 
-    cells = nbformat.read(notebook, as_version=4).cells
-    return assigned(next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), ""))
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        return assigned(next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), ""))
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        nbformat.ValidationError,
+    ) as error:
+        said = str(error).partition("\n")[0][:200]  # the library quotes the whole file
+        raise BadInput(f"{notebook} is no notebook ({said}); expected a Jupyter notebook (.ipynb)") from None
 
 
 def check_parameters(notebook: Path, parameters: Mapping) -> None:
