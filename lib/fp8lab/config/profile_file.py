@@ -325,6 +325,16 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
     return _derived(profile, source)
 
 
+# Wider than any card; a number that is out of it is in another unit.
+_UNITS = {
+    ("gpu", "memory_gib"): (1, 2000, "GiB, such as 79.6"), ("gpu", "power_w"): (1, 1e5, "W, such as 700"),
+    ("gpu", "hbm_bytes_per_s"): (1e10, 1e14, "bytes/s, such as 3.35e12"),
+    ("gpu", "bf16_flops"): (1e12, 1e17, "FLOP/s, such as 989e12"),
+    ("gpu", "fp8_flops"): (1e12, 1e17, "FLOP/s, such as 1979e12"),
+    ("emulation", "link_bytes_per_s"): (1e8, 1e14, "bytes/s, such as 450e9"),
+}  # fmt: skip
+
+
 def _check_written(profile: Profile, source: _Source) -> None:
     """Raises BadInput for what a file may not say, though a run that was made with it can be read."""
     flags, variables = flags_and_variables(profile)
@@ -367,6 +377,10 @@ def _check_written(profile: Profile, source: _Source) -> None:
         known = ", ".join(["default", *profile.variants])
         said = f"no variant {key!r} in profile {profile.name} (there are: {known})"
         source.refuse(["model", "checkpoints", key], said)
+    for (table, key), (low, high, unit) in _UNITS.items():
+        value = getattr(getattr(profile, table), key, None)
+        if value is not None and not low <= value <= high:
+            source.refuse([table, key], f"{value:g} is in another unit: expected {low:g} to {high:g} {unit}")
     asked: dict[str, tuple[str, Level]] = {}
     for protocol, level in ((name, level) for name, levels in profile.protocols.items() for level in levels):
         other, before = asked.setdefault(level.id, (protocol, level))
