@@ -120,6 +120,9 @@ def test_a_matrix_is_every_profile_with_every_workload(matrix):
     ("profiles = [", "not valid TOML"),
     ('profiles = ["emulated-h100"]\nworkloads = 3', "workloads: expected a table"),
     ('profiles = ["emulated-h100"]\n[workloads.a]\ninput_tokens = "8"', "workload.input_tokens: expected a whole number"),
+    ('profiles = ["emulated-h100"]\n[workloads.a]\nfoo = 1', "m.toml: workloads.a: workload: unknown keys .'foo'"),
+    ('profiles = ["emulated-h100"]\n[workloads.a]\n[workloads.b]\ntrace = "random"\ninput_tokens = 100000',
+     "m.toml: workloads.b, with profile emulated-h100: requests of 100,000 tokens in .* ask for shorter ones"),
     ('profiles = ["emulated-h100"]\n[workloads.a]\ntrace = "nope.csv"', "no trace file '.*/nope.csv'"),
 ])  # fmt: skip
 def test_a_matrix_that_cannot_work_is_refused_at_once(tmp_path, text, said):

@@ -9,6 +9,7 @@
 
 import contextlib
 import html
+import itertools
 import json
 import sys
 import threading
@@ -24,6 +25,7 @@ from .config.profile import Level, Profile
 from .config.profile_file import read_changed, read_profile, with_paths
 from .config.this_machine import check_environment, check_workload
 from .errors import INVALID, BadInput, Fp8labError
+from .experiment.speed import trace_for
 from .hosts import Job, Lost, Place
 from .paths import PLAIN_NAME, RUNS, RUNS_VARIABLE, made, repository_relative
 from .report.claims import claims_table
@@ -101,11 +103,17 @@ def load_matrix(path: Path) -> Matrix:
     names = [name for name, _, _ in matrix.jobs()]
     if len(set(names)) < len(names):
         raise BadInput(f"{path}: two profiles have the same name: {', '.join(sorted(names))}")
-    for _, profile, workload in matrix.jobs():
-        _levels(matrix, profile)
-        changed = read_changed(profile, {"workload": dict(workload)}, path, "workloads")
+    for profile, name in itertools.product(matrix.profiles, matrix.workloads):
+        levels = [level for one in _levels(matrix, profile).values() for level in one]
+        where = f"workloads.{name}" if name else "workloads"
+        changed = read_changed(profile, {"workload": dict(matrix.workloads[name])}, path, where)
         check_environment(changed)
-        check_workload(changed)
+        try:
+            check_workload(changed)
+            if levels:
+                trace_for(changed, max(levels, key=lambda level: level.requests))
+        except BadInput as error:
+            raise BadInput(f"{path}: {where}, with profile {changed.name}: {error}") from None
     return matrix
 
 
