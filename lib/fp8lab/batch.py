@@ -124,11 +124,8 @@ def run_batch(matrix: Matrix, folder: Path | None = None, *, ray: str = "") -> i
     its pages anew: what they need is told by its page."""
     folder = (folder or RUNS / f"batch-{matrix.name}").resolve()
     made(folder, f"choose another --out folder, or name one for all runs in the variable {RUNS_VARIABLE}")
-    lock = Lock(folder / ".lock", f"batch folder {repository_relative(folder)}")
-    try:
+    with Lock(folder / ".lock", f"batch folder {repository_relative(folder)}"):
         return _run(matrix, folder, ray)
-    finally:
-        lock.release()
 
 
 def _run(matrix: Matrix, folder: Path, ray: str) -> int:

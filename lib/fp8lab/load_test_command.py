@@ -1,14 +1,13 @@
 """What `fp8lab load-test` does: one level, or the search for the highest rate, at any endpoint."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -81,15 +80,9 @@ def _level(args: argparse.Namespace, endpoint: Endpoint, slo: SLO | None, out: P
     return 0 if summary.valid else INVALID
 
 
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
+def _held(out: Path) -> Lock:
     """The folder, made if need be, for this command alone. Raises BadInput, InUse, NotWritten."""
-    made(out, "choose another --out folder")
-    lock = Lock(out / ".lock", f"--out folder {out}")
-    try:
-        yield
-    finally:
-        lock.release()
+    return Lock(made(out, "choose another --out folder") / ".lock", f"--out folder {out}")
 
 
 def _refuse_a_result(out: Path) -> None:

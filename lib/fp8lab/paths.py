@@ -104,21 +104,16 @@ def portable(argument: str) -> str:
     """A command's argument without this machine's paths: it may be shared."""
     if argument.startswith("{"):  # JSON, with a path anywhere in it
         return nameless(argument)
-    return _below(argument, PROJECT, ".") or _below(argument, cache_dir(), _CACHE) or without_homes(argument)
+    return _below(argument, PROJECT, ".") or _below(argument, cache_dir(), _CACHE) or without_home(argument)
 
 
-def without_home(path: str) -> str:
-    """`path` with ~ for the home folder it lies in, and still the same path wherever it is read: it may be shared."""
-    return _below(path, Path(with_home(os.environ)["HOME"]), "~") or path
-
-
-def without_homes(value):
-    """Flags and variables (a text, or any nest of them) with ~ for the home folder wherever a path in it begins."""
+def without_home(value):
+    """A path, flag or variable, or any nest of them, with ~ for the home folder wherever a path in it begins: it may be shared."""
     return _swapped(value, str(Path(with_home(os.environ)["HOME"])), "~")
 
 
 def with_homes(value):
-    """What `without_homes` wrote down, with this user's home folder."""
+    """What `without_home` wrote down, with this user's home folder."""
     return _swapped(value, "~", str(Path(with_home(os.environ)["HOME"])))
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from ..errors import BadInput
-from ..paths import without_home, without_homes
+from ..paths import without_home
 from .dimensions import FORMATS, Dimensions, ModelShape, context, dimensions, model_shape, quantisation, recipe
 from .flags import flag_of, joined, parse
 
@@ -371,10 +371,8 @@ class Profile(ProfileTable):
         """The resolved profile as plain values in the shape of its file; `from_dict` reads it back. Paths below the home
         folder begin with ~: it may be shared."""
         values = dataclasses.asdict(self)
-        checkpoints, workload = values["model"]["checkpoints"], values["workload"]
-        values["model"]["checkpoints"] = {variant: without_home(name) for variant, name in checkpoints.items()}
-        workload |= {key: without_home(workload[key]) for key in ("trace", "tokenizer")}
-        values |= {key: without_homes(values[key]) for key in ("server", "variants")}
+        values |= {key: without_home(values[key]) for key in ("server", "variants", "workload")}
+        values["model"]["checkpoints"] = without_home(values["model"]["checkpoints"])
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 

@@ -86,15 +86,7 @@ def declared(notebook: Path) -> dict:
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         return assigned(next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), ""))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        nbformat.ValidationError,
-    ) as error:
+    except Exception as error:  # whatever the readers of JSON, notebooks and Python make of another file
         said = str(error).partition("\n")[0][:200]  # the library quotes the whole file
         raise BadInput(f"{notebook} is no notebook ({said}); expected a Jupyter notebook (.ipynb)") from None
 

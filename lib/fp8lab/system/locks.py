@@ -32,7 +32,7 @@ def machine_lock(name: str, what: str) -> "Lock":
 
 
 class Lock:
-    """Holds `path` locked, from its making until `release()`.
+    """Holds `path` locked, from its making until `release()`, or the end of a `with` block.
 
     It lasts as long as any process has `fd` open: hand it to a child (`pass_fds`) and it outlives this process
     until the child ends too. Raises InUse, with who holds it, when another process does; NotWritten when the
@@ -61,6 +61,12 @@ class Lock:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, only who holds it stays unsaid
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, f"pid {os.getpid()}\n".encode(), 0)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.release()
 
     def release(self) -> None:
         """May be called twice. The file stays: removing it would let two processes hold two locks of one name."""
