@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fp8lab import cli
+from fp8lab import cli, load_test_command
 from fp8lab.config.profile_file import read_profile
 from fp8lab.results import run_folder
 from fp8lab.results.run_folder import open_run
@@ -117,6 +117,26 @@ def test_a_taken_port_is_refused():
         port = taken.getsockname()[1]
         done = fp8lab("serve", "bf16", "--profile", "tiny-cpu", "--port", str(port))
     assert done.returncode == 2 and f"port {port} is taken" in done.stderr
+
+
+def test_a_result_that_came_while_waiting_is_kept(tmp_path, monkeypatch, capsys):
+    def made(out, _remedy):
+        out.mkdir()
+        (out / "summary.json").write_text('{"completed": 5}')  # by a command that took the folder and ended meanwhile
+        return out
+
+    monkeypatch.setattr(load_test_command, "made", made)
+    common = ["load-test", "--base-url", "http://127.0.0.1:9", "--model", "m", "--requests", "3"]
+    assert cli.main([*common, "--out", str(tmp_path / "one")]) == 2
+    assert "one already holds a result" in capsys.readouterr().err
+    assert (
+        cli.main(
+            [*common, "--find-max-rate", "--slo", "ttft=200,p50", "--requests", "100", "--out", str(tmp_path / "two")]
+        )
+        == 2
+    )
+    assert "two already holds a level" in capsys.readouterr().err
+    assert (tmp_path / "one" / "summary.json").read_text() == '{"completed": 5}'
 
 
 def test_load_test_ends_with_one_json_line_and_says_when_it_is_invalid(tmp_path):
