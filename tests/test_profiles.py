@@ -588,3 +588,23 @@ def test_a_recipe_beside_another_quantization_is_refused_before_it_is_made(tmp_p
         BadInput, match="--quantization fp8 beside recipe int8, which says that it is quantised by compress"
     ):
         make_checkpoint(profile, "a")
+
+
+def test_a_variant_with_anothers_formats_alone_does_not_get_its_flags_when_it_is_read_back(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+        extends = "tiny-cpu"
+        title = "Formats alike, flags not"
+        replaces = ["variants", "protocols"]
+        [variants]
+        bf16 = { flags = ["--max-num-seqs", "4"], env = { A = "1" } }
+        plain = []
+        rust = { base = "bf16", api_server = "rust" }
+        [protocols.one]
+        levels = [{ variant = "plain", rate = 1, requests = 3 }]
+        """
+    )
+    profile = read_profile(str(path))
+    assert profile.base("plain") == "bf16" and not profile.variants["plain"].flags
+    assert from_dict(json.loads(json.dumps(plain(profile.as_dict())))) == profile

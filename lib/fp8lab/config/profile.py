@@ -219,6 +219,13 @@ class Variant(ProfileTable):
         """The number formats that it serves: of its checkpoint, and what it asks vLLM for."""
         return (self.recipe, *(flag_of(self.flags, name) for name in FORMAT_FLAGS))
 
+    def on(self, base: "Variant") -> "Variant":
+        """This one with what `base` has and it leaves: flags, variables, Python, recipe."""
+        return dataclasses.replace(
+            self, flags=tuple(joined(base.flags, self.flags)), env={**base.env, **self.env},
+            python=self.python or base.python, recipe=self.recipe or base.recipe,
+        )  # fmt: skip
+
 
 # The tables of a profile's file; those of [variants.NAME] are all alike.
 TABLES = {"model": Model, "server": ServerOptions, "workload": Workload, "gpu": Card, "emulation": Emulation}
@@ -373,6 +380,11 @@ class Profile(ProfileTable):
         values = dataclasses.asdict(self)
         values |= {key: without_home(values[key]) for key in ("server", "variants", "workload")}
         values["model"]["checkpoints"] = without_home(values["model"]["checkpoints"])
+        for name, one in self.variants.items():
+            # One that only has the base's formats is given it when it is read back; named, it would get that one's flags too.
+            whole = one.on(self.variants[one.base]) if one.base else one
+            if dataclasses.replace(whole, env={k: v for k, v in whole.env.items() if k != RUST or k in one.env}) != one:
+                values["variants"][name]["base"] = ""
         values["protocols"] = {name: {"levels": list(levels)} for name, levels in values["protocols"].items()}
         return values
 

@@ -234,11 +234,8 @@ def _derived(profile: Profile, source: "_Source") -> Profile:
             if said := vllm_flags.problem(one.flags, {}):
                 source.refuse(["variants", name, "flags"], said)
             base = resolve(one.base, (*on, name))
-            one = dataclasses.replace(
-                one, flags=tuple(vllm_flags.joined(base.flags, one.flags)), env={**base.env, **one.env},
-                base=base.base or one.base, api_server=one.api_server or ("" if RUST in one.env else base.api_server),
-                python=one.python or base.python, recipe=one.recipe or base.recipe,
-            )  # fmt: skip
+            api_server = one.api_server or ("" if RUST in one.env else base.api_server)
+            one = dataclasses.replace(one.on(base), base=base.base or one.base, api_server=api_server)
         rust = one.api_server == "rust" or (not one.api_server and one.env.get(RUST, "0") != "0")
         env = {key: value for key, value in one.env.items() if key != RUST or rust}
         env |= {RUST: "1"} if one.api_server == "rust" else {}
