@@ -17,6 +17,11 @@ if kind == "gpu" and version != (3, 12):
     sys.exit(f"Python {version[0]}.{version[1]}: the gpu environment is pinned for 3.12; set PYTHON=python3.12")
 PY
 
+# venv refuses a link too, but only when --clear has emptied what it leads to.
+if [ -L "${venv%/}" ]; then
+    echo "$venv is a link to $(readlink "${venv%/}"): remove the link, or build there" >&2
+    exit 2
+fi
 echo "preparing the $kind environment in $venv (3 to 4 minutes on two cores, 4 GB; the gpu one downloads more)"
 "$python" -m venv --clear "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)

@@ -1,4 +1,4 @@
-"""The air-gapped bundle's scripts, on a bundle of a few files."""
+"""The scripts of env/: the air-gapped bundle's, on a bundle of a few files, and the one that builds an environment."""
 
 import os
 import subprocess
@@ -218,3 +218,15 @@ def test_pruning_refuses_what_matches_nothing_or_is_linked(contents, tmp_path):
         contents.prune(tmp_path, ["p/libx*"])
     contents.prune(tmp_path, ["p"])
     assert not (tmp_path / "p").exists()
+
+
+def test_an_environment_is_not_built_through_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "kept").write_text("mine")
+    (link := tmp_path / "link").symlink_to("real")
+    for venv in (str(link), f"{link}/"):
+        command, env = ["bash", str(BUNDLE.parent / "setup.sh"), "cpu", venv], os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{venv} is a link to real: remove the link, or build there\n"
+    assert (tmp_path / "real" / "kept").read_text() == "mine"
