@@ -87,6 +87,14 @@ LOAD_TEST = ["load-test", "--model", "m", "--out", "{tmp}/o", "--base-url"]
         ),
         (["anatomy", "--source", "h200-80gb"], "holds no steps of any variant; `fp8lab anatomy` takes"),
         (["quantize", "llama-3-8b", "--recipe", "int8", "--text", "mine.txt"], "is not calibrated and reads no text"),
+        (["reproduce", "--source", ""], "argument --source: '' is empty, expected a value"),
+        (["reproduce", "-p", "protocols", "", "--source", "nowhere"], "no run folder at"),
+        (["claims", ""], "argument RUN: '' is empty"),
+        (["claims", "h200-80gb", ""], "argument RUN: '' is empty"),
+        (["plan", "--run="], "argument --run: '' is empty"),
+        (["plan", "--variant", ""], "argument --variant: '' is empty"),
+        (["predict", "h100-80gb-unsealed", "--slo", ""], "argument --slo: '' is empty"),
+        (["load-test", "--base-url", ""], "argument --base-url: '' is empty"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(arguments, said, tmp_path):

@@ -28,8 +28,15 @@ _EXAMPLES = """
     fp8lab status; fp8lab stop                what is left over, and its end
 """
 
+
+class _NotGiven(str):
+    """What a text is that was not given, told from an empty one that was."""
+
+    __slots__ = ()
+
+
 # An option is (name, what stands for its value, help, what else argparse is told); "" is a switch, None names the choices.
-_TEXT, _LIST, _WHOLE, _REAL = {"default": ""}, {"action": "append"}, {"type": int}, {"type": float}
+_TEXT, _LIST, _WHOLE, _REAL = {"default": _NotGiven()}, {"action": "append"}, {"type": int}, {"type": float}
 # What several commands take.
 _RUN_READ = ("run", "RUN", "a run folder, or the name of one in data/recorded", {})
 _PROFILE = ("--profile", "P", "a name (see `fp8lab profiles`), a .toml file, or auto (default)", {"default": "auto"})
@@ -414,7 +421,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(taker, name: str, value: str | None, told: str, more: dict) -> None:
     kind = {"action": "store_true"} if value == "" else {"metavar": value} if value else {}
+    if isinstance(value, str) and value and "type" not in more:  # a notebook's parameter may be empty
+        kind["type"] = _word
     taker.add_argument(name, help=told, **kind, **more)
+
+
+def _word(text: str) -> str:
+    """A text as it was given. Raises ArgumentTypeError for an empty one, which would otherwise count as not given."""
+    if not text and not isinstance(text, _NotGiven):
+        said = "'' is empty, expected a value: is a shell variable not set? Set it, or leave this out"
+        raise argparse.ArgumentTypeError(said)
+    return str(text)
 
 
 def _with_examples(examples: str) -> dict:

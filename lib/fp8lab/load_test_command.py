@@ -32,8 +32,6 @@ _PROBES = 8
 def run(args: argparse.Namespace) -> int:
     """Measures a level or searches the limit; the exit code."""
     endpoint, *args.others = _endpoints(args)
-    if not args.out:
-        raise BadInput("--out is empty; name a folder, such as results/50")
     out = Path(args.out)
     slo = SLO.parse(args.slo) if args.slo is not None else None
     if args.warmup < 0:
