@@ -18,6 +18,7 @@ from fp8lab.load.connection import Connection
 from fp8lab.load.endpoint import Endpoint
 from fp8lab.load.events import Outcome
 from fp8lab.load.level import measure_level
+from fp8lab.load.telemetry import Telemetry
 from fp8lab.metrics.summary import MeasuredLevel, Summary
 from fp8lab.results.files import write_json
 from fp8lab.results.run_folder import LevelResult
@@ -525,9 +526,8 @@ def test_a_stream_that_does_not_complete_fails_with_its_reason(streams_url, shap
 def test_streams_that_come_in_one_piece_are_no_measurement(streams_url, shape, capsys):
     summary = measured(streams_url, shape).summary
     assert summary.completed == 6 and not summary.valid
-    assert summary.invalid_reason.startswith(
-        "6 of 6 answers of several tokens came in one piece: they are collected on the way"
-    )
+    said = "6 of 6 answers of several tokens came in one piece: they are collected on the way"
+    assert said in summary.invalid_reason
     assert "X-Accel-Buffering: no" in summary.invalid_reason and "INVALID" in capsys.readouterr().err
 
 
@@ -537,6 +537,13 @@ def test_streams_that_come_in_several_pieces_are_no_measurement(streams_url):
     assert (
         "of the chunks came at the instant of the one before: they are collected on the way" in summary.invalid_reason
     )
+
+
+def test_a_late_client_is_named_before_a_proxy_and_alone_at_a_server_of_the_kits(streams_url, monkeypatch):
+    monkeypatch.setattr("fp8lab.load.level.self_check", lambda *_: ["this client was late"])
+    foreign, own = (measured(streams_url, "buffered", telemetry=one).summary for one in (None, Telemetry([])))
+    assert "this client was late; 6 of 6 answers of several" in foreign.invalid_reason
+    assert "this client was late" in own.invalid_reason and "collected" not in own.invalid_reason
 
 
 def test_a_stream_that_has_ended_is_complete_though_its_body_goes_on(streams_url):

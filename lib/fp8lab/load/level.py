@@ -85,8 +85,10 @@ def measure_level(
     failures = Counter(outcome.error for outcome in sent.outcomes if outcome.error)
     fleet = [endpoint, *options.get("others", ())]
     problems = [watch.problem()] if watch.problem() else _too_many(failures, sent, fleet)
-    problems += _in_one_piece(sent) + clock_problems(clocks, Clocks.now())
-    problems += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
+    own = clock_problems(clocks, Clocks.now())
+    own += self_check(send_lag_ms(records).to_numpy(), latencies(records)["ttft_ms"].to_numpy(), sent.client)
+    # A late client reads together what came apart: that goes first, and alone at the kit's own server, behind no proxy.
+    problems += own + ([] if own and telemetry else _in_one_piece(sent))
     sampled = telemetry.table(sent.start) if telemetry else None
     counter = sampled[["at_s", "generation_tokens"]] if telemetry else None
     fields = summarize(records, tokens, counter) | sent.client.fields(len(tokens))
