@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+import fp8lab as lab
 from conftest import make_records, recorded
 from fp8lab import commands
 from fp8lab.config.profile import Level, Variant
@@ -446,3 +447,37 @@ def test_an_older_run_of_an_fp8_checkpoint_stays_one(tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(kept))
     read = open_run(source=tmp_path / "run").profile.model.dimensions
     assert [read[name].weights for name in ("default", "fp8")] == ["bf16", "fp8"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda run: lab.levels("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.levels_table("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.claims_table("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.conclusion("h200-80gb", "C1"), "'h200-80gb' is no run"),
+        (lambda run: lab.throughput_figure("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.quality_table("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.steps_table("h200-80gb"), "'h200-80gb' is no run"),
+        (lambda run: lab.measure("h200-80gb", run.profile), "'h200-80gb' is no run"),
+        (lambda run: lab.claims_across(run, "h100-80gb"), "'h100-80gb' is no run"),
+        (lambda run: lab.load_test("http://127.0.0.1:9", rate=5), "'http://127.0.0.1:9' is no server"),
+        (lambda run: lab.warm_up("http://127.0.0.1:9"), "'http://127.0.0.1:9' is no server"),
+    ],
+)
+def test_what_is_no_run_or_server_is_named(call, said):
+    with pytest.raises(BadInput, match=f"{said}, expected "):
+        call(open_run(source="h200-80gb"))
+
+
+def test_a_text_is_a_list_of_one_name():
+    run = open_run(source="h200-80gb")
+    plans = [
+        str(lab.plan_table(run.profile, one, None, two))
+        for one, two in (("equal load", "fp8"), (["equal load"], ["fp8"]))
+    ]
+    assert plans[0] == plans[1] and "'equal load'" in plans[0]
+    assert str(lab.flags_table(run.profile, "equal load")) == str(lab.flags_table(run.profile, ["equal load"]))
+    assert lab.measure(run, run.profile, variants="bf16")[0].summary.level.variant == "bf16"
+    with pytest.raises(BadInput, match="the fit holds no variant bf17 "):
+        lab.step_models("h100-80gb-unsealed", "bf17")

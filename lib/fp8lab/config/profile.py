@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,6 +42,11 @@ class ProfileTable:
     """A table of a profile's file: pydantic reads it, and refuses keys that it does not have."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+def names_of(given: str | Sequence[str]) -> list[str]:
+    """The names of a list; a text is one."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import psutil
 
 from ..config.dimensions import cards, fp8_kv, most_running, replicas, weight_format
-from ..config.profile import RUST, Level, Profile
+from ..config.profile import RUST, Level, Profile, names_of
 from ..errors import BadInput, LevelFailed
 from ..load.telemetry import parse_metrics
 from ..metrics.anatomy import Step, Work, by_kind, floors_ms, host_stages, kernel_times, read_steps
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..server import launch
 from ..server.command import HOST
 from ..server.launch import Server
@@ -101,16 +101,16 @@ class BatchAnatomy:
 
 
 def measure_anatomy(
-    run: Run, profile: Profile, variants: Sequence[str] = ("bf16", "fp8"), *, batches: Sequence[int] = BATCHES
+    run: Run, profile: Profile, variants: str | Sequence[str] = ("bf16", "fp8"), *, batches: Sequence[int] = BATCHES
 ) -> dict[str, list[BatchAnatomy]]:
     """Takes every one of `variants` apart that `run` does not hold with all of `batches`; returns all, by variant.
 
     One server a variant, with one Python API server: a step is the EngineCore's and the GPU's. On a recorded run this only
     reads. Raises BadInput for a batch that the variant does not let run at once, LevelFailed when a batch does not fit."""
-    if run.read_only:
+    if a_run(run).read_only:
         return anatomies(run)
     run.check_profile(profile)
-    check_asked(profile, variants, batches)
+    check_asked(profile, variants := names_of(variants), batches)
     held = anatomies(run)
     for variant in variants:
         known = {one.batch for one in held.get(variant, ())}
@@ -139,7 +139,7 @@ def check_asked(profile: Profile, variants: Sequence[str], batches: Sequence[int
 def anatomies(run: Run) -> dict[str, list[BatchAnatomy]]:
     """What the run holds, by variant, the smallest batch first."""
     found = {}
-    for variant, held in run.read_parts(_FOLDER).items():
+    for variant, held in a_run(run).read_parts(_FOLDER).items():
         with run.reading(f"{_FOLDER}/{variant}.json"):
             found[variant] = sorted(map(BatchAnatomy.read, held["batches"]), key=lambda one: one.batch)
     return found

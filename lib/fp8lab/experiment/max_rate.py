@@ -15,10 +15,10 @@ from ..metrics.summary import Summary
 from ..paths import writing
 from ..results.evidence import evidence
 from ..results.files import read_json, read_parquet, write_json, write_tables
-from ..results.run_folder import LevelResult, Run
+from ..results.run_folder import LevelResult, Run, a_run
 from ..server.launch import Server
 from ..ui import StatusLine
-from .speed import RecordedServer, load_test
+from .speed import RecordedServer, a_server, load_test
 
 # A probe goes on for at least so long.
 _SECONDS = 20.0
@@ -49,7 +49,7 @@ def find_max_rate(
     """
     if isinstance(server, RecordedServer):
         return evidence(server.run).slo_limit(server.variant, slo)
-    run.check_profile(server.profile)  # before a level of the run counts, or is set aside
+    a_run(run).check_profile(a_server(server).profile)  # before a level of the run counts, or is set aside
 
     def needed(rate: float) -> int:
         return max(probe_requests(slo), math.ceil(seconds * rate))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config.profile import rate_name
+from ..config.profile import names_of, rate_name
 from ..config.profile_file import read_profile
 from ..config.trace import Trace, arrival_times, begun_anew
 from ..errors import BadInput
@@ -108,12 +108,12 @@ def highest_rate(variant: str, model: StepModel, draw: Callable[[int], Trace], s
     return Bracket(min(one.low for one in found), max(one.high for one in found))
 
 
-def step_models(fit: str, variants: Sequence[str] | None = None, *, card: str = "") -> dict[str, StepModel]:
+def step_models(fit: str, variants: str | Sequence[str] | None = None, *, card: str = "") -> dict[str, StepModel]:
     """The step models of a fit in `data/fits` (or a .toml file) for these variants, or for all; `fitted=name` gives one another
     name, such as a run's. With a `card`, a profile's name, they are as they would be there by the datasheets. Raises BadInput
     for a fit, variant or card that there is not."""
     fits = read_fits(fit)
-    named = [one.partition("=") for one in variants or fits]
+    named = [one.partition("=") for one in names_of(variants or list(fits))]
     if unknown := [one for one, _, _ in named if one not in fits]:
         raise BadInput(f"the fit holds no variant {', '.join(unknown)} (it holds: {', '.join(fits)})")
     models = {name or one: fits[one] for one, _, name in named}

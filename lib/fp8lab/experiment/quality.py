@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config.profile import Profile
+from ..config.profile import Profile, names_of
 from ..errors import BadInput, LevelFailed, RunMismatch
 from ..load.answers import answer, read_documents, tokenize
 from ..load.endpoint import Endpoint
 from ..metrics.quality import Comparison, Estimate, Reading, compare, position_table
 from ..models.checkpoints import without_widgets
 from ..paths import DATA, portable, repository_relative
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..server.command import source_model
 from ..server.launch import Server
 from ..system import gpu
@@ -119,12 +119,12 @@ class QualityTask:
 
 
 def measure_quality(
-    run: Run, profile: Profile, variants: Sequence[str] = (), *, task: QualityTask | None = None
+    run: Run, profile: Profile, variants: str | Sequence[str] = (), *, task: QualityTask | None = None
 ) -> dict[str, Comparison]:
     """Measures every one of `variants` that `run` does not hold, and returns all comparisons, by measurement. By default they
     are those that differ in their numbers; the reference is always among them. What is finished is stored at once; a recorded
     run is only read. Raises BadInput for a model with random weights, RunMismatch when the run was asked something else."""
-    if run.read_only:
+    if a_run(run).read_only:
         return comparisons(run)
     task = task or QualityTask()
     run.check_profile(profile)
@@ -132,7 +132,7 @@ def measure_quality(
     text = task.read()
     asked = dataclasses.asdict(task) | {"text": text.name, "text_sha256": text.sha256}
     reference = reference_variant(profile)
-    for variant in dict.fromkeys([reference, *(variants or default_variants(profile))]):
+    for variant in dict.fromkeys([reference, *(names_of(variants) or default_variants(profile))]):
         names = [variant, *([variant + AGAIN] if variant == reference else [])]
         missing = [name for name in names if not _has(run, name, asked)]
         if missing:
@@ -155,7 +155,7 @@ def comparisons(run: Run) -> dict[str, Comparison]:
 
 def summaries(run: Run) -> dict[str, dict]:
     """What was asked of whom, by measurement; order and errors as in `comparisons`."""
-    reference, held = reference_variant(run.profile), run.read_parts(_FOLDER)
+    reference, held = reference_variant(a_run(run).profile), run.read_parts(_FOLDER)
     if reference not in held:
         raise BadInput(f"run {run.path.name} holds no quality measurement; make one with `fp8lab quality`")
     names = [reference, reference + AGAIN, *(name for name in run.profile.variants if name != reference)]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..config.profile import Level, Profile
+from ..config.profile import Level, Profile, names_of
 from ..config.trace import Trace, arrival_times, is_file, named_trace, refuse_times
 from ..errors import BadInput, Fp8labError, LevelFailed, ServerFailed
 from ..load import vllm_bench
@@ -19,7 +19,7 @@ from ..load.generator import send_load
 from ..load.level import measure_level
 from ..load.telemetry import Telemetry
 from ..metrics.summary import MeasuredLevel
-from ..results.run_folder import LevelResult, Run
+from ..results.run_folder import LevelResult, Run, a_run
 from ..server import launch
 from ..server.command import source_model
 from ..server.launch import Served, Server
@@ -57,6 +57,13 @@ class RecordedServer(Served):
         return Table(
             f"vLLM server, variant {self.variant}, run {self.run.path.name}{emulated}", ("", "as recorded"), rows
         )
+
+
+def a_server(server: Server | RecordedServer) -> Server | RecordedServer:
+    """`server`. Raises BadInput for what is none, such as a URL."""
+    if not hasattr(server, "profile"):
+        raise BadInput(f"{server!r} is no server, expected one of lab.serve; `fp8lab load-test` measures a URL")
+    return server
 
 
 def start_server(profile: Profile, variant: str, *, run: Run | None = None, **options) -> Server | RecordedServer:
@@ -108,13 +115,13 @@ def load_test(
     """Measures one level on `server`: offers `rate` requests/s and returns when the last one has ended.
 
     `trace` defaults to the profile's, with `requests` requests (default 1000); one with arrival times of its own is
-    refused (BadInput). With a `run` the result is stored there, and a level that the run already holds is returned
-    instead of measured. A server that dies or hangs ends the level early: its records are kept, and it is invalid.
-    Raises RunMismatch when the run was made with another profile, or holds this level with other requests; InUse when
-    another process writes to the run.
+    refused (BadInput), and so is what is no server. With a `run` the result is stored there, and a level that the run
+    already holds is returned instead of measured. A server that dies or hangs ends the level early: its records are
+    kept, and it is invalid. Raises RunMismatch when the run was made with another profile, or holds this level with
+    other requests; InUse when another process writes to the run.
     """
     count = requests if requests is not None else len(trace) if trace else 1000
-    level = Level(variant=server.variant, rate=float(rate), requests=count, repeat=repeat)
+    level = Level(variant=a_server(server).variant, rate=float(rate), requests=count, repeat=repeat)
     trace = trace.head(count) if trace else None
     if isinstance(server, RecordedServer):
         server.run.has(level, trace)
@@ -139,7 +146,7 @@ def warm_up(server: Server | RecordedServer) -> None:
     """Sends the profile's warm-up requests at once, unmeasured: first requests pay for lazy initialisation, of shapes
     like theirs. They are the workload's own, from another seed, with answers of 16 tokens at most; of a file, all that
     it has where it has fewer."""
-    profile, requests = server.profile, server.profile.workload.warmup_requests
+    profile, requests = a_server(server).profile, server.profile.workload.warmup_requests
     if isinstance(server, RecordedServer) or not requests:
         return
     trace = _trace(profile, server.variant, requests, profile.workload.seed + 10_000, fewer=True)
@@ -180,9 +187,9 @@ def measure(
     profile: Profile,
     protocol: str | Sequence[str] = "as published",
     *,
-    variants: Sequence[str] = (),
+    variants: str | Sequence[str] = (),
     workers: int | None = None,
-    again: Sequence[str] = (),
+    again: str | Sequence[str] = (),
 ) -> list[LevelResult]:
     """Measures every level of `protocol` (one or several; of these `variants`, or of all) that `run` does not hold; returns
     all of them.
@@ -195,13 +202,13 @@ def measure(
     read; at the end, with all measured that could be, ServerFailed when a server did not start or died under load (its further
     levels are missing), LevelFailed when only levels or cross-checks failed.
     """
-    run.check_profile(profile)
-    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    a_run(run).check_profile(profile)
+    protocols, variants = names_of(protocol), names_of(variants)
     if run.read_only and not again:
         return _recorded(run, profile, protocols, variants)
     asked = _levels(profile, protocols, variants)
     with run.locked():
-        anew = _stored_levels(run, profile, [again] if isinstance(again, str) else again, asked)
+        anew = _stored_levels(run, profile, names_of(again), asked)
         todo = [one for one in asked if one not in anew and not run.has(one)]
         if longest := max([*todo, *anew], key=lambda level: level.requests, default=None):
             # A file that cannot be read or is too short says so now.
@@ -383,11 +390,12 @@ def level_seconds(profile: Profile, level: Level) -> float:
 
 
 def plan_table(
-    profile: Profile, protocols: Sequence[str], run: Run | None = None, variants: Sequence[str] = ()
+    profile: Profile, protocols: str | Sequence[str], run: Run | None = None, variants: str | Sequence[str] = ()
 ) -> Table:
     """What is to be measured (of these `variants`, or of all), server by server, with minutes; with a `run`, only what it
     lacks. A recorded one may be of a profile that has other protocols: then it lacks nothing of them."""
-    if run and run.read_only:
+    protocols, variants = names_of(protocols), names_of(variants)
+    if run and a_run(run).read_only:
         protocols = [name for name in protocols if name in profile.protocols]
     work = missing_work(run, profile, protocols, variants=variants)
     caption = f"Plan of profile {profile.name}: {', '.join(map(repr, protocols))}"

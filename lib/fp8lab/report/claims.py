@@ -14,7 +14,7 @@ from ..experiment.anatomy import anatomies, floors_of
 from ..metrics.slo import DEFAULT
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import Table, four_digits, shown
 from .anatomy import host_adds
 from .comparison import METRICS, UNSEALED, causes, mean_of, once, unsealing_steps
@@ -34,7 +34,7 @@ def judge(run: Run, instead: Mapping[str, str] | None = None) -> list[Verdict]:
 
 def write_claims(run: Run) -> None:
     """Stores the verdicts as `claims.json` in the run's folder. Raises BadInput for a recorded run, NotWritten."""
-    run.check_writable()
+    a_run(run).check_writable()
     write_json(run.path / "claims.json", {"source": published()["source"], "claims": judge(run)})
 
 

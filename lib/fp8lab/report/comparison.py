@@ -11,7 +11,7 @@ from ..config.profile import rate_name
 from ..experiment.quality import comparisons
 from ..metrics.statistics import ABLATION, Ratio
 from ..results.evidence import Compared, Evidence, evidence
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import Table, shown
 from .drawing import INK, PLAINLY, Figure, figure, forest, label_where_free, name_rows, note, style_of
 from .verdict import card_note, claim_of
@@ -131,8 +131,8 @@ def over(seen: Evidence, variant: str, beside: str, rate: float, metric: str, fa
 
 
 def once(runs: Sequence[Run]) -> list[Run]:
-    """The runs, one that is named twice only once."""
-    return list({run.path.resolve(): run for run in runs}.values())
+    """The runs, one that is named twice only once. Raises BadInput for what is no run."""
+    return list({a_run(run).path.resolve(): run for run in runs}.values())
 
 
 def causes(seen: Evidence, variant: str, rate: float) -> Counter[str]:

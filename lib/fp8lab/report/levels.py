@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean, geometric_mean
 from types import SimpleNamespace
 
-from ..config.profile import Profile, Variant, interpreter
+from ..config.profile import Profile, Variant, interpreter, names_of
 from ..errors import BadInput
 from ..metrics.slo import OBJECTIVES, SLO, attains
 from ..paths import in_command, repository_relative
 from ..results.evidence import Evidence, evidence
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import COUNTS, LEVEL, Column, Table, shown, view
 from .drawing import GREY, INK, PLAINLY, STYLE, figure, fillings, label_ends, legend, log_numbers, note, style_of
 from .verdict import card_note, claim_of
@@ -19,7 +19,7 @@ from .verdict import card_note, claim_of
 
 def environment_table(run: Run) -> Table:
     """Where the run was made: GPU, driver, CPU, versions, source."""
-    machine, software, source = (run.manifest[key] for key in ("machine", "software", "source"))
+    machine, software, source = (a_run(run).manifest[key] for key in ("machine", "software", "source"))
     packages = software["packages"]
     gpu = ", ".join(machine["gpus"]) or "none"
     if run.emulated:
@@ -42,10 +42,10 @@ def environment_table(run: Run) -> Table:
     return Table(f"{card_note(run)}The environment of this run", ("", "found"), rows)
 
 
-def flags_table(profile: Profile, protocols: Sequence[str] = ()) -> Table:
+def flags_table(profile: Profile, protocols: str | Sequence[str] = ()) -> Table:
     """The variants, or those that `protocols` measure, as far as the profile has these: what each derives from, its API server,
     its recipe, and the variables and vLLM flags that make it."""
-    measured = {level.variant for name in protocols for level in profile.protocols.get(name, ())}
+    measured = {level.variant for name in names_of(protocols) for level in profile.protocols.get(name, ())}
     variants = {k: one for k, one in profile.variants.items() if k in measured or not measured}
 
     def written(one: Variant) -> str:
@@ -135,7 +135,7 @@ def cross_check_table(run: Run) -> Table:
         Column("TTFT ms", "mean_ttft_ms", ",.0f"), Column("TPOT ms", "mean_tpot_ms", ",.1f"),
         Column("busiest second of a client process", "client_busiest_core", ".0%"),
     )  # fmt: skip
-    rows, summaries = [], run.summaries()
+    rows, summaries = [], a_run(run).summaries()
     for level_id, theirs in run.cross_checks().items():
         for client, one in (("fp8lab", summaries[level_id]), ("vllm bench serve", SimpleNamespace(**theirs))):
             rows.append((level_id, client, *(column.of(one) for column in columns)))

@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..metrics.performance import concurrency_over_time, paging_waste, reserving_waste
 from ..metrics.resources import MOST, POWER, Clock, fit
 from ..results.evidence import evidence
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import LEVEL, Column, Table, shown, view
 from .drawing import GREY, INK, PLAINLY, figure, label_where_free, legend, mark, name_rows, note, style_of
 from .verdict import card_note, claim_of
@@ -114,7 +114,7 @@ def paging_table(run: Run) -> Table:
 
 def memory_table(run: Run) -> Table:
     """What vLLM made of the card's memory, variant by variant, against the arithmetic of the KV cache."""
-    servers, rows = {s.level.variant: s.server for s in run.summaries().values() if s.server}, []
+    servers, rows = {s.level.variant: s.server for s in a_run(run).summaries().values() if s.server}, []
     for variant in run.profile.variants:
         server = servers.get(variant)
         if server and server.kv_cache_tokens:

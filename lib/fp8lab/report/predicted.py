@@ -10,7 +10,7 @@ from ..experiment.predict import Predicted, highest_rate, longer, predict, predi
 from ..experiment.step_fit import apart, held_out, judgeable, off_by, replay
 from ..metrics.slo import SLO
 from ..metrics.step_model import ENERGY, FITTED, JOULES, JUDGED, MEANS, MEASURED, UNTOLD, StepModel
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import StatusLine, Table, four_digits, shown
 from .drawing import INK, PLAINLY, figure, log_numbers
 from .verdict import card_note
@@ -179,7 +179,7 @@ def _told(median: Mapping[str, float], worst: Mapping[str, float]) -> str:
 
 def foretold_table(run: Run, models: Mapping[str, StepModel]) -> Table:
     """Every valid level of a run beside what its variant's model says of it: measured values, and how far off."""
-    unseen, rows, off = set(held_out(run)), [], []
+    unseen, rows, off = set(held_out(a_run(run))), [], []
     for level_id, summary in run.summaries().items():
         model = models.get(summary.level.variant)
         if model is None or not judgeable(summary):

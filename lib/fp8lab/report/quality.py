@@ -9,7 +9,7 @@ import numpy as np
 from ..experiment.quality import AGAIN, comparisons, reference_variant, summaries, tables
 from ..metrics import quality
 from ..metrics.quality import Estimate, distinguishable, identical_prefix
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import Table
 from .drawing import GREY, INK, STYLE, figure, note, style_of
 from .verdict import card_note, claim_of
@@ -67,7 +67,7 @@ def asked_table(run: Run) -> Table:
 
 def answers_table(run: Run, variant: str = "", count: int = 3) -> Table:
     """Where the first `count` greedy answers of `variant` (default: the last measured) part from the reference's, in words."""
-    reference = reference_variant(run.profile)
+    reference = reference_variant(a_run(run).profile)
     variant = variant or [name for name in comparisons(run) if not name.endswith(AGAIN)][-1]
     ours, theirs = (tables(run, name)[1] for name in (reference, variant))
     rows = []

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from ..paths import DATA, in_command
 from ..results.evidence import Evidence, other_card, unmeasured
-from ..results.run_folder import Run
+from ..results.run_folder import Run, a_run
 from ..ui import four_digits
 
 
@@ -180,4 +180,4 @@ def card_note(*runs: Run) -> str:
 
 def card_mark(run: Run) -> str:
     """The same in two words at most, for a run's name and across a figure."""
-    return "EMULATED" if run.emulated else "OTHER CARD" if other_card(run) else ""
+    return "EMULATED" if a_run(run).emulated else "OTHER CARD" if other_card(run) else ""

@@ -15,7 +15,7 @@ from ..metrics.resources import Clock, Roofline, clock, roofline
 from ..metrics.slo import SLO, Attainment, Bracket, attains, bracket
 from ..metrics.statistics import ABLATION, Cells, Noise, Ratio, Seeds, contrast, pooled_noise
 from ..metrics.summary import MeasuredLevel, Summary
-from .run_folder import LevelResult, Run
+from .run_folder import LevelResult, Run, a_run
 
 JOULES = ("joules_per_output_token", "joules_per_request")
 # The longest setup that is told in a cell of a table.
@@ -337,8 +337,8 @@ def levels(run: Run) -> pd.DataFrame:
 
 
 def evidence(run: Run, instead: Mapping[str, str] | None = None) -> Evidence:
-    """The evidence of a run as it is now: a level that is measured (again) later needs a new one."""
-    stamps = tuple(sorted((p.parent.name, p.stat().st_mtime_ns) for p in run.path.glob("levels/*/summary.json")))
+    """The evidence of a run as it is now: a level that is measured (again) later needs a new one. Raises BadInput."""
+    stamps = tuple(sorted((p.parent.name, p.stat().st_mtime_ns) for p in a_run(run).path.glob("levels/*/summary.json")))
     return _evidence(run.path.resolve(), stamps, run, tuple(sorted((instead or {}).items())))
 
 

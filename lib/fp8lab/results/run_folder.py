@@ -95,6 +95,15 @@ class LevelResult(Shown):
         return Table(f"{name}{emulated}", ("", "value"), rows)
 
 
+def a_run(run: object) -> "Run":
+    """`run`. Raises BadInput for what is none, such as a run's name."""
+    if not isinstance(run, Run):
+        raise BadInput(
+            f"{run!r} is no run, expected an open one: lab.open_run(source=…) opens a run by its name or folder"
+        )
+    return run
+
+
 class Run:
     """An open run folder. Use `open_run` to get one."""
 
