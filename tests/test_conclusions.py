@@ -72,7 +72,7 @@ def test_what_is_concluded_about_nothing_known_is_refused():
         lab.conclusion(recorded("emulated-h100"), "C9")
 
 
-def test_the_levels_of_a_run_are_one_table():
+def test_the_levels_of_a_run_are_one_table(tmp_path):
     run = recorded("h100-80gb")
     frame = lab.levels(run)
     assert isinstance(frame, pd.DataFrame) and list(frame.index) == list(run.summaries())
@@ -84,6 +84,8 @@ def test_the_levels_of_a_run_are_one_table():
     for level_id, row in frame.iterrows():
         assert row["output_token_throughput"] == run.summaries()[level_id].output_token_throughput
         assert row["limited_by"] == seen.limit(level_id).cause
+    frame.to_parquet(tmp_path / "levels.parquet")
+    assert list(pd.read_parquet(tmp_path / "levels.parquet")["base"]) == list(frame["base"])
     by_seed = frame[(frame["variant"] == "fp8") & (frame["rate"] == 100)].set_index("repeat")["mean_tpot_ms"].to_dict()
     assert by_seed == seen.seeds("fp8", 100, "mean_tpot_ms")
 
@@ -92,7 +94,7 @@ def test_an_empty_run_has_an_empty_table(tmp_path):
     from fp8lab.config.profile_file import read_profile
 
     run = open_run(tmp_path / "run", read_profile("h100-80gb"))
-    assert len(lab.levels(run)) == 0 and "rate" in lab.levels(run)
+    assert len(lab.levels(run)) == 0 and "rate" in lab.levels(run) and lab.levels(run).columns.is_unique
     for table in (lab.levels_table, lab.latency_table, lab.client_table, lab.throughputs_table, lab.resources_table):
         assert list(table(run).rows) == []
 
@@ -116,3 +118,6 @@ def test_a_figure_is_saved_where_it_is_asked_to_be_and_nowhere_else(tmp_path, en
     assert path.stat().st_size > 1000
     with pytest.raises(lab.NotWritten, match="cannot be written"):
         figure.save(tmp_path / "missing" / f"c1.{ending}")
+    for name in ("c1", "c1.xyz", ".svg"):
+        with pytest.raises(BadInput, match=f"{name}' ends in none of .svg, .png and .pdf"):
+            figure.save(tmp_path / name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.profile import Profile
+from ..errors import BadInput
 from ..metrics.statistics import Ratio
 from ..paths import writing
 from ..results.run_folder import Run
@@ -46,10 +47,14 @@ class Figure:
     canvas: Any = field(repr=False, compare=False)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the figure as the file's ending says (.svg, .png, .pdf); returns the path. Raises NotWritten."""
-        with writing(Path(path)):
-            Path(path).write_text(self.svg) if str(path).endswith(".svg") else self.canvas.savefig(path, dpi=200)
-        return Path(path)
+        """Writes the figure as the file's ending says (.svg, .png, .pdf); returns the path. Raises BadInput for another
+        ending, NotWritten."""
+        path = Path(path)
+        if path.suffix not in (".svg", ".png", ".pdf"):
+            raise BadInput(f"{str(path)!r} ends in none of .svg, .png and .pdf; name a file that does, such as c1.svg")
+        with writing(path):
+            path.write_text(self.svg) if path.suffix == ".svg" else self.canvas.savefig(path, dpi=200)
+        return path
 
     def _repr_html_(self) -> str:
         data = base64.b64encode(self.svg.encode()).decode()

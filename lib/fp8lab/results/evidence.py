@@ -305,8 +305,10 @@ class Evidence:
             base, setup = profile.base(s.level.variant), profile.setup(s.level.variant)
             derived = {"base": base, "setup": setup, "frontend_us_per_token": s.frontend_us_per_token}
             fields = dataclasses.asdict(s) | dataclasses.asdict(s.level)
-            rows[level_id] = {"level_id": level_id} | server | fields | derived
-        columns = [f.name for kind in (MeasuredLevel, Summary) for f in dataclasses.fields(kind)]
+            row = {"level_id": level_id} | server | fields | derived
+            # Parquet has no column of nothing but empty tables.
+            rows[level_id] = {name: None if value == {} else value for name, value in row.items()}
+        columns = dict.fromkeys(f.name for kind in (MeasuredLevel, Summary) for f in dataclasses.fields(kind))
         frame = pd.DataFrame.from_dict(rows, orient="index") if rows else pd.DataFrame(columns=["level_id", *columns])
         return frame.drop(columns=["level", "server"], errors="ignore")
 
