@@ -429,6 +429,8 @@ def test_other_variants_stand_for_the_published_ones():
     assert own["C3"] != verdicts["C3"].measured and own["R1"] != p99
     with pytest.raises(lab.BadInput, match="no variant 'fp4'"):
         lab.judge(run, {"fp8": "fp4"})
+    with pytest.raises(lab.BadInput, match="instead: 'bf16-rust' is no variant that claims are about .bf16, "):
+        lab.claims_table(run, instead={"bf16-rust": "bf16"})
 
 
 def test_levels_that_share_no_seed_leave_a_claim_open(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8lab.batch import load_matrix
 from fp8lab.config.dimensions import dimensions, most_running
 from fp8lab.config.profile import Card, Level, Model
 from fp8lab.config.profile_file import from_dict, profile_names, read_profile
@@ -15,6 +16,7 @@ from fp8lab.errors import BadInput
 from fp8lab.experiment.anatomy import check_asked
 from fp8lab.experiment.quality import default_variants
 from fp8lab.experiment.speed import measure, plan_table
+from fp8lab.metrics.step_model import FITS, read_fits
 from fp8lab.paths import DATA, PROJECT, portable
 from fp8lab.results.files import plain
 from fp8lab.results.run_folder import open_run
@@ -218,6 +220,11 @@ def test_checkpoints_by_variant():
             '[protocols.x]\nlevels = [{variant = "bf16", rate = 50, requests = 3}]',
             "mine.toml: protocols.x: level bf16-50rps-r1 has 3 requests, in protocol 'as published' 1000.*replaces",
         ),
+        (
+            'replaces = ["variants"]\n[variants]\nmine = []',
+            'no variant .bf16.*mine.toml replaces variants alone: .*replaces = ."variants", "protocols".$',
+        ),
+        ('[variants.bf16]\napi_server = "go"', "bf16.api_server: expected '', 'python' or 'rust', not 'go'"),
         ('replaces = ["protocols"]', "mine.toml: replaces: protocols is not given here"),
         ('replaces = "protocols"', "mine.toml: replaces: expected a list of tables"),
         (
@@ -257,6 +264,19 @@ def test_a_bad_profile_file_is_one_clear_error(tmp_path, text, said):
     with pytest.raises(BadInput, match=said) as refused:
         load_profile(str(path))
     assert refused.value.__cause__ is None and "pydantic" not in str(refused.value)
+
+
+def test_a_file_may_begin_with_the_mark_of_utf_8(tmp_path):
+    """As Windows' Notepad writes it."""
+    for name, text in (
+        ("profile", 'extends = "emulated-h100"'),
+        ("matrix", 'profiles = ["emulated-h100"]'),
+        ("fit", (FITS / "h100-80gb-unsealed.toml").read_text()),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8-sig")
+    assert read_profile(str(tmp_path / "profile.toml")).emulated
+    assert load_matrix(tmp_path / "matrix.toml").profiles == ("emulated-h100",)
+    assert read_fits(str(tmp_path / "fit.toml"))
 
 
 def test_an_error_names_the_file_that_it_is_in(tmp_path):

@@ -3,6 +3,7 @@
 import re
 import zipfile
 
+import nbformat
 import pytest
 
 from fp8lab.config.profile_file import read_profile
@@ -45,6 +46,26 @@ def test_nothing_measured_is_nothing_to_share(home):
     run = open_run(home / "run", read_profile("emulated-h100"))
     with pytest.raises(BadInput, match="nothing to share"):
         share(run, home / "out", notebooks=[notebooks.FRONT])
+
+
+def test_what_is_of_no_run_is_not_shared(home):
+    with pytest.raises(BadInput, match="11_planner.ipynb is of no run.*fp8lab reproduce --notebook 11_planner"):
+        share(open_run(source="h200-80gb"), home / "out", notebooks=notebooks.find("11_planner"))
+    assert not (home / "out").exists()
+
+
+@pytest.mark.servers
+def test_a_page_that_fails_names_no_file_that_is_gone(home):
+    cells = [
+        nbformat.v4.new_code_cell("source = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("1 / 0"),
+    ]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}}), home / "mine.ipynb"
+    )
+    with pytest.raises(notebooks.NotebookFailed, match="ZeroDivisionError: division by zero$"):
+        share(open_run(source="h200-80gb"), home / "out", notebooks=[home / "mine.ipynb"])
+    assert list((home / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("names", [["../evil"], ["/etc/evil"], ["a/run.json", "b/run.json"], []])

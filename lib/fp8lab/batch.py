@@ -71,7 +71,7 @@ class Matrix:
 def load_matrix(path: Path) -> Matrix:
     """Reads and checks a matrix. Raises BadInput for whatever could only fail hours later."""
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError:
         raise BadInput(f"no matrix at {str(path)!r}; `fp8lab batch --help` shows one") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

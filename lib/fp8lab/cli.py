@@ -32,8 +32,6 @@ _EXAMPLES = """
 class _NotGiven(str):
     """What a text is that was not given, told from an empty one that was."""
 
-    __slots__ = ()
-
 
 # An option is (name, what stands for its value, help, what else argparse is told); "" is a switch, None names the choices.
 _TEXT, _LIST, _WHOLE, _REAL = {"default": _NotGiven()}, {"action": "append"}, {"type": int}, {"type": float}
@@ -123,8 +121,10 @@ _COMMANDS = (
 Run notebooks headless: measure, judge, render. Exit code 3: a level of the run is INVALID, all else is done (0 with --source, \
 which measures nothing).""", (
         _PROFILE, _RUN, _SOURCE, _MODEL,
-        ("--notebook", "N", "front (default), steps, a step's name, or a path; repeatable", _LIST),
-        ("-p", ("NAME", "VALUE"), "a notebook parameter; repeatable", _LIST | {"default": [], "dest": "parameter", "nargs": 2}),
+        ("--notebook", "N", "front (default; with --source one of whose levels or answers it holds any), steps, a "
+         "step's name, or a path; repeatable", _LIST),
+        ("-p", ("NAME", "VALUE"), "a notebook parameter, which may be empty; repeatable",
+         _LIST | {"default": [], "dest": "parameter", "nargs": 2, "type": str}),
         ("--weights", None, "random weights of the true shapes, or the profile's checkpoints",
          {"choices": ("random", "checkpoint")}),
     ), """
@@ -251,7 +251,7 @@ a fit says. PREDICTED, in seconds, on any machine.""", (
     ("share", "Make one page and one archive of a run, to be sent to someone.", (
         _RUN_READ,
         ("--out", "DIR", "folder that takes them (default: shared/)", {"default": "shared"}),
-        ("--notebook", "N", "as in reproduce (default: front, or 07_quality for a run without levels); repeatable", _LIST),
+        ("--notebook", "N", "as in reproduce (default: one of whose levels or answers it has any); repeatable", _LIST),
         ("--tokens", "", "keep every token's timestamp in the archive", {}),
     ), """
         fp8lab share runs/latest                         a page and an archive, in shared/
@@ -420,17 +420,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(taker, name: str, value: str | None, told: str, more: dict) -> None:
-    kind = {"action": "store_true"} if value == "" else {"metavar": value} if value else {}
-    if isinstance(value, str) and value and "type" not in more:  # a notebook's parameter may be empty
-        kind["type"] = _word
-    taker.add_argument(name, help=told, **kind, **more)
+    kind = {"action": "store_true"} if value == "" else {"metavar": value, "type": _word} if value else {}
+    taker.add_argument(name, help=told, **kind | more)
 
 
 def _word(text: str) -> str:
     """A text as it was given. Raises ArgumentTypeError for an empty one, which would otherwise count as not given."""
     if not text and not isinstance(text, _NotGiven):
-        said = "'' is empty, expected a value: is a shell variable not set? Set it, or leave this out"
-        raise argparse.ArgumentTypeError(said)
+        raise argparse.ArgumentTypeError("'' is empty, expected a value: set the shell's variable, or leave this out")
     return str(text)
 
 

@@ -153,7 +153,7 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
         by = f" (which {seen[-1]} extends)" if seen else ""
         raise BadInput(f"no profile {name!r}{by} (there are: {', '.join(profile_names())}; or give a .toml file)")
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -312,10 +312,14 @@ def _parse(table: dict, name: str, source: _Source) -> Profile:
         if not PLAIN_NAME.fullmatch(variant):
             said = f"variant {variant!r} is no name: letters, digits, '.', '_' and '-', at most 64"
             source.refuse(["variants", variant], said)
+    kept = next((file for file, over in source.tables if [*over.get("replaces", ())] == ["variants"]), "")
+    told = kept and f'; {kept} replaces variants alone: give protocols too, with replaces = ["variants", "protocols"]'
     for protocol, body in file.protocols.items():
         for n, level in enumerate(body.levels):
-            with source.at("protocols", protocol, "levels", n, "variant"):
+            try:
                 profile.variant(level.variant)
+            except BadInput as error:
+                source.refuse(["protocols", protocol, "levels", n, "variant"], f"{error}{told}")
     for variant, one in profile.variants.items():
         with source.at("variants", variant, "recipe"):
             one.recipe and recipe(one.recipe)
@@ -432,7 +436,7 @@ def _shown(value, at: Sequence) -> str:
     """A value as an error may show it: what stands among flags, variables and checkpoints may be a secret."""
     if isinstance(value, bool):
         return str(value).lower()
-    harmless = at[0] in ("device", "gpu", "emulation", "workload", "protocols")
+    harmless = at[0] in ("device", "gpu", "emulation", "workload", "protocols") or at[-1] == "api_server"
     if isinstance(value, (int, float)) or (isinstance(value, str) and harmless):
         return repr(value)[:80]
     return {str: "a text", list: "a list", dict: "a table"}.get(type(value), type(value).__name__)

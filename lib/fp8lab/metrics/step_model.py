@@ -182,7 +182,7 @@ def read_fits(name: str) -> dict[str, StepModel]:
         known = ", ".join(sorted(one.stem for one in FITS.glob("*.toml") if one.stem != "held_out")) or "none"
         raise BadInput(f"no fit {name!r} (there are: {known}); `fp8lab fit-model RUN` makes one of a run")
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text("utf-8-sig"))
         models = {name: StepModel(**values | {"levels": tuple(values["levels"])}) for name, values in tables.items()}
         for variant, model in models.items():
             _check(variant, model)

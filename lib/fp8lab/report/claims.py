@@ -12,6 +12,7 @@ from ..config.profile import rate_name
 from ..errors import BadInput
 from ..experiment.anatomy import anatomies, floors_of
 from ..metrics.slo import DEFAULT
+from ..metrics.statistics import ABLATION
 from ..results.evidence import Compared, Evidence, evidence
 from ..results.files import write_json
 from ..results.run_folder import Run, a_run
@@ -24,9 +25,13 @@ from .verdict import Verdict, card_mark, card_note, published, show_interval, sh
 
 def judge(run: Run, instead: Mapping[str, str] | None = None) -> list[Verdict]:
     """The verdict on every claim; with `instead`, on those about speed alone, as if its variants were those that they stand
-    for: {"bf16": "bf16-unsealed", "fp8": "fp8-unsealed"}. Raises BadInput for a variant that the profile does not name."""
+    for: {"bf16": "bf16-unsealed", "fp8": "fp8-unsealed"}. Raises BadInput for a variant that the profile does not name,
+    and for one that no claim is about."""
     facts, seen = published(), evidence(run, instead)
-    for variant in (instead or {}).values():
+    for name, variant in (instead or {}).items():
+        if name not in (judged := ABLATION["interaction"]):
+            said = f"{name!r} is no variant that claims are about ({', '.join(judged)})"
+            raise BadInput(f'instead: {said}; name one, and behind it what stands in for it: {{"bf16": "bf16-rust"}}')
         run.profile.variant(variant)
     claims = [claim for claim in facts["claims"] if not instead or "rate" in claim.get("fp8", {})]
     return [JUDGES[claim["quantity"]](claim, facts["protocol"], seen) for claim in claims]

@@ -62,7 +62,7 @@ figure img { max-width: 100%; height: auto; }
 
 
 class NotebookFailed(Fp8labError):
-    """A cell raised an error; what was executed is kept."""
+    """A cell raised an error."""
 
 
 def find(name: str) -> list[Path]:
@@ -128,12 +128,13 @@ def _refuse(name: str, declared: Mapping, given: Mapping) -> None:
             raise BadInput(f"{name}: parameter {key} = {value!r}: expected {expected}, as {declared[key]!r}")
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
+def execute(notebook: Path, output: Path, parameters: Mapping, *, kept: bool = True) -> Path:
     """Executes `notebook` into `output` (.ipynb) and a page beside it (.html); returns the page.
 
-    The source is never written to; what cells and libraries write to standard error goes to this process's own. Raises
-    BadInput, without leaving anything, for parameters that are undeclared or impossible or that a cell refuses; NotebookFailed,
-    with the cell's error, when a cell fails: the executed part is then in `output`, and its page is made all the same.
+    The source is never written to; what cells and libraries write to standard error goes to this process's own.
+    Raises BadInput, without leaving anything, for parameters that are undeclared or impossible or that a cell
+    refuses; NotebookFailed, with the cell's error, when a cell fails: the executed part is then in `output`, and its
+    page is made all the same. The error names it where it is to be `kept`.
     """
     import papermill
 
@@ -157,7 +158,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping) -> Path:
     page = to_html(output)
     if failure:
         message = f"{notebook.name}, cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-        raise NotebookFailed(f"{message}\nexecuted so far: {output}") from failure
+        raise NotebookFailed(message + f"\nexecuted so far: {output}" * kept) from failure
     return page
 
 
@@ -223,17 +224,22 @@ def share(run: Run, target: Path, *, notebooks: list[Path], tokens: bool = False
 
     The notebooks are executed on the run as it is: nothing is measured. The archive holds provenance, records
     and telemetry of every complete level, what was measured of quality, no logs, and token timestamps only with
-    `tokens` (they are large). Raises BadInput for a run that holds neither levels nor answers.
+    `tokens` (they are large). Raises BadInput for a run that holds neither levels nor answers, and for a notebook of no
+    run; NotebookFailed when a cell fails.
     """
     if not run.summaries() and not run.read_parts("quality"):
         raise BadInput(f"{run.path.name} holds no complete level and no answers yet: there is nothing to share")
+    if alone := [one for one in notebooks if "source" not in declared(one)]:
+        draws = f"leave it out; `fp8lab reproduce --notebook {alone[0].stem}` draws it"
+        raise BadInput(f"{alone[0].name} is of no run, and no part of one that is shared: {draws}")
     made(target, "choose another --out folder")
+    where = {"source": repository_relative(run.path)}
     pages, name, status = [], run.path.resolve().name, StatusLine()
     # Written beside and renamed: what was shared before stays until this is whole.
     with writing(target), tempfile.TemporaryDirectory(prefix=".sharing-", dir=target) as scratch:
         for notebook in notebooks:
             status.update(f"{name}: drawing {notebook.stem}")
-            page = execute(notebook, Path(scratch) / notebook.name, {"source": repository_relative(run.path)})
+            page = execute(notebook, Path(scratch) / notebook.name, where, kept=False)
             pages.append(target / f"{name if len(notebooks) == 1 else f'{name}-{notebook.stem}'}.html")
             page.rename(pages[-1])
         status.update(f"{name}: packing the archive")
