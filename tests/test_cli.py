@@ -24,6 +24,7 @@ def test_help_teaches_by_example(command):
 def test_it_says_which_version_it_is():
     done = fp8lab("--version")
     assert done.returncode == 0 and done.stdout.startswith("fp8lab ")
+    assert subprocess.check_output([sys.executable, "-m", "fp8lab", "--version"], text=True) == done.stdout
 
 
 def test_importing_is_quick():

@@ -15,7 +15,7 @@ LIB = PROJECT / "lib" / "fp8lab"
 # From the ground up: data flows this way.
 FLOORS = [
     {"ui", "errors", "paths"}, {"system"}, {"config"}, {"models"}, {"metrics"}, {"results"}, {"server"}, {"load"},
-    {"experiment"}, {"report"}, {"cli", "commands", "load_test_command", "batch", "hosts"},
+    {"experiment"}, {"report"}, {"__main__", "cli", "commands", "load_test_command", "batch", "hosts"},
 ]  # fmt: skip
 MODULES = {".".join(path.relative_to(LIB).with_suffix("").parts): path for path in LIB.rglob("*.py")}
 

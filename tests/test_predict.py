@@ -432,6 +432,18 @@ def test_a_fit_that_cannot_be_is_refused_before_it_is_made(monkeypatch, capsys, 
     assert cli.main(["fit-model", *arguments]) == 2 and said in capsys.readouterr().err
 
 
+def test_a_fit_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise BadInput("nothing to fit")
+
+    monkeypatch.setattr(experiment.step_fit, "fit", refuse)
+    assert cli.main(["fit-model", FIT, "--out", str(tmp_path / "new" / "dir" / "x.toml")]) == 2
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(experiment.step_fit, "fit", lambda *_: read_fits(FIT)["fp8-unsealed"])
+    assert cli.main(["fit-model", FIT, "--out", str(tmp_path / "new" / "dir" / "x.toml")]) == 0
+    assert (tmp_path / "new" / "dir" / "x.toml").is_file()
+
+
 def test_a_fit_is_written_and_read_back(tmp_path):
     model = read_fits(FIT)["fp8-unsealed"]
     path = tmp_path / "again.toml"

@@ -173,7 +173,10 @@ def fit_model(args) -> int:
     if args.out.endswith("/") or target.is_dir():
         raise BadInput(f"--out {args.out} is a folder; name a file in it, such as {target / 'mine.toml'}")
     target = target if target.suffix == ".toml" else target.with_name(f"{target.name}.toml")
+    fresh = [folder for folder in target.absolute().parents if not folder.exists()]
     made(target.parent, "choose another --out file")
+    for folder in fresh:  # there may be nothing to write
+        folder.rmdir()
     # What other variants it holds is kept.
     try:
         earlier = read_fits(str(target)) if target.exists() else {}
@@ -189,6 +192,7 @@ def fit_model(args) -> int:
     if not models:
         raise BadInput(f"run {run.path.name}: no variant can be fitted ({len(wrong)} tried)")
     head = f"# Step models of run {run.path.name}, made by `fp8lab fit-model`; `fp8lab.metrics.step_model` says what each number is.\n\n"
+    made(target.parent, "choose another --out file")
     write_text(target, head + "\n".join(model.as_toml(variant) for variant, model in (earlier | models).items()))
     for variant, model in models.items():
         print(f"{variant}: {errors_of(model)}")
