@@ -598,7 +598,7 @@ def test_auto_takes_a_profile_for_its_own_card_only(card, tmp_path, name, memory
     with pytest.raises(BadInput, match=f"the GPU here is '{name}'.*mine.toml") as refused:
         lab.load_profile()
     # The recipe works as it is told, once the datasheet is filled in.
-    recipe = str(refused.value).partition("\n\n")[2].replace("= 0.0 ", "= 1e15 ")
+    recipe = str(refused.value).partition("\n\n")[2].replace("= 0.0 ", "= 1e14 ")
     (tmp_path / "mine.toml").write_text(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
